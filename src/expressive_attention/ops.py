@@ -1,0 +1,211 @@
+"""The operators of the library, registered with torch.
+
+``expressive_attention::attention`` and ``expressive_attention::attention_backward`` run a fused backend by
+name, with the conventions of `backends.problem`. What torch has to know about them is here and nowhere else:
+schema, shapes for tracing (fake), autograd (twice), vmap and autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, reference
+from .backends.problem import accumulation_dtype
+
+__all__ = ["attention", "autocast_inputs"]
+
+_ATTENTION = "expressive_attention::attention"
+_BACKWARD = "expressive_attention::attention_backward"
+
+torch.library.define(
+    _ATTENTION,
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, SymInt? diagonal, float scale, str form, "
+    "str backend) -> (Tensor output, Tensor normalizer, Tensor peak)",
+)
+# The last result is the gradient of the mask, without elements where `mask_gradient` is false.
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad_output, Tensor? grad_normalizer, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+    "Tensor output, Tensor normalizer, SymInt? diagonal, float scale, str form, str backend, "
+    "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak of one call, by the fused backend of that name."""
+    return torch.ops.expressive_attention.attention(
+        query, key, value, attn_mask, diagonal, scale, form, backend
+    )
+
+
+@torch.library.impl(_ATTENTION, "CompositeExplicitAutograd")
+def _attention(query, key, value, attn_mask, diagonal, scale, form, backend):
+    return BACKENDS[backend].forward(query, key, value, attn_mask, diagonal, scale, form)
+
+
+@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
+def _attention_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
+    diagonal, scale, form, backend, mask_gradient = rest
+    dq, dk, dv, dmask = BACKENDS[backend].backward(
+        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, diagonal, scale, form,
+        mask_gradient,
+    )  # fmt: skip
+    return dq, dk, dv, query.new_empty(0) if dmask is None else dmask
+
+
+# ---- shapes ----
+
+
+@torch.library.register_fake(_ATTENTION)
+def _(query, key, value, attn_mask, diagonal, scale, form, backend):
+    rows = query.shape[:-1]
+    normalizer = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
+    return query.new_empty((*rows, value.shape[-1])), normalizer, torch.empty_like(normalizer)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
+    gradients = [x.new_empty(x.shape) for x in (query, key, value)]
+    mask_gradient = rest[-1]
+    return *gradients, attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
+
+
+# ---- autograd ----
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, diagonal, scale, form, backend = inputs
+    ctx.save_for_backward(*tensors, output[0], output[1])
+    ctx.settings = (diagonal, scale, form, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
+    query, key, value, attn_mask, output, normalizer = ctx.saved_tensors
+    mask_gradient = ctx.needs_input_grad[3]
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    dq, dk, dv, dmask = torch.ops.expressive_attention.attention_backward(
+        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *ctx.settings,
+        mask_gradient,
+    )  # fmt: skip
+    return dq, dk, dv, dmask if mask_gradient else None, None, None, None, None
+
+
+torch.library.register_autograd(_ATTENTION, _backward, setup_context=_setup)
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[8:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_twice(ctx: Any, *upstream: Tensor | None):
+    """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
+    diagonal, scale, form, _, mask_gradient = ctx.settings
+    names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
+    saved = dict(zip(names, ctx.saved_tensors, strict=True))
+    with torch.enable_grad():
+        leaves = {
+            name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None
+        }
+        output, normalizer, _ = reference.forward(
+            leaves["query"], leaves["key"], leaves["value"], leaves.get("attn_mask"), diagonal, scale, form
+        )
+        outputs, grads = [output], [leaves["grad_output"]]
+        if "grad_normalizer" in leaves:
+            outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
+        inputs = [leaves[name] for name in ("query", "key", "value", *(["attn_mask"] if mask_gradient else []))]
+        first = torch.autograd.grad(outputs, inputs, grads, create_graph=True)
+        pairs = [(y, g) for y, g in zip(first, upstream, strict=False) if g is not None]
+        wanted = [name for name, x in leaves.items() if x.requires_grad]
+        second = torch.autograd.grad(
+            [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
+        )
+    by_name = dict(zip(wanted, second, strict=True))
+    return *(by_name.get(name) for name in names), *(None,) * 7
+
+
+torch.library.register_autograd(_BACKWARD, _backward_twice, setup_context=_setup_twice)
+
+
+# ---- vmap: the mapped dimension joins the batch ----
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any):
+    operator = torch.ops.expressive_attention.attention
+    folded, size = _fold(info.batch_size, in_dims, args, tensors=4)
+    return _unfold(operator(*folded, *args[4:]), info.batch_size, size), (0, 0, 0)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
+    operator = torch.ops.expressive_attention.attention_backward
+    mask, mask_gradient = args[5], args[-1]
+    if mask_gradient:
+        # A mask that is shared inside a call has one gradient per call: give every call its own mask.
+        mask = _to_front(mask, in_dims[5], info.batch_size)
+        batch = args[2].shape[0 if in_dims[2] is None else int(in_dims[2] == 0)]
+        rows = mask.expand(-1, batch, -1, -1, -1)
+        args = (*args[:5], rows, *args[6:])
+        in_dims = (*in_dims[:5], 0, *in_dims[6:])
+    folded, size = _fold(info.batch_size, in_dims, args, tensors=8)
+    *gradients, dmask = operator(*folded, *args[8:])
+    gradients = _unfold(gradients, info.batch_size, size)
+    if not mask_gradient:
+        return (*gradients, dmask), (0, 0, 0, None)
+    dmask = dmask.unflatten(0, (info.batch_size, size)).sum_to_size(mask.shape)
+    return (*gradients, dmask), (0, 0, 0, 0)
+
+
+def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], tensors: int) -> tuple[list[Any], int]:
+    """The first `tensors` arguments with the mapped dimension folded into dimension 0, and that one's size."""
+    fronts = [
+        None if x is None else _to_front(x, dim, size)
+        for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
+    ]
+    batch = max(x.shape[1] for x in fronts if x is not None)
+    # Only a mask can have a batch dimension of one beside others: it is broadcast.
+    return [None if x is None else x.expand(-1, batch, *x.shape[2:]).flatten(0, 1) for x in fronts], batch
+
+
+def _unfold(results: Any, size: int, batch: int) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(0, (size, batch)) for x in results)
+
+
+torch.library.register_vmap(_ATTENTION, _vmap)
+torch.library.register_vmap(_BACKWARD, _vmap_backward)
+
+
+# ---- autocast: query, key and value go to the 16-bit dtype, as for scaled_dot_product_attention ----
+
+
+def autocast_inputs(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype of the active autocast region of their device; float64 stays as it is."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors]
+
+
+def _autocast(query, key, value, *rest):
+    with torch.autocast(query.device.type, enabled=False):
+        return attention(*autocast_inputs(query, key, value), *rest)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    torch.library.impl(_ATTENTION, _key, _autocast)
