@@ -1,0 +1,179 @@
+"""A small decoder-only transformer, for expressive and softmax attention alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import SelfAttention, check_choice
+from .positions import POSITIONS, LearnedPositions
+
+__all__ = ["NORMS", "Transformer", "TransformerBlock"]
+
+NORMS = ("pre", "post", "none")
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each on a residual: ``x + A(norm(x))`` (pre), ``norm(x + A(x))`` (post).
+
+    Args:
+        embed_dim: Width D.
+        num_heads: Heads of the attention.
+        mechanism: ``"expressive"`` or ``"dot_product"``.
+        norm: LayerNorm ``"pre"``, ``"post"`` or ``"none"``.
+        norm_affine: Whether the LayerNorms learn a scale and a shift.
+        mlp_ratio: Width of the MLP over D.
+        activation: ``"relu"`` or ``"gelu"``.
+        bias: Bias of all projections but query, key and value.
+        **attention: Further arguments of `SelfAttention`.
+
+    Raises:
+        ValueError: A number or name does not fit.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mechanism: str = "expressive",
+        *,
+        norm: str = "pre",
+        norm_affine: bool = True,
+        mlp_ratio: int = 4,
+        activation: str = "gelu",
+        bias: bool = True,
+        **attention: object,
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, NORMS)
+        check_choice("activation", activation, tuple(_ACTIVATIONS))
+        self.norm = norm
+        self.attention = SelfAttention(embed_dim, num_heads, mechanism, bias=bias, **attention)  # pyright: ignore[reportArgumentType]
+        self.up = nn.Linear(embed_dim, mlp_ratio * embed_dim, bias=bias)
+        self.down = nn.Linear(mlp_ratio * embed_dim, embed_dim, bias=bias)
+        self.activation = _ACTIVATIONS[activation]
+        self.norms = nn.ModuleList(make_norm(embed_dim, norm, norm_affine) for _ in range(2))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """X ``(..., L, D)`` to ``(..., L, D)``; `attn_mask` as in `SelfAttention`."""
+        first, second = self.norms
+        if self.norm == "pre":
+            x = x + self.attention(first(x), attn_mask)
+            return x + self._mlp(second(x))
+        x = first(x + self.attention(x, attn_mask))
+        return second(x + self._mlp(x))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer: tokens to next-token logits.
+
+    Args:
+        vocab_size: Number of tokens V.
+        max_length: Longest sequence; sizes the learned positions.
+        embed_dim: Width D.
+        num_layers: Number of blocks.
+        num_heads: Heads per block.
+        mechanism: ``"expressive"`` or ``"dot_product"``.
+        position: ``"none"``, ``"learned"``, ``"rope"`` or ``"alibi"``.
+        norm: ``"pre"`` (with a final LayerNorm), ``"post"`` or ``"none"``.
+        norm_affine: Whether the LayerNorms learn a scale and a shift.
+        mlp_ratio: Width of the MLP over D.
+        activation: ``"relu"`` or ``"gelu"``.
+        bias: Bias of all projections but query, key and value.
+        embedding_std: Standard deviation of the token embeddings at the start; other weights start with
+            ``1 / sqrt(fan_in)``, biases with 0.
+        **attention: Further arguments of `SelfAttention`: ``gain``, ``qkv_bias``, ``rope_base``, ...
+
+    Raises:
+        ValueError: A number or name does not fit.
+
+    Example:
+        >>> model = Transformer(vocab_size=10, max_length=8, embed_dim=16, num_layers=1, num_heads=1)
+        >>> model(torch.randint(10, (3, 8))).shape
+        torch.Size([3, 8, 10])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int,
+        embed_dim: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        mechanism: str = "expressive",
+        *,
+        position: str = "rope",
+        norm: str = "pre",
+        norm_affine: bool = True,
+        mlp_ratio: int = 4,
+        activation: str = "gelu",
+        bias: bool = True,
+        embedding_std: float = 0.5,
+        **attention: object,
+    ) -> None:
+        super().__init__()
+        check_choice("position", position, POSITIONS)
+        for name, size in {"vocab_size": vocab_size, "max_length": max_length, "num_layers": num_layers}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.max_length = max_length
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.positions = LearnedPositions(max_length, embed_dim) if position == "learned" else None
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                embed_dim,
+                num_heads,
+                mechanism,
+                norm=norm,
+                norm_affine=norm_affine,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                bias=bias,
+                position=position,
+                **attention,
+            )
+            for _ in range(num_layers)
+        )
+        self.final_norm = make_norm(embed_dim, norm if norm == "pre" else "none", norm_affine)
+        self.head = nn.Linear(embed_dim, vocab_size, bias=bias)
+        self.embedding_std = embedding_std
+        self.initialize()
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew, in the order of the modules."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.embedding_std, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(..., L)``, integers in [0, V), to logits ``(..., L, V)``.
+
+        Raises:
+            ValueError: For more than `max_length` tokens.
+        """
+        if tokens.shape[-1] > self.max_length:
+            raise ValueError(f"tokens must have at most {self.max_length} positions, got {tokens.shape[-1]}")
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = self.positions(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.final_norm(x))
+
+
+def make_norm(embed_dim: int, norm: str, affine: bool) -> nn.Module:
+    """LayerNorm, or nothing where `norm` is ``"none"``."""
+    return nn.Identity() if norm == "none" else nn.LayerNorm(embed_dim, elementwise_affine=affine)
