@@ -1,0 +1,224 @@
+"""The commands of ``ea``. Wrong use ends with one line and exit code 2; nothing finished is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .config import ConfigError, load_config, preset_names, preset_text
+from .results import StudyResults
+from .store import Store, StoreError, collect, environment
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="ea",
+    help="Expressive attention (EA) against dot-product attention (DPA): run studies, read their reports.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+study = typer.Typer(
+    help="Train EA against DPA on tasks of growing difficulty, and report which solved what.",
+    no_args_is_help=True,
+)
+app.add_typer(study, name="study")
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, e.g. runs/quick.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ea {environment()['expressive-attention']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the machine, and which backends can run here."""
+    from ..backends import AUTOMATIC, BACKENDS
+    from ..backends.problem import Problem
+
+    import torch
+
+    console = Console(highlight=False)
+    table = Table("", "", show_header=False, box=None)
+    for name, value in environment().items():
+        table.add_row(name, value)
+    console.print(table)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends = Table("backend", *devices, "chosen by itself", box=None)
+    for name, module in BACKENDS.items():
+        reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
+        backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
+    console.print(backends)
+
+
+@study.command()
+def run(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET_OR_FILE",
+            help=f"A preset ({', '.join(preset_names())}) or a TOML file.",
+            autocompletion=preset_names,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=1, help="Worker processes; by default one per core.")
+    ] = os.cpu_count() or 1,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Run a study, or go on with one that was stopped, and write its report.
+
+    Cells that are finished are never run again, so stopping (Ctrl-C) loses only the cells at work. Change the
+    file (more seeds, tasks, learning rates) and run it again to extend a study.
+    """
+    from .progress import make_display
+    from .sweep import SweepError, run_study
+
+    start = time.perf_counter()
+    with _one_line_errors():
+        parsed, text = load_config(config)
+        store = Store(out or Path("runs") / parsed.name)
+        store.create(text)
+        lock = store.lock()
+    try:
+        run_study(parsed, store, workers, make_display(quiet=quiet))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to go on", err=True)
+        raise typer.Exit(130) from None
+    except SweepError as error:
+        typer.echo(f"{error}; finished cells are kept in {store.directory}", err=True)
+        raise typer.Exit(1) from None
+    finally:
+        lock.release()
+    with _one_line_errors():
+        results = collect(store)
+        page = _write_report(results, store.directory)
+    if not quiet:
+        _print_findings(results)
+        typer.echo(f"\n{page}  ({time.perf_counter() - start:.0f} s)")
+
+
+@study.command()
+def report(directory: Directory) -> None:
+    """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
+    with _one_line_errors():
+        results = collect(Store(directory))
+        page = _write_report(results, directory)
+    _print_findings(results)
+    typer.echo(f"\n{page}")
+
+
+@study.command()
+def status(
+    directory: Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Print what a study has found so far, a row per condition and mechanism."""
+    with _one_line_errors():
+        results = collect(Store(directory))
+        config, _ = Store(directory).config()
+    rows = _status_rows(results, config.seeds.final)
+    if as_json:
+        typer.echo(json.dumps({"cells": rows}, indent=2))
+        return
+    table = Table("condition", "mechanism", "learning rate", "seeds", "solved", "mean accuracy", box=None)
+    for condition, row in zip(_conditions_by_mechanism(results), rows, strict=True):
+        accuracy = "" if row["accuracy_mean"] is None else f"{row['accuracy_mean']:.4f}"
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        seeds = f"{row['seeds']} of {config.seeds.final}"
+        table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
+    Console(highlight=False).print(table)
+    typer.echo(f"{len(results.unfinished)} cells are not finished" if results.unfinished else "all cells are finished")
+
+
+@study.command()
+def show(
+    preset: Annotated[
+        str,
+        typer.Argument(metavar="PRESET", help=f"One of {', '.join(preset_names())}.", autocompletion=preset_names),
+    ],
+) -> None:
+    """Print the TOML of a preset, to copy and edit."""
+    with _one_line_errors():
+        typer.echo(preset_text(preset), nl=False)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, StoreError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"ea: {message}", err=True)
+    sys.exit(2)
+
+
+def _write_report(results: StudyResults, directory: Path) -> Path:
+    from .report import write_report
+
+    return write_report(results, directory)
+
+
+def _print_findings(results: StudyResults) -> None:
+    from .statistics import findings
+
+    for sentence in findings(results):
+        typer.echo(sentence)
+
+
+def _conditions_by_mechanism(results: StudyResults) -> list[str]:
+    return [condition.label for condition in results.conditions for _ in results.mechanisms]
+
+
+def _status_rows(results: StudyResults, wanted: int) -> list[dict[str, Any]]:
+    rows = []
+    for condition in results.conditions:
+        for mechanism in results.mechanisms:
+            final = results.seeds.filter(
+                (pl.col("condition") == condition.label)
+                & (pl.col("mechanism") == mechanism)
+                & (pl.col("role") == "final")
+            )
+            rows.append({
+                "task": condition.task,
+                "mechanism": mechanism,
+                "position": condition.model["position"],
+                "model": condition.model,
+                "learning_rate": final["learning_rate"][0] if len(final) else None,
+                "seeds": len(final),
+                "solved": int(final["solved"].sum()),
+                "accuracy_mean": final["accuracy"].mean(),
+                "done": len(final) == wanted,
+            })  # fmt: skip
+    return rows

@@ -1,0 +1,324 @@
+"""The configuration of a study: TOML in, a grid of conditions out. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .results import Condition
+from .tasks import TASKS, Task
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "Cell",
+    "Comparison",
+    "ConfigError",
+    "ModelConfig",
+    "SeedsConfig",
+    "StudyConfig",
+    "TrainingConfig",
+    "load_config",
+    "parse_config",
+    "preset_names",
+    "preset_text",
+]
+
+# Part of every cell's identity: raise it when a change of the code changes what a run means.
+PROTOCOL = "ladder-1"
+
+# Seeds on which learning rates are chosen start here, so that the reported ones are fresh.
+TUNING_SEEDS_START = 1_000_000
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key and why, in one line."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"values must differ, got {list(values)}")
+    return values
+
+
+Position = Literal["rope", "learned", "alibi", "none"]
+Mechanism = Literal["expressive", "dot_product"]
+
+
+class ModelConfig(_Strict):
+    """The transformer that both mechanisms sit in; see `expressive_attention.nn.Transformer`."""
+
+    layers: int = Field(default=1, ge=1)
+    embed_dim: int = Field(default=16, ge=1)
+    heads: int = Field(default=1, ge=1)
+    position: Position = "rope"
+    rope_base: float | None = Field(default=None, gt=0)  # None: max(10, 2 * length)
+    norm: Literal["pre", "post", "none"] = "pre"
+    norm_affine: bool = False
+    mlp_ratio: int = Field(default=4, ge=1)
+    activation: Literal["relu", "gelu"] = "relu"
+    gain: bool = True
+    qkv_bias: bool = False
+    bias: bool = True
+    embedding_std: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim must be a multiple of heads, got {self.embed_dim} and {self.heads}")
+        if self.position == "rope" and self.embed_dim // self.heads % 2:
+            raise ValueError(f"rope needs an even embed_dim / heads, got {self.embed_dim} / {self.heads}")
+        return self
+
+
+class TrainingConfig(_Strict):
+    """How one seed is trained and judged; the same for both mechanisms."""
+
+    steps: int = Field(default=3000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    # Each is tried for each mechanism on the tuning seeds; the final seeds run at the best.
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_distinct)] = Field(
+        default=(5e-3, 1e-2, 2e-2), min_length=1
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    warmup: int = Field(default=100, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    gradient_clip: float | None = Field(default=None, gt=0)  # norm of a seed's gradient; None: not clipped
+    evaluate_every: int = Field(default=100, ge=1)
+    validation_sequences: int = Field(default=1024, ge=1)
+    test_sequences: int = Field(default=2048, ge=1)
+    rollouts: int = Field(default=256, ge=1)
+    rollout_digits: int = Field(default=32, ge=1)
+    # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
+    solved_accuracy: float = Field(default=0.995, gt=0, le=1)
+    solved_evaluations: int = Field(default=3, ge=1)
+    # A seed ends when it has reached that many evaluations in a row; a cell ends with its last seed.
+    early_stop: bool = True
+
+
+class SeedsConfig(_Strict):
+    """How many seeds, and how many train together in one program."""
+
+    tuning: int = Field(default=4, ge=0)
+    final: int = Field(default=16, ge=1)
+    together: int = Field(default=8, ge=1)
+
+
+class Grid(_Strict):
+    """Conditions: every combination of the values of `task` and `model`, each a value or a list of them."""
+
+    task: dict[str, Any]
+    model: dict[str, Any] = {}
+
+
+class StudyConfig(_Strict):
+    """A whole study."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    mechanisms: Annotated[tuple[Mechanism, ...], AfterValidator(_distinct)] = Field(
+        default=("expressive", "dot_product"), min_length=1
+    )
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    seeds: SeedsConfig = SeedsConfig()
+    grid: tuple[Grid, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _can_be_expanded(self) -> StudyConfig:
+        if len(self.training.learning_rates) > 1 and self.seeds.tuning == 0:
+            raise ValueError("seeds.tuning must be at least 1 to choose among several training.learning_rates")
+        labels = [label for label, _, _ in self.expanded()]
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise ValueError(f"grid gives the condition {twice!r} more than once")
+        return self
+
+    def expanded(self) -> list[tuple[str, Task, ModelConfig]]:
+        """Label, task and model of every condition, in the order of the grid."""
+        pairs: list[tuple[Task, ModelConfig]] = []
+        for grid in self.grid:
+            for task in _combinations(grid.task):
+                kind = task.get("kind", "nt")
+                if kind not in TASKS:
+                    raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
+                for model in _combinations(grid.model):
+                    pairs.append((
+                        TASKS[kind].model_validate(task),
+                        ModelConfig.model_validate({**self.model.model_dump(), **model}),
+                    ))  # fmt: skip
+        varying = [
+            name for name in ModelConfig.model_fields if len({repr(getattr(model, name)) for _, model in pairs}) > 1
+        ]
+        return [(_label(task, model, varying), task, model) for task, model in pairs]
+
+    def comparisons(self) -> list[Comparison]:
+        """What is compared: every condition with every mechanism."""
+        return [
+            Comparison(
+                condition=label, task=task, model=model, mechanism=mechanism, training=self.training,
+                seeds=self.seeds,
+            )
+            for label, task, model in self.expanded()
+            for mechanism in self.mechanisms
+        ]  # fmt: skip
+
+    def conditions(self) -> list[Condition]:
+        """The conditions with their facts, for a report."""
+        return [
+            Condition(label, task.model_dump(exclude_none=True), model.model_dump(exclude_none=True), task.facts())
+            for label, task, model in self.expanded()
+        ]
+
+
+class Cell(_Strict):
+    """Seeds that train together: one task, model, mechanism and learning rate."""
+
+    condition: str
+    task: Any
+    model: ModelConfig
+    mechanism: Mechanism
+    learning_rate: float
+    role: Literal["tuning", "final"]
+    seeds: tuple[int, ...]
+    training: TrainingConfig
+
+    @property
+    def identity(self) -> str:
+        """Names the cell on disk: a hash of all that its result depends on."""
+        content = self.model_dump(mode="json", exclude={"condition", "task", "training"})
+        content["task"] = self.task.model_dump(mode="json")
+        content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates"})
+        content["protocol"] = PROTOCOL
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.condition}, {self.mechanism}, {self.role}, learning rate {self.learning_rate:g}"
+
+
+class Comparison(_Strict):
+    """One condition with one mechanism: cells to tune on, then cells to report."""
+
+    condition: str
+    task: Any
+    model: ModelConfig
+    mechanism: Mechanism
+    training: TrainingConfig
+    seeds: SeedsConfig
+
+    def tuning_cells(self) -> list[Cell]:
+        """One set of cells per learning rate; none where there is nothing to choose."""
+        if len(self.training.learning_rates) == 1:
+            return []
+        return [
+            cell
+            for rate in self.training.learning_rates
+            for cell in self._cells("tuning", rate, TUNING_SEEDS_START, self.seeds.tuning)
+        ]
+
+    def final_cells(self, learning_rate: float) -> list[Cell]:
+        """The cells of the reported seeds."""
+        return self._cells("final", learning_rate, 0, self.seeds.final)
+
+    def _cells(self, role: Literal["tuning", "final"], rate: float, first: int, count: int) -> list[Cell]:
+        together = self.seeds.together
+        return [
+            Cell(
+                condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
+                learning_rate=rate, role=role, training=self.training,
+                seeds=tuple(range(first + start, first + min(start + together, count))),
+            )
+            for start in range(0, count, together)
+        ]  # fmt: skip
+
+
+def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:
+    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*lists)]
+
+
+def _label(task: Task, model: ModelConfig, varying: list[str]) -> str:
+    """The task, its position code, and what else differs between the models of the study."""
+    extra = [f"{name} {getattr(model, name)}" for name in varying if name != "position"]
+    return ", ".join([task.label, model.position, *extra])
+
+
+# ---- reading ----
+
+
+def preset_names() -> list[str]:
+    """Names of the presets in the package."""
+    return sorted(path.name.removesuffix(".toml") for path in _presets() if path.name.endswith(".toml"))
+
+
+def preset_text(name: str) -> str:
+    """The TOML text of a preset.
+
+    Raises:
+        ConfigError: There is no preset of that name.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"no preset {name!r}; presets are: {', '.join(preset_names())}")
+    return resources.files(__package__).joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+
+
+def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
+    """The configuration of a preset or a TOML file, and its text.
+
+    Raises:
+        ConfigError: No such preset or file, not TOML, or a key or value does not fit.
+    """
+    path = Path(preset_or_file)
+    if preset_or_file in preset_names():
+        text = preset_text(preset_or_file)
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+    else:
+        raise ConfigError(f"no preset or file {preset_or_file!r}; presets are: {', '.join(preset_names())}")
+    return parse_config(text, preset_or_file), text
+
+
+def parse_config(text: str, source: str) -> StudyConfig:
+    """The configuration in a TOML text; `source` is named in errors."""
+    try:
+        return StudyConfig.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key"
+        got = problem["input"]
+        if not isinstance(got, dict) and problem["type"] not in ("extra_forbidden", "missing", "value_error"):
+            message += f", got {got!r}"
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
+
+
+def _presets() -> list[Any]:
+    return list(resources.files(__package__).joinpath("presets").iterdir())

@@ -1,0 +1,296 @@
+"""Finished cells on disk: one folder each, which is there whole or not at all.
+
+    DIR/config.toml                    the study's configuration
+    DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files
+                         seeds.parquet, curves.parquet, weights.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import tomli_w
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .config import Cell, StudyConfig, parse_config, tomllib
+from .results import CURVE_SCHEMA, SEED_SCHEMA, StudyResults
+from .training import CellResult
+
+__all__ = ["CorruptCell", "Store", "StoreError", "choose_learning_rate", "collect", "environment", "write_atomically"]
+
+_TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA}
+
+
+class StoreError(ValueError):
+    """A folder that cannot be used as a study; the message says why, in one line."""
+
+
+class CorruptCell(StoreError):
+    """A cell on disk that is not what was written; it is never read as a result."""
+
+
+class Store:
+    """The folder of one study.
+
+    Args:
+        directory: Where it is, or is to be.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.cells = directory / "cells"
+
+    # ---- the configuration ----
+
+    def create(self, text: str) -> None:
+        """Make the folder, or take an existing study on with this configuration.
+
+        Raises:
+            StoreError: The folder holds something else, or cannot be made.
+        """
+        config = self.directory / "config.toml"
+        if self.directory.exists() and not self.directory.is_dir():
+            raise StoreError(f"{self.directory} is not a directory")
+        if self.directory.is_dir() and not config.exists() and any(self.directory.iterdir()):
+            raise StoreError(f"{self.directory} is not empty and not a study (it has no config.toml)")
+        try:
+            self.cells.mkdir(parents=True, exist_ok=True)
+            write_atomically(config, text.encode())
+        except OSError as error:
+            raise StoreError(f"{self.directory} cannot be written: {error.strerror}") from None
+
+    def config(self) -> tuple[StudyConfig, str]:
+        """The configuration and its text.
+
+        Raises:
+            StoreError: The folder is not a study.
+            ConfigError: Its configuration does not fit.
+        """
+        path = self.directory / "config.toml"
+        if not path.is_file():
+            raise StoreError(f"{self.directory} is not a study: it has no config.toml")
+        text = path.read_text(encoding="utf-8")
+        return parse_config(text, str(path)), text
+
+    def lock(self) -> FileLock:
+        """Held while cells are written. The system frees it with the process, however that ends.
+
+        Raises:
+            StoreError: Another process holds it.
+        """
+        lock = FileLock(self.directory / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise StoreError(f"{self.directory}: another run is writing to this study") from None
+        return lock
+
+    # ---- cells ----
+
+    def path(self, cell: Cell) -> Path:
+        """The folder of a cell, there or not."""
+        return self.cells / cell.identity
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell has been finished."""
+        return self.path(cell).exists()
+
+    def save(self, cell: Cell, result: CellResult) -> None:
+        """Write a finished cell, all of it or, if killed, nothing."""
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
+        result.seeds.write_parquet(partial / "seeds.parquet")
+        result.curves.write_parquet(partial / "curves.parquet")
+        save_file(result.weights, partial / "weights.safetensors")
+        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+        content = {
+            "identity": cell.identity,
+            "seconds": result.seconds,
+            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task"})},
+            "environment": environment(),
+            "sha256": files,
+        }
+        content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
+        (partial / "cell.toml").write_bytes(tomli_w.dumps(content).encode())
+        for path in partial.iterdir():
+            _to_disk(path)
+        if self.path(cell).exists():
+            shutil.rmtree(self.path(cell))
+        partial.rename(self.path(cell))
+        _to_disk(self.cells)
+
+    def load(self, cell: Cell, *, weights: bool = False) -> CellResult:
+        """Read a finished cell.
+
+        Args:
+            cell: Which one.
+            weights: Whether to read the trained parameters too.
+
+        Raises:
+            CorruptCell: A file is missing, incomplete or changed; the message names it.
+        """
+        about = self.about(cell)
+        folder = self.path(cell)
+        for name in ("seeds.parquet", "curves.parquet", "weights.safetensors"):
+            path = folder / name
+            if not path.is_file():
+                raise CorruptCell(f"{path} is missing")
+            if (name != "weights.safetensors" or weights) and about["sha256"].get(name) != _checksum(path):
+                raise CorruptCell(f"{path} is corrupt: its checksum is not the one in cell.toml")
+        tables = {}
+        for name, schema in _TABLES.items():
+            path = folder / f"{name}.parquet"
+            try:
+                tables[name] = pl.read_parquet(path)
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise CorruptCell(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            if dict(tables[name].schema) != schema:
+                raise CorruptCell(f"{path} has other columns than this version writes")
+        try:
+            parameters = load_file(folder / "weights.safetensors") if weights else {}
+        except SafetensorError as error:
+            raise CorruptCell(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
+        return CellResult(tables["seeds"], tables["curves"], parameters, about["seconds"])
+
+    def about(self, cell: Cell) -> dict[str, Any]:
+        """The content of cell.toml.
+
+        Raises:
+            CorruptCell: It is missing or not what was written.
+        """
+        path = self.path(cell) / "cell.toml"
+        try:
+            about = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+            raise CorruptCell(f"{path} is missing or not TOML") from None
+        if about.get("identity") != cell.identity or not {"seconds", "sha256", "environment"} <= about.keys():
+            raise CorruptCell(f"{path} does not describe this cell")
+        return about
+
+    def discard(self, cell: Cell) -> None:
+        """Remove a corrupt cell."""
+        path = self.path(cell)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def clean(self) -> None:
+        """Remove what killed runs have left; to be called under `lock`."""
+        for path in self.cells.glob(".partial-*"):
+            shutil.rmtree(path)
+
+
+def choose_learning_rate(results: Iterable[tuple[Cell, CellResult]]) -> float:
+    """The learning rate whose tuning seeds are most accurate, then fastest, then the smaller one."""
+    table = pl.concat([r.seeds.with_columns(pl.lit(c.learning_rate).alias("learning_rate")) for c, r in results])
+    ranked = (
+        table.group_by("learning_rate")
+        .agg(pl.mean("accuracy"), pl.mean("steps"))
+        .sort("accuracy", "steps", "learning_rate", descending=[True, False, False])
+    )
+    return ranked["learning_rate"][0]
+
+
+def collect(store: Store) -> StudyResults:
+    """All finished cells of a study.
+
+    Raises:
+        StoreError: The folder is not a study, or a cell is corrupt; the message names the file.
+        ConfigError: Its configuration does not fit.
+    """
+    config, text = store.config()
+    tables: dict[str, list[pl.DataFrame]] = {name: [] for name in _TABLES}
+    unfinished: list[str] = []
+    found: dict[str, str] = {}
+    seconds = 0.0
+    for comparison in config.comparisons():
+        tuning = comparison.tuning_cells()
+        done = [(cell, store.load(cell)) for cell in tuning if store.has(cell)]
+        rates = config.training.learning_rates
+        cells = tuning
+        if len(done) == len(tuning):
+            final = comparison.final_cells(choose_learning_rate(done) if tuning else rates[0])
+            done += [(cell, store.load(cell)) for cell in final if store.has(cell)]
+            cells = tuning + final
+        else:
+            unfinished.append(f"{comparison.condition}, {comparison.mechanism}, final: waits for tuning")
+        unfinished += [str(cell) for cell in cells if not store.has(cell)]
+        for cell, result in done:
+            labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
+            columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+            columns.append(pl.lit(cell.learning_rate).alias("learning_rate"))
+            tables["seeds"].append(result.seeds.with_columns(columns))
+            tables["curves"].append(result.curves.with_columns(columns))
+            seconds += result.seconds
+            found = store.about(cell)["environment"]
+    empty = {"condition": pl.String, "mechanism": pl.String, "role": pl.String, "learning_rate": pl.Float64}
+    joined = {
+        name: pl.concat(parts) if parts else pl.DataFrame(schema={**_TABLES[name], **empty})
+        for name, parts in tables.items()
+    }
+    return StudyResults(
+        name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
+        seeds=joined["seeds"], curves=joined["curves"], unfinished=unfinished, environment=found or environment(),
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine."""
+    return {
+        "expressive-attention": version("expressive-attention"),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole, old or new, whenever the process is killed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
