@@ -83,8 +83,8 @@ def call(function: Callable[..., Tensor], problem: Problem, inputs: list[Tensor]
 def within_budget(function: Callable[..., Tensor], problem: Problem, inputs: list[Tensor]) -> bool:
     """Error against float64 at most twice that of the reference in the same dtype, plus one rounding."""
 
-    def reference(*args: Tensor, is_causal: bool) -> Tensor:
-        return expressive_attention(*args, is_causal=is_causal, backend="reference")
+    def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        return expressive_attention(q, k, v, is_causal=is_causal, backend="reference")
 
     # One head is enough, and what memory allows.
     few = [x[:1, :1].detach().clone().requires_grad_() for x in inputs]
@@ -117,7 +117,11 @@ def main() -> None:
     def backend(name: str) -> Callable[..., Tensor]:
         return lambda *args, is_causal: expressive_attention(*args, is_causal=is_causal, backend=name)
 
-    candidates = {"blockwise": backend("blockwise"), "reference": backend("reference"), "formula": plain_formula}
+    candidates = {
+        "blockwise": backend("blockwise"),
+        "reference": backend("reference"),
+        "formula": plain_formula,
+    }
     peak = measured_peak()
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads, ", end="")
     print(f"float32 matrix product {peak / 1e9:.0f} GFLOP/s")

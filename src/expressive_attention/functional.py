@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import ops
 from .backends import AUTOMATIC, BACKENDS, reference
@@ -69,17 +70,15 @@ def expressive_attention(
     return_normalizer: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Expressive attention: weights large for parallel and antiparallel query and key, zero for orthogonal.
+    """Expressive attention: weights large for parallel and antiparallel query and key, zero for orthogonal.
 
-    With :math:`z_{ij} = \mathrm{scale}\; q_i \cdot k_j` (Gros, arXiv 2407.18601),
+    With z_ij = scale * q_i . k_j (Gros, arXiv 2407.18601):
 
-    .. math::
-
-        w_{ij} = f(z_{ij})\, e^{\mathrm{bias}_{ij}}, \quad f(z) = \frac{z^2}{1 + z^2}, \quad
-        N_i = \sum_j w_{ij}, \quad o_i = \frac{1}{N_i} \sum_j w_{ij} v_j .
+        w_ij = f(z_ij) exp(bias_ij),   f(z) = z^2 / (1 + z^2)
+        N_i  = sum_j w_ij,             o_i  = sum_j w_ij v_j / N_i
 
     The arguments are those of `torch.nn.functional.scaled_dot_product_attention`, and mean the same, so that
-    replacing the name is all it takes. A row with :math:`N_i = 0` (every key masked, or every score 0) gives
+    replacing the name is all it takes. A row with N_i = 0 (every key masked, or every score 0) gives
     output 0 and gradient 0.
 
     Args:
@@ -95,7 +94,7 @@ def expressive_attention(
         is_causal: Query i sees keys up to its own position.
         scale: Factor on the dot product; ``1 / sqrt(E)`` if None.
         enable_gqa: Let ``Hq`` be a multiple of ``Hkv``: query head h reads key head ``h // (Hq // Hkv)``.
-        form: ``"expressive"`` for f above, ``"squared"`` for its leading order :math:`f(z) = z^2`.
+        form: ``"expressive"`` for f above, ``"squared"`` for its leading order f(z) = z^2.
         causal_alignment: With `is_causal`, ``"upper_left"``: query i sees keys j <= i, as in torch;
             ``"lower_right"``: j <= i + S - L, for queries that continue a cache.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
@@ -295,5 +294,5 @@ def _differentiated_by_func() -> bool:
     """Whether a torch.func derivative is active: operators with registered gradients do not take part in it."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+    stack = _functorch.get_interpreter_stack() or []
+    return any(level.key() != _functorch.TransformType.Vmap for level in stack)

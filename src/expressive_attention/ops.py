@@ -45,9 +45,7 @@ def attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak of one call, by the fused backend of that name."""
-    return torch.ops.expressive_attention.attention(
-        query, key, value, attn_mask, diagonal, scale, form, backend
-    )
+    return torch.ops.expressive_attention.attention(query, key, value, attn_mask, diagonal, scale, form, backend)
 
 
 @torch.library.impl(_ATTENTION, "CompositeExplicitAutograd")
@@ -119,9 +117,7 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
-        leaves = {
-            name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None
-        }
+        leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         output, normalizer, _ = reference.forward(
             leaves["query"], leaves["key"], leaves["value"], leaves.get("attn_mask"), diagonal, scale, form
         )
@@ -177,8 +173,7 @@ def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
 def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], tensors: int) -> tuple[list[Any], int]:
     """The first `tensors` arguments with the mapped dimension folded into dimension 0, and that one's size."""
     fronts = [
-        None if x is None else _to_front(x, dim, size)
-        for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
+        None if x is None else _to_front(x, dim, size) for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
     ]
     batch = max(x.shape[1] for x in fronts if x is not None)
     # Only a mask can have a batch dimension of one beside others: it is broadcast.
@@ -203,8 +198,9 @@ def autocast_inputs(*tensors: Tensor) -> list[Tensor]:
 
 
 def _autocast(query, key, value, *rest):
+    query, key, value = autocast_inputs(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
-        return attention(*autocast_inputs(query, key, value), *rest)
+        return attention(query, key, value, *rest)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):

@@ -119,9 +119,7 @@ def backward(
 
     q, k, v, mask = _grouped(query, key, value, attn_mask, dtype, scale)
     kv_heads = k.shape[1]
-    dq, dk, dv = (
-        torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (query, key, value)
-    )
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (query, key, value))
     dmask = torch.zeros_like(mask) if mask_gradient and mask is not None else None
     by_row = [x.unflatten(1, (kv_heads, -1)) for x in (upstream, inverse, output, dq)]
     dn = None if grad_normalizer is None else grad_normalizer.to(dtype).unsqueeze(-1).unflatten(1, (kv_heads, -1))

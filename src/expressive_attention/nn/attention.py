@@ -37,10 +37,10 @@ class HeadGain(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    r"""Causal or full multi-head self-attention whose weights are expressive or softmax.
+    """Causal or full multi-head self-attention whose weights are expressive or softmax.
 
-    With :math:`z = g_h\, q \cdot k / \sqrt{E}` for both mechanisms, weights are proportional to
-    :math:`z^2 / (1 + z^2)` (``"expressive"``, Gros, arXiv 2407.18601) or :math:`e^z` (``"dot_product"``,
+    With z = g_h q . k / sqrt(E) for both mechanisms, weights are proportional to z^2 / (1 + z^2)
+    (``"expressive"``, Gros, arXiv 2407.18601) or to exp(z) (``"dot_product"``,
     torch's own `scaled_dot_product_attention`). Everything else is the same, so that two modules of the same
     seed differ in the mechanism alone.
 
@@ -120,7 +120,8 @@ class SelfAttention(nn.Module):
             return expressive_attention(q, k, v, attn_mask, dropout_p, self.is_causal)
         if attn_mask is None:
             # torch's fused kernels take four dimensions
-            y = F.scaled_dot_product_attention(*(x.flatten(0, -4) for x in (q, k, v)), None, dropout_p, self.is_causal)
+            four = [x.flatten(0, -4) for x in (q, k, v)]
+            y = F.scaled_dot_product_attention(four[0], four[1], four[2], None, dropout_p, self.is_causal)
             return y.view(q.shape)
         if self.is_causal:  # torch takes either a mask or is_causal
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

@@ -39,10 +39,10 @@ class LearnedPositions(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    r"""Rotates pairs of coordinates by angles that grow with position (RoPE; Su et al., arXiv 2104.09864).
+    """Rotates pairs of coordinates by angles that grow with position (RoPE; Su et al., arXiv 2104.09864).
 
-    Coordinates i and i + E/2 of the vector at position p turn by :math:`p\, \mathrm{base}^{-2i/E}`, so that
-    :math:`q_p \cdot k_r` depends on p and r through p - r alone.
+    Coordinates i and i + E/2 of the vector at position p turn by p * base^(-2 i / E), so that
+    q_p . k_r depends on p and r through p - r alone.
 
     Args:
         head_dim: E, even.

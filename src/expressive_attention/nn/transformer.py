@@ -122,7 +122,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("position", position, POSITIONS)
-        for name, size in {"vocab_size": vocab_size, "max_length": max_length, "num_layers": num_layers}.items():
+        for name, size in {
+            "vocab_size": vocab_size,
+            "max_length": max_length,
+            "num_layers": num_layers,
+        }.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.max_length = max_length

@@ -56,10 +56,10 @@ def _root(
 @app.command()
 def info() -> None:
     """Print versions, the machine, and which backends can run here."""
+    import torch
+
     from ..backends import AUTOMATIC, BACKENDS
     from ..backends.problem import Problem
-
-    import torch
 
     console = Console(highlight=False)
     table = Table("", "", show_header=False, box=None)
@@ -85,7 +85,8 @@ def run(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]"),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", "-w", min=1, help="Worker processes; by default one per core.")

@@ -14,8 +14,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("expressive_attention"):
             raise
-        sys.exit(
-            f"ea needs the package {error.name!r}, which the extra 'study' installs: "
-            f"pip install 'expressive-attention[study]'"
+        sys.stderr.write(
+            f"ea: the package {error.name!r} is missing; the extra 'study' installs it: "
+            f"pip install 'expressive-attention[study]'\n"
         )
+        sys.exit(2)
     app()

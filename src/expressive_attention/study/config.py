@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from importlib import resources
+from importlib.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,11 +157,13 @@ class StudyConfig(_Strict):
                 kind = task.get("kind", "nt")
                 if kind not in TASKS:
                     raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
-                for model in _combinations(grid.model):
-                    pairs.append((
+                pairs += [
+                    (
                         TASKS[kind].model_validate(task),
                         ModelConfig.model_validate({**self.model.model_dump(), **model}),
-                    ))  # fmt: skip
+                    )
+                    for model in _combinations(grid.model)
+                ]
         varying = [
             name for name in ModelConfig.model_fields if len({repr(getattr(model, name)) for _, model in pairs}) > 1
         ]
@@ -263,7 +266,8 @@ def _label(task: Task, model: ModelConfig, varying: list[str]) -> str:
 
 def preset_names() -> list[str]:
     """Names of the presets in the package."""
-    return sorted(path.name.removesuffix(".toml") for path in _presets() if path.name.endswith(".toml"))
+    names = (path.name for path in _presets().iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def preset_text(name: str) -> str:
@@ -274,7 +278,7 @@ def preset_text(name: str) -> str:
     """
     if name not in preset_names():
         raise ConfigError(f"no preset {name!r}; presets are: {', '.join(preset_names())}")
-    return resources.files(__package__).joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+    return (_presets() / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
@@ -320,5 +324,5 @@ def _in_one_line(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-def _presets() -> list[Any]:
-    return list(resources.files(__package__).joinpath("presets").iterdir())
+def _presets() -> Traversable:
+    return resources.files("expressive_attention.study") / "presets"

@@ -97,7 +97,7 @@ def stack(members: Sequence[nn.Module]) -> nn.Module:
         raise ValueError("members must hold at least one module, got none")
     first = members[0]
     if type(first) in _STACKED:
-        return _STACKED[type(first)](members)  # pyright: ignore[reportArgumentType]
+        return _STACKED[type(first)](members)
     if next(first.parameters(recurse=False), None) is not None:
         raise TypeError(f"{type(first).__name__} has parameters and cannot be stacked")
     whole = copy.deepcopy(first)

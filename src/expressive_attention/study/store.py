@@ -1,8 +1,8 @@
 """Finished cells on disk: one folder each, which is there whole or not at all.
 
-    DIR/config.toml                    the study's configuration
-    DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files
-                         seeds.parquet, curves.parquet, weights.safetensors
+DIR/config.toml                    the study's configuration
+DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files
+seeds.parquet, curves.parquet, weights.safetensors
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from .config import Cell, StudyConfig, parse_config, tomllib
 from .results import CURVE_SCHEMA, SEED_SCHEMA, StudyResults
 from .training import CellResult
 
-__all__ = ["CorruptCell", "Store", "StoreError", "choose_learning_rate", "collect", "environment", "write_atomically"]
+__all__ = [
+    "CorruptCellError",
+    "Store",
+    "StoreError",
+    "choose_learning_rate",
+    "collect",
+    "environment",
+    "write_atomically",
+]
 
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA}
 
@@ -38,7 +46,7 @@ class StoreError(ValueError):
     """A folder that cannot be used as a study; the message says why, in one line."""
 
 
-class CorruptCell(StoreError):
+class CorruptCellError(StoreError):
     """A cell on disk that is not what was written; it is never read as a result."""
 
 
@@ -139,44 +147,44 @@ class Store:
             weights: Whether to read the trained parameters too.
 
         Raises:
-            CorruptCell: A file is missing, incomplete or changed; the message names it.
+            CorruptCellError: A file is missing, incomplete or changed; the message names it.
         """
         about = self.about(cell)
         folder = self.path(cell)
         for name in ("seeds.parquet", "curves.parquet", "weights.safetensors"):
             path = folder / name
             if not path.is_file():
-                raise CorruptCell(f"{path} is missing")
+                raise CorruptCellError(f"{path} is missing")
             if (name != "weights.safetensors" or weights) and about["sha256"].get(name) != _checksum(path):
-                raise CorruptCell(f"{path} is corrupt: its checksum is not the one in cell.toml")
+                raise CorruptCellError(f"{path} is corrupt: its checksum is not the one in cell.toml")
         tables = {}
         for name, schema in _TABLES.items():
             path = folder / f"{name}.parquet"
             try:
                 tables[name] = pl.read_parquet(path)
             except (pl.exceptions.PolarsError, OSError) as error:
-                raise CorruptCell(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+                raise CorruptCellError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
             if dict(tables[name].schema) != schema:
-                raise CorruptCell(f"{path} has other columns than this version writes")
+                raise CorruptCellError(f"{path} has other columns than this version writes")
         try:
             parameters = load_file(folder / "weights.safetensors") if weights else {}
         except SafetensorError as error:
-            raise CorruptCell(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
+            raise CorruptCellError(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
         return CellResult(tables["seeds"], tables["curves"], parameters, about["seconds"])
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """The content of cell.toml.
 
         Raises:
-            CorruptCell: It is missing or not what was written.
+            CorruptCellError: It is missing or not what was written.
         """
         path = self.path(cell) / "cell.toml"
         try:
             about = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-            raise CorruptCell(f"{path} is missing or not TOML") from None
+            raise CorruptCellError(f"{path} is missing or not TOML") from None
         if about.get("identity") != cell.identity or not {"seconds", "sha256", "environment"} <= about.keys():
-            raise CorruptCell(f"{path} does not describe this cell")
+            raise CorruptCellError(f"{path} does not describe this cell")
         return about
 
     def discard(self, cell: Cell) -> None:

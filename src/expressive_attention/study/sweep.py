@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from .config import Cell, Comparison, StudyConfig
 from .progress import Display
-from .store import CorruptCell, Store, choose_learning_rate
+from .store import CorruptCellError, Store, choose_learning_rate
 from .training import CellResult, train_cell
 
 __all__ = ["SweepError", "run_study"]
@@ -139,7 +138,7 @@ class _Plan:
             return False
         try:
             self.store.load(cell, weights=True)
-        except CorruptCell as error:
+        except CorruptCellError as error:
             self.display.note(f"{error}; it is computed again")
             self.store.discard(cell)
             return False
@@ -148,12 +147,11 @@ class _Plan:
 
 # ---- in the workers ----
 
-_report: Callable[[tuple[Any, ...] | None], None]
+_events: list[Any] = []  # the queue to the parent, once the worker has started
 
 
 def _start_worker(events: Any, threads: int) -> None:
-    global _report
-    _report = events.put
+    _events.append(events)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -167,9 +165,9 @@ def _end_with_parent() -> None:
 
 
 def _work(cell: Cell, store: Store) -> None:
-    identity = cell.identity
-    _report((identity, None, None))
-    store.save(cell, train_cell(cell, lambda step, accuracy: _report((identity, step, accuracy))))
+    identity, report = cell.identity, _events[0].put
+    report((identity, None, None))
+    store.save(cell, train_cell(cell, lambda step, accuracy: report((identity, step, accuracy))))
 
 
 def _listen(events: Any, cells: dict[str, Cell], display: Display) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..nn import Transformer
 from .config import Cell, ModelConfig, TrainingConfig
-from .ensemble import member_state, stack
+from .ensemble import stack
 from .measures import accuracy, rollouts, windows_seen
 from .results import CURVE_SCHEMA, SEED_SCHEMA
 from .streams import stream
 from .tasks import Task
 
-__all__ = ["CellResult", "Trajectory", "build_model", "learning_rate_factor", "train_cell"]
+__all__ = ["CellResult", "Trajectory", "build_model", "learning_rate_factor", "train_cell", "trained_model"]
 
 # Training sequences are drawn this many steps at a time.
 _STEPS_DRAWN = 128

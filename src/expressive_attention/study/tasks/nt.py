@@ -41,7 +41,7 @@ class NTTask(Task):
         context: Tokens that the model reads, at least `delay`; None: ``delay + 1``.
     """
 
-    kind: Literal["nt"] = "nt"
+    kind: Literal["nt"] = "nt"  # pyright: ignore[reportIncompatibleVariableOverride]
     operation: Literal["sum", "difference"] = "sum"
     basis: int = Field(ge=2, le=1 << 16)
     delay: int = Field(ge=1, le=1 << 10)
@@ -120,7 +120,7 @@ class NTTask(Task):
 
     def _threshold(self) -> np.uint64 | None:
         """States whose hash lies below it are held out; None: the space is too small."""
-        return _held_out_threshold(self)
+        return _held_out_threshold(self)  # pyright: ignore[reportArgumentType]: frozen, so hashable
 
     def _is_held_out(self, starts: np.ndarray) -> np.ndarray:
         threshold = self._threshold()
@@ -155,7 +155,7 @@ class NTTask(Task):
         """Number of cycles of each length that the recurrence makes of the states; None: too many to enumerate."""
         if self.state_space > _ENUMERABLE:
             return None
-        return dict(_cycles(self))
+        return dict(_cycles(self))  # pyright: ignore[reportArgumentType]: frozen, so hashable
 
     def facts(self) -> dict[str, Any]:
         test = self.held_out_sequences(2048, "test")
