@@ -84,7 +84,7 @@ def _forward(
             weight = _scores(q_tile, tile.keys(k, columns)).square_()
             if form == "expressive":
                 weight.div_(weight + 1.0)
-            _apply_mask_(tile.grid(weight), mask, tile, columns, diagonal, bias_peak)
+            _apply_mask_(tile.grid(weight), _mask_factor(mask, tile, columns, bias_peak), tile, columns, diagonal)
             total_tile.add_(weight.sum(-1, keepdim=True))
             out_tile.baddbmm_(weight, tile.keys(v, columns))
     return output.div_(torch.where(normalizer == 0, 1.0, normalizer).unsqueeze(-1)), normalizer, peak
@@ -114,30 +114,33 @@ def backward(
     if dtype != query.dtype:
         # What was stored is rounded to 16 bits (the output) or may have left float32's range (the normalizer).
         output, normalizer, _ = _forward(query, key, value, attn_mask, diagonal, scale, form, dtype)
-    inverse = torch.where(normalizer == 0, 0.0, normalizer.reciprocal()).unsqueeze(-1)
-    upstream = grad_output.to(dtype) * inverse
+    total = torch.where(normalizer == 0, torch.inf, normalizer).unsqueeze(-1)
+    upstream = grad_output.to(dtype) / total
 
     q, k, v, mask = _grouped(query, key, value, attn_mask, dtype, scale)
     kv_heads = k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (query, key, value))
     dmask = torch.zeros_like(mask) if mask_gradient and mask is not None else None
-    by_row = [x.unflatten(1, (kv_heads, -1)) for x in (upstream, inverse, output, dq)]
+    by_row = [x.unflatten(1, (kv_heads, -1)) for x in (upstream, total, output, dq)]
     dn = None if grad_normalizer is None else grad_normalizer.to(dtype).unsqueeze(-1).unflatten(1, (kv_heads, -1))
     for tile in _row_tiles(q, k.shape[-2]):
         q_tile = tile.rows(q)
-        u, inverse_tile, o = (tile.rows(x) for x in by_row[:3])
+        u, total_tile, o = (tile.rows(x) for x in by_row[:3])
         dq_tile = tile.rows_view(by_row[3])
         bias_peak = _tile_peak(mask, tile, diagonal)
 
         def products(columns: slice, tile=tile, q_tile=q_tile, u=u, bias_peak=bias_peak) -> tuple[Tensor, ...]:
             """w, f'(z) exp(bias) / 2 and u . v of a tile of keys."""
             z = _scores(q_tile, tile.keys(k, columns))
-            r = torch.addcmul(z.new_ones(()), z, z).reciprocal_() if form == "expressive" else None
-            half_derivative = z.clone() if r is None else z * r  # in the end f'(z) exp(bias) / 2
-            _apply_mask_(tile.grid(half_derivative), mask, tile, columns, diagonal, bias_peak)
-            weight = z.mul_(half_derivative)
-            if r is not None:
-                half_derivative.mul_(r)
+            # The operations of the forward pass, so that a weight over the sum of its row is the same number.
+            weight, half_derivative = z * z, z
+            if form == "expressive":
+                denominator = weight + 1.0
+                weight.div_(denominator)
+                half_derivative.div_(denominator).div_(denominator)
+            factor = _mask_factor(mask, tile, columns, bias_peak)
+            for x in (weight, half_derivative):
+                _apply_mask_(tile.grid(x), factor, tile, columns, diagonal)
             return weight, half_derivative, torch.bmm(u, tile.keys(v, columns).mT)
 
         ranges = list(tile.key_ranges(k.shape[-2], diagonal))
@@ -145,13 +148,12 @@ def backward(
         if mask is None and len(ranges) > 1:
             mean = (u * o).sum(-1, keepdim=True)
         else:
-            # A row may see one key only. Then g is 0, and is so only if D comes from the products that it is
-            # subtracted from: f'(z) / N = 2 / z would magnify the smallest difference.
-            mean = torch.zeros_like(inverse_tile)
+            # A row may see one key only. Then w / N is 1 and g is 0, but only if D comes from the products that
+            # it is subtracted from: f'(z) / N = 2 / z would magnify the smallest difference.
+            mean = torch.zeros_like(total_tile)
             for i, columns in enumerate(ranges):
                 weight, _, uv = known.get(i) or products(columns)
-                mean += (weight * uv).sum(-1, keepdim=True)
-            mean *= inverse_tile
+                mean += (weight / total_tile).mul_(uv).sum(-1, keepdim=True)
         shift = mean if dn is None else mean - tile.rows(dn)
 
         for i, columns in enumerate(ranges):
@@ -293,15 +295,19 @@ def _tile_peak(mask: Tensor | None, tile: _Tile, diagonal: int | None) -> Tensor
     return row_peak(tile.of_mask(mask, slice(None)), tile.query_range, diagonal)
 
 
-def _apply_mask_(
-    x: Tensor, mask: Tensor | None, tile: _Tile, columns: slice, diagonal: int | None, peak: Tensor | None
-) -> None:
-    """Multiply x ``(b, h, g, l, s)`` by ``exp(bias - peak)``; set it to 0 where a bool mask or causality hides."""
-    if mask is not None:
-        part = tile.of_mask(mask, columns)
-        if peak is None:
-            x.masked_fill_(~part, 0.0)
-        else:
-            x.mul_(torch.exp(part - peak))
+def _mask_factor(mask: Tensor | None, tile: _Tile, columns: slice, peak: Tensor | None) -> Tensor | None:
+    """What multiplies the weights of a tile of keys: ``exp(bias - peak)``, or a bool mask; None: nothing."""
+    if mask is None:
+        return None
+    part = tile.of_mask(mask, columns)
+    return part if peak is None else torch.exp(part - peak)
+
+
+def _apply_mask_(x: Tensor, factor: Tensor | None, tile: _Tile, columns: slice, diagonal: int | None) -> None:
+    """Multiply x ``(b, h, g, l, s)`` by `factor`; set it to 0 where that is False or causality hides the key."""
+    if factor is not None and factor.dtype == torch.bool:
+        x.masked_fill_(~factor, 0.0)
+    elif factor is not None:
+        x.mul_(factor)
     if diagonal is not None and columns.stop - 1 > tile.queries.start + diagonal:
         x.tril_(tile.queries.start + diagonal - columns.start)

@@ -119,10 +119,10 @@ class SelfAttention(nn.Module):
         if self.mechanism == "expressive":
             return expressive_attention(q, k, v, attn_mask, dropout_p, self.is_causal)
         if attn_mask is None:
-            # torch's fused kernels take four dimensions
-            four = [x.flatten(0, -4) for x in (q, k, v)]
-            y = F.scaled_dot_product_attention(four[0], four[1], four[2], None, dropout_p, self.is_causal)
-            return y.view(q.shape)
+            shape = q.shape
+            if q.ndim > 4:  # torch's fused kernels take four dimensions
+                q, k, v = (x.flatten(0, -4) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.is_causal).view(shape)
         if self.is_causal:  # torch takes either a mask or is_causal
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             attn_mask = _joined(causal, attn_mask)

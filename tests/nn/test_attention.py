@@ -1,0 +1,123 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from expressive_attention import expressive_attention
+from expressive_attention.nn import HeadGain, RotaryPositions, SelfAttention, alibi_bias
+
+
+def by_hand(module, x, attend):
+    """The module written out for one input ``(L, D)``, head by head."""
+    qkv = x @ module.qkv.weight.T + (0 if module.qkv.bias is None else module.qkv.bias)
+    q, k, v = qkv.chunk(3, -1)
+    heads = []
+    for h in range(module.num_heads):
+        part = slice(h * q.shape[1] // module.num_heads, (h + 1) * q.shape[1] // module.num_heads)
+        qh, kh, vh = q[:, part], k[:, part], v[:, part]
+        if module.rope is not None:
+            qh, kh = module.rope(qh), module.rope(kh)
+        z = qh @ kh.T / qh.shape[1] ** 0.5
+        if module.gain is not None:
+            z = z * module.gain.weight[h]
+        bias = alibi_bias(module.num_heads, len(x), len(x))[h] if module.position == "alibi" else torch.zeros_like(z)
+        heads.append(attend(z, bias.to(z.dtype)) @ vh)
+    return torch.cat(heads, -1) @ module.out.weight.T + module.out.bias
+
+
+def expressive(z, bias):
+    w = (z * z / (1 + z * z) * bias.exp()).tril()
+    return w / w.sum(-1, keepdim=True)
+
+
+def softmax(z, bias):
+    hidden = torch.ones_like(z).tril() == 0
+    return torch.softmax((z + bias).masked_fill(hidden, -torch.inf), -1)
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "alibi", "learned"])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize(("mechanism", "attend"), [("expressive", expressive), ("dot_product", softmax)])
+def test_is_attention_of_its_mechanism(mechanism, attend, position, gain):
+    torch.manual_seed(0)
+    module = SelfAttention(12, 2, mechanism, position=position, gain=gain).double()
+    if module.gain is not None:
+        torch.nn.init.uniform_(module.gain.weight, 0.5, 2.0)
+    x = torch.randn(3, 7, 12, dtype=torch.float64)
+    expected = torch.stack([by_hand(module, row, attend) for row in x])
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x[:, None])[:, 0], expected)
+    torch.testing.assert_close(module(x[0]), expected[0])
+
+
+@pytest.mark.parametrize("mechanism", ["expressive", "dot_product"])
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("position", ["none", "alibi"])
+def test_masks_work_with_both_mechanisms(mechanism, kind, position):
+    torch.manual_seed(1)
+    module = SelfAttention(8, 2, mechanism, position=position)
+    x = torch.randn(2, 5, 8)
+    keep = torch.tensor([True, True, False, True, True])
+    mask = keep if kind == "bool" else torch.zeros(5).masked_fill(~keep, -torch.inf)
+    changed = x.clone()
+    changed[:, 2] += 1.0
+    same = [0, 1, 3, 4]
+    torch.testing.assert_close(module(x, mask)[:, same], module(changed, mask)[:, same])
+    assert not torch.allclose(module(x)[:, 3:], module(changed)[:, 3:])
+
+
+@pytest.mark.parametrize("mechanism", ["expressive", "dot_product"])
+def test_the_future_does_not_leak(mechanism):
+    torch.manual_seed(2)
+    module = SelfAttention(8, 2, mechanism, position="rope")
+    x = torch.randn(1, 6, 8)
+    changed = x.clone()
+    changed[:, 4:] = torch.randn(1, 2, 8)
+    assert torch.equal(module(x)[:, :4], module(changed)[:, :4])
+    full = SelfAttention(8, 2, mechanism, is_causal=False)
+    assert not torch.allclose(full(x)[:, :4], full(changed)[:, :4])
+
+
+def test_dot_product_is_torchs_own(monkeypatch):
+    called = []
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or own(*a, **k))
+    SelfAttention(8, 2, "dot_product")(torch.randn(1, 4, 8))
+    assert called == [1]
+    SelfAttention(8, 2, "expressive")(torch.randn(1, 4, 8))
+    assert called == [1]
+
+
+def test_dropout_only_in_training():
+    torch.manual_seed(3)
+    for mechanism in ("expressive", "dot_product"):
+        module = SelfAttention(8, 2, mechanism, dropout_p=0.5)
+        x = torch.randn(1, 9, 8)
+        assert not torch.allclose(module(x), module(x))
+        module.eval()
+        assert torch.equal(module(x), module(x))
+
+
+def test_the_gain_multiplies_z():
+    torch.manual_seed(4)
+    gain = HeadGain(2)
+    torch.nn.init.constant_(gain.weight, 3.0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4).unbind(0)
+    expected = expressive_attention(q, k, v, scale=3.0 / 2.0)
+    torch.testing.assert_close(expressive_attention(gain(q), k, v), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((10, 3), ["embed_dim", "num_heads", "10 and 3"]),
+        ((8, 0), ["embed_dim", "num_heads"]),
+        ((8, 2, "softmax"), ["mechanism", "dot_product", "'softmax'"]),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=r".*".join(words)):
+        SelfAttention(*arguments)
+    with pytest.raises(ValueError, match="position must be one of .*'rotary'"):
+        SelfAttention(8, 2, position="rotary")
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        RotaryPositions(3)

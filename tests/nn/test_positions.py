@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from expressive_attention import expressive_attention
+from expressive_attention.nn import LearnedPositions, RotaryPositions, alibi_bias, alibi_slopes
+
+
+def test_rope_turns_each_pair_by_its_frequency():
+    rope = RotaryPositions(6, base=100.0)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = torch.empty_like(x)
+    for p in range(5):
+        for i in range(3):
+            angle = torch.tensor(p * 100.0 ** (-2 * i / 6), dtype=torch.float64)
+            expected[p, i] = x[p, i] * angle.cos() - x[p, i + 3] * angle.sin()
+            expected[p, i + 3] = x[p, i] * angle.sin() + x[p, i + 3] * angle.cos()
+    torch.testing.assert_close(rope(x), expected)
+
+
+def test_rope_depends_on_distance_alone():
+    rope = RotaryPositions(8)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    scores = rope(q.expand(9, 8)) @ rope(k.expand(9, 8)).T
+    for distance in range(-8, 9):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_rope_follows_length_and_dtype():
+    rope = RotaryPositions(4)
+    x = torch.randn(6, 4)
+    whole = rope(x)
+    torch.testing.assert_close(rope(x[:3]), whole[:3])
+    assert rope(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(rope(x.double()).float(), whole)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    torch.testing.assert_close(alibi_slopes(8), torch.tensor([2.0**-n for n in range(1, 9)]))
+    assert alibi_slopes(16)[0].item() == pytest.approx(2**-0.5)
+
+
+def test_alibi_counts_the_distance_and_ends_at_the_last_key():
+    bias = alibi_bias(2, 2, 4)
+    distance = torch.tensor([[2.0, 1.0, 0.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    torch.testing.assert_close(bias, torch.stack([-distance / 16, -distance / 256]))
+
+
+def test_with_alibi_weights_fall_with_distance():
+    """A bias added to z instead would raise them: f is even."""
+    ones = torch.ones(1, 4, 8, 2)
+    values = torch.eye(8).expand(1, 4, 8, 8)
+    weights = expressive_attention(ones, ones, values, alibi_bias(4, 8, 8), is_causal=True)
+    last = weights[0, :, -1]
+    assert (last[:, 1:] > last[:, :-1]).all()
+    ratio = last[:, :-1] / last[:, 1:]
+    torch.testing.assert_close(ratio, torch.exp(-alibi_slopes(4))[:, None].expand_as(ratio))
+
+
+def test_learned_positions_add_their_table():
+    positions = LearnedPositions(5, 3)
+    x = torch.randn(2, 4, 3)
+    torch.testing.assert_close(positions(x) - x, positions.table.weight[:4].expand(2, 4, 3))
+    with pytest.raises(ValueError, match="at most 5 positions, got 6"):
+        positions(torch.randn(6, 3))

@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from expressive_attention.nn import Transformer, TransformerBlock
+
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:])
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "none"])
+def test_a_block_is_attention_and_mlp_on_residuals(kind):
+    torch.manual_seed(0)
+    block = TransformerBlock(8, 2, norm=kind, norm_affine=False, activation="relu")
+    x = torch.randn(3, 5, 8)
+    outer = norm if kind == "post" else lambda x: x
+    inner = norm if kind == "pre" else lambda x: x
+    y = outer(x + block.attention(inner(x)))
+    y = outer(y + block.down(torch.relu(block.up(inner(y)))))
+    torch.testing.assert_close(block(x), y)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "none"])
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi", "none"])
+def test_the_model_is_its_parts(kind, position):
+    torch.manual_seed(1)
+    model = Transformer(10, 6, 8, 2, 2, position=position, norm=kind, gain=True)
+    tokens = torch.randint(10, (3, 5))
+    x = model.embedding(tokens)
+    if position == "learned":
+        x = x + model.positions.table.weight[:5]
+    for block in model.blocks:
+        x = block(x)
+    if kind == "pre":
+        x = norm(x)
+    torch.testing.assert_close(model(tokens), model.head(x))
+
+
+def test_initialization_has_the_spreads_it_says():
+    torch.manual_seed(2)
+    model = Transformer(200, 6, 64, 1, 2, embedding_std=0.5)
+    assert model.embedding.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    assert model.blocks[0].down.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert model.head.bias.abs().max() == 0
+
+
+def test_a_generator_repeats_the_initialization_for_both_mechanisms():
+    models = [Transformer(10, 6, 8, 1, 2, m, position="learned", gain=True) for m in ("expressive", "dot_product")]
+    for model in models:
+        model.initialize(torch.Generator().manual_seed(3))
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_learns():
+    """A constant sequence is predicted after a few steps, with either mechanism."""
+    for mechanism in ("expressive", "dot_product"):
+        torch.manual_seed(4)
+        model = Transformer(5, 6, 16, 1, 2, mechanism)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            tokens = torch.randint(5, (32, 1)).expand(32, 7)
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "rms"}, "norm must be one of .*'rms'"),
+        ({"activation": "swish"}, "activation must be one of .*'swish'"),
+        ({"position": "sinus"}, "position must be one of .*'sinus'"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"embed_dim": 9}, "embed_dim must be a multiple of num_heads, got 9 and 4"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Transformer(**{"vocab_size": 10, "max_length": 6, **change})
+
+
+def test_too_many_tokens_are_refused():
+    with pytest.raises(ValueError, match="at most 6 positions, got 7"):
+        Transformer(10, 6, 8, 1, 1)(torch.zeros(1, 7, dtype=torch.long))

@@ -1,0 +1,155 @@
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from expressive_attention import expressive_attention
+from expressive_attention.backends import BACKENDS
+
+Q = torch.randn(2, 4, 5, 8)
+KV = torch.randn(2, 2, 6, 8)
+
+
+def test_positional_arguments_are_those_of_torch():
+    ours = list(inspect.signature(expressive_attention).parameters)
+    assert ours[:6] == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
+    documented = F.scaled_dot_product_attention.__doc__ or ""
+    assert all(name in documented for name in [*ours[:6], "scale", "enable_gqa"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((5, 8), (6, 8), (6, 3)),
+        ((4, 5, 8), (4, 6, 8), (4, 6, 3)),
+        ((2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 3)),
+        ((3, 2, 4, 5, 8), (3, 2, 4, 6, 8), (3, 2, 4, 6, 3)),
+        ((2, 4, 5, 8), (4, 6, 8), (1, 4, 6, 3)),
+        ((4, 5, 8), (2, 1, 6, 8), (2, 4, 6, 3)),
+        ((2, 1, 5, 8), (2, 4, 6, 8), (2, 4, 6, 3)),
+        ((0, 4, 5, 8), (0, 4, 6, 8), (0, 4, 6, 3)),
+    ],
+)
+def test_leading_dimensions_broadcast_as_in_a_matrix_product(backend, query, key, value):
+    q, k, v = torch.randn(query), torch.randn(key), torch.randn(value)
+    z = (q @ k.mT) / 8**0.5
+    w = z * z / (1 + z * z)
+    expected = w / w.sum(-1, keepdim=True) @ v
+    output, normalizer = expressive_attention(q, k, v, backend=backend, return_normalizer=True)
+    torch.testing.assert_close(output, expected)
+    assert output.shape == expected.shape
+    torch.testing.assert_close(normalizer, w.sum(-1).expand(expected.shape[:-1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (6,), (5, 1), (4, 5, 6), (2, 1, 1, 6), (3, 1, 4, 5, 6), (3, 2, 1, 1, 1)])
+def test_masks_broadcast(backend, shape):
+    q, k, v = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 4, 6, 8), torch.randn(3, 2, 4, 6, 3)
+    bias = torch.randn(shape)
+    whole = bias.expand(3, 2, 4, 5, 6)
+    got = expressive_attention(q, k, v, bias, backend=backend)
+    torch.testing.assert_close(got, expressive_attention(q, k, v, whole.contiguous(), backend="reference"))
+    got = expressive_attention(q, k, v, bias > 0, backend=backend)
+    torch.testing.assert_close(got, expressive_attention(q, k, v, whole > 0, backend="reference"))
+
+
+def test_grouped_queries_read_the_head_that_torch_gives_them():
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    repeated = expressive_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    for backend in BACKENDS:
+        torch.testing.assert_close(expressive_attention(q, k, v, enable_gqa=True, backend=backend), repeated)
+
+
+@pytest.mark.parametrize(("length", "keys"), [(5, 5), (3, 7), (7, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_alignments(backend, length, keys):
+    q, k, v = torch.randn(2, length, 4), torch.randn(2, keys, 4), torch.randn(2, keys, 4)
+    for alignment, offset in (("upper_left", 0), ("lower_right", keys - length)):
+        keep = torch.tensor([[j <= i + offset for j in range(keys)] for i in range(length)])
+        got = expressive_attention(q, k, v, is_causal=True, causal_alignment=alignment, backend=backend)
+        torch.testing.assert_close(got, expressive_attention(q, k, v, keep, backend="reference"))
+
+
+def test_causality_and_a_mask_combine():
+    q, k, v = torch.randn(3, 2, 6, 4).unbind(0)
+    keep = torch.rand(6, 6) < 0.5
+    both = expressive_attention(q, k, v, keep & torch.ones(6, 6).tril().bool())
+    torch.testing.assert_close(expressive_attention(q, k, v, keep, is_causal=True), both)
+
+
+def test_the_scale_of_the_squared_form_cancels_in_the_output_but_not_in_the_normalizer():
+    q, k, v = torch.randn(3, 2, 6, 4, dtype=torch.float64).unbind(0)
+    a, n = expressive_attention(q, k, v, form="squared", return_normalizer=True)
+    b, m = expressive_attention(q, k, v, form="squared", scale=3.0, return_normalizer=True)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(m / n, torch.full_like(n, (3.0 * 2.0) ** 2))
+
+
+def test_no_keys_give_zeros():
+    for backend in BACKENDS:
+        output, normalizer = expressive_attention(
+            torch.randn(2, 5, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 3), return_normalizer=True, backend=backend
+        )
+        assert torch.equal(output, torch.zeros(2, 5, 3))
+        assert torch.equal(normalizer, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_computes_in_the_dtype_of_the_region(backend, enabled):
+    q, k, v = torch.randn(3, 2, 6, 4).unbind(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        output = expressive_attention(q, k, v.double() if not enabled else v, backend=backend) if enabled else None
+        plain = expressive_attention(q, k, v, backend=backend)
+    if not enabled:
+        assert plain.dtype == torch.float32
+        return
+    halves = [x.bfloat16() for x in (q, k, v)]
+    assert torch.equal(output, expressive_attention(*halves, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"query": [[1.0]]}, TypeError, ["query", "torch.Tensor", "list"]),
+        ({"key": KV.int()}, ValueError, ["key", "torch.int32", "float32"]),
+        ({"value": KV.double()}, ValueError, ["value", "torch.float64", "torch.float32"]),
+        ({"key": KV.to("meta")}, ValueError, ["key", "meta", "cpu"]),
+        ({"query": Q[0, 0, 0]}, ValueError, ["query", "2 dimensions", "(8,)"]),
+        ({"key": KV[..., :7]}, ValueError, ["key", "E = 8", "(2, 2, 6, 7)"]),
+        ({"value": KV[..., :5, :]}, ValueError, ["value", "S = 6", "(2, 2, 5, 8)"]),
+        ({"query": Q[..., :0], "key": KV[..., :0]}, ValueError, ["query", "at least 1"]),
+        ({"key": KV[:, :0]}, ValueError, ["at least one head", "0"]),
+        ({"query": Q[:, :3]}, ValueError, ["query", "multiple of the 2 heads", "3"]),
+        ({"enable_gqa": False}, ValueError, ["key", "4 heads", "got 2", "enable_gqa=True"]),
+        ({"value": torch.randn(2, 3, 6, 8)}, ValueError, ["value", "2 heads", "3"]),
+        ({"query": torch.randn(3, 4, 5, 8)}, ValueError, ["leading dimensions", "(3,)", "(2,)"]),
+        ({"attn_mask": torch.zeros(5, 6).int()}, ValueError, ["attn_mask", "bool", "torch.int32"]),
+        ({"attn_mask": torch.zeros(6, 5)}, ValueError, ["attn_mask", "(2, 4, 5, 6)", "(6, 5)"]),
+        ({"attn_mask": torch.zeros(5, 6, device="meta")}, ValueError, ["attn_mask", "meta"]),
+        ({"attn_mask": [[True]]}, TypeError, ["attn_mask", "list"]),
+        ({"dropout_p": 1.5}, ValueError, ["dropout_p", "[0, 1]", "1.5"]),
+        ({"dropout_p": "no"}, TypeError, ["dropout_p", "str"]),
+        ({"scale": float("nan")}, ValueError, ["scale", "finite", "nan"]),
+        ({"scale": "auto"}, TypeError, ["scale", "str"]),
+        ({"form": "softmax"}, ValueError, ["form", "expressive", "'softmax'"]),
+        ({"causal_alignment": "left"}, ValueError, ["causal_alignment", "lower_right", "'left'"]),
+        ({"backend": "cuda"}, ValueError, ["backend", "blockwise", "'cuda'"]),
+        ({"backend": "blockwise", "dropout_p": 0.1}, NotImplementedError, ["'blockwise'", "dropout"]),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, words):
+    arguments = {"query": Q, "key": KV, "value": KV, "enable_gqa": True, **change}
+    with pytest.raises(error) as caught:
+        expressive_attention(**arguments)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_dropout_is_left_to_the_reference_by_the_automatic_choice():
+    torch.manual_seed(0)
+    automatic = expressive_attention(Q, Q, Q, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(automatic, expressive_attention(Q, Q, Q, dropout_p=0.5, backend="reference"))
+    assert not torch.equal(automatic, expressive_attention(Q, Q, Q))

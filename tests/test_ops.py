@@ -1,0 +1,134 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from expressive_attention import expressive_attention
+
+CASES = {
+    "plain": (None, None, "expressive"),
+    "causal": (None, 0, "squared"),
+    "bool mask": (torch.rand(2, 1, 5, 6) < 0.7, 1, "expressive"),
+    "bias": (torch.randn(1, 4, 1, 6, requires_grad=True), None, "expressive"),
+}
+
+
+def tensors(dtype=torch.float32):
+    shapes = ((2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3))
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    mask, diagonal, form = CASES[name]
+    arguments = (*tensors(), mask, diagonal, 0.5, form, "blockwise")
+    torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_of_the_backward(name):
+    mask, diagonal, form = CASES[name]
+    q, k, v = tensors()
+    with torch.no_grad():
+        output, normalizer, _ = torch.ops.expressive_attention.attention(
+            q, k, v, mask, diagonal, 0.5, form, "blockwise"
+        )
+    upstream = torch.randn_like(output), torch.randn_like(normalizer)
+    bias = mask is not None and mask.requires_grad
+    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, "blockwise", bias)
+    torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", [None, "blockwise", "reference"])
+def test_compiles_as_one_graph(backend, dynamic):
+    def function(q, k, v, mask):
+        output, normalizer = expressive_attention(
+            q, k, v, mask, is_causal=True, enable_gqa=True, return_normalizer=True, backend=backend
+        )
+        return output.square().sum() + normalizer.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (6, 9):
+        q, k, v = (torch.randn(2, h, length, 8, requires_grad=True) for h in (4, 2, 2))
+        mask = torch.randn(length, length, requires_grad=True)
+        results = [torch.autograd.grad(f(q, k, v, mask), (q, k, v, mask)) for f in (compiled, function)]
+        torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_vmap_joins_the_batch():
+    q, k, v = (torch.randn(3, *x.shape) for x in tensors())
+    bias = torch.randn(3, 1, 4, 1, 6)
+
+    def function(q, k, v, bias):
+        return expressive_attention(q, k, v, bias, enable_gqa=True, backend="blockwise")
+
+    expected = torch.stack([function(*x) for x in zip(q, k, v, bias, strict=True)])
+    torch.testing.assert_close(vmap(function)(q, k, v, bias), expected)
+    shared = torch.stack([function(q[0], k[0], x, bias[0]) for x in v])
+    torch.testing.assert_close(vmap(function, in_dims=(None, None, 0, None))(q[0], k[0], v, bias[0]), shared)
+    moved = vmap(function, in_dims=(2, 0, 0, 0))(q.movedim(0, 2), k, v, bias)
+    torch.testing.assert_close(moved, expected)
+
+
+@pytest.mark.parametrize("shared", ["bias", "query", "none"])
+def test_gradients_through_vmap(shared):
+    q, k, v = (torch.randn(3, *x.shape, dtype=torch.float64) for x in tensors())
+    bias = torch.randn(3, 2, 1, 5, 6, dtype=torch.float64)
+    inputs = {"query": q, "key": k, "value": v, "bias": bias}
+    if shared != "none":
+        inputs[shared] = inputs[shared][0]
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+
+    def function(query, key, value, bias):
+        return expressive_attention(query, key, value, bias, enable_gqa=True, backend="blockwise").square().sum()
+
+    in_dims = tuple(None if name == shared else 0 for name in inputs)
+    mapped = torch.autograd.grad(vmap(function, in_dims=in_dims)(*leaves.values()).sum(), list(leaves.values()))
+    looped = torch.autograd.grad(
+        sum(function(*(x if name == shared else x[i] for name, x in leaves.items())) for i in range(3)),
+        list(leaves.values()),
+    )
+    torch.testing.assert_close(mapped, looped)
+
+
+def test_vmap_of_the_backward_operator():
+    """As when per-sample gradients of several losses are taken through one forward pass."""
+    q, k, v = tensors(torch.float64)
+    bias = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True)
+    output = expressive_attention(q, k, v, bias, enable_gqa=True, backend="blockwise")
+    upstream = torch.randn(3, *output.shape, dtype=torch.float64)
+    mapped = torch.autograd.grad(output, (q, k, v, bias), upstream, is_grads_batched=True, retain_graph=True)
+    looped = [torch.autograd.grad(output, (q, k, v, bias), g, retain_graph=True) for g in upstream]
+    torch.testing.assert_close(mapped, tuple(torch.stack(parts) for parts in zip(*looped, strict=True)))
+
+
+def test_torch_func_derivatives_choose_the_reference():
+    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).unbind(0)
+    loss = lambda q, backend=None: expressive_attention(q, k, v, backend=backend).square().sum()  # noqa: E731
+    torch.testing.assert_close(grad(loss)(q), grad(partial(loss, backend="reference"))(q))
+    with pytest.raises(NotImplementedError, match=r"'blockwise'.*torch\.func"):
+        grad(partial(loss, backend="blockwise"))(q)
+
+
+def test_second_derivatives_with_parts_left_out():
+    q, k, v = tensors(torch.float64)
+    for backend in ("blockwise", "reference"):
+        y = expressive_attention(q, k, v, enable_gqa=True, backend=backend)
+        (dk,) = torch.autograd.grad(y.square().sum(), k, create_graph=True)
+        second = torch.autograd.grad(dk.square().sum(), (q, k, v))
+        if backend == "blockwise":
+            expected = second
+    torch.testing.assert_close(second, expected)
+
+
+def test_the_autocast_rule_of_the_operator():
+    q, k, v = (x.detach() for x in tensors())
+    arguments = (None, None, 0.5, "expressive", "blockwise")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, *arguments)
+    expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)
+    assert normalizer.dtype == torch.float32
+    assert torch.equal(output, expected)
