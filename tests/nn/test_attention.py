@@ -117,7 +117,7 @@ def test_the_gain_multiplies_z():
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=r".*".join(words)):
         SelfAttention(*arguments)
-    with pytest.raises(ValueError, match="position must be one of .*'rotary'"):
+    with pytest.raises(ValueError, match=r"position must be one of .*'rotary'"):
         SelfAttention(8, 2, position="rotary")
     with pytest.raises(ValueError, match="head_dim must be even"):
         RotaryPositions(3)

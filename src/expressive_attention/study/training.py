@@ -22,7 +22,15 @@ from .results import CURVE_SCHEMA, SEED_SCHEMA
 from .streams import stream
 from .tasks import Task
 
-__all__ = ["CellResult", "Trajectory", "build_model", "learning_rate_factor", "train_cell", "trained_model"]
+__all__ = [
+    "CellResult",
+    "Trajectory",
+    "build_model",
+    "learning_rate_factor",
+    "train_cell",
+    "train_step",
+    "trained_model",
+]
 
 # Training sequences are drawn this many steps at a time.
 _STEPS_DRAWN = 128
@@ -145,7 +153,7 @@ def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -
     losses, since = torch.zeros(len(active)), 0
     for step in range(training.steps):
         optimizer.param_groups[0]["lr"] = cell.learning_rate * learning_rate_factor(step, training)
-        losses += _train_step(model, optimizer, task, batches.next(active), training.gradient_clip)
+        losses += train_step(model, optimizer, task, batches.next(active), training.gradient_clip)
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
@@ -185,7 +193,7 @@ class _Batches:
         return self.task.training_sequences(bits, _STEPS_DRAWN * self.size)
 
 
-def _train_step(
+def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Tensor, gradient_clip: float | None
 ) -> Tensor:
     """One step of every member; their losses ``(R,)``, the mean cross-entropy of the scored tokens."""

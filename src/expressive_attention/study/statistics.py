@@ -1,0 +1,538 @@
+"""What a study shows: intervals, summaries, paired comparisons, and findings in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from .results import StudyResults
+
+__all__ = [
+    "BASELINE",
+    "LEVEL",
+    "MINIMUM_FOR_INTERVAL",
+    "Comparison",
+    "Finding",
+    "Interval",
+    "Summary",
+    "TuningSummary",
+    "comparisons",
+    "describe_interval",
+    "evidence",
+    "findings",
+    "findings_by_condition",
+    "mean_interval",
+    "mechanism_name",
+    "median_curve",
+    "median_steps",
+    "overview",
+    "solve_curve",
+    "summaries",
+    "tuning_summaries",
+    "wilson_interval",
+]
+
+BASELINE = "dot_product"
+LEVEL = 0.95
+# With n values the bootstrap interval of the mean excludes 0 whenever all have one sign, which chance
+# alone does with probability 2^(1 - n): n = 6 is the first at which that is rarer than 5%.
+MINIMUM_FOR_INTERVAL = 6
+
+_RESAMPLES = 9999
+_RANDOM_SEED = 240718601
+_NAMES = {"expressive": "EA", "dot_product": "DPA"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval; ``f"{interval:.3f}"`` formats both ends."""
+
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.low:{spec}} to {self.high:{spec}}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the final seeds of one mechanism reached on one condition.
+
+    Attributes:
+        condition: Label of the condition.
+        mechanism: The mechanism, as in the configuration.
+        learning_rate: The rate chosen on the tuning seeds.
+        seeds: Number of seeds, diverged ones included.
+        solved: Number of seeds that solved the task.
+        solved_interval: Wilson interval of the share solved.
+        accuracy: Mean accuracy over the seeds.
+        accuracy_interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
+        rollout_digits: Mean share of digits right in rollouts.
+        rollout_exact: Mean share of rollouts right as a whole.
+        median_steps: Steps by which at least half of the seeds had solved, None if fewer than half did.
+        steps: Most optimizer steps that any of the seeds took.
+        diverged: Number of seeds whose loss stopped being finite.
+    """
+
+    condition: str
+    mechanism: str
+    learning_rate: float
+    seeds: int
+    solved: int
+    solved_interval: Interval
+    accuracy: float
+    accuracy_interval: Interval | None
+    rollout_digits: float
+    rollout_exact: float
+    median_steps: float | None
+    steps: int
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One mechanism against the baseline on one condition, over the seeds that both have finished.
+
+    Attributes:
+        candidate: Summary of the mechanism over the shared seeds.
+        baseline: Summary of the baseline over the same seeds.
+        seeds: The shared seeds, ascending.
+        differences: Accuracy of the candidate minus that of the baseline, per shared seed.
+        difference: Mean of the differences.
+        interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
+    """
+
+    candidate: Summary
+    baseline: Summary
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    difference: float
+    interval: Interval | None
+
+    @property
+    def condition(self) -> str:
+        """Label of the condition."""
+        return self.candidate.condition
+
+    @property
+    def leader(self) -> str | None:
+        """The mechanism that the interval shows to be ahead, None if it shows no difference."""
+        if len(self.differences) < MINIMUM_FOR_INTERVAL:
+            return None
+        # Without spread there is no interval to compute, and the common difference speaks for itself.
+        interval = self.interval or Interval(self.difference, self.difference)
+        if interval.low > 0:
+            return self.candidate.mechanism
+        if interval.high < 0:
+            return self.baseline.mechanism
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """``"EA ahead"``, ``"DPA ahead"`` or ``"no difference shown"``."""
+        return f"{mechanism_name(self.leader)} ahead" if self.leader else "no difference shown"
+
+
+@dataclass(frozen=True)
+class TuningSummary:
+    """What one learning rate reached on the tuning seeds.
+
+    Attributes:
+        condition: Label of the condition.
+        mechanism: The mechanism, as in the configuration.
+        learning_rate: The rate tried.
+        seeds: Number of tuning seeds.
+        solved: Number of them that solved the task.
+        accuracy: Their mean accuracy.
+        chosen: Whether the final seeds ran at this rate.
+    """
+
+    condition: str
+    mechanism: str
+    learning_rate: float
+    seeds: int
+    solved: int
+    accuracy: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one condition shows, in words.
+
+    Attributes:
+        condition: Label of the condition.
+        verdict: As `Comparison.verdict`, or ``"no comparison"``.
+        details: The numbers, as sentences.
+    """
+
+    condition: str
+    verdict: str
+    details: str
+
+    @property
+    def sentence(self) -> str:
+        """All of it in one line."""
+        return f"{self.condition}: {self.verdict}. {self.details}"
+
+
+def mechanism_name(mechanism: str) -> str:
+    """Returns the name that people use: ``"EA"``, ``"DPA"``, or the mechanism itself."""
+    return _NAMES.get(mechanism, mechanism)
+
+
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """Wilson score interval of a share (Wilson 1927, JASA 22:209-212).
+
+    With p = successes / trials, n = trials and z the normal quantile, the ends are
+    ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
+
+    Raises:
+        ValueError: Unless 0 <= successes <= trials and trials >= 1.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
+    ends = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    return Interval(float(ends.low), float(ends.high))
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Expanded percentile bootstrap interval of the mean.
+
+    The percentile interval is too narrow for few values: it uses normal instead of t quantiles and the
+    variance with divisor n instead of n - 1. Hesterberg (2015, The American Statistician 69:371-386)
+    widens its level until it would match the t interval, ``2 Phi(sqrt(n / (n - 1)) t_{n-1}) - 1``.
+
+    Args:
+        values: One number per seed.
+
+    Returns:
+        The interval, the same on every call, or None where a bootstrap has nothing to say: fewer than
+        `MINIMUM_FOR_INTERVAL` values, or values that are all equal.
+
+    Raises:
+        ValueError: If `values` is empty or holds a number that is not finite.
+    """
+    sample = _finite(values, "values")
+    n = len(sample)
+    # Differences of equal accuracies may differ by a rounding error.
+    if n < MINIMUM_FOR_INTERVAL or np.ptp(sample) < 1e-12:
+        return None
+    return _bootstrap(tuple(sample.tolist()))
+
+
+def solve_curve(steps_to_solve: Sequence[int | None], steps: int) -> tuple[list[float], list[float]]:
+    """Share of seeds that have solved the task, against optimizer steps (Kaplan and Meier 1958).
+
+    Unsolved seeds are censored at `steps`. A seed that diverged earlier is too: it can no longer solve
+    the task, and censoring it when it diverged would credit it with the fate of the others.
+
+    Args:
+        steps_to_solve: One entry per seed, None where the seed did not solve the task.
+        steps: Optimizer steps after which the unsolved were given up.
+
+    Returns:
+        Steps, starting at 0 and ending at `steps`, and the share solved from each step on.
+
+    Raises:
+        ValueError: If there are no seeds, or one took more than `steps`.
+    """
+    if not steps_to_solve:
+        raise ValueError("steps_to_solve is empty")
+    if any(taken is not None and taken > steps for taken in steps_to_solve):
+        raise ValueError(f"steps_to_solve holds {max(filter(None, steps_to_solve))}, more than steps={steps}")
+    times = [steps if taken is None else taken for taken in steps_to_solve]
+    censored = [taken is None for taken in steps_to_solve]
+    share = stats.ecdf(stats.CensoredData.right_censored(times, censored)).cdf
+    at, reached = [0.0, *share.quantiles.tolist()], [0.0, *share.probabilities.tolist()]
+    if at[-1] < steps:
+        at, reached = [*at, float(steps)], [*reached, reached[-1]]
+    return at, reached
+
+
+def median_steps(steps_to_solve: Sequence[int | None], steps: int) -> float | None:
+    """Steps by which at least half of the seeds had solved the task, None if fewer than half did.
+
+    Args:
+        steps_to_solve: As in `solve_curve`.
+        steps: As in `solve_curve`.
+    """
+    at, reached = solve_curve(steps_to_solve, steps)
+    return next((step for step, share in zip(at, reached, strict=True) if share >= 0.5), None)
+
+
+def median_curve(curves: pl.DataFrame) -> pl.DataFrame:
+    """Median accuracy over seeds at each evaluation.
+
+    A seed that ended early, or whose accuracy is NaN, keeps its last accuracy: leaving it out would let
+    the median rise when the worst seeds diverge.
+
+    Args:
+        curves: Rows of `StudyResults.curves` of one condition and mechanism.
+
+    Returns:
+        Columns ``step`` and ``accuracy``, by ascending step.
+
+    Raises:
+        ValueError: If `curves` has no row.
+    """
+    if curves.is_empty():
+        raise ValueError("curves has no row")
+    by_seed = (
+        curves.with_columns(pl.col("accuracy").fill_nan(None))
+        .pivot(on="seed", index="step", values="accuracy")
+        .sort("step")
+        .with_columns(pl.exclude("step").forward_fill())
+    )
+    return by_seed.select("step", accuracy=pl.concat_list(pl.exclude("step")).list.median())
+
+
+def evidence(table: pl.DataFrame, condition: str, mechanism: str) -> pl.DataFrame:
+    """Rows of `StudyResults.seeds` or `.curves` that count: final seeds of one condition and mechanism."""
+    return table.filter(
+        pl.col("role") == "final", pl.col("condition") == condition, pl.col("mechanism") == mechanism
+    ).sort("seed")
+
+
+def summaries(results: StudyResults) -> list[Summary]:
+    """One summary for each condition and mechanism that has final seeds, in the study's order.
+
+    Raises:
+        ValueError: If an accuracy is not a finite number, or final seeds ran at several learning rates.
+    """
+    return [
+        _summarize(rows)
+        for condition in results.conditions
+        for mechanism in results.mechanisms
+        if not (rows := evidence(results.seeds, condition.label, mechanism)).is_empty()
+    ]
+
+
+def comparisons(results: StudyResults) -> list[Comparison]:
+    """Every other mechanism against `BASELINE`, wherever both have final seeds in common.
+
+    Raises:
+        ValueError: As `summaries`.
+    """
+    candidates = [mechanism for mechanism in results.mechanisms if mechanism != BASELINE]
+    return [
+        comparison
+        for condition in results.conditions
+        for mechanism in candidates
+        if (comparison := _compare(results.seeds, condition.label, mechanism)) is not None
+    ]
+
+
+def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
+    """One summary for each learning rate tried on tuning seeds, by ascending rate, in the study's order.
+
+    Raises:
+        ValueError: If an accuracy is not a finite number.
+    """
+    chosen = {(summary.condition, summary.mechanism): summary.learning_rate for summary in summaries(results)}
+    tuning = results.seeds.filter(pl.col("role") == "tuning").sort("learning_rate")
+    found = []
+    for condition in results.conditions:
+        for mechanism in results.mechanisms:
+            cell = tuning.filter(pl.col("condition") == condition.label, pl.col("mechanism") == mechanism)
+            for rows in cell.partition_by("learning_rate", maintain_order=True):
+                rate = rows["learning_rate"][0]
+                found.append(
+                    TuningSummary(
+                        condition=condition.label,
+                        mechanism=mechanism,
+                        learning_rate=rate,
+                        seeds=rows.height,
+                        solved=int(rows["solved"].sum()),
+                        accuracy=_mean(rows, "accuracy"),
+                        chosen=chosen.get((condition.label, mechanism)) == rate,
+                    )
+                )
+    return found
+
+
+def findings(results: StudyResults) -> list[str]:
+    """What the study found, in plain sentences: counts over the conditions first, then each condition.
+
+    Raises:
+        ValueError: As `summaries`.
+    """
+    return [*overview(results), *(finding.sentence for finding in findings_by_condition(results))]
+
+
+def overview(results: StudyResults) -> list[str]:
+    """Sentences that count over the conditions."""
+    compared = comparisons(results)
+    if not compared:
+        return [_nothing_to_compare(results)]
+    sentences = []
+    for candidate in dict.fromkeys(comparison.candidate.mechanism for comparison in compared):
+        chosen = [comparison for comparison in compared if comparison.candidate.mechanism == candidate]
+        sentences += _counts(chosen)
+        missing = len(results.conditions) - len(chosen)
+        if missing:
+            sentences.append(
+                f"Not compared yet: {_plural(missing, 'condition')} of {len(results.conditions)}, where "
+                f"{mechanism_name(candidate)} and {mechanism_name(BASELINE)} have not both finished."
+            )
+    return sentences
+
+
+def findings_by_condition(results: StudyResults) -> list[Finding]:
+    """What each condition with final seeds shows, in the study's order."""
+    found = [
+        Finding(comparison.condition, comparison.verdict, _explain(comparison)) for comparison in comparisons(results)
+    ]
+    compared = {finding.condition for finding in found}
+    found += [
+        Finding(summary.condition, "no comparison", f"{_reached(summary)}.")
+        for summary in summaries(results)
+        if summary.condition not in compared
+    ]
+    order = [condition.label for condition in results.conditions]
+    return sorted(found, key=lambda finding: order.index(finding.condition))
+
+
+def describe_interval(interval: Interval | None, n: int, spec: str) -> str:
+    """``"95% interval 0.912 to 0.998"``, or why there is no interval."""
+    if interval is not None:
+        return f"{LEVEL:.0%} interval {interval:{spec}}"
+    if n < MINIMUM_FOR_INTERVAL:
+        return f"no interval: fewer than {MINIMUM_FOR_INTERVAL} seeds"
+    return "no interval: all equal"
+
+
+@lru_cache(maxsize=1024)  # figures, tables and sentences all ask for the same intervals
+def _bootstrap(values: tuple[float, ...]) -> Interval:
+    n = len(values)
+    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
+    ends = stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=float(2 * stats.norm.cdf(quantile) - 1),
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(_RANDOM_SEED),
+    ).confidence_interval
+    return Interval(float(ends.low), float(ends.high))
+
+
+def _explain(comparison: Comparison) -> str:
+    """The numbers that a verdict rests on."""
+    pairs = len(comparison.differences)
+    return (
+        f"{_reached(comparison.candidate)}; {_reached(comparison.baseline)}. "
+        f"Paired difference {comparison.difference:+.4f} "
+        f"({describe_interval(comparison.interval, pairs, '+.4f')}; {_plural(pairs, 'pair')})."
+    )
+
+
+def _summarize(rows: pl.DataFrame) -> Summary:
+    """Summary of the final rows of one condition and mechanism."""
+    rates = rows["learning_rate"].unique().sort().to_list()
+    if len(rates) > 1:
+        raise ValueError(f"{_where(rows)}: final seeds ran at several learning rates: {rates}")
+    accuracy = _finite(rows["accuracy"].to_list(), f"{_where(rows)}: accuracy")
+    steps = int(rows["steps"].to_numpy().max())
+    solved = int(rows["solved"].sum())
+    return Summary(
+        condition=rows["condition"][0],
+        mechanism=rows["mechanism"][0],
+        learning_rate=rates[0],
+        seeds=rows.height,
+        solved=solved,
+        solved_interval=wilson_interval(solved, rows.height),
+        accuracy=float(accuracy.mean()),
+        accuracy_interval=mean_interval(accuracy.tolist()),
+        rollout_digits=_mean(rows, "rollout_digits"),
+        rollout_exact=_mean(rows, "rollout_exact"),
+        median_steps=median_steps(rows["steps_to_solve"].to_list(), steps),
+        steps=steps,
+        diverged=rows.height - rows["diverged_at"].null_count(),
+    )
+
+
+def _compare(seeds: pl.DataFrame, condition: str, mechanism: str) -> Comparison | None:
+    """The mechanism against `BASELINE` on the seeds that both have, None if there is none."""
+    candidate, baseline = evidence(seeds, condition, mechanism), evidence(seeds, condition, BASELINE)
+    candidate = candidate.join(baseline, on="seed", how="semi")
+    baseline = baseline.join(candidate, on="seed", how="semi")
+    if candidate.is_empty():
+        return None
+    candidate_summary, baseline_summary = _summarize(candidate), _summarize(baseline)
+    paired = candidate.join(baseline, on="seed", suffix="_baseline", validate="1:1").sort("seed")
+    differences = (paired["accuracy"] - paired["accuracy_baseline"]).to_list()
+    return Comparison(
+        candidate=candidate_summary,
+        baseline=baseline_summary,
+        seeds=tuple(paired["seed"].to_list()),
+        differences=tuple(differences),
+        difference=float(np.mean(differences)),
+        interval=mean_interval(differences),
+    )
+
+
+def _counts(compared: list[Comparison]) -> list[str]:
+    """Counts over comparisons of one candidate with the baseline."""
+    first, total = compared[0], _plural(len(compared), "condition")
+    candidate, baseline = mechanism_name(first.candidate.mechanism), mechanism_name(first.baseline.mechanism)
+    margins = [comparison.candidate.solved - comparison.baseline.solved for comparison in compared]
+    more, fewer = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
+    leaders = [comparison.leader for comparison in compared]
+    ahead, behind = leaders.count(first.candidate.mechanism), leaders.count(first.baseline.mechanism)
+    solved = (
+        f"On {more} of {total} {candidate} solved more seeds than {baseline}, on {fewer} fewer, "
+        f"on {margins.count(0)} equally many."
+    )
+    accuracy = (
+        f"By the paired difference in accuracy {candidate} is ahead on {ahead} of {total}, "
+        f"{baseline} on {behind}; on {leaders.count(None)} no difference is shown."
+    )
+    return [solved, accuracy]
+
+
+def _nothing_to_compare(results: StudyResults) -> str:
+    """Why there is no comparison."""
+    names = {mechanism_name(summary.mechanism): None for summary in summaries(results)}
+    if not names:
+        return "No final seed has finished yet: there is nothing to report."
+    if len(names) == 1:
+        return f"Only {next(iter(names))} has finished seeds: there is nothing to compare it with yet."
+    return f"{' and '.join(names)} have no seed in common on any condition: there is nothing to compare yet."
+
+
+def _reached(summary: Summary) -> str:
+    """What one mechanism reached, as part of a sentence."""
+    interval = describe_interval(summary.accuracy_interval, summary.seeds, ".3f")
+    diverged = f", {summary.diverged} diverged" if summary.diverged else ""
+    return (
+        f"{mechanism_name(summary.mechanism)} solved {summary.solved}/{summary.seeds} seeds, "
+        f"mean accuracy {summary.accuracy:.3f} ({interval}){diverged}"
+    )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _where(rows: pl.DataFrame) -> str:
+    return f"{rows['condition'][0]}, {mechanism_name(rows['mechanism'][0])}"
+
+
+def _mean(rows: pl.DataFrame, column: str) -> float:
+    return float(_finite(rows[column].to_list(), f"{_where(rows)}: {column}").mean())
+
+
+def _finite(values: Sequence[float | None], name: str) -> np.ndarray:
+    """The values as an array, or an error that names them."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError(f"{name} is empty")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a number that is not finite: {list(values)}")
+    return array
