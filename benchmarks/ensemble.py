@@ -45,9 +45,8 @@ class Together:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=cell.learning_rate, fused=True)
 
     def run(self, data: list[Tensor]) -> Tensor:
-        for batch in data:
-            losses = train_step(self.model, self.optimizer, self.cell.task, batch, None)
-        return losses
+        steps = [train_step(self.model, self.optimizer, self.cell.task, batch, None) for batch in data]
+        return steps[-1]
 
 
 class OneByOne:
@@ -60,6 +59,7 @@ class OneByOne:
 
     def run(self, data: list[Tensor]) -> Tensor:
         scored = self.cell.task.scored
+        losses: list[Tensor] = []
         for batch in data:
             losses = []
             for model, optimizer, own in zip(self.models, self.optimizers, batch, strict=True):

@@ -18,7 +18,6 @@ from expressive_attention.study.figures import (
     steps_figure,
     styles,
     wrap,
-    write_atomically,
 )
 from expressive_attention.study.statistics import comparisons, summaries
 
@@ -181,12 +180,3 @@ def test_settings_of_the_caller_are_neither_used_nor_changed():
         figure = solved_figure(make_results())
         assert dict(mpl.rcParams) == before
     assert max(float(text.get_fontsize()) for text in figure.findobj(Text) if text.get_text()) < 12
-
-
-def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "text is not bytes")  # pyright: ignore[reportArgumentType]
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .files import write_atomically
 from .results import Condition, StudyResults
 from .statistics import (
     LEVEL,
@@ -60,7 +60,6 @@ __all__ = [
     "steps_reach",
     "styles",
     "wrap",
-    "write_atomically",
 ]
 
 INK = "#222222"
@@ -428,16 +427,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _key(fields: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 
 from . import figures
 from .figures import GRID, INK, MUTED, PREDICTORS, Style
+from .files import write_atomically
 from .results import Condition, StudyResults
 from .statistics import (
     LEVEL,
@@ -121,7 +122,7 @@ def write_report(results: StudyResults, directory: Path) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.html"
-    figures.write_atomically(path, page.encode())
+    write_atomically(path, page.encode())
     return path
 
 

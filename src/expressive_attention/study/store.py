@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .files import to_disk, write_atomically
 from .config import Cell, StudyConfig, parse_config, tomllib
 from .results import CURVE_SCHEMA, SEED_SCHEMA, StudyResults
 from .training import CellResult
@@ -36,7 +37,6 @@ __all__ = [
     "choose_learning_rate",
     "collect",
     "environment",
-    "write_atomically",
 ]
 
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA}
@@ -133,11 +133,11 @@ class Store:
         content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
         (partial / "cell.toml").write_bytes(tomli_w.dumps(content).encode())
         for path in partial.iterdir():
-            _to_disk(path)
+            to_disk(path)
         if self.path(cell).exists():
             shutil.rmtree(self.path(cell))
         partial.rename(self.path(cell))
-        _to_disk(self.cells)
+        to_disk(self.cells)
 
     def load(self, cell: Cell, *, weights: bool = False) -> CellResult:
         """Read a finished cell.
@@ -269,21 +269,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, old or new, whenever the process is killed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def _processor() -> str:
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -294,11 +279,3 @@ def _processor() -> str:
 
 def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
