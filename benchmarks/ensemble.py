@@ -78,9 +78,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; a study's worker has one per cell")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads; model-steps per second, ratio over {arguments.pairs} pairs"
-    )
+    print(f"torch {torch.__version__}, {arguments.threads} threads")
+    print(f"model-steps per second, and their ratio over {arguments.pairs} pairs: median (least to most)")
     config, _ = load_config("quick")
     for comparison in config.comparisons():
         cell = comparison.final_cells(config.training.learning_rates[0])[0]

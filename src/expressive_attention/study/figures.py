@@ -247,7 +247,7 @@ def learning_note(results: StudyResults) -> str:
     """What the lines of the learning curves stand for."""
     return (
         f"Thick: median over seeds; thin: one seed each ({_seed_counts(results)}); dotted grey: chance. "
-        "Accuracy on validation sequences. Training stops once every seed has solved the task."
+        "Accuracy on validation sequences. A seed ends when it has solved the task."
     )
 
 

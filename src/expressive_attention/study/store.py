@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .files import to_disk, write_atomically
 from .config import Cell, StudyConfig, parse_config, tomllib
+from .files import to_disk, write_atomically
 from .results import CURVE_SCHEMA, SEED_SCHEMA, StudyResults
 from .training import CellResult
 
