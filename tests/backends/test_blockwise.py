@@ -138,6 +138,18 @@ def test_nan_and_inf_show_in_the_rows_that_see_them(where, number):
     assert results[0][0, 0, :2].isfinite().all() or where == "value"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_that_sees_one_key_has_no_gradient(masked):
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(1, 2, 700, 16, requires_grad=True) for _ in range(3))
+    keep = torch.arange(700) == torch.randint(700, (700, 1)) if masked else None
+    output = expressive_attention(q * 1e-4, k, v, keep, is_causal=not masked, backend="blockwise")
+    (dq,) = torch.autograd.grad(output.square().sum(), q)
+    alone = dq if masked else dq[:, :, :1]
+    assert alone.abs().max() == 0
+    assert masked or dq[:, :, 1:].abs().amax(-1).min() > 0
+
+
 def test_same_bits_twice():
     torch.manual_seed(6)
     q, k, v = (torch.randn(2, 4, 300, 32, requires_grad=True) for _ in range(3))

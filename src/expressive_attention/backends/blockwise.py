@@ -145,7 +145,8 @@ def backward(
 
         ranges = list(tile.key_ranges(k.shape[-2], diagonal))
         known = {0: products(ranges[0])} if len(ranges) == 1 else {}
-        if mask is None and len(ranges) > 1:
+        some_rows_see_few = mask is not None or (diagonal is not None and tile.queries.start + diagonal < _TILE_KEYS)
+        if len(ranges) > 1 and not some_rows_see_few:
             mean = (u * o).sum(-1, keepdim=True)
         else:
             # A row may see one key only. Then w / N is 1 and g is 0, but only if D comes from the products that
