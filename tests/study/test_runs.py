@@ -109,7 +109,9 @@ def test_a_killed_run_goes_on_where_it_was(undisturbed, tmp_path, whole_group):
 
 def test_ctrl_c_ends_with_one_line(tmp_path):
     run = start_and_wait_for_cells(config(tmp_path, steps="20000"), tmp_path / "run", 0)
-    time.sleep(6)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "6 cells, 0 finished before\n"
+    time.sleep(1)
     os.killpg(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 130

@@ -16,7 +16,7 @@ def trained():
 @pytest.fixture
 def store(tmp_path):
     made = Store(tmp_path / "study")
-    made.create(TINY)
+    made.create(TINY).release()
     return made
 
 

@@ -89,7 +89,7 @@ def run(
         typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]"),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, help="Worker processes; by default one per core.")
+        int, typer.Option("--workers", "-w", help="Worker processes; by default one per core.")
     ] = os.cpu_count() or 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
@@ -102,11 +102,12 @@ def run(
     from .sweep import SweepError, run_study
 
     start = time.perf_counter()
+    if workers < 1:
+        _fail(f"--workers must be at least 1, got {workers}")
     with _one_line_errors():
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
-        store.create(text)
-        lock = store.lock()
+        lock = store.create(text)
     try:
         run_study(parsed, store, workers, make_display(quiet=quiet))
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ def main() -> None:
     """Run the command line."""
     try:
         from .app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("expressive_attention"):
             raise

@@ -7,14 +7,16 @@ import itertools
 import json
 import sys
 from importlib import resources
-from importlib.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .results import Condition
 from .tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,7 +49,7 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -155,12 +157,12 @@ class StudyConfig(_Strict):
         for grid in self.grid:
             for task in _combinations(grid.task):
                 kind = task.get("kind", "nt")
-                if kind not in TASKS:
+                if not isinstance(kind, str) or kind not in TASKS:
                     raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
                 pairs += [
                     (
-                        TASKS[kind].model_validate(task),
-                        ModelConfig.model_validate({**self.model.model_dump(), **model}),
+                        TASKS[kind].model_validate(task, strict=True),
+                        ModelConfig.model_validate({**self.model.model_dump(), **model}, strict=True),
                     )
                     for model in _combinations(grid.model)
                 ]
@@ -251,6 +253,9 @@ class Comparison(_Strict):
 
 
 def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:
+    empty = [name for name, value in values.items() if value == []]
+    if empty:
+        raise ValueError(f"{empty[0]} must have at least one value in the grid, got []")
     lists = [value if isinstance(value, list) else [value] for value in values.values()]
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
@@ -303,7 +308,8 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
 def parse_config(text: str, source: str) -> StudyConfig:
     """The configuration in a TOML text; `source` is named in errors."""
     try:
-        return StudyConfig.model_validate(tomllib.loads(text))
+        # As JSON, for strictness: "30" and true are not numbers there, but a list is a tuple.
+        return StudyConfig.model_validate_json(json.dumps(tomllib.loads(text), default=str), strict=True)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
     except ValidationError as error:

@@ -39,6 +39,8 @@ __all__ = [
     "environment",
 ]
 
+_LOCK = ".lock"
+
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA}
 
 
@@ -63,22 +65,31 @@ class Store:
 
     # ---- the configuration ----
 
-    def create(self, text: str) -> None:
-        """Make the folder, or take an existing study on with this configuration.
+    def create(self, text: str) -> FileLock:
+        """Make the folder, or take an existing study on, with this configuration; returns its `lock`.
 
         Raises:
-            StoreError: The folder holds something else, or cannot be made.
+            StoreError: The folder holds something else, cannot be made, or another run is writing to it.
         """
         config = self.directory / "config.toml"
+        ours = {self.cells.name, _LOCK}
         if self.directory.exists() and not self.directory.is_dir():
             raise StoreError(f"{self.directory} is not a directory")
-        if self.directory.is_dir() and not config.exists() and any(self.directory.iterdir()):
+        if (
+            self.directory.is_dir()
+            and not config.exists()
+            and any(
+                path.name not in ours and not path.name.startswith(".config.toml-") for path in self.directory.iterdir()
+            )
+        ):
             raise StoreError(f"{self.directory} is not empty and not a study (it has no config.toml)")
         try:
             self.cells.mkdir(parents=True, exist_ok=True)
+            lock = self.lock()
             write_atomically(config, text.encode())
         except OSError as error:
             raise StoreError(f"{self.directory} cannot be written: {error.strerror}") from None
+        return lock
 
     def config(self) -> tuple[StudyConfig, str]:
         """The configuration and its text.
@@ -99,7 +110,7 @@ class Store:
         Raises:
             StoreError: Another process holds it.
         """
-        lock = FileLock(self.directory / ".lock")
+        lock = FileLock(self.directory / _LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:

@@ -16,4 +16,4 @@ def stream(seed: int, purpose: str) -> np.random.Philox:
     of the former, ``stream.random_raw(n)``, the same in every version.
     """
     digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
-    return np.random.Philox(key=[seed, int.from_bytes(digest, "little")])
+    return np.random.Philox(key=np.array([seed, int.from_bytes(digest, "little")], dtype=np.uint64))

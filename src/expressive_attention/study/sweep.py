@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,7 +63,8 @@ def run_study(config: StudyConfig, store: Store, workers: int, display: Display)
     try:
         while ready or running:
             for cell in ready:
-                running[executor.submit(_work, cell, store)] = cell
+                with _without_interrupts():
+                    running[executor.submit(_work, cell, store)] = cell
             ready = []
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -115,7 +118,16 @@ class _Plan:
 
     def after(self, cell: Cell) -> list[Cell]:
         """The cells that can run now that `cell` is finished."""
-        return self._next(self.of[cell.identity]) if cell.role == "tuning" else []
+        if cell.role == "final":
+            return []
+        comparison = self.of[cell.identity]
+        new = self._next(comparison)
+        if new or all(self.store.has(tuning) for tuning in comparison.tuning_cells()):
+            for final in self._finals(comparison):
+                if final.identity not in self.cells:  # only now is it known to be one of this study's
+                    self.cells[final.identity] = final
+                    self.display.finished(final, "finished before")
+        return new
 
     def _next(self, comparison: Comparison) -> list[Cell]:
         tuning = [cell for cell in comparison.tuning_cells() if not self._finished(cell)]
@@ -143,6 +155,19 @@ class _Plan:
             self.store.discard(cell)
             return False
         return True
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Block SIGINT: a process that is started meanwhile inherits that, and leaves Ctrl-C to its parent."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---- in the workers ----

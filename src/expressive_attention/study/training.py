@@ -158,6 +158,9 @@ def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
         values = accuracy(model, task, validation, len(active))
+        # The last step can ruin parameters that no loss has seen yet.
+        finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in model.parameters()]).all(0)
+        losses = torch.where(finite, losses, torch.nan)
         for place, index in enumerate(active):
             trajectories[index].add(step + 1, float(losses[place]) / since, float(values[place]))
         if report is not None:

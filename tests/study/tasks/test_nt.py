@@ -138,4 +138,4 @@ def test_wrong_values_are_refused(wrong):
         NTTask(**{"basis": 4, "delay": 3, **wrong})
 
 
-GOLDEN = [[5, 10, 15, 2, 12, 1, 11], [13, 8, 9, 8, 0, 13, 5]]
+GOLDEN = [[9, 14, 14, 8, 1, 10, 8], [6, 7, 7, 7, 12, 2, 9]]

@@ -1,0 +1,155 @@
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from expressive_attention.study import sweep
+from expressive_attention.study.app import app
+from expressive_attention.study.progress import Silent
+from expressive_attention.study.store import Store
+from expressive_attention.study.sweep import SweepError, run_study
+from tests.study.tiny import tiny, tiny_config, written
+
+
+class Record(Silent):
+    """What a display is told."""
+
+    def __init__(self):
+        self.total = self.before = self.ended = 0
+        self.begun, self.done, self.notes = [], [], []
+
+    def begin(self, total_cells, finished_cells):
+        self.total, self.before = total_cells, finished_cells
+
+    def started(self, cell):
+        self.begun.append(cell.identity)
+
+    def finished(self, cell, summary):
+        self.done.append(cell)
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def end(self):
+        self.ended += 1
+
+
+def make_store(directory, **replaced):
+    store = Store(directory)
+    store.create(tiny(**replaced))
+    return store
+
+
+def finished(store):
+    return {path.name: path.stat().st_ino for path in store.cells.glob("[!.]*")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished study."""
+    store, display = make_store(tmp_path_factory.mktemp("sweep") / "study"), Record()
+    run_study(tiny_config(), store, 2, display)
+    return store, display
+
+
+def test_all_cells_are_run_once_and_told(whole):
+    store, display = whole
+    assert (display.total, display.before, display.ended, display.notes) == (6, 0, 1, [])
+    assert sorted(cell.identity for cell in display.done) == sorted(display.begun) == sorted(finished(store))
+    roles = {mechanism: [c.role for c in display.done if c.mechanism == mechanism] for mechanism in
+             ("expressive", "dot_product")}  # fmt: skip
+    assert set(map(tuple, roles.values())) == {("tuning", "tuning", "final")}
+
+
+def test_a_finished_study_is_not_run_again(whole):
+    store, display = whole[0], Record()
+    before = finished(store)
+    run_study(tiny_config(), store, 2, display)
+    assert (display.total, display.before, display.done, display.begun, display.ended) == (6, 6, [], [], 1)
+    assert finished(store) == before
+
+
+def test_another_learning_rate_adds_its_tuning_cells_and_the_count_reaches_the_total(whole, tmp_path, monkeypatch):
+    chosen = {cell.mechanism: cell.learning_rate for cell in whole[1].done if cell.role == "final"}
+    monkeypatch.setattr(sweep, "choose_learning_rate", lambda results: chosen[next(iter(results))[0].mechanism])
+    shutil.copytree(whole[0].directory, tmp_path / "study")
+    rates = "[1e-2, 2e-2, 3e-2]"
+    store, display = make_store(tmp_path / "study", learning_rates=rates), Record()
+    before = finished(store)
+    run_study(tiny_config(learning_rates=rates), store, 2, display)
+    assert before.items() <= finished(store).items()
+    assert [cell.learning_rate for cell in display.done if cell.role == "tuning"] == [3e-2] * 2
+    assert finished(store).keys() - before.keys() == {c.identity for c in display.done if c.role == "tuning"}
+    assert display.total == 8
+    assert display.before + len(display.done) == display.total
+
+
+@pytest.mark.slow
+def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path):
+    store = make_store(tmp_path / "study")
+
+    class Vandal(Record):
+        def begin(self, total_cells, finished_cells):
+            shutil.rmtree(store.cells)
+
+    display = Vandal()
+    with pytest.raises(SweepError, match="4 cells failed, the first: sum, basis 4, delay 2, rope") as caught:
+        run_study(tiny_config(), store, 2, display)
+    assert "FileNotFoundError" in str(caught.value)
+    assert len(display.notes) == 4  # no final cell without its tuning
+    assert display.ended == 1
+
+
+def test_a_worker_that_dies_ends_the_run_and_keeps_what_is_finished(whole, tmp_path):
+    shutil.copytree(whole[0].directory, tmp_path / "study")
+    store = make_store(tmp_path / "study", final="6")  # four new cells
+    before = finished(store)
+
+    class Killer(Record):
+        def started(self, cell):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    display = Killer()
+    with pytest.raises(SweepError, match="its worker process died"):
+        run_study(tiny_config(final="6"), store, 1, display)
+    assert before.items() <= finished(store).items()
+    assert display.ended == 1
+
+
+def test_a_second_run_changes_nothing_while_the_first_is_at_work(tmp_path):
+    store = make_store(tmp_path / "study")
+    lock = store.lock()
+    other = written(tmp_path, final="5")
+    result = CliRunner().invoke(app, ["study", "run", str(other), "--out", str(store.directory)])
+    lock.release()
+    assert result.exit_code == 2
+    assert result.stderr == f"ea: {store.directory}: another run is writing to this study\n"
+    assert store.config()[1] == tiny()
+
+
+def test_ctrl_c_while_the_workers_start_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "study", "run"]
+    run = subprocess.Popen(
+        [*command, written(tmp_path, steps="20000"), "--out", tmp_path / "run"],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "6 cells, 0 finished before\n"
+        time.sleep(0.5)  # the workers are importing
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+    assert run.returncode == 130
+    assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to go on\n"
