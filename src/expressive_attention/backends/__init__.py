@@ -6,11 +6,11 @@ have ``backward`` and run behind the operators of `expressive_attention.ops`.
 
 from types import ModuleType
 
-from . import blockwise, reference
+from . import blockwise, cpu, reference
 
 __all__ = ["AUTOMATIC", "BACKENDS"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "cpu": cpu}
 
 # The order in which the automatic choice asks them.
-AUTOMATIC = ("blockwise", "reference")
+AUTOMATIC = ("cpu", "blockwise", "reference")

@@ -1,0 +1,142 @@
+"""Expressive attention in C: this module packs tensors into the C struct, ``kernels/`` computes.
+
+Memory is linear in L and S; nothing of the size of a whole tensor is copied, whatever its strides.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, accumulation_dtype
+from . import library
+
+__all__ = ["backward", "forward", "supports"]
+
+# As in kernels/problem.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_NO_MASK = 5
+_FORWARD = struct.Struct("13qd23q112x")
+_BACKWARD = struct.Struct("13qd37q")
+_NOTHING = (0, 0, 0, 0, 0)
+
+
+def supports(problem: Problem) -> str | None:
+    """The reason why this backend declines `problem`; None: it does not."""
+    if problem.device != "cpu":
+        return f"it runs on the CPU, not on {problem.device}"
+    if problem.dropout_p:
+        return "dropout is not implemented"
+    if problem.differentiated_by_func:
+        return "torch.func derivatives are not implemented"
+    return library.why_missing()
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak, as `reference.forward`."""
+    batch, heads, rows, _ = query.shape
+    sums = accumulation_dtype(query.dtype)
+    output = query.new_empty((batch, heads, rows, value.shape[-1]))
+    normalizer = query.new_empty((batch, heads, rows), dtype=sums)
+    has_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    peak = query.new_empty((batch, heads, rows if has_bias else 0), dtype=sums)
+    _run(
+        library.chosen().forward,
+        _FORWARD.pack(
+            *_inputs(query, key, value, attn_mask, diagonal, scale, form),
+            output.data_ptr(),
+            normalizer.data_ptr(),
+            peak.data_ptr(),
+        ),
+    )
+    return output, normalizer, peak
+
+
+def backward(
+    grad_output: Tensor,
+    grad_normalizer: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    normalizer: Tensor,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else None
+    output, normalizer = output.contiguous(), normalizer.contiguous()
+    grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
+    _run(
+        library.chosen().backward,
+        _BACKWARD.pack(
+            *_inputs(query, key, value, attn_mask, diagonal, scale, form),
+            output.data_ptr(),
+            normalizer.data_ptr(),
+            0,
+            grad_output.data_ptr(),
+            *grad_output.stride(),
+            0 if grad_normalizer is None else grad_normalizer.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            0 if dmask is None else dmask.data_ptr(),
+            *((0, 0, 0, 0) if dmask is None else dmask.shape),
+        ),
+    )
+    return dq, dk, dv, dmask
+
+
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, diagonal: int | None, scale: float, form: str
+) -> tuple[float, ...]:
+    """The members of ``ea_problem`` from the first to the mask."""
+    batch, heads, rows, width = query.shape
+    _, kv_heads, keys, value_width = value.shape
+    return (
+        torch.get_num_threads(),
+        _DTYPES[query.dtype],
+        _NO_MASK if mask is None else _DTYPES[mask.dtype],
+        form == "squared",
+        diagonal is not None,
+        diagonal or 0,
+        batch,
+        heads,
+        kv_heads,
+        rows,
+        keys,
+        width,
+        value_width,
+        scale,
+        query.data_ptr(),
+        *query.stride(),
+        key.data_ptr(),
+        *key.stride(),
+        value.data_ptr(),
+        *value.stride(),
+        *(_NOTHING if mask is None else (mask.data_ptr(), *_mask_strides(mask))),
+    )
+
+
+def _mask_strides(mask: Tensor) -> tuple[int, ...]:
+    """Strides that repeat the dimensions of size one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _run(kernel, problem: bytes) -> None:
+    if kernel(problem):
+        raise MemoryError("expressive attention ran out of memory")

@@ -1,0 +1,14 @@
+// Names of what the files of a build call in one another.
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define ENTRY(name) PASTE(name, EA_BUILD)
+
+int ENTRY(ea_forward)(const ea_problem *p);
+int ENTRY(ea_backward)(const ea_problem *p);
+
+// In double arithmetic, whatever the dtype.
+int ENTRY(ea_forward_double)(const ea_problem *p);
+int ENTRY(ea_backward_double)(const ea_problem *p);
+
+// Rows first, ..., first + count - 1 of a key head, in double arithmetic.
+int ENTRY(ea_forward_rows_double)(const ea_problem *p, int64_t b, int64_t kv_head, int64_t first, int64_t count);

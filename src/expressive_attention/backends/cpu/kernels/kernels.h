@@ -1,0 +1,15 @@
+// The parts in the order in which they build on one another. REAL is the type of all arithmetic.
+#include "problem.h"
+#include "threads.h"
+//
+#include "simd.h"
+//
+#include "arena.h"
+#include "convert.h"
+#include "entry.h"
+#include "pack.h"
+#include "tile.h"
+#include "visible.h"
+//
+#include "forward.h"
+#include "backward.h"

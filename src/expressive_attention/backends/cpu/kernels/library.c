@@ -1,0 +1,73 @@
+// The library's face: picks the build for this CPU and hands problems to it.
+#include <stddef.h>
+#include <string.h>
+
+#include "problem.h"
+#include "threads.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+typedef int entry(const ea_problem *);
+
+#define DECLARE(build) entry ea_forward_##build, ea_backward_##build;
+DECLARE(portable)
+#ifdef EA_HAVE_V3
+DECLARE(v3)
+#endif
+#ifdef EA_HAVE_V4
+DECLARE(v4)
+#endif
+#ifdef EA_HAVE_V4_BF16
+DECLARE(v4_bf16)
+#endif
+
+typedef struct {
+  const char *name;
+  int (*runs_here)(void);
+  entry *forward, *backward;
+} build;
+
+static inline int always(void) { return 1; }
+#ifdef __x86_64__
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+static inline int has_v3(void) { return HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2"); }
+static inline int has_v4(void) {
+  return has_v3() && HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl");
+}
+static inline int has_v4_bf16(void) { return has_v4() && HAS("avx512bf16"); }
+#endif
+
+// The best last.
+static const build builds[] = {
+    {"portable", always, ea_forward_portable, ea_backward_portable},
+#ifdef EA_HAVE_V3
+    {"x86-64-v3", has_v3, ea_forward_v3, ea_backward_v3},
+#endif
+#ifdef EA_HAVE_V4
+    {"x86-64-v4", has_v4, ea_forward_v4, ea_backward_v4},
+#endif
+#ifdef EA_HAVE_V4_BF16
+    {"x86-64-v4-bf16", has_v4_bf16, ea_forward_v4_bf16, ea_backward_v4_bf16},
+#endif
+};
+
+static const int count = sizeof builds / sizeof *builds;
+
+// The name of the i-th build that runs on this CPU, the best last; NULL: there are no more.
+EXPORT const char *ea_build_name(int i) {
+  for (int j = 0; j < count; j++) {
+    if (builds[j].runs_here() && i-- == 0) return builds[j].name;
+  }
+  return NULL;
+}
+
+static const build *find(const char *name) {
+  for (int j = 0; j < count; j++) {
+    if (strcmp(builds[j].name, name) == 0) return &builds[j];
+  }
+  return NULL;
+}
+
+EXPORT void *ea_forward(const char *name) { return (void *)find(name)->forward; }
+EXPORT void *ea_backward(const char *name) { return (void *)find(name)->backward; }
+EXPORT void ea_set_openmp(void *gomp_parallel) { ea_use_openmp(gomp_parallel); }

@@ -1,0 +1,147 @@
+// Vectors of REAL (float or double), as wide as the build allows, and elementwise functions on them.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+// A tile of accumulators has MR rows of NR vectors, and leaves registers for a row of vectors and a number.
+#define MR 6
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define NR 4
+#else
+#define NR 2
+#endif
+
+#define V (VECTOR_BYTES / (int)sizeof(REAL))
+#define PANEL (NR * V)
+
+typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL unaligned_vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+#if REAL_IS_DOUBLE
+typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+
+INLINE vec load(const REAL *p) { return *(const unaligned_vec *)p; }
+INLINE void store(REAL *p, vec x) { *(unaligned_vec *)p = x; }
+INLINE vec splat(REAL x) { return x - (vec){0}; }
+INLINE vec choose(ivec where, vec x, vec other) { return (vec)((where & (ivec)x) | (~where & (ivec)other)); }
+
+INLINE REAL sum_of(vec x) {
+  REAL sum = 0;
+  UNROLL for (int i = 0; i < V; i++) sum += x[i];
+  return sum;
+}
+
+// Vectors needed for n numbers, as a number of vectors that a tile can have.
+INLINE int tile_vectors(int64_t n) {
+  int vectors = (int)((n + V - 1) / V);
+  return vectors == 3 ? 4 : vectors;
+}
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Beyond this s = z^2, f(z) is 1 and f'(z) is 0 in every dtype.
+#if REAL_IS_DOUBLE
+#define SATURATED 0x1p1000
+#else
+#define SATURATED 0x1p120f
+#endif
+
+// The smaller of s and SATURATED; NaN stays NaN.
+INLINE vec saturate(vec s) {
+#if defined(__AVX512F__) && !REAL_IS_DOUBLE
+  return (vec)_mm512_min_ps((__m512)splat(SATURATED), (__m512)s);
+#else
+  return choose(s > SATURATED, splat(SATURATED), s);
+#endif
+}
+
+// 1 / d to the last bits of REAL, or NaN where d is not finite.
+INLINE vec reciprocal(vec d) {
+#if defined(__AVX512F__) && !REAL_IS_DOUBLE
+  vec r = (vec)_mm512_rcp14_ps((__m512)d);
+  return r + r * ((REAL)1 - d * r);
+#else
+  return (REAL)1 / d;
+#endif
+}
+
+// f(z); s = z^2 is not kept from overflow: then f is NaN, and its row is computed again in double.
+INLINE vec weight(vec z, int squared) {
+  vec s = z * z;
+#if REAL_IS_DOUBLE
+  s = saturate(s);
+#endif
+  if (squared) return s;
+  vec d = s + (REAL)1;
+#if defined(__AVX512F__) && !REAL_IS_DOUBLE
+  vec r = (vec)_mm512_rcp14_ps((__m512)d), w = s * r;
+  return w + w * ((REAL)1 - d * r);
+#else
+  return s / d;
+#endif
+}
+
+// f(z), and f'(z) / 2.
+INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
+  vec s = saturate(z * z);
+  if (squared) {
+    *half_slope = z;
+    return s;
+  }
+  vec d = s + (REAL)1;
+#if defined(__AVX512F__) && !REAL_IS_DOUBLE
+  // The operations of `weight`: a weight over the sum of its row has to be the same number.
+  vec r = (vec)_mm512_rcp14_ps((__m512)d), e = (REAL)1 - d * r, w = s * r;
+  r += r * e;
+  *half_slope = z * r * r;
+  return w + w * e;
+#else
+  *half_slope = z / d / d;
+  return s / d;
+#endif
+}
+
+// exp of x <= 0 (or NaN) for n numbers, in place.
+static void exponentials(REAL *x, int64_t n) {
+#if REAL_IS_DOUBLE
+  for (int64_t i = 0; i < n; i++) x[i] = exp(x[i]);
+#else
+  // 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7: error below an ulp.
+  const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
+  for (int64_t i = 0; i < n; i++) {
+    float y = x[i] < -104.0f ? -104.0f : x[i];
+    float k = rintf(y * log2e);
+    float r = y - k * high - k * low;
+    float e = 1.0f / 5040;
+    e = e * r + 1.0f / 720;
+    e = e * r + 1.0f / 120;
+    e = e * r + 1.0f / 24;
+    e = e * r + 1.0f / 6;
+    e = e * r + 0.5f;
+    e = e * r * r + r + 1.0f;
+    // Two factors, as 2^k may be smaller than the least normal number.
+    int32_t whole = k == k ? (int32_t)k : 0, half = whole / 2;
+    union { int32_t bits; float number; } a = {(half + 127) << 23}, b = {(whole - half + 127) << 23};
+    x[i] = x[i] < -104.0f ? 0.0f : e * a.number * b.number;
+  }
+#endif
+}

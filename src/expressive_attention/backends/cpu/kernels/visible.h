@@ -1,0 +1,131 @@
+// Which keys a row sees, and with what factor: causality and masks.
+
+// A row of queries of one key head: rows run over the query heads that share it, and over the queries of each.
+typedef struct {
+  int64_t batch, head, query;
+  int64_t limit;  // it sees the keys before this one
+  REAL peak;      // its largest visible bias; 0 without a float mask
+} row_place;
+
+INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
+
+// Room for the mask of a row over a block of keys, kept for rows that share it.
+typedef struct {
+  REAL *factor;
+  const void *from;
+  REAL peak;
+  int64_t count;
+} mask_room;
+
+static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t room_size) {
+  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  int64_t stride = p->mask.stride[3], keys = stride ? row->limit : least(row->limit, 1);
+  REAL peak = (REAL)-INFINITY;
+  for (int64_t j = 0; j < keys; j += room_size) {
+    int64_t n = least(room_size, keys - j);
+    read_row(room, from + j * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
+    for (int64_t i = 0; i < n; i++) peak = room[i] > peak || room[i] != room[i] ? room[i] : peak;
+  }
+  row->peak = peak == (REAL)-INFINITY ? 0 : peak;
+}
+
+// The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
+static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                        row_place *rows) {
+  int64_t group = p->heads / p->kv_heads;
+  for (int64_t r = 0; r < count; r++) {
+    int64_t query = (first + r) % p->rows;
+    int64_t limit = p->causal ? most(0, least(p->keys, query + p->diagonal + 1)) : p->keys;
+    rows[r] = (row_place){batch, kv_head * group + (first + r) / p->rows, query, limit, 0};
+  }
+}
+
+// The places of rows with their peaks. `room` may be changed.
+static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                       row_place *rows, REAL *room, int64_t room_size) {
+  locate_rows(p, batch, kv_head, first, count, rows);
+  if (!has_bias(p)) return;
+  for (int64_t r = 0; r < count; r++) {
+    const row_place *before = rows + r - 1;
+    if (r > 0 && before->limit == rows[r].limit && before->head == rows[r].head && p->mask.stride[2] == 0) {
+      rows[r].peak = before->peak;
+    } else {
+      read_peak(p, rows + r, room, room_size);
+    }
+  }
+}
+
+// The keys that all of some rows see, and those that any of them sees.
+typedef struct {
+  int64_t first, last;
+} visible_range;
+
+INLINE visible_range range_of(const row_place *rows, int64_t count) {
+  visible_range range = {rows[0].limit, rows[0].limit};
+  for (int64_t r = 1; r < count; r++) {
+    range.first = least(range.first, rows[r].limit);
+    range.last = most(range.last, rows[r].limit);
+  }
+  return range;
+}
+
+// What the mask makes of the weights of `n` keys from `key`: exp(bias - peak) in room->factor.
+static void read_bias(const ea_problem *p, const row_place *row, int64_t key, int64_t n, mask_room *room) {
+  int64_t stride = p->mask.stride[3], size = dtype_size(p->mask_dtype);
+  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  from += key * stride * size;
+  if (room->from == from && room->peak == row->peak && room->count >= n) return;
+  read_row(room->factor, from, p->mask_dtype, stride, n);
+  for (int64_t j = 0; j < n; j++) room->factor[j] -= row->peak;
+  exponentials(room->factor, n);
+  *room = (mask_room){room->factor, from, row->peak, n};
+}
+
+// Apply mask and causality to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
+// multiplied by exp(bias - peak).
+static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room) {
+  int64_t visible = most(0, least(n, row->limit - key));
+  for (int64_t j = visible; j < n; j++) x[j] = 0;
+  if (has_bias(p)) {
+    read_bias(p, row, key, visible, room);
+    for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+  } else if (p->mask_dtype == EA_BOOL) {
+    int64_t stride = p->mask.stride[3];
+    const uint8_t *keep = row_of(&p->mask, EA_BOOL, row->batch, row->head, row->query);
+    keep += key * stride;
+    if (stride == 1) {
+      for (int64_t j = 0; j < visible; j++) x[j] = keep[j] ? x[j] : 0;
+    } else {
+      for (int64_t j = 0; j < visible; j++) x[j] = keep[j * stride] ? x[j] : 0;
+    }
+  }
+}
+
+#if !REAL_IS_DOUBLE
+// Whether the row has a key that is not masked and a query that is not 0: then N = 0 may be an underflow.
+static int may_have_weight(const ea_problem *p, const row_place *row) {
+  const char *query = row_of(&p->query, p->dtype, row->batch, row->head, row->query);
+  int zero = 1;
+  for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
+  if (zero) return 0;
+  if (p->mask_dtype == EA_NONE) return row->limit > 0;
+  const char *mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  for (int64_t j = 0; j < row->limit; j++) {
+    int64_t at = j * p->mask.stride[3];
+    if (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : ((const uint8_t *)mask)[at]) return 1;
+  }
+  return 0;
+}
+
+#endif
+
+// Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
+INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
+#if REAL_IS_DOUBLE
+  (void)p, (void)row, (void)normalizer;
+  return 0;
+#else
+  if (normalizer > 0x1p-80f && normalizer <= 0x1.fffffep127f) return 0;
+  return normalizer != 0 || may_have_weight(p, row);
+#endif
+}

@@ -1,0 +1,105 @@
+"""Finds the C library, loads it, and picks the build of its kernels that suits this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+__all__ = ["BUILD_VARIABLE", "Build", "builds", "chosen", "why_missing"]
+
+# Names one of `builds`, for tests and for comparing.
+BUILD_VARIABLE = "EXPRESSIVE_ATTENTION_CPU"
+# Another library file, as one built with sanitizers.
+FILE_VARIABLE = "EXPRESSIVE_ATTENTION_LIBRARY"
+
+
+@dataclass(frozen=True)
+class Build:
+    """The kernels as compiled for one level of CPU features; each takes a packed ``ea_problem``.
+
+    Attributes:
+        name: ``portable``, or on x86-64 also ``x86-64-v3`` (AVX2), ``x86-64-v4`` (AVX-512) and
+            ``x86-64-v4-bf16`` (AVX512-BF16).
+        forward: Returns 0, or 1 if there was not enough memory.
+        backward: Likewise.
+    """
+
+    name: str
+    forward: Callable[[bytes], int]
+    backward: Callable[[bytes], int]
+
+
+@cache
+def _load() -> tuple[dict[str, Build], str | None]:
+    """The builds that run on this CPU, the best last, and why there are none."""
+    path = os.environ.get(FILE_VARIABLE) or _find()
+    if path is None:
+        return {}, "the C library was not built when the package was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return {}, f"the C library could not be loaded: {error}"
+    library.ea_build_name.restype = ctypes.c_char_p
+    library.ea_set_openmp.argtypes = [ctypes.c_void_p]
+    library.ea_set_openmp(_openmp())
+    kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)  # releases the GIL
+    found = {}
+    while name := library.ea_build_name(len(found)):
+        entries = []
+        for function in (library.ea_forward, library.ea_backward):
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_void_p
+            entries.append(kernel(function(name)))
+        found[name.decode()] = Build(name.decode(), *entries)
+    return found, None
+
+
+def _find() -> Path | None:
+    names = {"win32": "expressive_attention.dll", "darwin": "libexpressive_attention.dylib"}
+    path = files(__package__) / names.get(sys.platform, "libexpressive_attention.so")
+    return Path(str(path)) if path.is_file() else None
+
+
+def _openmp() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch uses: two runtimes would compete for the cores."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def builds() -> dict[str, Build]:
+    """The builds that run on this CPU, the best last."""
+    return _load()[0]
+
+
+@cache
+def chosen() -> Build | None:
+    """The best build for this CPU, or the one that the environment names.
+
+    Raises:
+        ValueError: The environment names a build that this CPU cannot run.
+    """
+    available = builds()
+    name = os.environ.get(BUILD_VARIABLE)
+    if not name:
+        return next(reversed(available.values()), None)
+    if name not in available:
+        raise ValueError(f"{BUILD_VARIABLE} must be one of {tuple(available)} on this machine, got {name!r}")
+    return available[name]
+
+
+def why_missing() -> str | None:
+    """Why no build can be used; None: one can."""
+    return _load()[1]
