@@ -15,12 +15,15 @@ typedef struct {
   int64_t row_blocks;        // of a key head
   int64_t parts, part_keys;  // ranges of keys whose results are added in the end
   int64_t value_columns;     // padded
+  int few_rows;              // keys and values are read in their place
+  int pairs;                 // bfloat16 is multiplied in pairs
+  int64_t packed_width;      // of queries and keys: with pairs, half of E
 } forward_plan;
 
 // Memory of one thread.
 typedef struct {
   row_place *rows;
-  REAL *query, *keys, *values, *weights, *output, *sums, *room;
+  REAL *query, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
   mask_room mask;
 } forward_room;
 
@@ -30,11 +33,15 @@ static forward_plan plan_forward(const ea_problem *p) {
   int64_t block_rows = wide > 256 ? BLOCK_ROWS / 2 : BLOCK_ROWS;
   plan.row_blocks = (rows + block_rows - 1) / block_rows;
   plan.block_rows = least(rows, round_up((rows + plan.row_blocks - 1) / plan.row_blocks, MR));
-  plan.block_keys = least(plan.block_keys, padded(p->keys));
   plan.value_columns = padded(p->value_width);
+  plan.few_rows = rows <= FEW_ROWS && can_read(p, &p->key, p->width) && can_read(p, &p->value, p->value_width);
+  if (plan.few_rows) plan.block_keys = FEW_ROWS_KEYS;
+  plan.pairs = !plan.few_rows && can_use_pairs(p);
+  plan.packed_width = plan.pairs ? p->width / 2 : p->width;
+  plan.block_keys = least(plan.block_keys, padded(p->keys));
   int64_t tasks = p->batch * p->kv_heads * plan.row_blocks;
   int64_t parts = tasks >= p->threads ? 1 : (p->threads + tasks - 1) / tasks;
-  plan.part_keys = round_up((p->keys + parts - 1) / parts, plan.block_keys);
+  plan.part_keys = most(PANEL, round_up((p->keys + parts - 1) / parts, PANEL));
   plan.parts = (p->keys + plan.part_keys - 1) / plan.part_keys;
   return plan;
 }
@@ -49,6 +56,8 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
       .keys = take(&a, keys * p->width * sizeof(REAL)),
       .values = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
+      // Weights that are still to be masked, before they become bfloat16.
+      .wide_weights = take(&a, plan->pairs ? rows * leading(keys) * sizeof(REAL) : 0),
       .output = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .sums = take(&a, rows * sizeof(vec)),
       .room = take(&a, most(keys, V * round_up(p->width, V)) * sizeof(REAL)),
@@ -63,11 +72,24 @@ INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_
   return p->mask_dtype == EA_NONE && seen.first >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
+// Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum.
+static void mask_and_sum(const ea_problem *p, forward_room *room, int64_t r, int64_t key, int64_t n, REAL *w) {
+  apply_mask(p, room->rows + r, key, round_up(n, V), w, &room->mask);
+  vec sum = load(room->sums + r * V);
+  for (int64_t j = 0; j < n; j += V) sum += load(w + j);
+  store(room->sums + r * V, sum);
+}
+
 // Add a block of keys to the rows: weights first, by panels of keys that stay in the first cache, then their
-// products with the values.
-static void forward_block(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t count, int64_t key,
-                          int64_t n, const REAL *values, int64_t value_stride) {
-  int64_t ldw = leading(plan->block_keys), width = p->width;
+// products with the values. With `next`, so many keys after the block are brought closer meanwhile.
+static void forward_block(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t b, int64_t kv_head,
+                          int64_t count, int64_t key, int64_t n, int64_t next, const REAL *values) {
+  int64_t ldw = leading(plan->block_keys), width = plan->packed_width;
+  int64_t tiles = ((n + PANEL - 1) / PANEL) * ((count + MR - 1) / MR), step = (next + tiles - 1) / tiles, ahead = 0;
+  weights_target to = {.squared = (int)p->squared,
+                       .scale2 = (REAL)(p->scale * p->scale),
+                       .inverse = (REAL)(1 / (p->scale * p->scale)),
+                       .ld = ldw};
   for (int64_t start = 0; start < n; start += PANEL) {
     const REAL *panel = room->keys + start * width;
     int64_t ld = panel_width(start, n);
@@ -76,9 +98,18 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
       visible_range seen = range_of(room->rows + r, mr);
       int64_t columns = least(n, seen.last - key) - start;
       if (columns <= 0) continue;
+      if (ahead < next) {
+        int64_t rows = least(step, next - ahead);
+        prefetch_rows(&p->key, p->dtype, b, kv_head, key + n + ahead, rows, p->width);
+        prefetch_rows(&p->value, p->dtype, b, kv_head, key + n + ahead, rows, p->value_width);
+        ahead += rows;
+      }
       int plain = is_plain(p, seen, key, n);
-      weights(mr, (int)(columns >= PANEL ? NR : tile_vectors(columns)), width, room->query + r * width, width, panel, ld,
-              room->weights + r * ldw + start, ldw, plain ? room->sums + r * V : NULL, (int)p->squared);
+      to.weights = (plain || !plan->pairs ? room->weights : room->wide_weights) + r * ldw;
+      to.sums = plain ? room->sums + r * V : NULL;
+      to.column = start;
+      weights(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * width, width, panel, ld, &to,
+              plan->pairs, plan->pairs && plain);
     }
   }
   for (int64_t r = 0; r < count; r += MR) {
@@ -87,11 +118,11 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     int64_t columns = least(n, seen.last - key);
     if (columns <= 0 || is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
-      REAL *w = room->weights + (r + i) * ldw;
-      apply_mask(p, room->rows + r + i, key, round_up(columns, V), w, &room->mask);
-      vec sum = load(room->sums + (r + i) * V);
-      for (int64_t j = 0; j < columns; j += V) sum += load(w + j);
-      store(room->sums + (r + i) * V, sum);
+      REAL *w = (plan->pairs ? room->wide_weights : room->weights) + (r + i) * ldw;
+      mask_and_sum(p, room, r + i, key, columns, w);
+#if HAS_PAIRS
+      if (plan->pairs) narrow_row(room->weights + (r + i) * ldw, w, columns);
+#endif
     }
   }
   for (int64_t c = 0; c < plan->value_columns; c += PANEL) {
@@ -99,34 +130,63 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).last - key);
-      add(mr, nr, columns, room->weights + r * ldw, ldw, 0, values + c, value_stride,
-          room->output + r * plan->value_columns + c, plan->value_columns);
+      const REAL *w = room->weights + r * ldw;
+      REAL *output = room->output + r * plan->value_columns + c;
+      if (plan->pairs) {
+        add_pairs(mr, nr, (columns + 1) / 2, w, ldw, values + c, plan->value_columns, output, plan->value_columns);
+      } else {
+        add(mr, nr, columns, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
+      }
     }
   }
+}
+
+// The same for few rows, from keys and values in their place.
+static void few_rows_block(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t b,
+                           int64_t kv_head, int64_t count, int64_t key, int64_t n) {
+  int64_t ldw = leading(plan->block_keys);
+  few_rows_weights(p, b, kv_head, key, n, room->query, (int)count, room->weights, ldw);
+  for (int64_t r = 0; r < count; r++) mask_and_sum(p, room, r, key, n, room->weights + r * ldw);
+  few_rows_values(p, b, kv_head, key, n, room->weights, ldw, (int)count, room->output, plan->value_columns);
 }
 
 // sum_j w_ij v_j and sum_j w_ij of rows first, ..., first + count - 1 over the keys begin, ..., end - 1.
 static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t b, int64_t kv_head,
                          int64_t first, int64_t count, int64_t begin, int64_t end) {
-  int64_t width = p->width, value_columns = plan->value_columns;
+  int64_t width = plan->packed_width, value_columns = plan->value_columns;
   place_rows(p, b, kv_head, first, count, room->rows, room->room, plan->block_keys);
+  ea_tensor query = plan->pairs ? as_pairs(&p->query) : p->query, keys = plan->pairs ? as_pairs(&p->key) : p->key;
+  int64_t dtype = plan->pairs ? REAL_DTYPE : p->dtype;
+  REAL scale = plan->pairs ? 1 : (REAL)p->scale;
   for (int64_t r = 0; r < count; r++) {
     const row_place *row = room->rows + r;
-    pack_rows(room->query + r * width, width, &p->query, p->dtype, b, row->head, row->query, 1, width, (REAL)p->scale);
+    pack_rows(room->query + r * width, width, &query, dtype, b, row->head, row->query, 1, width, scale);
   }
   memset(room->output, 0, (size_t)(count * value_columns) * sizeof(REAL));
   memset(room->sums, 0, (size_t)count * sizeof(vec));
   room->mask.from = NULL;
   end = least(end, range_of(room->rows, count).last);
-  // Values in their place, where a panel of them can be read from there.
-  int direct = p->dtype == REAL_DTYPE && p->value.stride[3] == 1 && p->value_width == value_columns &&
-               p->value.stride[2] == value_columns;
+  // Values in their place, where panels of them can be read from there.
+  int in_place = p->dtype == REAL_DTYPE && p->value.stride[3] == 1 && p->value_width == value_columns &&
+                 p->value.stride[2] == value_columns;
   for (int64_t key = begin; key < end; key += plan->block_keys) {
     int64_t n = least(plan->block_keys, end - key);
-    const REAL *values = direct ? row_of(&p->value, p->dtype, b, kv_head, key) : room->values;
-    pack_transposed(room->keys, &p->key, p->dtype, b, kv_head, key, n, width, room->room);
-    if (!direct) pack_rows(room->values, value_columns, &p->value, p->dtype, b, kv_head, key, n, p->value_width, 1);
-    forward_block(p, plan, room, count, key, n, values, value_columns);
+    if (plan->few_rows) {
+      few_rows_block(p, plan, room, b, kv_head, count, key, n);
+      continue;
+    }
+    pack_transposed(room->keys, &keys, dtype, b, kv_head, key, n, width, room->room);
+    const REAL *values = room->values;
+    if (in_place) {
+      values = row_of(&p->value, p->dtype, b, kv_head, key);
+#if HAS_PAIRS
+    } else if (plan->pairs) {
+      pack_row_pairs(room->values, value_columns, &p->value, b, kv_head, key, n, p->value_width);
+#endif
+    } else {
+      pack_rows(room->values, value_columns, &p->value, p->dtype, b, kv_head, key, n, p->value_width, 1);
+    }
+    forward_block(p, plan, room, b, kv_head, count, key, n, least(plan->block_keys, end - key - n), values);
   }
 }
 
@@ -157,9 +217,10 @@ static void rescue_rows(forward_run *run, int64_t b, int64_t kv_head, int64_t fi
 static void forward_task(forward_run *run, forward_room *room, int64_t task) {
   const ea_problem *p = run->p;
   const forward_plan *plan = &run->plan;
-  // The last rows first: under causality they see the most keys.
+  // One head after the other, while its keys are in a cache; its last rows first, which may see the most keys.
   int64_t part = task % plan->parts, rest = task / plan->parts;
-  int64_t heads = p->batch * p->kv_heads, head = rest % heads, block = plan->row_blocks - 1 - rest / heads;
+  int64_t heads = p->batch * p->kv_heads, head = rest / plan->row_blocks;
+  int64_t block = plan->row_blocks - 1 - rest % plan->row_blocks;
   int64_t all_rows = p->heads / p->kv_heads * p->rows;
   int64_t first = block * plan->block_rows, count = least(plan->block_rows, all_rows - first);
   int64_t begin = part * plan->part_keys, end = least(p->keys, begin + plan->part_keys);

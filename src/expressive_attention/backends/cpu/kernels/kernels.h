@@ -11,5 +11,7 @@
 #include "tile.h"
 #include "visible.h"
 //
+#include "few_rows.h"
+#include "pairs.h"
 #include "forward.h"
 #include "backward.h"

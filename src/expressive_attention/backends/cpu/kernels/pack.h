@@ -15,6 +15,16 @@ INLINE void scale_row(REAL *row, int64_t n, REAL scale) {
   for (int64_t i = 0; i < n; i++) row[i] *= scale;
 }
 
+// Have rows of `t` brought to the second cache.
+static void prefetch_rows(const ea_tensor *t, int64_t dtype, int64_t b, int64_t h, int64_t i, int64_t rows,
+                          int64_t columns) {
+  int64_t bytes = columns * t->stride[3] * dtype_size(dtype);
+  for (int64_t r = 0; r < rows; r++) {
+    const char *row = row_of(t, dtype, b, h, i + r);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 1);
+  }
+}
+
 // `rows` rows of `t` beginning at (b, h, i), times `scale`, `ld` apart; columns up to `ld` are 0.
 static void pack_rows(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype, int64_t b, int64_t h, int64_t i,
                       int64_t rows, int64_t columns, REAL scale) {
@@ -104,6 +114,8 @@ static void pack_transposed(REAL *to, const ea_tensor *t, int64_t dtype, int64_t
       for (int64_t c = 0; c < columns; c += V) {
         vec block[V];
         UNROLL for (int r = 0; r < V; r++) block[r] = load(row[r] + c);
+        // Stores retire in order: without this, each would wait for its line to come from the second cache.
+        UNROLL for (int r = 0; r < V; r++) __builtin_prefetch(to + (c + V + r) * width + j, 1, 3);
         transpose(block);
         if (c + V <= columns) {
           UNROLL for (int r = 0; r < V; r++) store(to + (c + r) * width + j, block[r]);

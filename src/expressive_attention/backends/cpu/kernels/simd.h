@@ -26,6 +26,13 @@
 #define NR 2
 #endif
 
+// Products of pairs of bfloat16, summed in float.
+#if defined(__AVX512BF16__) && !REAL_IS_DOUBLE
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+
 #define V (VECTOR_BYTES / (int)sizeof(REAL))
 #define PANEL (NR * V)
 
@@ -74,24 +81,15 @@ INLINE vec saturate(vec s) {
 #endif
 }
 
-// 1 / d to the last bits of REAL, or NaN where d is not finite.
-INLINE vec reciprocal(vec d) {
-#if defined(__AVX512F__) && !REAL_IS_DOUBLE
-  vec r = (vec)_mm512_rcp14_ps((__m512)d);
-  return r + r * ((REAL)1 - d * r);
-#else
-  return (REAL)1 / d;
-#endif
-}
-
-// f(z); s = z^2 is not kept from overflow: then f is NaN, and its row is computed again in double.
-INLINE vec weight(vec z, int squared) {
-  vec s = z * z;
+// f(x sqrt(scale2)) = x^2 / (1 / scale2 + x^2), or x^2 scale2 where `squared`. x^2 is not kept from overflow: then
+// the result is NaN, and the row is computed again in double.
+INLINE vec weight(vec x, int squared, REAL scale2, REAL inverse) {
+  vec s = x * x;
 #if REAL_IS_DOUBLE
   s = saturate(s);
 #endif
-  if (squared) return s;
-  vec d = s + (REAL)1;
+  if (squared) return scale2 == 1 ? s : s * scale2;
+  vec d = s + inverse;
 #if defined(__AVX512F__) && !REAL_IS_DOUBLE
   vec r = (vec)_mm512_rcp14_ps((__m512)d), w = s * r;
   return w + w * ((REAL)1 - d * r);

@@ -2,40 +2,68 @@
 //
 // Throughout, A is given by single numbers and B, C by rows of vectors. B is a panel: `n` rows, `ldb` apart.
 
+// c + a b, number by number. With `pairs`, what looks like a float is a pair of bfloat16, and each number of the
+// result has the products of both.
+INLINE vec fused(vec c, vec a, vec b, const int pairs) {
+#if HAS_PAIRS
+  if (pairs) return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+  (void)pairs;
+  return c + a * b;
+}
+
 // C[i] += sum_k a[i * ai + k * ak] * B[k], for the `mr` rows and `nr` vectors of a tile.
 INLINE void multiply(vec c[MR][NR], const int mr, const int nr, int64_t n, const REAL *a, int64_t ai, int64_t ak,
-                     const REAL *b, int64_t ldb) {
+                     const REAL *b, int64_t ldb, const int pairs) {
   for (int64_t k = 0; k < n; k++, a += ak, b += ldb) {
     vec row[NR];
     UNROLL for (int j = 0; j < nr; j++) row[j] = load(b + j * V);
     UNROLL for (int i = 0; i < mr; i++) {
       vec x = splat(a[i * ai]);
-      UNROLL for (int j = 0; j < nr; j++) c[i][j] += x * row[j];
+      UNROLL for (int j = 0; j < nr; j++) c[i][j] = fused(c[i][j], x, row[j], pairs);
     }
   }
 }
 
-// W = f(A B). Where `sum` is given, also sum[i] += W[i], a vector per row.
+// How scores become weights, and where they go.
+typedef struct {
+  int squared;
+  REAL scale2, inverse;  // as in `weight`
+  REAL *weights;         // rows `ld` apart; with `pairs`, of bfloat16
+  int64_t ld;
+  int64_t column;  // of the first
+  REAL *sums;      // a vector per row to which its weights are added, or NULL
+} weights_target;
+
+// W = f(A B). With `pairs`, A and B hold pairs of bfloat16; with `narrow`, W too.
 INLINE void weights_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
-                         REAL *w, int64_t ldw, REAL *sum, const int squared) {
+                         const weights_target *to, const int squared, const int pairs, const int narrow) {
   vec z[MR][NR] = {0};
-  multiply(z, mr, nr, n, a, lda, 1, b, ldb);
+  multiply(z, mr, nr, n, a, lda, 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
     vec total = {0};
     UNROLL for (int j = 0; j < nr; j++) {
-      vec x = weight(z[i][j], squared);
-      store(w + i * ldw + j * V, x);
+      vec x = weight(z[i][j], squared, pairs ? to->scale2 : 1, pairs ? to->inverse : 1);
       total += x;
+#if HAS_PAIRS
+      if (narrow) {
+        __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+        _mm256_storeu_si256((__m256i *)((uint16_t *)(to->weights + i * to->ld) + to->column + j * V), half);
+        continue;
+      }
+#endif
+      store(to->weights + i * to->ld + to->column + j * V, x);
     }
-    if (sum) store(sum + i * V, load(sum + i * V) + total);
+    if (to->sums) store(to->sums + i * V, load(to->sums + i * V) + total);
   }
+  (void)narrow;
 }
 
 // W = f(A B), H = f'(A B) / 2.
 INLINE void slopes_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
                         REAL *w, REAL *h, int64_t ldw, const int squared) {
   vec z[MR][NR] = {0};
-  multiply(z, mr, nr, n, a, lda, 1, b, ldb);
+  multiply(z, mr, nr, n, a, lda, 1, b, ldb, 0);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) {
       vec half_slope;
@@ -49,7 +77,7 @@ INLINE void slopes_tile(const int mr, const int nr, int64_t n, const REAL *a, in
 INLINE void product_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
                          REAL *to, int64_t ldc) {
   vec c[MR][NR] = {0};
-  multiply(c, mr, nr, n, a, lda, 1, b, ldb);
+  multiply(c, mr, nr, n, a, lda, 1, b, ldb, 0);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, c[i][j]);
   }
@@ -57,12 +85,12 @@ INLINE void product_tile(const int mr, const int nr, int64_t n, const REAL *a, i
 
 // C += A B, or C += A^T B where `transposed`.
 INLINE void add_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const int transposed,
-                     const REAL *b, int64_t ldb, REAL *to, int64_t ldc) {
+                     const REAL *b, int64_t ldb, REAL *to, int64_t ldc, const int pairs) {
   vec c[MR][NR];
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) c[i][j] = load(to + i * ldc + j * V);
   }
-  multiply(c, mr, nr, n, a, transposed ? 1 : lda, transposed ? lda : 1, b, ldb);
+  multiply(c, mr, nr, n, a, transposed ? 1 : lda, transposed ? lda : 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, c[i][j]);
   }
@@ -89,12 +117,31 @@ INLINE void add_tile(const int mr, const int nr, int64_t n, const REAL *a, int64
   else { WITH_ROWS(1, TILE, __VA_ARGS__) }
 #endif
 
-static void weights(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w,
-                    int64_t ldw, REAL *sum, int squared) {
-  if (squared) {
-    WITH_SIZES(weights_tile, n, a, lda, b, ldb, w, ldw, sum, 1)
+static void weights(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
+                    const weights_target *to, int pairs, int narrow) {
+#if HAS_PAIRS
+  if (pairs && to->squared) {
+    if (narrow) {
+      WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 1, 1, 1)
+    } else {
+      WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 1, 1, 0)
+    }
+    return;
+  }
+  if (pairs) {
+    if (narrow) {
+      WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 0, 1, 1)
+    } else {
+      WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 0, 1, 0)
+    }
+    return;
+  }
+#endif
+  (void)pairs, (void)narrow;
+  if (to->squared) {
+    WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 1, 0, 0)
   } else {
-    WITH_SIZES(weights_tile, n, a, lda, b, ldb, w, ldw, sum, 0)
+    WITH_SIZES(weights_tile, n, a, lda, b, ldb, to, 0, 0, 0)
   }
 }
 
@@ -115,8 +162,18 @@ static void product(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const
 static void add(int mr, int nr, int64_t n, const REAL *a, int64_t lda, int transposed, const REAL *b, int64_t ldb,
                 REAL *to, int64_t ldc) {
   if (transposed) {
-    WITH_SIZES(add_tile, n, a, lda, 1, b, ldb, to, ldc)
+    WITH_SIZES(add_tile, n, a, lda, 1, b, ldb, to, ldc, 0)
   } else {
-    WITH_SIZES(add_tile, n, a, lda, 0, b, ldb, to, ldc)
+    WITH_SIZES(add_tile, n, a, lda, 0, b, ldb, to, ldc, 0)
   }
+}
+
+// The same with pairs: n counts them.
+static void add_pairs(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *to,
+                      int64_t ldc) {
+#if HAS_PAIRS
+  WITH_SIZES(add_tile, n, a, lda, 0, b, ldb, to, ldc, 1)
+#else
+  (void)mr, (void)nr, (void)n, (void)a, (void)lda, (void)b, (void)ldb, (void)to, (void)ldc;
+#endif
 }
