@@ -88,3 +88,18 @@ def test_the_learning_rate_is_the_most_accurate_then_the_fastest(trained):
     assert choose_learning_rate([result(0.1, 0.9, 5), result(0.2, 0.95, 50)]) == 0.2
     assert choose_learning_rate([result(0.1, 0.9, 50), result(0.2, 0.9, 5)]) == 0.2
     assert choose_learning_rate([result(0.2, 0.9, 5), result(0.1, 0.9, 5)]) == 0.1
+
+
+def test_equally_accurate_learning_rates_are_equal_in_whatever_order_their_seeds_come(trained):
+    import dataclasses
+
+    import polars as pl
+
+    def result(rate, accuracies):
+        rows = [{**trained.seeds.row(0, named=True), "accuracy": x} for x in accuracies]
+        return cell(rate=rate), dataclasses.replace(trained, seeds=pl.DataFrame(rows, schema=trained.seeds.schema))
+
+    numbers = [0.1, 0.7, 0.3]
+    assert sum(numbers) != sum(numbers[::-1])
+    assert choose_learning_rate([result(0.2, numbers), result(0.1, numbers[::-1])]) == 0.1
+    assert choose_learning_rate([result(0.2, numbers[::-1]), result(0.1, numbers)]) == 0.1

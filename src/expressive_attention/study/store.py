@@ -8,6 +8,7 @@ seeds.parquet, curves.parquet, weights.safetensors
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -213,14 +214,19 @@ class Store:
 
 
 def choose_learning_rate(results: Iterable[tuple[Cell, CellResult]]) -> float:
-    """The learning rate whose tuning seeds are most accurate, then fastest, then the smaller one."""
-    table = pl.concat([r.seeds.with_columns(pl.lit(c.learning_rate).alias("learning_rate")) for c, r in results])
-    ranked = (
-        table.group_by("learning_rate")
-        .agg(pl.mean("accuracy"), pl.mean("steps"))
-        .sort("accuracy", "steps", "learning_rate", descending=[True, False, False])
-    )
-    return ranked["learning_rate"][0]
+    """The learning rate whose tuning seeds are most accurate, then fastest, then the smaller one.
+
+    Every process that asks has to choose the same: sums are exact, and do not depend on the order of the cells.
+    """
+    seeds: dict[float, list[tuple[float, int]]] = {}
+    for cell, result in results:
+        seeds.setdefault(cell.learning_rate, []).extend(result.seeds.select("accuracy", "steps").iter_rows())
+
+    def rank(rate: float) -> tuple[float, float, float]:
+        accuracies, steps = zip(*seeds[rate], strict=True)
+        return -math.fsum(accuracies) / len(accuracies), sum(steps) / len(steps), rate
+
+    return min(seeds, key=rank)
 
 
 def collect(store: Store) -> StudyResults:
