@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from expressive_attention import expressive_attention
+from expressive_attention.backends.cpu import library
+
+# What is judged: every fused backend, the C kernels in each of their builds that runs here.
+FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
 
 NAMES = ("output", "normalizer", "query", "key", "value", "mask")
+
+
+@contextmanager
+def fused(name: str) -> Iterator[str]:
+    """The name for `expressive_attention` of one of `FUSED`, inside of the block."""
+    backend, _, build = name.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if build:
+            patch.setattr(library, "chosen", lambda: library.BUILDS[build])
+        yield backend
 
 
 @dataclass
@@ -55,56 +72,83 @@ class Case:
         found = (output.detach(), normalizer.detach(), *gradients)
         return {name: x.to(torch.float64) for name, x in zip(NAMES, found, strict=False)}
 
-    def terms(self) -> dict[str, float]:
-        """The largest sum of absolute values of the terms that add up to a result: what a rounding is one of."""
+    def roundings(self) -> dict[str, float]:
+        """What one rounding may change in each result.
+
+        Of the terms that add up to the result, and, in the dtype of the sums, of those that add up to the scores:
+        where these cancel, z is less exact than its own last digit, and so is what follows from z.
+        """
         q, k, v = (x.double() for x in (self.query, self.key, self.value))
         do, dn = self.upstream()
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scale = self.settings.get("scale") or 1 / math.sqrt(q.shape[-1])
         z = scale * q @ k.mT
-        r = 1 / (1 + z * z) if self.settings.get("form") != "squared" else torch.ones_like(z)
+        dz = abs(scale) * q.abs() @ k.abs().mT
+        squared = self.settings.get("form") == "squared"
+        r = torch.ones_like(z) if squared else 1 / (1 + z * z)
+        slope = 2 * z.abs() * r * r
+        curvature = torch.full_like(z, 2.0) if squared else (2 - 6 * z * z).abs() * r**3
         factor = torch.ones_like(z)
         if self.mask is not None:
             factor = factor * (self.mask.double().exp() if self.mask.is_floating_point() else self.mask)
         if self.settings.get("is_causal"):
             lower_right = self.settings.get("causal_alignment") == "lower_right"
             factor = factor.tril(z.shape[-1] - z.shape[-2] if lower_right else 0)
-        weight = z * z * r * factor
-        total = weight.sum(-1, keepdim=True)
-        attention = weight / torch.where(total == 0, torch.inf, total)
-        g = do.abs() @ v.abs().mT
-        g = (g + (attention * g).sum(-1, keepdim=True)) / torch.where(total == 0, torch.inf, total)
-        g = g + dn.abs().unsqueeze(-1)
-        ds = abs(scale) * 2 * z.abs() * r * r * factor * g
-        sums = {
-            "output": attention @ v.abs(),
-            "normalizer": total,
-            "query": ds @ k.abs(),
-            "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
-            "value": (attention.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
-        }
-        if self.mask is not None:
-            sums["mask"] = (weight * g).sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
-        return {name: float(x.max()) if x.numel() else 0.0 for name, x in sums.items()}
+
+        def per_total(x: Tensor) -> Tensor:
+            return x / torch.where(total == 0, torch.inf, total)
+
+        weight, dweight = z * z * r * factor, slope * dz * factor
+        total, dtotal = weight.sum(-1, keepdim=True), dweight.sum(-1, keepdim=True)
+        a = per_total(weight)
+        da = per_total(dweight) + a * per_total(dtotal)
+        upstream = do.abs() @ v.abs().mT
+        g = upstream + (a * upstream).sum(-1, keepdim=True)
+        dg = g * per_total(dtotal) + (da * upstream).sum(-1, keepdim=True)
+        g, dg = per_total(g) + dn.abs().unsqueeze(-1), per_total(dg)
+        ds = abs(scale) * factor * slope * g
+        dds = abs(scale) * factor * (curvature * dz * g + slope * dg)
+
+        def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
+            results = {
+                "output": a @ v.abs(),
+                "normalizer": total,
+                "query": ds @ k.abs(),
+                "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
+                "value": (a.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
+            }
+            if self.mask is not None:
+                results["mask"] = bias.sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
+            return {name: float(x.max()) if x.numel() else 0.0 for name, x in results.items()}
+
+        own = largest(total, a, ds, weight * g)
+        of_scores = largest(dtotal, da, dds, dweight * g + weight * dg)
+        return {name: self.eps(name) * own[name] + self.eps("normalizer") * of_scores[name] for name in own}
+
+    def eps(self, result: str) -> float:
+        """The relative size of a rounding of a result; in float64, where the judge itself rounds, of several."""
+        dtype = self.query.dtype
+        if result == "normalizer":
+            dtype = torch.promote_types(dtype, torch.float32)
+        elif result == "mask" and self.mask is not None and self.mask.is_floating_point():
+            dtype = self.mask.dtype
+        return torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
 
 
-def assert_within_budget(case: Case, backend: str) -> None:
-    """At most twice the error of the reference in the same dtype, plus one rounding of the terms summed."""
+def assert_within_budget(case: Case, *backends: str) -> None:
+    """Each of `FUSED`: at most twice the error of the reference in the same dtype, plus one rounding."""
     exact = case.results("reference", torch.float64)
     plain = case.results("reference")
-    got = case.results(backend)
-    terms = case.terms()
-    dtypes = {"normalizer": torch.promote_types(case.query.dtype, torch.float32)}
-    if case.mask is not None:
-        dtypes["mask"] = case.mask.dtype
-    for name, want in exact.items():
-        if want.numel() == 0:
-            assert got[name].shape == want.shape
-            continue
-        eps = torch.finfo(dtypes.get(name, case.query.dtype)).eps
-        # In float64 the judge itself rounds, each of its sums several times.
-        roundings = 16 if eps == torch.finfo(torch.float64).eps else 1
-        budget = 2 * (plain[name] - want).abs().max() + roundings * eps * terms[name]
-        error = (got[name] - want).abs().max()
-        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, largest {want.abs().max():.3g}"
+    roundings = case.roundings()
+    for name in backends:
+        with fused(name) as backend:
+            got = case.results(backend)
+        for result, want in exact.items():
+            if want.numel() == 0:
+                assert got[result].shape == want.shape
+                continue
+            budget = 2 * (plain[result] - want).abs().max() + roundings[result]
+            error = (got[result] - want).abs().max()
+            largest = want.abs().max()
+            assert error <= budget, f"{name}, {result}: error {error:.3g}, budget {budget:.3g}, largest {largest:.3g}"

@@ -5,6 +5,7 @@ import torch
 from torch.func import grad, vmap
 
 from expressive_attention import expressive_attention
+from expressive_attention.backends import BACKENDS
 
 CASES = {
     "plain": (None, None, "expressive"),
@@ -14,34 +15,38 @@ CASES = {
 }
 
 
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def backend(request):
+    """Each of the fused backends."""
+    return request.param
+
+
 def tensors(dtype=torch.float32):
     shapes = ((2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3))
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_opcheck(name):
+def test_opcheck(backend, name):
     mask, diagonal, form = CASES[name]
-    arguments = (*tensors(), mask, diagonal, 0.5, form, "blockwise")
+    arguments = (*tensors(), mask, diagonal, 0.5, form, backend)
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_opcheck_of_the_backward(name):
+def test_opcheck_of_the_backward(backend, name):
     mask, diagonal, form = CASES[name]
     q, k, v = tensors()
     with torch.no_grad():
-        output, normalizer, _ = torch.ops.expressive_attention.attention(
-            q, k, v, mask, diagonal, 0.5, form, "blockwise"
-        )
+        output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, mask, diagonal, 0.5, form, backend)
     upstream = torch.randn_like(output), torch.randn_like(normalizer)
     bias = mask is not None and mask.requires_grad
-    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, "blockwise", bias)
+    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, backend, bias)
     torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", [None, "blockwise", "reference"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_compiles_as_one_graph(backend, dynamic):
     def function(q, k, v, mask):
         output, normalizer = expressive_attention(
@@ -58,12 +63,12 @@ def test_compiles_as_one_graph(backend, dynamic):
     torch._dynamo.reset()
 
 
-def test_vmap_joins_the_batch():
+def test_vmap_joins_the_batch(backend):
     q, k, v = (torch.randn(3, *x.shape) for x in tensors())
     bias = torch.randn(3, 1, 4, 1, 6)
 
     def function(q, k, v, bias):
-        return expressive_attention(q, k, v, bias, enable_gqa=True, backend="blockwise")
+        return expressive_attention(q, k, v, bias, enable_gqa=True, backend=backend)
 
     expected = torch.stack([function(*x) for x in zip(q, k, v, bias, strict=True)])
     torch.testing.assert_close(vmap(function)(q, k, v, bias), expected)
@@ -74,7 +79,7 @@ def test_vmap_joins_the_batch():
 
 
 @pytest.mark.parametrize("shared", ["bias", "query", "none"])
-def test_gradients_through_vmap(shared):
+def test_gradients_through_vmap(backend, shared):
     q, k, v = (torch.randn(3, *x.shape, dtype=torch.float64) for x in tensors())
     bias = torch.randn(3, 2, 1, 5, 6, dtype=torch.float64)
     inputs = {"query": q, "key": k, "value": v, "bias": bias}
@@ -83,7 +88,7 @@ def test_gradients_through_vmap(shared):
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
 
     def function(query, key, value, bias):
-        return expressive_attention(query, key, value, bias, enable_gqa=True, backend="blockwise").square().sum()
+        return expressive_attention(query, key, value, bias, enable_gqa=True, backend=backend).square().sum()
 
     in_dims = tuple(None if name == shared else 0 for name in inputs)
     mapped = torch.autograd.grad(vmap(function, in_dims=in_dims)(*leaves.values()).sum(), list(leaves.values()))
@@ -94,39 +99,39 @@ def test_gradients_through_vmap(shared):
     torch.testing.assert_close(mapped, looped)
 
 
-def test_vmap_of_the_backward_operator():
+def test_vmap_of_the_backward_operator(backend):
     """As when per-sample gradients of several losses are taken through one forward pass."""
     q, k, v = tensors(torch.float64)
     bias = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True)
-    output = expressive_attention(q, k, v, bias, enable_gqa=True, backend="blockwise")
+    output = expressive_attention(q, k, v, bias, enable_gqa=True, backend=backend)
     upstream = torch.randn(3, *output.shape, dtype=torch.float64)
     mapped = torch.autograd.grad(output, (q, k, v, bias), upstream, is_grads_batched=True, retain_graph=True)
     looped = [torch.autograd.grad(output, (q, k, v, bias), g, retain_graph=True) for g in upstream]
     torch.testing.assert_close(mapped, tuple(torch.stack(parts) for parts in zip(*looped, strict=True)))
 
 
-def test_torch_func_derivatives_choose_the_reference():
+def test_torch_func_derivatives_choose_the_reference(backend):
     q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).unbind(0)
     loss = lambda q, backend=None: expressive_attention(q, k, v, backend=backend).square().sum()  # noqa: E731
     torch.testing.assert_close(grad(loss)(q), grad(partial(loss, backend="reference"))(q))
-    with pytest.raises(NotImplementedError, match=r"'blockwise'.*torch\.func"):
-        grad(partial(loss, backend="blockwise"))(q)
+    with pytest.raises(NotImplementedError, match=rf"'{backend}'.*torch\.func"):
+        grad(partial(loss, backend=backend))(q)
 
 
-def test_second_derivatives_with_parts_left_out():
+def test_second_derivatives_with_parts_left_out(backend):
     q, k, v = tensors(torch.float64)
-    for backend in ("blockwise", "reference"):
-        y = expressive_attention(q, k, v, enable_gqa=True, backend=backend)
+
+    def second(name):
+        y = expressive_attention(q, k, v, enable_gqa=True, backend=name)
         (dk,) = torch.autograd.grad(y.square().sum(), k, create_graph=True)
-        second = torch.autograd.grad(dk.square().sum(), (q, k, v))
-        if backend == "blockwise":
-            expected = second
-    torch.testing.assert_close(second, expected)
+        return torch.autograd.grad(dk.square().sum(), (q, k, v))
+
+    torch.testing.assert_close(second(backend), second("reference"))
 
 
-def test_the_autocast_rule_of_the_operator():
+def test_the_autocast_rule_of_the_operator(backend):
     q, k, v = (x.detach() for x in tensors())
-    arguments = (None, None, 0.5, "expressive", "blockwise")
+    arguments = (None, None, 0.5, "expressive", backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, *arguments)
     expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)

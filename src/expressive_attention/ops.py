@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, reference
-from .backends.problem import accumulation_dtype
+from .backends.problem import accumulation_dtype, empty_peak
 
 __all__ = ["attention", "autocast_inputs"]
 
@@ -70,7 +70,7 @@ def _attention_backward(grad_output, grad_normalizer, query, key, value, attn_ma
 def _(query, key, value, attn_mask, diagonal, scale, form, backend):
     rows = query.shape[:-1]
     normalizer = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
-    return query.new_empty((*rows, value.shape[-1])), normalizer, torch.empty_like(normalizer)
+    return query.new_empty((*rows, value.shape[-1])), normalizer, empty_peak(normalizer, attn_mask)
 
 
 @torch.library.register_fake(_BACKWARD)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import Problem, accumulation_dtype, row_peak
+from .problem import Problem, accumulation_dtype, empty_peak, row_peak
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -70,16 +70,16 @@ def _forward(
     batch, heads, length, _ = query.shape
     output = query.new_zeros((batch, heads, length, value.shape[-1]), dtype=dtype)
     normalizer = query.new_zeros((batch, heads, length), dtype=dtype)
-    peak = torch.zeros_like(normalizer)
+    peak = empty_peak(normalizer, attn_mask)
 
     q, k, v, mask = _grouped(query, key, value, attn_mask, dtype, scale)
-    out, total, top = (x.unflatten(1, (k.shape[1], -1)) for x in (output, normalizer, peak))
+    out, total = (x.unflatten(1, (k.shape[1], -1)) for x in (output, normalizer))
     for tile in _row_tiles(q, k.shape[-2]):
         q_tile = tile.rows(q)
         out_tile, total_tile = tile.rows_view(out), tile.rows_view(total.unsqueeze(-1))
         bias_peak = _tile_peak(mask, tile, diagonal)
         if bias_peak is not None:
-            top[tile.index] = bias_peak.squeeze(-1)
+            peak.unflatten(1, (k.shape[1], -1))[tile.index] = bias_peak.squeeze(-1)
         for columns in tile.key_ranges(k.shape[-2], diagonal):
             weight = _scores(q_tile, tile.keys(k, columns)).square_()
             if form == "expressive":

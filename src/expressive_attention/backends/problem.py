@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FORMS", "Problem", "accumulation_dtype", "row_peak"]
+__all__ = ["FORMS", "Problem", "accumulation_dtype", "empty_peak", "row_peak"]
 
 FORMS = ("expressive", "squared")
 
@@ -38,6 +38,12 @@ class Problem:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of scores, weights and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_peak(normalizer: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Memory for the peaks ``(B, Hq, L)`` of rows; without a float mask there are none, ``(B, Hq, 0)``."""
+    has_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    return normalizer.new_empty(normalizer.shape if has_bias else (*normalizer.shape[:-1], 0))
 
 
 def row_peak(bias: Tensor, rows: range, diagonal: int | None) -> Tensor:

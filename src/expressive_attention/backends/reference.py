@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, accumulation_dtype, row_peak
+from .problem import Problem, accumulation_dtype, empty_peak, row_peak
 
 __all__ = ["forward", "supports"]
 
@@ -48,8 +48,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``(B, Hq, L, Ev)``, normalizer and peak ``(B, Hq, L)``, where N_i = normalizer_i * exp(peak_i).
 
-    Arguments are as in `backends.problem`. Differentiable with respect to query, key, value and a float mask,
-    any number of times.
+    Without a float mask the peak is `empty_peak`, and means 0. Arguments are as in `backends.problem`.
+    Differentiable with respect to query, key, value and a float mask, any number of times.
     """
     dtype = accumulation_dtype(query.dtype)
     rows, keys = query.shape[-2], key.shape[-2]
@@ -71,9 +71,9 @@ def forward(
     # The coefficient of y^2 in the denominator of f: 4^r, or 0 where f(z) = z^2 to the last bit.
     saturation = torch.exp2(2.0 * exponent) if form == "expressive" else torch.zeros_like(exponent)
     weight = (_Weight if torch.compiler.is_compiling() else _WeightWithJvp).apply(y, saturation)
-    peak = torch.zeros_like(exponent)
+    peak = None
     if bias is not None:
-        peak = peak + row_peak(bias, range(rows), diagonal)
+        peak = row_peak(bias, range(rows), diagonal)
         weight = weight * torch.exp(bias - peak)
     if keep is not None:
         weight = torch.where(keep, weight, 0.0)
@@ -82,8 +82,8 @@ def forward(
     attention = weight / torch.where(total == 0, 1.0, total)
     attention = torch.dropout(attention, dropout_p, train=True) if dropout_p else attention
     output = (attention @ v).to(query.dtype)
-    normalizer = total * torch.exp2(2.0 * exponent)
-    return output, normalizer.squeeze(-1), peak.squeeze(-1)
+    normalizer = (total * torch.exp2(2.0 * exponent)).squeeze(-1)
+    return output, normalizer, empty_peak(normalizer, None) if peak is None else peak.squeeze(-1).expand_as(normalizer)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None, form: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ..problem import Problem, accumulation_dtype
+from ..problem import Problem, accumulation_dtype, empty_peak
 from . import library
 
 __all__ = ["backward", "forward", "supports"]
@@ -31,7 +31,7 @@ def supports(problem: Problem) -> str | None:
         return "dropout is not implemented"
     if problem.differentiated_by_func:
         return "torch.func derivatives are not implemented"
-    return library.why_missing()
+    return library.MISSING
 
 
 def forward(
@@ -48,8 +48,7 @@ def forward(
     sums = accumulation_dtype(query.dtype)
     output = query.new_empty((batch, heads, rows, value.shape[-1]))
     normalizer = query.new_empty((batch, heads, rows), dtype=sums)
-    has_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-    peak = query.new_empty((batch, heads, rows if has_bias else 0), dtype=sums)
+    peak = empty_peak(normalizer, attn_mask)
     _run(
         library.chosen().forward,
         _FORWARD.pack(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-__all__ = ["BUILD_VARIABLE", "Build", "builds", "chosen", "why_missing"]
+__all__ = ["BUILDS", "MISSING", "Build", "chosen"]
 
-# Names one of `builds`, for tests and for comparing.
-BUILD_VARIABLE = "EXPRESSIVE_ATTENTION_CPU"
+# Names one of `BUILDS`, for tests and for comparing.
+_BUILD_VARIABLE = "EXPRESSIVE_ATTENTION_CPU"
 # Another library file, as one built with sanitizers.
-FILE_VARIABLE = "EXPRESSIVE_ATTENTION_LIBRARY"
+_FILE_VARIABLE = "EXPRESSIVE_ATTENTION_LIBRARY"
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ class Build:
     backward: Callable[[bytes], int]
 
 
-@cache
 def _load() -> tuple[dict[str, Build], str | None]:
     """The builds that run on this CPU, the best last, and why there are none."""
-    path = os.environ.get(FILE_VARIABLE) or _find()
+    path = os.environ.get(_FILE_VARIABLE) or _find()
     if path is None:
         return {}, "the C library was not built when the package was installed"
     try:
@@ -63,7 +62,7 @@ def _load() -> tuple[dict[str, Build], str | None]:
 
 def _find() -> Path | None:
     names = {"win32": "expressive_attention.dll", "darwin": "libexpressive_attention.dylib"}
-    path = files(__package__) / names.get(sys.platform, "libexpressive_attention.so")
+    path = files("expressive_attention.backends.cpu") / "lib" / names.get(sys.platform, "libexpressive_attention.so")
     return Path(str(path)) if path.is_file() else None
 
 
@@ -79,27 +78,24 @@ def _openmp() -> int | None:
     return None
 
 
-def builds() -> dict[str, Build]:
-    """The builds that run on this CPU, the best last."""
-    return _load()[0]
-
-
-@cache
-def chosen() -> Build | None:
-    """The best build for this CPU, or the one that the environment names.
-
-    Raises:
-        ValueError: The environment names a build that this CPU cannot run.
-    """
-    available = builds()
-    name = os.environ.get(BUILD_VARIABLE)
+def _choose() -> Build | None:
+    name = os.environ.get(_BUILD_VARIABLE)
     if not name:
-        return next(reversed(available.values()), None)
-    if name not in available:
-        raise ValueError(f"{BUILD_VARIABLE} must be one of {tuple(available)} on this machine, got {name!r}")
-    return available[name]
+        return next(reversed(BUILDS.values()), None)
+    if name not in BUILDS:
+        raise ValueError(f"{_BUILD_VARIABLE} must be one of {tuple(BUILDS)} on this machine, got {name!r}")
+    return BUILDS[name]
 
 
-def why_missing() -> str | None:
-    """Why no build can be used; None: one can."""
-    return _load()[1]
+# Loaded with the package, so that a call has nothing to find out.
+BUILDS, MISSING = _load()  # the builds that run on this CPU, the best last; why there are none, or None
+_CHOSEN = _choose()
+
+if MISSING is not None:
+    warnings.warn(f"expressive attention runs on the blockwise backend: {MISSING}", RuntimeWarning, stacklevel=2)
+
+
+def chosen() -> Build:
+    """The best build for this CPU, or the one that the environment named when the package was imported."""
+    assert _CHOSEN is not None, MISSING
+    return _CHOSEN

@@ -268,7 +268,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
       for (int64_t j = 0; j < columns; j += V) sum += load(w + j) / normalizer * load(product + j);
       mean = sum_of(sum);
     }
-    REAL grad_normalizer = p->grad_normalizer ? ((const REAL *)p->grad_normalizer)[index] : 0;
+    REAL grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0;
     REAL *bias = run->grad_mask ? room->room : NULL;
     row_gradient(columns, w, h, product, normalizer, mean, grad_normalizer, bias);
     if (bias) add_to_mask(run, row, key, columns, bias);

@@ -42,7 +42,7 @@ static forward_plan plan_forward(const ea_problem *p) {
   int64_t tasks = p->batch * p->kv_heads * plan.row_blocks;
   int64_t parts = tasks >= p->threads ? 1 : (p->threads + tasks - 1) / tasks;
   plan.part_keys = most(PANEL, round_up((p->keys + parts - 1) / parts, PANEL));
-  plan.parts = (p->keys + plan.part_keys - 1) / plan.part_keys;
+  plan.parts = most(1, (p->keys + plan.part_keys - 1) / plan.part_keys);
   return plan;
 }
 
@@ -193,12 +193,11 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
 // Write the results of a row: o = output / N. Return whether N lost what counts.
 static int finish_row(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer, REAL *room) {
   int64_t index = (row->batch * p->heads + row->head) * p->rows + row->query;
-  int64_t sums_dtype = p->dtype == EA_FLOAT64 ? EA_FLOAT64 : EA_FLOAT32;
   REAL total = normalizer == 0 ? 1 : normalizer;
   for (int64_t c = 0; c < p->value_width; c++) room[c] = output[c] / total;
   write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, room, p->value_width);
-  write_number(p->normalizer, sums_dtype, index, normalizer);
-  if (has_bias(p)) write_number(p->peak, sums_dtype, index, row->peak);
+  write_number(p->normalizer, sums_dtype(p), index, normalizer);
+  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, row->peak);
   return is_unsafe(p, row, normalizer);
 }
 

@@ -1,0 +1,125 @@
+"""What every fused backend has to do: the numbers of the reference, whatever the problem."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from expressive_attention import expressive_attention
+from tests.budget import FUSED, Case, assert_within_budget, fused
+from tests.problems import problems
+
+
+@pytest.fixture(params=FUSED)
+def backend(request):
+    with fused(request.param) as name:
+        yield name
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems())
+def test_random_problems_within_budget(case):
+    assert_within_budget(case, *FUSED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(largest=80))
+def test_many_random_problems_within_budget(case):
+    assert_within_budget(case, *FUSED)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "keys"), [(700, 700), (1, 1500), (513, 257)])
+def test_long_problems_within_budget(length, keys, causal):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, length, 33), torch.randn(1, 2, keys, 33), torch.randn(1, 2, keys, 17)
+    options = {"is_causal": causal, "causal_alignment": "lower_right"}
+    assert_within_budget(Case(q, k, v, None, options), *FUSED)
+    assert_within_budget(Case(q, k, v, torch.randn(2, length, keys), options), *FUSED)
+
+
+@pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])
+def test_float32_scores_of_any_size(exponent):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 1, 2, 8, 16).unbind(0)
+    assert_within_budget(Case(q * 10.0**exponent, k, v * 1e-3, through_normalizer=False), *FUSED)
+
+
+@pytest.mark.parametrize("exponent", [-38, -30, -20, -10, 10, 20, 30, 37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_of_any_size(backend, exponent, dtype):
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, 2, 8, 16).to(dtype).unbind(0)
+    factor = torch.tensor(10.0**exponent).to(dtype)
+    got = expressive_attention(q * factor, k * factor, v, backend=backend)
+    exact = expressive_attention((q * factor).double(), (k * factor).double(), v.double(), backend="reference")
+    assert (got.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("exponent", [-7, -3, 4])
+def test_float16_to_its_ends(backend, exponent):
+    torch.manual_seed(3)
+    q, k, v = torch.randn(3, 1, 2, 8, 16).unbind(0)
+    q, k = ((x * 10.0**exponent).half() for x in (q, k))
+    assert q.isfinite().all()
+    got = expressive_attention(q, k, v.half(), backend=backend)
+    exact = expressive_attention(q.double(), k.double(), v.half().double(), backend="reference")
+    assert (got.double() - exact).abs().max() <= 2.0**-10 * exact.abs().max()
+
+
+def test_rows_of_very_different_size_beside_padding():
+    torch.manual_seed(4)
+    q, k, v = torch.randn(3, 1, 1, 6, 8).unbind(0)
+    q[0, 0] *= torch.tensor([1e-18, 1.0, 1e18, 0.0, 1e-9, 1e9])[:, None]
+    keep = torch.ones(6, 6, dtype=torch.bool)
+    keep[:, 4:] = False
+    keep[1] = False
+    assert_within_budget(Case(q, k, v, keep, through_normalizer=False), *FUSED)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_nan_and_inf_show_in_the_rows_that_see_them(backend, where, number):
+    torch.manual_seed(5)
+    inputs = dict(zip(("query", "key", "value"), torch.randn(3, 1, 1, 5, 4).unbind(0), strict=True))
+    inputs[where][0, 0, 2, 1] = number
+    results = [expressive_attention(**inputs, is_causal=True, backend=b) for b in ("reference", backend)]
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+    assert results[0][0, 0, :2].isfinite().all() or where == "value"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_that_sees_one_key_has_no_gradient(backend, masked):
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(1, 2, 700, 16, requires_grad=True) for _ in range(3))
+    keep = torch.arange(700) == torch.randint(700, (700, 1)) if masked else None
+    output = expressive_attention(q * 1e-4, k, v, keep, is_causal=not masked, backend=backend)
+    (dq,) = torch.autograd.grad(output.square().sum(), q)
+    alone = dq if masked else dq[:, :, :1]
+    assert alone.abs().max() == 0
+    assert masked or dq[:, :, 1:].abs().amax(-1).min() > 0
+
+
+def test_same_bits_twice(backend):
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(2, 4, 300, 32, requires_grad=True) for _ in range(3))
+    bias = torch.randn(4, 300, 300, requires_grad=True)
+
+    def run():
+        y = expressive_attention(q, k, v, bias, is_causal=True, backend=backend)
+        return [y, *torch.autograd.grad(y.square().sum(), (q, k, v, bias))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_derivatives_of_both_orders(backend):
+    torch.manual_seed(7)
+    q = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    function = partial(expressive_attention, is_causal=True, enable_gqa=True, return_normalizer=True, backend=backend)
+    assert torch.autograd.gradcheck(function, (q, k, v, bias))
+    assert torch.autograd.gradgradcheck(function, (q, k, v, bias))

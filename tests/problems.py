@@ -1,0 +1,56 @@
+"""Random problems for the operator: every feature, odd sizes, masks and strides of all kinds."""
+
+import torch
+from hypothesis import strategies as st
+
+from tests.budget import Case
+
+
+def strided(shape, dtype, layout, generator):
+    """Random numbers of a shape whose last dimensions lie in memory as `layout` says."""
+    b, h, n, e = shape
+    if layout == "repeated":
+        return torch.randn(b, 1, 1, e, generator=generator).to(dtype).expand(shape)
+    if layout == "columns first":
+        return torch.randn(b, h, e, n, generator=generator).to(dtype).mT
+    if layout == "transposed":
+        return torch.randn(b, n, h, e, generator=generator).to(dtype).transpose(1, 2)
+    if layout == "gaps":
+        return torch.randn(b, h, n + 1, 2 * e, generator=generator).to(dtype)[:, :, 1:, ::2]
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@st.composite
+def problems(draw, largest=40):
+    # Odd numbers, and those at which vectors and tiles are full.
+    size = st.integers(1, largest) | st.sampled_from([n for n in (8, 16, 32, 48, 64, 128) if n <= 2 * largest])
+    batch, kv_heads, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    length, keys = (draw(st.integers(0, 4) | size) for _ in range(2))
+    e, ev = draw(size), draw(size)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    heads = kv_heads * groups
+    layouts = st.sampled_from(["contiguous", "contiguous", "transposed", "gaps", "columns first", "repeated"])
+    query = strided((batch, heads, length, e), dtype, draw(layouts), generator)
+    key = strided((batch, kv_heads, keys, e), dtype, draw(layouts), generator)
+    value = strided((batch, kv_heads, keys, ev), dtype, draw(layouts), generator)
+    mask = None
+    kind = draw(st.sampled_from(["none", "bool", "bias", "float32 bias"]))
+    if kind != "none":
+        full = (batch, heads, length, keys)
+        shape = [draw(st.sampled_from([1, n])) for n in full]
+        first = draw(st.integers(0, 4)) if all(n == 1 for n in shape[:2]) else 0
+        numbers = torch.randn(shape[min(first, 2) :], generator=generator)
+        mask = numbers > -0.5 if kind == "bool" else numbers.to(torch.float32 if kind == "float32 bias" else dtype)
+        if kind == "bias" and draw(st.booleans()):
+            mask = mask.masked_fill(numbers > 1.0, -torch.inf)
+        if draw(st.booleans()):
+            mask = mask.mT.contiguous().mT
+    options = {
+        "is_causal": draw(st.booleans()),
+        "causal_alignment": draw(st.sampled_from(["upper_left", "lower_right"])),
+        "enable_gqa": True,
+        "form": draw(st.sampled_from(["expressive", "squared"])),
+        "scale": draw(st.sampled_from([None, 1.0, 0.03, -2.5])),
+    }
+    return Case(query, key, value, mask, options, through_normalizer=draw(st.booleans()))
