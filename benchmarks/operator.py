@@ -1,9 +1,9 @@
-"""Expressive attention against scaled_dot_product_attention, and the plain formula, on this machine.
+"""Expressive attention against scaled_dot_product_attention, FlexAttention and the plain formula, on this machine.
 
-    python benchmarks/operator.py [--threads N] [--pairs N] [--only TEXT] [--json FILE]
+    python benchmarks/operator.py [--threads N ...] [--pairs N] [--only TEXT] [--backend NAME] [--json FILE]
 
-For every problem and backend: first the error against float64, then the time of the rival over ours, paired.
-A backend whose error is over the budget gets no ratio.
+For every problem: first the error against float64, then all contestants in turn. Where a check is red there is no
+speed-up. Goals are printed as met or missed, and nothing is left out.
 """
 
 from __future__ import annotations
@@ -15,141 +15,165 @@ sys.path.append(sys.path.pop(0))
 
 import argparse
 import json
+import math
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from expressive_attention import expressive_attention
-from timing import paired, seconds
+import memory
+import peak
+from check import Judge
+from contestants import RIVALS, SDPA, Contestant, automatic, ours, run, why_not
+from expressive_attention.backends import BACKENDS
+from problems import Problem, problems
+from table import HEADER, MEMORY_HEADER, MemoryRow, Row
+from timing import Ratio, in_turn
+
+RED = "error over budget: no speed-up"
+MEMORY = {"memory, forward, (1, 1, L, 64)": False, "memory, forward + backward, (1, 1, L, 64)": True}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One row of the table: shapes (B, H, L, E) with S = L, float32."""
-
-    shape: tuple[int, int, int, int]
-    causal: bool = False
-    backward: bool = False
-
-    def __str__(self) -> str:
-        passes = "forward + backward" if self.backward else "forward"
-        return f"{passes}, {'causal' if self.causal else 'full'}, {self.shape}".replace(" ", "")
-
-    @property
-    def flops(self) -> float:
-        """Floating point operations of the matrix products: two forward, five more backward."""
-        b, h, length, e = self.shape
-        return (7 if self.backward else 2) * 2 * b * h * length * length * e * (0.5 if self.causal else 1.0)
+@cache
+def judge(problem: Problem) -> Judge:
+    return Judge(problem.inputs(), problem.upstream(), problem.causal)
 
 
-PROBLEMS = [
-    Problem((1, 8, 2048, 64)),
-    Problem((1, 8, 2048, 64), causal=True),
-    Problem((1, 8, 512, 64)),
-    Problem((4, 8, 1024, 64)),
-    Problem((1, 4, 4096, 128)),
-    Problem((1, 8, 2048, 64), backward=True),
-    Problem((1, 8, 2048, 64), causal=True, backward=True),
-    Problem((4, 8, 1024, 64), backward=True),
-    Problem((32, 4, 16, 16)),
-    Problem((256, 2, 16, 16)),
-    Problem((256, 2, 16, 16), backward=True),
-]
+def measure(
+    problem: Problem, own: Contestant, rivals: Iterable[Contestant], pairs: int, peaks: peak.Peaks
+) -> list[Row]:
+    """The rows of a problem: ours, then the rivals."""
+    inputs, upstream = problem.inputs(), problem.upstream()
+    calls: dict[str, Callable[[], list[Tensor]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for contestant in (own, *rivals):
+        name = contestant.name
+        goal = problem.goal.share if contestant is own else getattr(problem.goal, name, None)
+        rows[name] = {"goal": goal, "is_ours": contestant is own}
+        try:
+            call = partial(run, contestant.make(problem), inputs, upstream)
+            results = call()
+        except Exception as error:
+            rows[name]["note"] = f"does not run: {first_line(error)}"
+            continue
+        if contestant.expressive:
+            error = judge(problem).error(results)
+            rows[name]["error"] = error if math.isfinite(error) else None
+            if not error <= 1:
+                rows[name]["note"] = RED
+                continue
+        calls[name] = call
+    if own.name not in calls:  # nothing to compare with
+        for name in calls:
+            rows[name]["note"] = "ours was not timed"
+        calls = {}
+    times = dict(zip(calls, in_turn(list(calls.values()), pairs), strict=True))
+    for name, seconds in times.items():
+        ratio = Ratio.of(times[own.name], seconds)
+        rows[name] |= {"seconds": ratio.rival, "share": problem.share(ratio.rival, peaks)}
+        if name != own.name:
+            rows[name]["ratio"] = ratio
+    return [Row(str(problem), name, **row) for name, row in rows.items()]
 
 
-def plain_formula(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    """Expressive attention as one would write it first."""
-    z = (q @ k.mT) * q.shape[-1] ** -0.5
-    weight = z * z / (1 + z * z)
-    if is_causal:
-        weight = weight.tril()
-    return weight / weight.sum(-1, keepdim=True) @ v
+def measure_memory(label: str, backward: bool, backend: str, threads: int) -> list[MemoryRow]:
+    """The rows of peak memory: ours, then SDPA."""
+    try:
+        mine, sdpa = (
+            [memory.measured(name, length, backward, threads) for length in memory.LENGTHS]
+            for name in (backend, SDPA.name)
+        )
+    except RuntimeError as error:
+        return [MemoryRow(label, backend, is_ours=True, note=str(error))]
+    row = MemoryRow(label, SDPA.name, sdpa[0].bytes, sdpa[1].bytes)
+    errors = [use.error for use in mine if use.error is not None]
+    if not all(error <= 1 for error in errors):
+        return [MemoryRow(label, backend, is_ours=True, note="error over budget"), row]
+    linear = memory.is_linear(mine[0].bytes, mine[1].bytes)
+    own = MemoryRow(
+        label, backend, mine[0].bytes, mine[1].bytes, max(errors), goal=sdpa[1].bytes, linear=linear, is_ours=True
+    )
+    return [own, row]
 
 
-def call(function: Callable[..., Tensor], problem: Problem, inputs: list[Tensor]) -> list[Tensor]:
-    """The output and, with `backward`, the gradients of one call."""
-    if not problem.backward:
-        with torch.no_grad():
-            return [function(*inputs, is_causal=problem.causal)]
-    output = function(*inputs, is_causal=problem.causal)
-    return [output, *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:100]
 
 
-def within_budget(function: Callable[..., Tensor], problem: Problem, inputs: list[Tensor]) -> bool:
-    """Error against float64 at most twice that of the reference in the same dtype, plus one rounding."""
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of threads")
+    parser.add_argument("--pairs", type=int, default=7, metavar="N", help="pairs of runs per ratio")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose name contains this")
+    parser.add_argument("--backend", choices=BACKENDS, help="time this one, not the automatic choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
+    found = parser.parse_args()
+    if min(found.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(found.threads)}")
+    if found.pairs < 1:
+        parser.error(f"--pairs must be at least 1, got {found.pairs}")
+    if found.json is not None and (found.json.is_dir() or not found.json.absolute().parent.is_dir()):
+        parser.error(f"--json must be a file in a folder that exists, got {found.json}")
+    found.problems = [p for p in problems(torch.cpu._is_avx512_bf16_supported()) if found.only in str(p)]
+    found.memory = {label: backward for label, backward in MEMORY.items() if found.only in label}
+    if not found.problems and not found.memory:
+        parser.error(f"--only must be part of a problem's name, as 'forward, causal' or 'tiny', got {found.only!r}")
+    if found.backend is not None:
+        for dtype in {p.dtype for p in found.problems} or {torch.float32}:
+            reason = why_not(found.backend, dtype)
+            if reason is not None:
+                parser.error(f"--backend {found.backend} does not run here: {reason}")
+    return found
 
-    def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        return expressive_attention(q, k, v, is_causal=is_causal, backend="reference")
 
-    # One head is enough, and what memory allows.
-    few = [x[:1, :1].detach().clone().requires_grad_() for x in inputs]
-    exact = call(reference, problem, [x.detach().double().requires_grad_() for x in few])
-    plain = call(reference, problem, few)
-    for got, judge, want in zip(call(function, problem, few), plain, exact, strict=True):
-        budget = 2 * (judge - want).abs().max() + torch.finfo(got.dtype).eps * want.abs().max()
-        if not (got - want).abs().max() <= budget:
-            return False
-    return True
+def shown(rows: Sequence[Row] | Sequence[MemoryRow]) -> list[dict[str, Any]]:
+    """Print rows of one problem, and return what the JSON file holds of them."""
+    for i, row in enumerate(rows):
+        print(row.line(first=i == 0), flush=True)
+    return [row.as_dict() for row in rows]
 
 
-def measured_peak() -> float:
-    """FLOP/s of a large float32 matrix product, the most that plain torch reaches here."""
-    a, b = torch.randn(2, 2048, 2048)
-    repeats = 10
-    seconds(lambda: a @ b, 2)
-    return 2 * 2048**3 / min(seconds(lambda: a @ b, 1) for _ in range(repeats))
+def section(options: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """Everything on one number of threads, printed as it is measured."""
+    torch.set_num_threads(threads)
+    peaks = peak.measure(threads)
+    print(f"\n{threads} thread{'s' * (threads > 1)}, {peaks}", flush=True)
+    rows, memory_rows = [], []
+    if options.problems:
+        print(HEADER, flush=True)
+    for problem in options.problems:
+        rows += shown(measure(problem, ours(options.backend, problem.dtype), RIVALS, options.pairs, peaks))
+    if options.memory:
+        print(f"{MEMORY_HEADER}, L = {' and '.join(map(str, memory.LENGTHS))}", flush=True)
+    for label, backward in options.memory.items():
+        backend = options.backend or automatic(torch.float32)
+        memory_rows += shown(measure_memory(label, backward, backend, threads))
+    verdicts = Counter(row["verdict"] for row in rows + memory_rows if row["verdict"])
+    print("goals: " + ", ".join(f"{verdicts[v]} {v}" for v in ("met", "missed", "not measured")), flush=True)
+    return {"threads": threads, "peaks": asdict(peaks), "rows": rows, "memory": memory_rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--pairs", type=int, default=7, help="pairs of runs per ratio")
-    parser.add_argument("--only", default="", help="only problems whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    def backend(name: str) -> Callable[..., Tensor]:
-        return lambda *args, is_causal: expressive_attention(*args, is_causal=is_causal, backend=name)
-
-    candidates = {
-        "blockwise": backend("blockwise"),
-        "reference": backend("reference"),
-        "formula": plain_formula,
-    }
-    peak = measured_peak()
-    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads, ", end="")
-    print(f"float32 matrix product {peak / 1e9:.0f} GFLOP/s")
-    print("ratio: time of scaled_dot_product_attention / time of the row, median (least to most)\n")
-    print(f"{'problem':44} {'':10} {'ratio':>22} {'ms':>9} {'of peak':>8}")
-    rows = []
-    for problem in PROBLEMS:
-        if arguments.only not in str(problem):
-            continue
-        torch.manual_seed(0)
-        inputs = [torch.randn(problem.shape, requires_grad=True) for _ in range(3)]
-        for name, function in candidates.items():
-            line = f"{problem!s:44} {name:10}"
-            if not within_budget(function, problem, inputs) and name != "formula":
-                print(f"{line} error over budget: not timed")
-                rows.append({"problem": str(problem), "name": name, "error": "over budget"})
-                continue
-            ratio = paired(
-                lambda f=function, p=problem, x=inputs: call(f, p, x),
-                lambda p=problem, x=inputs: call(F.scaled_dot_product_attention, p, x),
-                pairs=arguments.pairs,
-            )
-            share = problem.flops / ratio.ours / peak
-            print(f"{line} {ratio!s:>22} {ratio.ours * 1e3:9.2f} {share:8.0%}", flush=True)
-            rows.append({"problem": str(problem), "name": name, **asdict(ratio), "share_of_peak": share})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
+    options = arguments()
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, {machine}, {options.pairs} pairs")
+    document: dict[str, Any] = {"torch": torch.__version__, "machine": machine, "pairs": options.pairs, "sections": []}
+    for threads in options.threads:
+        document["sections"].append(section(options, threads))
+        if options.json is not None:
+            options.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

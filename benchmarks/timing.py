@@ -1,10 +1,10 @@
-"""Paired timing: rivals run in turn in one process, so that a drift of the machine's speed hits both."""
+"""Paired timing: rivals run in turn in one process, so that a drift of the machine's speed hits all of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +18,14 @@ class Ratio:
     ours: float  # median seconds
     rival: float  # median seconds
 
+    @classmethod
+    def of(cls, ours: Sequence[float], rival: Sequence[float]) -> Ratio:
+        """From the seconds of either, a pair at a time."""
+        ratios = [b / a for a, b in zip(ours, rival, strict=True)]
+        return cls(
+            statistics.median(ratios), min(ratios), max(ratios), statistics.median(ours), statistics.median(rival)
+        )
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
@@ -30,18 +38,19 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def paired(ours: Callable[[], object], rival: Callable[[], object], pairs: int = 7, least: float = 0.2) -> Ratio:
-    """Time both in turn, `pairs` times, each long enough to take about `least` seconds."""
+def in_turn(functions: Sequence[Callable[[], object]], rounds: int = 7, least: float = 0.1) -> list[list[float]]:
+    """Seconds of each function, once a round, each time over as many calls as take about `least` seconds."""
     repeats = []
-    for function in (ours, rival):
+    for function in functions:
         function()  # warm-up: first call allocates and initializes
         repeats.append(max(1, round(least / max(seconds(function, 1), 1e-7))))
-    times = [(seconds(ours, repeats[0]), seconds(rival, repeats[1])) for _ in range(pairs)]
-    ratios = [b / a for a, b in times]
-    return Ratio(
-        median=statistics.median(ratios),
-        low=min(ratios),
-        high=max(ratios),
-        ours=statistics.median(a for a, _ in times),
-        rival=statistics.median(b for _, b in times),
-    )
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, number, own in zip(functions, repeats, times, strict=True):
+            own.append(seconds(function, number))
+    return times
+
+
+def paired(ours: Callable[[], object], rival: Callable[[], object], pairs: int = 7, least: float = 0.2) -> Ratio:
+    """Time both in turn, `pairs` times, each long enough to take about `least` seconds."""
+    return Ratio.of(*in_turn([ours, rival], pairs, least))

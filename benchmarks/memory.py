@@ -1,0 +1,93 @@
+"""Peak memory of one call beyond its inputs and outputs, in a process of its own.
+
+    python benchmarks/memory.py BACKEND|sdpa|automatic LENGTH forward|backward THREADS
+
+prints it in bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# This folder last: it has a file with the name of a module of the standard library.
+sys.path.append(sys.path.pop(0))
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from check import Judge
+from contestants import SDPA, Contestant, ours, run
+from problems import Problem
+
+LENGTHS = (8192, 16384)
+_RESOLUTION = 1 << 20  # bytes; one matrix of L x L takes 1 GiB
+_CHECKED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes beyond inputs and outputs, and the error as a share of its budget; None: not expressive attention."""
+
+    bytes: int
+    error: float | None
+
+
+def measured(contestant: str, length: int, backward: bool, threads: int) -> Usage:
+    """`Usage` of one call, in a new process.
+
+    Raises:
+        RuntimeError: It could not be measured; the message is one line.
+    """
+    passes = "backward" if backward else "forward"
+    command = [sys.executable, __file__, contestant, str(length), passes, str(threads)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return Usage(**json.loads(done.stdout))
+
+
+def is_linear(shorter: int, longer: int) -> bool:
+    """Whether memory at twice the length is at most twice as much, to the resolution of the measurement."""
+    return longer <= 2 * max(shorter, 0) + _RESOLUTION
+
+
+def usage(contestant: Contestant, length: int, backward: bool) -> Usage:
+    """`Usage` of one call in this process, which should have done nothing before."""
+    small = Problem("memory", (1, 1, 64, 64), backward=backward)
+    run(contestant.make(small), small.inputs(), small.upstream())
+    problem = Problem("memory", (1, 1, length, 64), backward=backward)
+    inputs, upstream, attention = problem.inputs(), problem.upstream(), contestant.make(problem)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _status("VmRSS")
+    results = run(attention, inputs, upstream)
+    beyond = _status("VmHWM") - before - sum(x.nbytes for x in results)
+    if not contestant.expressive:
+        return Usage(beyond, None)
+    query, key, value = inputs
+    judge = Judge([query[..., -_CHECKED_ROWS:, :], key, value], None, causal=False)
+    return Usage(beyond, judge.error([results[0][..., -_CHECKED_ROWS:, :]]))
+
+
+def _status(name: str) -> int:
+    """A size of this process, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    name, length, passes, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    contestant = SDPA if name == SDPA.name else ours(None if name == "automatic" else name, torch.float32)
+    found = usage(contestant, int(length), passes == "backward")
+    print(json.dumps(found.__dict__))
+
+
+if __name__ == "__main__":
+    main()

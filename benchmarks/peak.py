@@ -1,0 +1,91 @@
+"""The most that this machine can do: float32 multiply-adds and bytes read per second, measured by `peak.c`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier
+
+import torch
+
+_SOURCE = Path(__file__).with_name("peak.c")
+_BUFFER = 512 << 20  # bytes, more than any last-level cache
+_PIECE = 8 * 64  # bytes that `read_all` takes at a time, with the widest vectors
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """FLOP/s and bytes/s of some threads together; None, and why, where they could not be measured."""
+
+    flops: float | None
+    bandwidth: float | None
+    missing: str | None = None
+
+    def __str__(self) -> str:
+        if self.flops is None or self.bandwidth is None:
+            return f"no peaks, hence no shares: {self.missing}"
+        return f"peaks: {self.flops / 1e9:.0f} GFLOP/s multiply-adds, {self.bandwidth / 1e9:.1f} GB/s read"
+
+
+def measure(threads: int) -> Peaks:
+    """Peaks of `threads` threads that run at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            library = _compile(Path(folder) / "peak.so")
+        except (OSError, subprocess.SubprocessError) as error:
+            return Peaks(None, None, _first_line(error))
+        return Peaks(_flops(library, threads), _bandwidth(library, threads))
+
+
+def _compile(target: Path) -> ctypes.CDLL:
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler cc")
+    command = [*compiler.split(), "-O3", "-march=native", "-shared", "-fPIC", "-o", str(target), str(_SOURCE)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    library = ctypes.CDLL(str(target))
+    library.multiply_add.argtypes, library.multiply_add.restype = [ctypes.c_int64], ctypes.c_int64
+    library.read_all.argtypes, library.read_all.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    return library
+
+
+def _first_line(error: Exception) -> str:
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _flops(library: ctypes.CDLL, threads: int, rounds: int = 10_000_000) -> float:
+    return _best_rate(lambda _: library.multiply_add(rounds), threads)
+
+
+def _bandwidth(library: ctypes.CDLL, threads: int) -> float:
+    buffer = torch.ones(_BUFFER // 4 + 16)  # written, so that every page is there
+    start = -(-buffer.data_ptr() // 64) * 64
+    part = _BUFFER // threads // _PIECE * _PIECE
+    return _best_rate(lambda i: library.read_all(start + i * part, part), threads)
+
+
+def _best_rate(work: Callable[[int], int], threads: int, runs: int = 10) -> float:
+    """Work per second of the best of `runs` runs, from the start of the first thread to the end of the last."""
+    barrier = Barrier(threads)
+
+    def timed(i: int) -> tuple[float, int, float]:
+        barrier.wait()
+        start = time.perf_counter()
+        done = work(i)
+        return start, done, time.perf_counter()
+
+    with ThreadPoolExecutor(threads) as pool:
+        best = 0.0
+        for _ in range(runs):
+            starts, done, ends = zip(*pool.map(timed, range(threads)), strict=True)
+            best = max(best, sum(done) / (max(ends) - min(starts)))
+    return best

@@ -1,0 +1,109 @@
+"""The lines of the benchmark's table: what is printed is what the JSON file holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timing import Ratio
+
+HEADER = (
+    f"{'problem':45} {'':10} {'ms':>9}  {'its time / ours':21} {'of peak':>7} {'error':>6}  goal\n"
+    "ms: median; its time / ours: median (least to most); error: as a share of its budget.\n"
+    "of peak: of the multiply-adds in float32, for bfloat16 too; of reading memory for decode."
+)
+MEMORY_HEADER = "peak memory beyond inputs and outputs, MiB"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant on a problem. The goal of ours is a share of the peak, that of a rival its time over ours.
+
+    Attributes:
+        seconds: Median of one call; None: it was not timed, and `note` says why.
+        ratio: Its time / our time; None for ours, and wherever an error check was red.
+        share: Share of the measured peak; None where there is none.
+        error: Largest error as a share of its budget, red above 1; None where nothing is checked, or not finite.
+        goal: What `value` should at least be; None: there is no goal.
+    """
+
+    problem: str
+    contestant: str
+    seconds: float | None = None
+    ratio: Ratio | None = None
+    share: float | None = None
+    error: float | None = None
+    goal: float | None = None
+    is_ours: bool = False
+    note: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """What the goal is about."""
+        if self.is_ours:
+            return self.share
+        return None if self.ratio is None else self.ratio.median
+
+    @property
+    def verdict(self) -> str:
+        """``met``, ``missed``, ``not measured`` (there is no peak to compare with), or nothing without a goal."""
+        if self.goal is None:
+            return ""
+        if self.value is None:
+            return "not measured" if self.is_ours and self.seconds is not None else "missed"
+        return "met" if self.value >= self.goal else "missed"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+    def line(self, first: bool) -> str:
+        """One line of the table; `first` of its problem: with the problem's name."""
+        milliseconds = "-" if self.seconds is None else f"{self.seconds * 1e3:.3f}"
+        share = "-" if self.share is None else f"{self.share:.0%}"
+        error = "-" if self.error is None else f"{self.error:.2f}"
+        ratio = "-" if self.ratio is None else str(self.ratio)
+        goal = "" if self.goal is None else f">= {self.goal:{'.0%' if self.is_ours else 'g'}} {self.verdict}"
+        columns = f"{self.problem if first else '':45} {self.contestant:10} {milliseconds:>9}  {ratio:21}"
+        return f"{columns} {share:>7} {error:>6}  {'; '.join(filter(None, (goal, self.note)))}".rstrip()
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak memory of a contestant, forward or forward + backward, at two lengths.
+
+    Attributes:
+        shorter: Bytes beyond inputs and outputs at the shorter length.
+        longer: Bytes at twice that length.
+        goal: The bytes of SDPA at the longer length; None for SDPA itself.
+        linear: Whether bytes grow at most like the length.
+    """
+
+    problem: str
+    contestant: str
+    shorter: int | None = None
+    longer: int | None = None
+    error: float | None = None
+    goal: int | None = None
+    linear: bool | None = None
+    is_ours: bool = False
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """``met`` (at most SDPA's and linear), ``missed``, ``not measured``; nothing for SDPA."""
+        if not self.is_ours:
+            return ""
+        if self.longer is None or self.goal is None:
+            return "not measured"
+        return "met" if self.longer <= self.goal and self.linear else "missed"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+    def line(self, first: bool) -> str:
+        """As `Row.line`."""
+        sizes = " ".join(f"{'-' if x is None else f'{x / 2**20:.2f}':>9}" for x in (self.shorter, self.longer))
+        error = "-" if self.error is None else f"{self.error:.2f}"
+        goal = f"<= sdpa, linear {self.verdict}" if self.is_ours else ""
+        columns = f"{self.problem if first else '':45} {self.contestant:10} {sizes} {'':19} {error:>6}"
+        return f"{columns}  {'; '.join(filter(None, (goal, self.note)))}".rstrip()
