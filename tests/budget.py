@@ -31,6 +31,17 @@ def fused(name: str) -> Iterator[str]:
         yield backend
 
 
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    """So many threads inside of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class Case:
     """Inputs ``(B, H, L, E)`` of a call, and whether its normalizer takes part in the gradient."""

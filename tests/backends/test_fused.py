@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from expressive_attention import expressive_attention
-from tests.budget import FUSED, Case, assert_within_budget, fused
+from tests.budget import FUSED, Case, assert_within_budget, fused, threads_of_torch
 from tests.problems import problems
 
 
@@ -18,27 +19,53 @@ def backend(request):
 
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(problems())
-def test_random_problems_within_budget(case):
-    assert_within_budget(case, *FUSED)
+@given(problems(), st.integers(1, 5))
+def test_random_problems_within_budget(case, threads):
+    with threads_of_torch(threads):
+        assert_within_budget(case, *FUSED)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(problems(largest=80))
-def test_many_random_problems_within_budget(case):
-    assert_within_budget(case, *FUSED)
+@given(problems(largest=80), st.integers(1, 5))
+def test_many_random_problems_within_budget(case, threads):
+    with threads_of_torch(threads):
+        assert_within_budget(case, *FUSED)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "keys"), [(700, 700), (1, 1500), (513, 257)])
-def test_long_problems_within_budget(length, keys, causal):
+def test_long_problems_within_budget(length, keys, causal, threads):
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 2, length, 33), torch.randn(1, 2, keys, 33), torch.randn(1, 2, keys, 17)
-    options = {"is_causal": causal, "causal_alignment": "lower_right"}
-    assert_within_budget(Case(q, k, v, None, options), *FUSED)
-    assert_within_budget(Case(q, k, v, torch.randn(2, length, keys), options), *FUSED)
+    q, k, v = torch.randn(1, 4, length, 33), torch.randn(1, 2, keys, 33), torch.randn(1, 2, keys, 17)
+    options = {"is_causal": causal, "causal_alignment": "lower_right", "enable_gqa": True}
+    with threads_of_torch(threads):
+        assert_within_budget(Case(q, k, v, None, options), *FUSED)
+        assert_within_budget(Case(q, k, v, torch.randn(4, length, keys), options), *FUSED)
+        assert_within_budget(Case(q, k, v, torch.randn(length, keys) > 0, options), *FUSED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("e", "ev"), [(64, 64), (128, 128), (96, 80), (130, 256), (300, 1), (512, 512)])
+def test_head_dimensions_within_budget(dtype, e, ev):
+    torch.manual_seed(9)
+    q, k, v = torch.randn(1, 2, 70, e), torch.randn(1, 2, 300, e), torch.randn(1, 2, 300, ev)
+    with threads_of_torch(2):
+        assert_within_budget(Case(*(x.to(dtype) for x in (q, k, v))), *FUSED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_decoding_within_budget(dtype, rows, threads):
+    """Few queries against a cache longer than a block of keys, which lies in memory as (B, S, H, E)."""
+    torch.manual_seed(10)
+    q = torch.randn(1, 2, rows, 32).to(dtype)
+    k, v = (torch.randn(1, 9001, 2, 32).to(dtype).transpose(1, 2) for _ in range(2))
+    with threads_of_torch(threads):
+        assert_within_budget(Case(q, k, v, None, {"is_causal": True, "causal_alignment": "lower_right"}), *FUSED)
 
 
 @pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])

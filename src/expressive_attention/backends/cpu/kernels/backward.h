@@ -40,11 +40,11 @@ typedef struct {
   const ea_problem *p;
   backward_plan plan;
   row_numbers numbers;
-  int64_t tasks, room_bytes, query_size;
+  int64_t room_bytes, query_size;
   char *rooms;
   REAL *partial;  // gradients of the query, one for each part, where there are several parts
   REAL *grad_mask;
-  _Atomic int64_t taken;
+  ea_queue queue;
   _Atomic int unsafe;
 } backward_run;
 
@@ -103,12 +103,14 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
     const row_place *row = room->rows + r;
     int64_t index = index_of(p, row);
     const REAL *output = (const REAL *)p->output + index * p->value_width;
-    REAL normalizer = ((const REAL *)p->normalizer)[index], *upstream = room->room, mean = 0;
-    read_row(upstream, row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query), p->dtype,
-             p->grad_output.stride[3], p->value_width);
-    for (int64_t c = 0; c < p->value_width; c++) mean += upstream[c] * output[c];
+    const REAL *upstream = row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query);
+    REAL normalizer = ((const REAL *)p->normalizer)[index];
+    if (p->grad_output.stride[3] != 1) {
+      read_row(room->room, upstream, p->dtype, p->grad_output.stride[3], p->value_width);
+      upstream = room->room;
+    }
     run->numbers.normalizer[index] = normalizer;
-    run->numbers.mean[index] = normalizer == 0 ? 0 : mean / normalizer;
+    run->numbers.mean[index] = normalizer == 0 ? 0 : dot(upstream, output, p->value_width) / normalizer;
     if (is_unsafe(p, row, normalizer)) run->unsafe = 1;
   }
 }
@@ -148,13 +150,12 @@ static void pack_key_block(const ea_problem *p, backward_room *room, int64_t b, 
 
 static void pack_row_block(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                            const REAL *normalizer) {
+  pack_places(room->query, plan->columns, &p->query, p->dtype, p, room->rows, count, p->width, (REAL)p->scale);
+  pack_places(room->upstream, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
+  if (!normalizer) return;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *row = room->rows + r;
-    REAL total = normalizer ? normalizer[index_of(p, row)] : 1;
-    pack_rows(room->query + r * plan->columns, plan->columns, &p->query, p->dtype, row->batch, row->head, row->query, 1,
-              p->width, (REAL)p->scale);
-    pack_rows(room->upstream + r * plan->value_columns, plan->value_columns, &p->grad_output, p->dtype, row->batch,
-              row->head, row->query, 1, p->value_width, total == 0 ? 0 : 1 / total);
+    REAL total = normalizer[index_of(p, room->rows + r)];
+    scale_row(room->upstream + r * plan->value_columns, plan->value_columns, total == 0 ? 0 : 1 / total);
   }
 }
 
@@ -368,14 +369,18 @@ static void backward_thread(void *context, int64_t thread) {
   backward_run *run = context;
   backward_room room;
   lay_out_backward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task; (task = ea_next(&run->taken)) < run->tasks;) backward_task(run, &room, task);
+  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
+    for (; task < end; task++) backward_task(run, &room, task);
+  }
 }
 
 static void numbers_thread(void *context, int64_t thread) {
   backward_run *run = context;
   backward_room room;
   lay_out_backward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task; (task = ea_next(&run->taken)) < run->tasks;) numbers_task(run, &room, task);
+  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
+    for (; task < end; task++) numbers_task(run, &room, task);
+  }
 }
 
 static void merge_thread(void *context, int64_t thread) {
@@ -383,8 +388,8 @@ static void merge_thread(void *context, int64_t thread) {
   backward_run *run = context;
   const ea_problem *p = run->p;
   int64_t columns = run->plan.columns, size = dtype_size(p->dtype);
-  for (int64_t head; (head = ea_next(&run->taken)) < run->tasks;) {
-    for (int64_t r = head * p->rows; r < (head + 1) * p->rows; r++) {
+  for (int64_t head, end; ea_take(&run->queue, &head, &end);) {
+    for (int64_t r = head * p->rows; r < end * p->rows; r++) {
       REAL *sum = run->partial + r * columns;
       for (int64_t part = 1; part < run->plan.parts; part++) {
         for (int64_t c = 0; c < p->width; c++) sum[c] += sum[part * run->query_size + c];
@@ -395,9 +400,9 @@ static void merge_thread(void *context, int64_t thread) {
 }
 
 static void share_out(backward_run *run, void (*thread)(void *, int64_t), int64_t tasks) {
-  run->tasks = tasks;
-  run->taken = 0;
-  ea_parallel(thread, run, useful_threads(run->p, tasks));
+  int64_t threads = useful_threads(run->p, tasks);
+  run->queue = queue_of(run->p, tasks, threads);
+  ea_parallel(thread, run, threads);
 }
 
 static int backward_in_double(const ea_problem *p);

@@ -158,10 +158,7 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
   ea_tensor query = plan->pairs ? as_pairs(&p->query) : p->query, keys = plan->pairs ? as_pairs(&p->key) : p->key;
   int64_t dtype = plan->pairs ? REAL_DTYPE : p->dtype;
   REAL scale = plan->pairs ? 1 : (REAL)p->scale;
-  for (int64_t r = 0; r < count; r++) {
-    const row_place *row = room->rows + r;
-    pack_rows(room->query + r * width, width, &query, dtype, b, row->head, row->query, 1, width, scale);
-  }
+  pack_places(room->query, width, &query, dtype, p, room->rows, count, width, scale);
   memset(room->output, 0, (size_t)(count * value_columns) * sizeof(REAL));
   memset(room->sums, 0, (size_t)count * sizeof(vec));
   room->mask.from = NULL;
@@ -194,8 +191,12 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
 static int finish_row(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer, REAL *room) {
   int64_t index = (row->batch * p->heads + row->head) * p->rows + row->query;
   REAL total = normalizer == 0 ? 1 : normalizer;
-  for (int64_t c = 0; c < p->value_width; c++) room[c] = output[c] / total;
-  write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, room, p->value_width);
+  void *to = (char *)p->output + index * p->value_width * dtype_size(p->dtype);
+  if (p->dtype == REAL_DTYPE) room = to;
+  int64_t c = 0;
+  for (; c + V <= p->value_width; c += V) store(room + c, load(output + c) / total);
+  for (; c < p->value_width; c++) room[c] = output[c] / total;
+  if (p->dtype != REAL_DTYPE) write_row(to, p->dtype, room, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
   if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, row->peak);
   return is_unsafe(p, row, normalizer);
@@ -204,10 +205,10 @@ static int finish_row(const ea_problem *p, const row_place *row, const REAL *out
 typedef struct {
   const ea_problem *p;
   forward_plan plan;
-  int64_t tasks, room_bytes;
+  int64_t room_bytes;
   char *rooms;
   REAL *partial;  // output and normalizer of every row of every part, where there are several parts
-  _Atomic int64_t taken;
+  ea_queue queue;
   _Atomic int status;
 } forward_run;
 
@@ -247,7 +248,9 @@ static void forward_thread(void *context, int64_t thread) {
   forward_run *run = context;
   forward_room room;
   lay_out_forward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task; (task = ea_next(&run->taken)) < run->tasks;) forward_task(run, &room, task);
+  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
+    for (; task < end; task++) forward_task(run, &room, task);
+  }
 }
 
 // Add the parts of each row, always in the same order, and finish it.
@@ -269,21 +272,13 @@ static void merge_parts(forward_run *run, forward_room *room) {
   }
 }
 
-// Below this, a thread takes longer to wake than to work.
-#define LEAST_WORK 500000
-
-static int64_t useful_threads(const ea_problem *p, int64_t tasks) {
-  double work = 2.0 * p->batch * p->heads * p->rows * p->keys * (p->width + p->value_width);
-  return work < LEAST_WORK ? 1 : most(1, least(p->threads, tasks));
-}
-
 static int run_forward(const ea_problem *p) {
   if (p->batch * p->heads * p->rows == 0) return EA_OK;
   forward_run run = {.p = p, .plan = plan_forward(p)};
   const forward_plan *plan = &run.plan;
   int64_t all_rows = p->batch * p->heads * p->rows;
-  run.tasks = p->batch * p->kv_heads * plan->row_blocks * plan->parts;
-  int64_t threads = useful_threads(p, run.tasks);
+  int64_t tasks = p->batch * p->kv_heads * plan->row_blocks * plan->parts, threads = useful_threads(p, tasks);
+  run.queue = queue_of(p, tasks, threads);
   forward_room room;
   run.room_bytes = lay_out_forward(p, plan, NULL, &room);
   int64_t partial_bytes = plan->parts > 1 ? plan->parts * all_rows * (plan->value_columns + 1) * sizeof(REAL) : 0;

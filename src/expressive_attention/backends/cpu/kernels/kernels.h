@@ -3,11 +3,13 @@
 #include "threads.h"
 //
 #include "simd.h"
+#include "shuffle.h"
 //
 #include "arena.h"
 #include "convert.h"
 #include "entry.h"
 #include "pack.h"
+#include "share.h"
 #include "tile.h"
 #include "visible.h"
 //

@@ -49,11 +49,6 @@ INLINE void store(REAL *p, vec x) { *(unaligned_vec *)p = x; }
 INLINE vec splat(REAL x) { return x - (vec){0}; }
 INLINE vec choose(ivec where, vec x, vec other) { return (vec)((where & (ivec)x) | (~where & (ivec)other)); }
 
-INLINE REAL sum_of(vec x) {
-  REAL sum = 0;
-  UNROLL for (int i = 0; i < V; i++) sum += x[i];
-  return sum;
-}
 
 // Vectors needed for n numbers, as a number of vectors that a tile can have.
 INLINE int tile_vectors(int64_t n) {

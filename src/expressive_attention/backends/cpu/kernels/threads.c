@@ -12,14 +12,13 @@ static pid_t owner;  // the process whose OpenMP threads these are: a fork does 
 typedef struct {
   void (*body)(void *context, int64_t thread);
   void *context;
-  _Atomic int64_t started;
-  int64_t threads;
+  ea_queue queue;
 } team;
 
 // A runtime may give fewer threads than it was asked for: each takes numbers until none is left.
 static void *member(void *data) {
   team *t = data;
-  for (int64_t i; (i = ea_next(&t->started)) < t->threads;) t->body(t->context, i);
+  for (int64_t i, end; ea_take(&t->queue, &i, &end);) t->body(t->context, i);
   return NULL;
 }
 
@@ -31,16 +30,16 @@ void ea_use_openmp(void *function) {
 }
 
 static void on_own_threads(team *t) {
-  pthread_t *others = malloc(sizeof(pthread_t) * (size_t)(t->threads - 1));
+  pthread_t *others = malloc(sizeof(pthread_t) * (size_t)(t->queue.count - 1));
   int64_t count = 0;
-  while (others && count < t->threads - 1 && pthread_create(others + count, NULL, member, t) == 0) count++;
+  while (others && count < t->queue.count - 1 && pthread_create(others + count, NULL, member, t) == 0) count++;
   member(t);
   for (int64_t i = 0; i < count; i++) pthread_join(others[i], NULL);
   free(others);
 }
 
 void ea_parallel(void (*body)(void *, int64_t), void *context, int64_t threads) {
-  team t = {.body = body, .context = context, .threads = threads};
+  team t = {.body = body, .context = context, .queue = {.count = threads, .chunk = 1}};
   if (threads <= 1) {
     member(&t);
   } else if (openmp && owner == getpid()) {

@@ -12,9 +12,18 @@ void ea_parallel(void (*body)(void *context, int64_t thread), void *context, int
 // threads of our own for every call.
 void ea_use_openmp(void *gomp_parallel);
 
-// The next task that nobody has taken, counting from 0.
-static inline int64_t ea_next(_Atomic int64_t *taken) {
-  return atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+// Tasks 0, ..., count - 1, of which threads take `chunk` at a time. On a cache line of its own: what else the threads
+// read would have to be fetched again whenever one of them takes tasks.
+typedef struct {
+  _Alignas(64) _Atomic int64_t taken;
+  int64_t count, chunk;
+} ea_queue;
+
+// Take the tasks *task, ..., *end - 1; return 0 when none is left.
+static inline int ea_take(ea_queue *queue, int64_t *task, int64_t *end) {
+  *task = atomic_fetch_add_explicit(&queue->taken, queue->chunk, memory_order_relaxed);
+  *end = *task + queue->chunk < queue->count ? *task + queue->chunk : queue->count;
+  return *task < queue->count;
 }
 
 #endif

@@ -83,16 +83,14 @@ INLINE void product_tile(const int mr, const int nr, int64_t n, const REAL *a, i
   }
 }
 
-// C += A B, or C += A^T B where `transposed`.
+// C += A B, or C += A^T B where `transposed`. The product is summed on its own: in long problems C would be large
+// beside each of its terms, and round them off.
 INLINE void add_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const int transposed,
                      const REAL *b, int64_t ldb, REAL *to, int64_t ldc, const int pairs) {
-  vec c[MR][NR];
-  UNROLL for (int i = 0; i < mr; i++) {
-    UNROLL for (int j = 0; j < nr; j++) c[i][j] = load(to + i * ldc + j * V);
-  }
+  vec c[MR][NR] = {0};
   multiply(c, mr, nr, n, a, transposed ? 1 : lda, transposed ? lda : 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
-    UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, c[i][j]);
+    UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, load(to + i * ldc + j * V) + c[i][j]);
   }
 }
 

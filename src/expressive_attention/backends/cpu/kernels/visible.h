@@ -32,11 +32,11 @@ static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t r
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                         row_place *rows) {
-  int64_t group = p->heads / p->kv_heads;
+  int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
   for (int64_t r = 0; r < count; r++) {
-    int64_t query = (first + r) % p->rows;
     int64_t limit = p->causal ? most(0, least(p->keys, query + p->diagonal + 1)) : p->keys;
-    rows[r] = (row_place){batch, kv_head * group + (first + r) / p->rows, query, limit, 0};
+    rows[r] = (row_place){batch, head, query, limit, 0};
+    if (++query == p->rows) head++, query = 0;
   }
 }
 
@@ -52,6 +52,15 @@ static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int6
     } else {
       read_peak(p, rows + r, room, room_size);
     }
+  }
+}
+
+// The rows of `t` at these places, as `pack_rows` would.
+static void pack_places(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype, const ea_problem *p,
+                        const row_place *rows, int64_t count, int64_t columns, REAL scale) {
+  for (int64_t r = 0, n; r < count; r += n) {
+    n = least(count - r, p->rows - rows[r].query);  // in one head
+    pack_rows(to + r * ld, ld, t, dtype, rows[r].batch, rows[r].head, rows[r].query, n, columns, scale);
   }
 }
 
