@@ -137,3 +137,32 @@ def test_the_autocast_rule_of_the_operator(backend):
     expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)
     assert normalizer.dtype == torch.float32
     assert torch.equal(output, expected)
+
+
+def test_what_is_not_a_plain_tensor_goes_through_the_dispatcher(backend):
+    """The kernels read memory, where a view of the negative and a subclass keep something else."""
+
+    class Named(torch.Tensor):
+        pass
+
+    q, k, v = (x.detach() for x in tensors())
+    call = partial(expressive_attention, enable_gqa=True, backend=backend)
+    expected = call(q, k, v)
+    torch.testing.assert_close(call(q, k, torch._neg_view(v)), -expected)
+    assert torch.equal(call(q.as_subclass(Named), k, v).as_subclass(torch.Tensor), expected)
+    with torch.inference_mode():
+        assert torch.equal(call(q, k, v * 1), expected)
+    with torch.profiler.profile() as profile:
+        call(q, k, v)
+    assert "expressive_attention::attention" in {event.name for event in profile.events()}
+
+
+def test_forward_mode_derivatives_choose_the_reference(backend):
+    q, k, v = (x.detach() for x in tensors())
+    call = partial(expressive_attention, key=k, value=v, enable_gqa=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match=rf"'{backend}'.*forward-mode"):
+            call(dual, backend=backend)
+        got = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
+    torch.testing.assert_close(got, torch.func.jvp(call, (q,), (torch.ones_like(q),))[1])

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from . import ops
 from .backends import AUTOMATIC, BACKENDS, reference
@@ -124,15 +125,19 @@ def expressive_attention(
 
     (rows, width), keys = query.shape[-2:], key.shape[-2]
     dims = max(query.ndim, key.ndim, value.ndim)
-    query, key, value = (_with_dims(x, max(dims, 3)) for x in (query, key, value))
-    batch = _batch_shape(query, key, value)
-    heads, kv_heads = _heads(query, key, value, enable_gqa)
+    leading = query.shape[:-2]
+    if len(leading) == 2 and leading[1] and leading == key.shape[:-2] == value.shape[:-2]:
+        batch, heads = leading[:1], leading[1]  # as nearly always; what follows would change nothing
+    else:
+        query, key, value = (_with_dims(x, max(dims, 3)) for x in (query, key, value))
+        batch = _batch_shape(query, key, value)
+        heads, kv_heads = _heads(query, key, value, enable_gqa)
+        query = _fold_batch(query, batch, heads)
+        key, value = _fold_batch(key, batch, kv_heads), _fold_batch(value, batch, kv_heads)
     mask = None
     if attn_mask is not None:
         _check_mask(attn_mask, query, (*batch, heads, rows, keys))
         mask = _fold_mask(_with_dims(attn_mask, max(dims, 3)), batch)
-    query = _fold_batch(query, batch, heads)
-    key, value = _fold_batch(key, batch, kv_heads), _fold_batch(value, batch, kv_heads)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     diagonal = None
     if is_causal:
@@ -147,7 +152,8 @@ def expressive_attention(
 
     output, normalizer, peak = results
     shape = (*batch, heads, rows) if dims > 2 else (rows,)
-    output = output.reshape(*shape, value.shape[-1])
+    if dims != 4:
+        output = output.reshape(*shape, value.shape[-1])
     if not return_normalizer:
         return output
     if mask is not None and mask.is_floating_point():
@@ -291,8 +297,12 @@ def _choose(problem: Problem, backend: str | None) -> str:
 
 
 def _differentiated_by_func() -> bool:
-    """Whether a torch.func derivative is active: operators with registered gradients do not take part in it."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    """Whether a torch.func or forward-mode derivative is active: operators with registered gradients know neither."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
         return False
     stack = _functorch.get_interpreter_stack() or []
     return any(level.key() != _functorch.TransformType.Vmap for level in stack)

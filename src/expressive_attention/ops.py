@@ -45,22 +45,61 @@ def attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak of one call, by the fused backend of that name."""
-    return torch.ops.expressive_attention.attention(query, key, value, attn_mask, diagonal, scale, form, backend)
+    arguments = (query, key, value, attn_mask, diagonal, scale, form, backend)
+    if not _is_eager(query, key, value, attn_mask):
+        return torch.ops.expressive_attention.attention(*arguments)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:4] if x is not None):
+        return _Attention.apply(*arguments)
+    return _run(*arguments)
 
 
-@torch.library.impl(_ATTENTION, "CompositeExplicitAutograd")
-def _attention(query, key, value, attn_mask, diagonal, scale, form, backend):
+def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors = arguments[:8]
+    if torch.is_grad_enabled() or not _is_eager(*tensors):
+        return torch.ops.expressive_attention.attention_backward(*arguments)
+    return _run_backward(*arguments)
+
+
+def _plain_keys() -> frozenset[int]:
+    """Dispatch keys of tensors that are no more than memory of the CPU: no subclass, view of a sign, or vmap."""
+    with torch.inference_mode():
+        inference = torch.empty(0, device="cpu")
+    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0, device="cpu"), inference))
+
+
+_PLAIN_KEYS = _plain_keys()
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call may skip torch's dispatcher, which takes longer than a small problem.
+
+    Nothing traces, transforms, casts or records it, and its tensors are plain ones.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.autograd._profiler_enabled()
+        and all(x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS for x in tensors)
+    )
+
+
+def _run(query, key, value, attn_mask, diagonal, scale, form, backend):
     return BACKENDS[backend].forward(query, key, value, attn_mask, diagonal, scale, form)
 
 
-@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
-def _attention_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
+def _run_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
     diagonal, scale, form, backend, mask_gradient = rest
     dq, dk, dv, dmask = BACKENDS[backend].backward(
         grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, diagonal, scale, form,
         mask_gradient,
     )  # fmt: skip
     return dq, dk, dv, query.new_empty(0) if dmask is None else dmask
+
+
+torch.library.impl(_ATTENTION, "CompositeExplicitAutograd", _run)
+torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _run_backward)
 
 
 # ---- shapes ----
@@ -95,7 +134,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | No
     mask_gradient = ctx.needs_input_grad[3]
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    dq, dk, dv, dmask = torch.ops.expressive_attention.attention_backward(
+    dq, dk, dv, dmask = _attention_backward(
         grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *ctx.settings,
         mask_gradient,
     )  # fmt: skip
@@ -103,6 +142,21 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | No
 
 
 torch.library.register_autograd(_ATTENTION, _backward, setup_context=_setup)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without the dispatcher: what `attention` calls where it may."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Not by setup_context, for which torch binds the arguments to a signature at every call.
+        results = _run(*arguments)
+        _setup(ctx, arguments, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, *grads)
 
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

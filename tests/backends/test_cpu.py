@@ -95,7 +95,10 @@ def test_without_the_library_the_package_says_so_once_and_works():
     assert out == "True"
     assert error.count("RuntimeWarning") == 1
     assert "runs on the blockwise backend: the C library could not be loaded: /there/is/none.so" in error
-    code = "import torch; from expressive_attention import *; q = torch.randn(2, 3, 4); expressive_attention(q, q, q, backend='cpu')"
+    code = (
+        "import torch; from expressive_attention import expressive_attention as ea;"
+        "q = torch.randn(2, 3, 4); ea(q, q, q, backend='cpu')"
+    )
     _, error = python(code, EXPRESSIVE_ATTENTION_LIBRARY="/there/is/none.so")
     assert "NotImplementedError: backend 'cpu' does not support this call: the C library could not" in error
 
@@ -188,7 +191,9 @@ def test_nothing_is_left_allocated(build):
     """Also where rows are computed again in double, parts are merged, and nothing is computed at all."""
     try:
         libc = ctypes.CDLL(None)
-        libc.mallinfo2.restype = type("Info", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in "abcdefghij"]})
+        libc.mallinfo2.restype = type(
+            "Info", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in "abcdefghij"]}
+        )
     except (OSError, AttributeError, TypeError):
         pytest.skip("the C library does not count what is allocated")
     torch.manual_seed(3)

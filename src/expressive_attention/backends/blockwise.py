@@ -34,7 +34,7 @@ def supports(problem: Problem) -> str | None:
     if problem.dropout_p:
         return "dropout is not implemented"
     if problem.differentiated_by_func:
-        return "torch.func derivatives are not implemented"
+        return "torch.func and forward-mode derivatives are not implemented"
     return None
 
 

@@ -8,7 +8,7 @@ left, ``S - L``: to the lower right, None: not causal).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +18,15 @@ __all__ = ["FORMS", "Problem", "accumulation_dtype", "empty_peak", "row_peak"]
 FORMS = ("expressive", "squared")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The properties of a call on which a backend may decline.
 
     Attributes:
         device: Device type, e.g. ``"cpu"``.
         dtype: Dtype of query, key and value.
         dropout_p: Probability with which weights are dropped.
-        differentiated_by_func: Whether a `torch.func` derivative (grad, vjp, jvp, ...) is being taken.
+        differentiated_by_func: Whether a `torch.func` derivative (grad, vjp, jvp, ...) or one of forward mode is
+            being taken.
     """
 
     device: str

@@ -30,7 +30,7 @@ def supports(problem: Problem) -> str | None:
     if problem.dropout_p:
         return "dropout is not implemented"
     if problem.differentiated_by_func:
-        return "torch.func derivatives are not implemented"
+        return "torch.func and forward-mode derivatives are not implemented"
     return library.MISSING
 
 
@@ -45,9 +45,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak, as `reference.forward`."""
     batch, heads, rows, _ = query.shape
-    sums = accumulation_dtype(query.dtype)
-    output = query.new_empty((batch, heads, rows, value.shape[-1]))
-    normalizer = query.new_empty((batch, heads, rows), dtype=sums)
+    output = torch.empty((batch, heads, rows, value.shape[-1]), dtype=query.dtype, device="cpu")
+    normalizer = torch.empty((batch, heads, rows), dtype=accumulation_dtype(query.dtype), device="cpu")
     peak = empty_peak(normalizer, attn_mask)
     _run(
         library.chosen().forward,
@@ -76,7 +75,7 @@ def backward(
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value))
     dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else None
     output, normalizer = output.contiguous(), normalizer.contiguous()
     grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
