@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -72,6 +73,23 @@ def info() -> None:
         reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time the operator against its rivals on this machine; `ea bench --help` shows the options."""
+    script = _benchmarks() / "operator.py"
+    try:
+        done = subprocess.run([sys.executable, str(script), *context.args], check=False)
+    except KeyboardInterrupt:  # the benchmark's, too, which has ended by itself
+        raise typer.Exit(130) from None
+    raise typer.Exit(done.returncode)
+
+
+def _benchmarks() -> Path:
+    """The folder of the benchmarks: inside the installed package, or beside `src` in a checkout."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "benchmarks", package.parents[1] / "benchmarks") if folder.is_dir())
 
 
 @study.command()

@@ -410,12 +410,12 @@ static int backward_in_double(const ea_problem *p);
 static int run_backward(const ea_problem *p) {
   int64_t rows = p->batch * p->heads * p->rows, mask_numbers = 1;
   for (int i = 0; i < 4; i++) mask_numbers *= p->mask_size[i];
-  if (p->grad_mask) memset(p->grad_mask, 0, (size_t)(mask_numbers * dtype_size(p->mask_dtype)));
+  if (p->grad_mask) clear(p->grad_mask, mask_numbers * dtype_size(p->mask_dtype));
   if (rows == 0 || p->keys == 0) {
-    memset(p->grad_query, 0, (size_t)(rows * p->width * dtype_size(p->dtype)));
+    clear(p->grad_query, rows * p->width * dtype_size(p->dtype));
     int64_t keys = p->batch * p->kv_heads * p->keys * dtype_size(p->dtype);
-    memset(p->grad_key, 0, (size_t)(keys * p->width));
-    memset(p->grad_value, 0, (size_t)(keys * p->value_width));
+    clear(p->grad_key, keys * p->width);
+    clear(p->grad_value, keys * p->value_width);
     return EA_OK;
   }
   backward_run run = {.p = p, .plan = plan_backward(p)};
@@ -443,7 +443,7 @@ static int run_backward(const ea_problem *p) {
   } else if (!own_mask) {
     run.grad_mask = p->grad_mask;
   } else {
-    memset(run.grad_mask, 0, (size_t)mask_numbers * sizeof(REAL));
+    clear(run.grad_mask, mask_numbers * (int64_t)sizeof(REAL));
   }
   share_out(&run, numbers_thread, p->batch * p->kv_heads * plan->row_blocks);
   if (run.unsafe) {
