@@ -1,0 +1,72 @@
+"""The benchmark of the operator, as `ea bench` runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "bench"]
+
+
+def bench(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=250)
+
+
+def test_what_is_printed_is_checked_and_written(tmp_path):
+    file = tmp_path / "table.json"
+    done = bench("--only", "tiny, forward, (32", "--pairs", 2, "--threads", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    (section,) = json.loads(file.read_text())["sections"]
+    rows = {row["contestant"]: row for row in section["rows"]}
+    own = next(row for row in section["rows"] if row["is_ours"])
+    assert own["seconds"] > 0
+    assert own["error"] <= 1
+    assert {"sdpa", "flex", "formula"} < rows.keys()
+    ratio = rows["sdpa"]["ratio"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert rows["sdpa"]["verdict"] == ("met" if ratio["median"] >= rows["sdpa"]["goal"] else "missed")
+    assert f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--pairs", "0"], "--pairs must be at least 1, got 0"),
+        (["--only", "nothing"], "--only must be part of a problem's name"),
+        (["--json", "/there/is/none.json"], "--json must be a file in a folder that exists"),
+        (["--backend", "cuda"], "invalid choice: 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert not done.stdout
+
+
+def test_a_wrong_result_gets_no_speed_up():
+    code = f"""
+import importlib.util, sys
+sys.path.append({str(FOLDER)!r})
+spec = importlib.util.spec_from_file_location("bench", {str(FOLDER / "operator.py")!r})
+bench = importlib.util.module_from_spec(spec)
+sys.argv, sys.path = [spec.origin], [{str(FOLDER)!r}, *sys.path]
+spec.loader.exec_module(bench)
+from contestants import SDPA, Contestant, ours
+from problems import Problem
+import torch
+problem = Problem("any", (1, 2, 8, 8))
+for off in (1.0, 1.001, float("nan")):
+    own = Contestant("own", lambda p: lambda q, k, v: ours(None, torch.float32).make(p)(q, k, v) * off)
+    rows = bench.measure(problem, own, [SDPA], 1, bench.peak.Peaks(None, None, "none"))
+    print([(row.seconds is None, row.ratio is None, row.note) for row in rows])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    right, wrong, nothing = done.stdout.splitlines()
+    assert right == "[(False, True, ''), (False, False, '')]"
+    assert wrong == "[(True, True, 'error over budget: no speed-up'), (True, True, 'ours was not timed')]"
+    assert nothing == wrong
