@@ -153,3 +153,18 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(tmp_path):
             run.communicate()
     assert run.returncode == 130
     assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to go on\n"
+
+
+def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch):
+    """On disk, but its worker has not told yet: found missing, and a moment later found there."""
+    store, config = make_store(tmp_path / "study"), tiny_config()
+    first, second = config.comparisons()[0].tuning_cells()
+    plan = sweep._Plan(config, store, Record())
+    assert len(plan.ready()) == 4
+    for cell in (first, second):
+        shutil.copytree(whole[0].path(cell), store.path(cell))
+    truth, looks = store.has, iter([True, False])  # at first, second; then the truth
+    monkeypatch.setattr(store, "has", lambda cell: next(looks, truth(cell)))
+    assert plan.after(first) == []
+    (final,) = plan.after(second)
+    assert final.role == "final"

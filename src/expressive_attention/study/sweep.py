@@ -124,7 +124,9 @@ class _Plan:
         new = self._next(comparison)
         if new or all(self.store.has(tuning) for tuning in comparison.tuning_cells()):
             for final in self._finals(comparison):
-                if final.identity not in self.cells:  # only now is it known to be one of this study's
+                # Only now is it known to be one of this study's. A tuning cell may have ended since `_next` looked:
+                # then the final ones have not run, and wait for `after` of that cell.
+                if final.identity not in self.cells and self._finished(final):
                     self.cells[final.identity] = final
                     self.display.finished(final, "finished before")
         return new
