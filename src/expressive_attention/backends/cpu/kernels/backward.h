@@ -43,7 +43,7 @@ typedef struct {
   int64_t room_bytes, query_size;
   char *rooms;
   REAL *partial;  // gradients of the query, one for each part, where there are several parts
-  REAL *grad_mask;
+  double *mask_sums;  // the gradient of the mask, where several terms add up to one element
   ea_queue queue;
   _Atomic int unsafe;
 } backward_run;
@@ -239,13 +239,25 @@ INLINE void row_gradient(int64_t n, const REAL *w, REAL *h, const REAL *product,
 }
 
 static void add_to_mask(backward_run *run, const row_place *row, int64_t key, int64_t n, const REAL *bias) {
-  const int64_t *size = run->p->mask_size;
+  const ea_problem *p = run->p;
+  const int64_t *size = p->mask_size;
   int64_t b = size[0] == 1 ? 0 : row->batch, h = size[1] == 1 ? 0 : row->head, i = size[2] == 1 ? 0 : row->query;
-  REAL *to = run->grad_mask + ((b * size[1] + h) * size[2] + i) * size[3];
-  if (size[3] == 1 && run->p->keys != 1) {
-    for (int64_t j = 0; j < n; j++) *to += bias[j];
+  int64_t index = ((b * size[1] + h) * size[2] + i) * size[3] + (size[3] == 1 ? 0 : key);
+  if (!run->mask_sums) {
+    write_row((char *)p->grad_mask + index * dtype_size(p->mask_dtype), p->mask_dtype, bias, n);
+  } else if (size[3] == 1) {
+    for (int64_t j = 0; j < n; j++) run->mask_sums[index] += bias[j];
   } else {
-    for (int64_t j = 0; j < n; j++) to[key + j] += bias[j];
+    for (int64_t j = 0; j < n; j++) run->mask_sums[index + j] += bias[j];
+  }
+}
+
+static void write_mask_sums(const ea_problem *p, const double *sums, int64_t numbers) {
+  REAL chunk[256];
+  for (int64_t start = 0; start < numbers; start += 256) {
+    int64_t n = least(256, numbers - start);
+    for (int64_t i = 0; i < n; i++) chunk[i] = (REAL)sums[start + i];
+    write_row((char *)p->grad_mask + start * dtype_size(p->mask_dtype), p->mask_dtype, chunk, n);
   }
 }
 
@@ -270,7 +282,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
       mean = sum_of(sum);
     }
     REAL grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0;
-    REAL *bias = run->grad_mask ? room->room : NULL;
+    REAL *bias = p->grad_mask ? room->room : NULL;
     row_gradient(columns, w, h, product, normalizer, mean, grad_normalizer, bias);
     if (bias) add_to_mask(run, row, key, columns, bias);
   }
@@ -424,7 +436,7 @@ static int run_backward(const ea_problem *p) {
   backward_room room;
   run.room_bytes = lay_out_backward(p, plan, NULL, &room);
   int64_t tasks = plan->mask_batches * plan->mask_heads * plan->parts;
-  int own_mask = p->grad_mask && p->mask_dtype != REAL_DTYPE;
+  int sum_mask = p->grad_mask && mask_numbers < rows * p->keys;
   arena a = {NULL, 0};
   void *memory = NULL;
   // Twice: first to count.
@@ -436,14 +448,12 @@ static int run_backward(const ea_problem *p) {
     run.numbers.mean = take(&a, rows * sizeof(REAL));
     run.numbers.peak = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
     run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
-    run.grad_mask = take(&a, own_mask ? mask_numbers * sizeof(REAL) : 0);
+    run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);
   }
-  if (!p->grad_mask) {
-    run.grad_mask = NULL;
-  } else if (!own_mask) {
-    run.grad_mask = p->grad_mask;
+  if (sum_mask) {
+    clear(run.mask_sums, mask_numbers * (int64_t)sizeof(double));
   } else {
-    clear(run.grad_mask, mask_numbers * (int64_t)sizeof(REAL));
+    run.mask_sums = NULL;
   }
   share_out(&run, numbers_thread, p->batch * p->kv_heads * plan->row_blocks);
   if (run.unsafe) {
@@ -452,7 +462,7 @@ static int run_backward(const ea_problem *p) {
   }
   share_out(&run, backward_thread, tasks);
   if (plan->parts > 1) share_out(&run, merge_thread, p->batch * p->heads);
-  if (own_mask) write_row(p->grad_mask, p->mask_dtype, run.grad_mask, mask_numbers);
+  if (sum_mask) write_mask_sums(p, run.mask_sums, mask_numbers);
   free(memory);
   return EA_OK;
 }
