@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from expressive_attention.study.results import CURVE_SCHEMA, SEED_SCHEMA, Condition, StudyResults
+from expressive_attention.study.results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Condition, StudyResults
 
-KEY_SCHEMA = {"condition": pl.String, "mechanism": pl.String, "learning_rate": pl.Float64, "role": pl.String}
+KEY_SCHEMA = {"condition": pl.String, "mechanism": pl.String, "learning_rate": pl.Float64}
+KEY_SCHEMA |= {"initial_gain": pl.Float64, "role": pl.String}
 QUICK = ((4, 5, "rope"), (16, 5, "rope"), (16, 5, "learned"))
 LADDER = tuple(
     (basis, delay, position)
@@ -52,15 +53,17 @@ def seed_row(condition: str, mechanism: str, seed: int, accuracy: float, **chang
         "steps": STEPS,
         "loss": 1 - accuracy,
         "accuracy": accuracy,
+        "cross_entropy": 1 - accuracy,
         "solved": solved,
         "steps_to_solve": 1000 if solved else None,
         "rollout_digits": accuracy**5,
         "rollout_exact": accuracy**10,
-        "windows_seen": 0.01,
+        "contexts_seen": 0.01,
         "diverged_at": None,
         "condition": condition,
         "mechanism": mechanism,
         "learning_rate": 1e-2,
+        "initial_gain": 1.0,
         "role": "final",
     }
     return row | changes
@@ -81,6 +84,7 @@ def results_of(
         "mechanisms": list(mechanisms),
         "seeds": pl.DataFrame(list(rows), schema=SEED_SCHEMA | KEY_SCHEMA, orient="row"),
         "curves": pl.DataFrame(list(curves), schema=CURVE_SCHEMA | KEY_SCHEMA, orient="row"),
+        "splits": pl.DataFrame(schema=SPLIT_SCHEMA | KEY_SCHEMA),
         "unfinished": [],
         "environment": {"torch": "2.13.0"},
         "seconds": 61.0,
@@ -116,6 +120,7 @@ def make_results(
                     "condition": condition.label,
                     "mechanism": mechanism,
                     "learning_rate": rate,
+                    "initial_gain": 1.0,
                     "role": role,
                 }
                 rows.append(row | keys)
@@ -128,7 +133,7 @@ def make_results(
         "processor": "AMD EPYC 7763 64-Core Processor, 2 cores used",
     }
     config = (
-        'name = "quick"\nprotocol = "ladder-1"\n\n[[grid]]\ntask = { basis = [4, 16], delay = 5 }\n'
+        'name = "quick"\n\n[[grid]]\ntask = { basis = [4, 16], delay = 5 }\n'
         '\n[model]\nlayers = 1\nembed_dim = 16\nposition = "rope"\n\n[training]\nsteps = 2000\n'
         "learning_rates = [0.005, 0.01, 0.02]\n"
     )
@@ -159,11 +164,12 @@ def _train(
         "steps": STEPS,
         "loss": float(-np.log(accuracy[-1])),
         "accuracy": float(accuracy[-1]),
+        "cross_entropy": float(-np.log(accuracy[-1])),
         "solved": bool(solved),
         "steps_to_solve": int(steps[np.argmax(accuracy >= 0.995)]) if solved else None,
         "rollout_digits": float(accuracy[-1] ** 5),
         "rollout_exact": float(accuracy[-1] ** 10),
-        "windows_seen": float(np.exp2(-condition.facts["complexity"] / 4)),
+        "contexts_seen": float(np.exp2(-condition.facts["complexity"] / 4)),
         "diverged_at": None,
     }
     curve = [

@@ -11,11 +11,12 @@ from expressive_attention.study.config import (
     preset_text,
     tomllib,
 )
+from expressive_attention.study.results import Setting
 from tests.study.tiny import TINY, cell, tiny, tiny_config
 
 
 def test_presets_can_be_read():
-    assert {"quick", "ladder-1"} <= set(preset_names())
+    assert {"quick", "ladder"} <= set(preset_names())
     for name in preset_names():
         config, text = load_config(name)
         assert (config.name, text) == (name, preset_text(name))
@@ -30,8 +31,8 @@ def test_the_quick_preset_compares_what_it_says():
 
 
 def test_the_ladder_preset_spells_out_the_defaults():
-    text = preset_text("ladder-1")
-    config, _ = load_config("ladder-1")
+    text = preset_text("ladder")
+    config, _ = load_config("ladder")
     assert (config.model, config.training, config.seeds) == (ModelConfig(), TrainingConfig(), SeedsConfig())
     written = tomllib.loads(text)
     for name, model in {"model": ModelConfig, "training": TrainingConfig, "seeds": SeedsConfig}.items():
@@ -95,7 +96,9 @@ def test_an_identity_changes_with_all_that_matters_and_nothing_else():
 
 def test_more_seeds_keep_the_cells_there_are():
     few, many = (tiny_config(final=n).comparisons()[0] for n in ("2", "6"))
-    kept = {c.identity for c in few.final_cells(1e-2)}
-    assert kept < {c.identity for c in many.final_cells(1e-2)}
-    tuning, final = ({s for c in cells for s in c.seeds} for cells in (many.tuning_cells(), many.final_cells(1e-2)))
+    kept = {c.identity for c in few.final_cells(Setting(1e-2, 1.0))}
+    assert kept < {c.identity for c in many.final_cells(Setting(1e-2, 1.0))}
+    tuning, final = (
+        {s for c in cells for s in c.seeds} for cells in (many.tuning_cells(), many.final_cells(Setting(1e-2, 1.0)))
+    )
     assert not tuning & final

@@ -3,9 +3,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expressive_attention.study.measures import accuracy, rollouts, windows_seen
+from expressive_attention.study.measures import Prepared, contexts_seen, rollouts, score
 from expressive_attention.study.streams import stream
-from expressive_attention.study.tasks import NTTask
+from expressive_attention.study.tasks import Examples
+from expressive_attention.study.tasks.nt import NTTask
 
 TASK = NTTask(basis=4, delay=2, context=5)
 
@@ -40,31 +41,34 @@ class Table(nn.Module):
         return nn.functional.one_hot(answer, 4).float()
 
 
-def make_sequences(count: int) -> np.ndarray:
-    return TASK.training_sequences(stream(0, "training"), count)
+def make_examples(count: int) -> Examples:
+    return TASK.training_examples(stream(0, "training"), count)
 
 
 def test_accuracy_counts_the_scored_positions_alone():
-    sequences = make_sequences(50)
-    found = accuracy(Oracle(), TASK, torch.from_numpy(sequences), 4)
-    read = sequences[:, 1:5]  # the position before has no answer yet
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx([1, (read != 0).mean(), 3 / 4, 0])
+    examples = make_examples(50)
+    found = score(Oracle(), Prepared.of(TASK, examples), 4, batch=16)
+    read = examples.inputs[:, 1:]  # the position before has no answer yet
+    assert found.accuracy.dtype == torch.float64
+    assert found.accuracy.tolist() == pytest.approx([1, (read != 0).mean(), 3 / 4, 0])
+    assert found.right[:, :, 1:].double().mean((1, 2)).tolist() == pytest.approx(found.accuracy.tolist())
+    right, wrong = np.log(np.exp(np.eye(4)[0]).sum()) - np.array([1, 0])  # of logits 1 for the answer and 0 else
+    assert found.cross_entropy[[0, 2]].tolist() == pytest.approx([right, right * 3 / 4 + wrong / 4])
 
 
 def test_logits_that_are_not_finite_are_wrong_in_rollouts_too():
-    digits, exact = rollouts(Oracle(), TASK, make_sequences(20), 6, 4)
+    digits, exact = rollouts(Oracle(), TASK, make_examples(20), 6, 4)
     assert digits[[0, 3]].tolist() == [1, 0]
     assert exact[[0, 3]].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("errors", [0.0, 0.1, 0.5])
 def test_rollouts_go_on_from_their_own_answers(errors):
-    model, sequences, digits = Table(3, errors), make_sequences(40), 9
+    model, examples, digits = Table(3, errors), make_examples(40), 9
     shares, exact = [], []
     for table in model.table.tolist():
         right = []
-        for prompt in sequences[:, :2].tolist():
+        for prompt in examples.inputs[:, :2].tolist():
             mine, truth = list(prompt), list(prompt)
             for _ in range(digits):
                 mine.append(table[mine[-2]][mine[-1]])
@@ -72,22 +76,22 @@ def test_rollouts_go_on_from_their_own_answers(errors):
             right.append([a == b for a, b in zip(mine[2:], truth[2:], strict=True)])
         shares.append(np.mean(right))
         exact.append(np.mean([all(row) for row in right]))
-    found = rollouts(model, TASK, sequences, digits, 3)
+    found = rollouts(model, TASK, examples, digits, 3)
     assert found[0].tolist() == pytest.approx(shares)
     assert found[1].tolist() == pytest.approx(exact)
     assert (found[0] == 1).all() == (errors == 0)
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
-def test_windows_seen_are_those_that_training_had(count):
+def test_contexts_seen_are_those_that_training_had(count):
     task = NTTask(basis=3, delay=4, context=6)
-    parts = [task.training_sequences(stream(seed, "training"), count) for seed in (0, 1)]
-    test = task.held_out_sequences(5, "test")
+    parts = [task.training_examples(stream(seed, "training"), count) for seed in (0, 1)]
+    test = task.held_out_examples(5, "test")
 
-    def windows(sequences: np.ndarray) -> list[tuple[int, ...]]:
-        return [tuple(x[t : t + 4]) for x in sequences.tolist() for t in range(3)]
+    def windows(examples: Examples) -> list[tuple[int, ...]]:
+        return [tuple(x[t : t + 4]) for x in examples.inputs.tolist() for t in range(3)]
 
     seen = {window for part in parts for window in windows(part)}
     expected = np.mean([window in seen for window in windows(test)])
-    assert windows_seen(task, parts, test) == pytest.approx(expected)
+    assert contexts_seen(task, parts, test) == pytest.approx(expected)
     assert 0 <= expected < 1

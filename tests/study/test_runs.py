@@ -141,7 +141,7 @@ def test_a_corrupt_cell_is_named_and_computed_again_and_seeds_can_be_added(undis
     ("arguments", "words"),
     [
         (["study", "run", "quik"], ["no preset or file 'quik'", "quick"]),
-        (["study", "show", "nothing"], ["no preset 'nothing'", "ladder-1"]),
+        (["study", "show", "nothing"], ["no preset 'nothing'", "ladder"]),
         (["study", "report", "/nowhere"], ["/nowhere", "not a study"]),
         (["study", "status", "/nowhere", "--json"], ["/nowhere", "not a study"]),
     ],

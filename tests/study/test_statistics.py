@@ -254,8 +254,8 @@ def test_other_mechanisms_keep_their_names_and_are_compared_with_the_baseline():
     results = results_of(rows, [ROPE], mechanisms)
     found = [(each.candidate.mechanism, each.baseline.mechanism) for each in comparisons(results)]
     assert found == [("expressive", "dot_product"), ("squared", "dot_product")]
-    assert mechanism_name("squared") == "squared"
-    assert sum(sentence.startswith("On 0 of 1 condition squared solved") for sentence in findings(results)) == 1
+    assert mechanism_name("squared") == "z²"
+    assert sum(sentence.startswith("On 0 of 1 condition z² solved") for sentence in findings(results)) == 1
 
 
 def test_tuning_is_summarized_and_the_choice_marked():
@@ -266,7 +266,7 @@ def test_tuning_is_summarized_and_the_choice_marked():
         *rows_of(ROPE, "dot_product", [0.3], role="tuning", learning_rate=0.01),
     ]
     found = [
-        (each.mechanism, each.learning_rate, each.seeds, each.solved, each.accuracy, each.chosen)
+        (each.mechanism, each.setting.learning_rate, each.seeds, each.solved, each.accuracy, each.chosen)
         for each in tuning_summaries(results_of(rows, [ROPE]))
     ]
     assert found == [

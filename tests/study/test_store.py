@@ -3,7 +3,7 @@ import torch
 from polars.testing import assert_frame_equal
 
 from expressive_attention.study import store as store_module
-from expressive_attention.study.store import CorruptCellError, Store, StoreError, choose_learning_rate
+from expressive_attention.study.store import CorruptCellError, Store, StoreError, choose_setting
 from expressive_attention.study.training import train_cell
 from tests.study.tiny import TINY, cell
 
@@ -85,9 +85,9 @@ def test_the_learning_rate_is_the_most_accurate_then_the_fastest(trained):
         seeds = trained.seeds.with_columns(accuracy=pl.lit(accuracy), steps=pl.lit(steps, dtype=pl.Int64))
         return cell(rate=rate), dataclasses.replace(trained, seeds=seeds)
 
-    assert choose_learning_rate([result(0.1, 0.9, 5), result(0.2, 0.95, 50)]) == 0.2
-    assert choose_learning_rate([result(0.1, 0.9, 50), result(0.2, 0.9, 5)]) == 0.2
-    assert choose_learning_rate([result(0.2, 0.9, 5), result(0.1, 0.9, 5)]) == 0.1
+    assert choose_setting([result(0.1, 0.9, 5), result(0.2, 0.95, 50)]).learning_rate == 0.2
+    assert choose_setting([result(0.1, 0.9, 50), result(0.2, 0.9, 5)]).learning_rate == 0.2
+    assert choose_setting([result(0.2, 0.9, 5), result(0.1, 0.9, 5)]).learning_rate == 0.1
 
 
 def test_equally_accurate_learning_rates_are_equal_in_whatever_order_their_seeds_come(trained):
@@ -101,5 +101,5 @@ def test_equally_accurate_learning_rates_are_equal_in_whatever_order_their_seeds
 
     numbers = [0.1, 0.7, 0.3]
     assert sum(numbers) != sum(numbers[::-1])
-    assert choose_learning_rate([result(0.2, numbers), result(0.1, numbers[::-1])]) == 0.1
-    assert choose_learning_rate([result(0.2, numbers[::-1]), result(0.1, numbers)]) == 0.1
+    assert choose_setting([result(0.2, numbers), result(0.1, numbers[::-1])]).learning_rate == 0.1
+    assert choose_setting([result(0.2, numbers[::-1]), result(0.1, numbers)]).learning_rate == 0.1

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from expressive_attention.study import sweep
 from expressive_attention.study.app import app
 from expressive_attention.study.progress import Silent
+from expressive_attention.study.results import Setting
 from expressive_attention.study.store import Store
 from expressive_attention.study.sweep import SweepError, run_study
 from tests.study.tiny import tiny, tiny_config, written
@@ -76,8 +77,8 @@ def test_a_finished_study_is_not_run_again(whole):
 
 
 def test_another_learning_rate_adds_its_tuning_cells_and_the_count_reaches_the_total(whole, tmp_path, monkeypatch):
-    chosen = {cell.mechanism: cell.learning_rate for cell in whole[1].done if cell.role == "final"}
-    monkeypatch.setattr(sweep, "choose_learning_rate", lambda results: chosen[next(iter(results))[0].mechanism])
+    chosen = {cell.mechanism: Setting(cell.learning_rate, 1.0) for cell in whole[1].done if cell.role == "final"}
+    monkeypatch.setattr(sweep, "choose_setting", lambda results: chosen[next(iter(results))[0].mechanism])
     shutil.copytree(whole[0].directory, tmp_path / "study")
     rates = "[1e-2, 2e-2, 3e-2]"
     store, display = make_store(tmp_path / "study", learning_rates=rates), Record()

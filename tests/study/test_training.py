@@ -7,7 +7,8 @@ from polars.testing import assert_frame_equal
 
 from expressive_attention.study import training
 from expressive_attention.study.config import ModelConfig, TrainingConfig
-from expressive_attention.study.tasks import NTTask
+from expressive_attention.study.tasks import IGNORED
+from expressive_attention.study.tasks.nt import NTTask
 from expressive_attention.study.training import Trajectory, build_model, learning_rate_factor, train_cell, trained_model
 from tests.study.tiny import cell
 
@@ -33,9 +34,9 @@ def test_both_mechanisms_see_the_same_batches(monkeypatch):
     seen = []
     step = training.train_step
 
-    def spy(model, optimizer, task, batch, clip):
-        seen.append(batch.clone())
-        return step(model, optimizer, task, batch, clip)
+    def spy(model, optimizer, inputs, targets, clip):
+        seen.append(inputs.clone())
+        return step(model, optimizer, inputs, targets, clip)
 
     monkeypatch.setattr(training, "train_step", spy)
     train_cell(cell("expressive", steps=12))
@@ -60,8 +61,8 @@ def test_a_seed_does_not_depend_on_those_beside_it(mechanism):
 def test_a_seed_that_diverges_is_recorded_and_harms_no_other(monkeypatch):
     build = training.build_model
 
-    def poisoned(task, model, mechanism, seed):
-        built = build(task, model, mechanism, seed)
+    def poisoned(task, model, mechanism, seed, gain):
+        built = build(task, model, mechanism, seed, gain)
         if seed == 1:
             torch.nn.init.constant_(built.head.weight, torch.nan)
         return built
@@ -114,9 +115,10 @@ def test_weights_of_a_result_give_its_model():
     one = cell(seeds=(0, 1), steps=10)
     result = train_cell(one)
     model = trained_model(one, result.weights, 1)
-    tokens = torch.from_numpy(one.task.held_out_sequences(32, "test"))
-    right = model(tokens[:, :-1]).argmax(-1)[:, one.task.scored] == tokens[:, 1:][:, one.task.scored]
-    assert right.double().mean().item() == pytest.approx(seed_row(result, 1)["accuracy"][0])
+    test = one.task.held_out_examples(32, "test")
+    right = model(torch.from_numpy(test.inputs)).argmax(-1).numpy() == test.targets
+    right = right[test.targets != IGNORED]
+    assert right.mean() == pytest.approx(seed_row(result, 1)["accuracy"][0])
 
 
 def test_an_easy_task_is_solved_and_ends_early():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from expressive_attention.study.config import Cell, ModelConfig, StudyConfig, TrainingConfig, parse_config
-from expressive_attention.study.tasks import NTTask
+from expressive_attention.study.tasks.nt import NTTask
 
 TINY = """
 name = "tiny"

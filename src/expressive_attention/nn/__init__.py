@@ -1,7 +1,16 @@
 """Modules: self-attention, position encodings and a small decoder-only transformer."""
 
-from .attention import MECHANISMS, HeadGain, SelfAttention
-from .positions import POSITIONS, LearnedPositions, RotaryPositions, alibi_bias, alibi_slopes
+from .attention import HeadGain, SelfAttention
+from .mechanisms import MECHANISMS, attend
+from .positions import (
+    POSITIONS,
+    LearnedPositions,
+    RelativeBias,
+    RotaryPositions,
+    SinusoidalPositions,
+    alibi_bias,
+    alibi_slopes,
+)
 from .transformer import NORMS, Transformer, TransformerBlock
 
 __all__ = [
@@ -10,10 +19,13 @@ __all__ = [
     "POSITIONS",
     "HeadGain",
     "LearnedPositions",
+    "RelativeBias",
     "RotaryPositions",
     "SelfAttention",
+    "SinusoidalPositions",
     "Transformer",
     "TransformerBlock",
     "alibi_bias",
     "alibi_slopes",
+    "attend",
 ]

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import expressive_attention
-from .positions import POSITIONS, RotaryPositions, alibi_bias
+from .mechanisms import MECHANISMS, attend, joined
+from .positions import POSITIONS, RelativeBias, RotaryPositions, alibi_bias
 
-__all__ = ["MECHANISMS", "HeadGain", "SelfAttention", "check_choice"]
-
-MECHANISMS = ("expressive", "dot_product")
+__all__ = ["HeadGain", "SelfAttention", "check_choice"]
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -21,15 +19,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 class HeadGain(nn.Module):
-    """One learnable factor per head, starting at 1: ``x_h * gain_h``.
+    """One learnable factor per head: ``x_h * gain_h``.
 
     Args:
         num_heads: H.
+        initial: Its value at the start.
     """
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, initial: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads))
+        self.weight = nn.Parameter(torch.full((num_heads,), float(initial)))
 
     def forward(self, x: Tensor) -> Tensor:
         """X ``(..., H, L, E)`` times the gain of its head."""
@@ -37,20 +36,24 @@ class HeadGain(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal or full multi-head self-attention whose weights are expressive or softmax.
+    """Causal or full multi-head self-attention whose weights are expressive, softmax, or others of `MECHANISMS`.
 
-    With z = g_h q . k / sqrt(E) for both mechanisms, weights are proportional to z^2 / (1 + z^2)
-    (``"expressive"``, Gros, arXiv 2407.18601) or to exp(z) (``"dot_product"``,
-    torch's own `scaled_dot_product_attention`). Everything else is the same, so that two modules of the same
-    seed differ in the mechanism alone.
+    With z = g_h q . k / sqrt(E) for all mechanisms, weights are proportional to z^2 / (1 + z^2)
+    (``"expressive"``, Gros, arXiv 2407.18601), to exp(z) (``"dot_product"``, torch's own
+    `scaled_dot_product_attention`), or to what `nn.mechanisms` says of the others. Everything else is the same, so
+    that two modules of the same seed differ in the mechanism alone.
 
     Args:
         embed_dim: Width D of the input, a multiple of `num_heads`.
         num_heads: H; head dimension E = D / H.
-        mechanism: ``"expressive"`` or ``"dot_product"``.
-        position: ``"none"``, ``"rope"`` or ``"alibi"``. Learned positions are added to the input, by
-            `LearnedPositions`; ``"learned"`` here is the same as ``"none"``.
-        gain: Learn a factor g per head on z, from 1.
+        mechanism: One of `MECHANISMS`.
+        position: ``"rope"``, ``"alibi"``, ``"relative"`` or ``"none"``. Learned and sinusoidal positions are added to
+            the input, by the `Transformer`: here they are the same as ``"none"``.
+        max_length: Longest sequence; sizes the table of ``"relative"``, which needs it.
+        gain: Learn a factor g per head on z.
+        initial_gain: Its value at the start.
+        qk_norm: Divide queries and keys by their root mean square, before positions and gain
+            (Henry et al., arXiv 2010.04245; there with a norm of 1).
         bias: Bias of the output projection.
         qkv_bias: Bias of the projections to query, key and value.
         is_causal: A position sees itself and what came before.
@@ -73,7 +76,10 @@ class SelfAttention(nn.Module):
         mechanism: str = "expressive",
         *,
         position: str = "none",
+        max_length: int | None = None,
         gain: bool = False,
+        initial_gain: float = 1.0,
+        qk_norm: bool = False,
         bias: bool = True,
         qkv_bias: bool = True,
         is_causal: bool = True,
@@ -85,6 +91,8 @@ class SelfAttention(nn.Module):
         check_choice("position", position, POSITIONS)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if position == "relative" and max_length is None:
+            raise ValueError("max_length must be given for relative positions, got None")
         self.num_heads = num_heads
         self.mechanism = mechanism
         self.position = position
@@ -93,7 +101,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.out = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.rope = RotaryPositions(embed_dim // num_heads, rope_base) if position == "rope" else None
-        self.gain = HeadGain(num_heads) if gain else None
+        self.relative = RelativeBias(num_heads, max_length) if position == "relative" and max_length else None
+        self.gain = HeadGain(num_heads, initial_gain) if gain else None
+        self.qk_norm = qk_norm
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``.
@@ -104,37 +114,20 @@ class SelfAttention(nn.Module):
                 space, together with causality.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
+        if self.qk_norm:
+            q, k = (F.rms_norm(vectors, vectors.shape[-1:]) for vectors in (q, k))
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
         if self.gain is not None:
             q = self.gain(q)
-        if self.position == "alibi":
-            bias = alibi_bias(self.num_heads, x.shape[-2], x.shape[-2], x.device).to(x.dtype)
-            attn_mask = bias if attn_mask is None else _joined(attn_mask, bias)
-        y = self._attend(q, k, v, attn_mask)
+        bias = self._position_bias(x)
+        if bias is not None:
+            attn_mask = bias if attn_mask is None else joined(attn_mask, bias)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
-        if self.mechanism == "expressive":
-            return expressive_attention(q, k, v, attn_mask, dropout_p, self.is_causal)
-        if attn_mask is None:
-            shape = q.shape
-            if q.ndim > 4:  # torch's fused kernels take four dimensions
-                q, k, v = (x.flatten(0, -4) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.is_causal).view(shape)
-        if self.is_causal:  # torch takes either a mask or is_causal
-            causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-            attn_mask = _joined(causal, attn_mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
-
-
-def _joined(a: Tensor, b: Tensor) -> Tensor:
-    """One mask that does what two do, of which either may be bool or a bias."""
-    if a.dtype == b.dtype == torch.bool:
-        return a & b
-    if a.dtype == torch.bool:
-        return torch.where(a, b, -torch.inf)
-    if b.dtype == torch.bool:
-        return torch.where(b, a, -torch.inf)
-    return a + b
+    def _position_bias(self, x: Tensor) -> Tensor | None:
+        if self.position == "alibi":
+            return alibi_bias(self.num_heads, x.shape[-2], x.shape[-2], x.device).to(x.dtype)
+        return None if self.relative is None else self.relative(x.shape[-2])

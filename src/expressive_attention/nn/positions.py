@@ -1,8 +1,8 @@
 """Position encodings of queries and keys: what a model adds to content so that order matters.
 
-``"learned"`` positions are a table added to the embeddings (`LearnedPositions`, used by `Transformer`);
-``"rope"`` rotates queries and keys (`RotaryPositions`); ``"alibi"`` is a bias in log-weight space
-(`alibi_bias`); ``"none"`` is none.
+``"learned"`` and ``"sinusoidal"`` positions are a table added to the embeddings (`LearnedPositions`,
+`SinusoidalPositions`, used by `Transformer`); ``"rope"`` rotates queries and keys (`RotaryPositions`);
+``"alibi"`` (`alibi_bias`) and ``"relative"`` (`RelativeBias`) are biases in log-weight space; ``"none"`` is none.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["POSITIONS", "LearnedPositions", "RotaryPositions", "alibi_bias", "alibi_slopes"]
+__all__ = [
+    "POSITIONS",
+    "LearnedPositions",
+    "RelativeBias",
+    "RotaryPositions",
+    "SinusoidalPositions",
+    "alibi_bias",
+    "alibi_slopes",
+    "distance_index",
+]
 
-POSITIONS = ("none", "learned", "rope", "alibi")
+POSITIONS = ("none", "learned", "sinusoidal", "rope", "alibi", "relative")
 
 
 class LearnedPositions(nn.Module):
@@ -38,6 +47,31 @@ class LearnedPositions(nn.Module):
         return x + self.table(torch.arange(length, device=x.device))
 
 
+class SinusoidalPositions(nn.Module):
+    """Adds fixed waves (Vaswani et al., arXiv 1706.03762, section 3.5): ``x_p + (sin(p w_i), cos(p w_i))_i``.
+
+    w_i = base^(-2 i / D), for i = 0 to D / 2 - 1.
+
+    Args:
+        embed_dim: D, even.
+        base: Ratio of the longest to the shortest wave, about.
+
+    Raises:
+        ValueError: For an odd `embed_dim` or a `base` that is not positive.
+    """
+
+    def __init__(self, embed_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        _check_waves("embed_dim", embed_dim, base)
+        self.embed_dim = embed_dim
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X ``(..., L, D)`` with positions 0 to L - 1 added."""
+        angles = _angles(x.shape[-2], self.embed_dim, self.base, x.device)
+        return x + torch.stack([angles.sin(), angles.cos()], -1).flatten(-2).to(x.dtype)
+
+
 class RotaryPositions(nn.Module):
     """Rotates pairs of coordinates by angles that grow with position (RoPE; Su et al., arXiv 2104.09864).
 
@@ -54,10 +88,7 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
-        if base <= 0:
-            raise ValueError(f"base must be positive, got {base}")
+        _check_waves("head_dim", head_dim, base)
         self.head_dim = head_dim
         self.base = base
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -73,14 +104,57 @@ class RotaryPositions(nn.Module):
         length = x.shape[-2]
         kept = self._tables
         if kept is None or kept[0].shape[0] != length or kept[0].dtype != x.dtype or kept[0].device != x.device:
-            positions = torch.arange(length, dtype=torch.float64, device=x.device)
-            pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device)
-            angles = torch.outer(positions, self.base ** (-pairs / self.head_dim))
+            angles = _angles(length, self.head_dim, self.base, x.device)
             cos, sin = angles.cos(), angles.sin()
             kept = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
             if not torch.compiler.is_compiling():
                 self._tables = kept
         return kept
+
+
+def _check_waves(name: str, width: int, base: float) -> None:
+    if width % 2:
+        raise ValueError(f"{name} must be even for these positions, got {width}")
+    if base <= 0:
+        raise ValueError(f"base must be positive, got {base}")
+
+
+def _angles(length: int, width: int, base: float, device: torch.device) -> Tensor:
+    """p * base^(-2 i / width) in float64, ``(length, width / 2)``."""
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    pairs = torch.arange(0, width, 2, dtype=torch.float64, device=device)
+    return torch.outer(positions, base ** (-pairs / width))
+
+
+class RelativeBias(nn.Module):
+    """A learned bias per head and distance, in log-weight space, as T5's without buckets (arXiv 1910.10683).
+
+    Weights are multiplied by exp(table[h, i - j]). The table starts at 0; distances of both signs have an entry.
+
+    Args:
+        num_heads: H.
+        max_length: Longest sequence T; the table is ``(H, 2 T - 1)``.
+
+    Raises:
+        ValueError: From ``forward``, for a sequence longer than `max_length`.
+    """
+
+    def __init__(self, num_heads: int, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1))
+
+    def forward(self, length: int) -> Tensor:
+        """Float mask ``(H, L, L)``."""
+        return self.table[:, distance_index(length, self.max_length, self.table.device)]
+
+
+def distance_index(length: int, max_length: int, device: torch.device) -> Tensor:
+    """Column i - j + T - 1 of a `RelativeBias` for query i and key j, ``(L, L)``."""
+    if length > max_length:
+        raise ValueError(f"length must be at most {max_length}, got {length}")
+    i = torch.arange(length, device=device)
+    return i.unsqueeze(1) - i + max_length - 1
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

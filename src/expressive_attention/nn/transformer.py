@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SelfAttention, check_choice
-from .positions import POSITIONS, LearnedPositions
+from .positions import POSITIONS, LearnedPositions, SinusoidalPositions
 
 __all__ = ["NORMS", "Transformer", "TransformerBlock"]
 
@@ -25,7 +25,7 @@ class TransformerBlock(nn.Module):
     Args:
         embed_dim: Width D.
         num_heads: Heads of the attention.
-        mechanism: ``"expressive"`` or ``"dot_product"``.
+        mechanism: One of `MECHANISMS`.
         norm: LayerNorm ``"pre"``, ``"post"`` or ``"none"``.
         norm_affine: Whether the LayerNorms learn a scale and a shift.
         mlp_ratio: Width of the MLP over D.
@@ -74,16 +74,16 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer: tokens to next-token logits.
+    """Decoder-only transformer: tokens, or vectors, to logits.
 
     Args:
         vocab_size: Number of tokens V.
-        max_length: Longest sequence; sizes the learned positions.
+        max_length: Longest sequence; sizes learned and relative positions.
         embed_dim: Width D.
         num_layers: Number of blocks.
         num_heads: Heads per block.
-        mechanism: ``"expressive"`` or ``"dot_product"``.
-        position: ``"none"``, ``"learned"``, ``"rope"`` or ``"alibi"``.
+        mechanism: One of `MECHANISMS`.
+        position: One of `POSITIONS`.
         norm: ``"pre"`` (with a final LayerNorm), ``"post"`` or ``"none"``.
         norm_affine: Whether the LayerNorms learn a scale and a shift.
         mlp_ratio: Width of the MLP over D.
@@ -91,7 +91,9 @@ class Transformer(nn.Module):
         bias: Bias of all projections but query, key and value.
         embedding_std: Standard deviation of the token embeddings at the start; other weights start with
             ``1 / sqrt(fan_in)``, biases with 0.
-        **attention: Further arguments of `SelfAttention`: ``gain``, ``qkv_bias``, ``rope_base``, ...
+        embedding_shift: Added to the first coordinate of all embeddings at the start: a direction that they share.
+        input_dim: The model reads vectors of this width, through a linear map, instead of tokens.
+        **attention: Further arguments of `SelfAttention`: ``gain``, ``qkv_bias``, ``rope_base``, ``is_causal``, ...
 
     Raises:
         ValueError: A number or name does not fit.
@@ -118,6 +120,8 @@ class Transformer(nn.Module):
         activation: str = "gelu",
         bias: bool = True,
         embedding_std: float = 0.5,
+        embedding_shift: float = 0.0,
+        input_dim: int | None = None,
         **attention: object,
     ) -> None:
         super().__init__()
@@ -126,12 +130,20 @@ class Transformer(nn.Module):
             "vocab_size": vocab_size,
             "max_length": max_length,
             "num_layers": num_layers,
+            "input_dim": 1 if input_dim is None else input_dim,
         }.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.max_length = max_length
-        self.embedding = nn.Embedding(vocab_size, embed_dim)
-        self.positions = LearnedPositions(max_length, embed_dim) if position == "learned" else None
+        self.reads_tokens = input_dim is None
+        self.embedding = (
+            nn.Embedding(vocab_size, embed_dim) if input_dim is None else nn.Linear(input_dim, embed_dim, bias=bias)
+        )
+        self.positions: nn.Module | None = None
+        if position == "learned":
+            self.positions = LearnedPositions(max_length, embed_dim)
+        elif position == "sinusoidal":
+            self.positions = SinusoidalPositions(embed_dim)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 embed_dim,
@@ -143,6 +155,7 @@ class Transformer(nn.Module):
                 activation=activation,
                 bias=bias,
                 position=position,
+                max_length=max_length,
                 **attention,
             )
             for _ in range(num_layers)
@@ -150,6 +163,7 @@ class Transformer(nn.Module):
         self.final_norm = make_norm(embed_dim, norm if norm == "pre" else "none", norm_affine)
         self.head = nn.Linear(embed_dim, vocab_size, bias=bias)
         self.embedding_std = embedding_std
+        self.embedding_shift = embedding_shift
         self.initialize()
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -161,16 +175,20 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.embedding_std, generator=generator)
+        if isinstance(self.embedding, nn.Embedding):
+            with torch.no_grad():
+                self.embedding.weight[:, 0] += self.embedding_shift
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens ``(..., L)``, integers in [0, V), to logits ``(..., L, V)``.
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Tokens ``(..., L)``, integers in [0, V), or vectors ``(..., L, input_dim)``, to logits ``(..., L, V)``.
 
         Raises:
-            ValueError: For more than `max_length` tokens.
+            ValueError: For more than `max_length` positions.
         """
-        if tokens.shape[-1] > self.max_length:
-            raise ValueError(f"tokens must have at most {self.max_length} positions, got {tokens.shape[-1]}")
-        x = self.embedding(tokens)
+        length = inputs.shape[-1 if self.reads_tokens else -2]
+        if length > self.max_length:
+            raise ValueError(f"inputs must have at most {self.max_length} positions, got {length}")
+        x = self.embedding(inputs)
         if self.positions is not None:
             x = self.positions(x)
         for block in self.blocks:

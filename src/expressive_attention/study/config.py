@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .results import Condition
+from ..nn import MECHANISMS, POSITIONS
+from .results import Condition, Setting
 from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ __all__ = [
 ]
 
 # Part of every cell's identity: raise it when a change of the code changes what a run means.
-PROTOCOL = "ladder-1"
+PROTOCOL = "ladder-2"
 
-# Seeds on which learning rates are chosen start here, so that the reported ones are fresh.
+# Seeds on which learning rates and gains are chosen start here, so that the reported ones are fresh.
 TUNING_SEEDS_START = 1_000_000
 
 
@@ -58,12 +59,21 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-Position = Literal["rope", "learned", "alibi", "none"]
-Mechanism = Literal["expressive", "dot_product"]
+def _one_of(*choices: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {list(choices)}, got {value!r}")
+        return value
+
+    return AfterValidator(check)
+
+
+Position = Annotated[str, _one_of(*POSITIONS)]
+Mechanism = Annotated[str, _one_of(*MECHANISMS)]
 
 
 class ModelConfig(_Strict):
-    """The transformer that both mechanisms sit in; see `expressive_attention.nn.Transformer`."""
+    """The transformer that all mechanisms sit in; see `expressive_attention.nn.Transformer`."""
 
     layers: int = Field(default=1, ge=1)
     embed_dim: int = Field(default=16, ge=1)
@@ -75,9 +85,11 @@ class ModelConfig(_Strict):
     mlp_ratio: int = Field(default=4, ge=1)
     activation: Literal["relu", "gelu"] = "relu"
     gain: bool = True
+    qk_norm: bool = False
     qkv_bias: bool = False
     bias: bool = True
     embedding_std: float = Field(default=0.5, gt=0)
+    embedding_shift: float = 0.0
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -85,18 +97,27 @@ class ModelConfig(_Strict):
             raise ValueError(f"embed_dim must be a multiple of heads, got {self.embed_dim} and {self.heads}")
         if self.position == "rope" and self.embed_dim // self.heads % 2:
             raise ValueError(f"rope needs an even embed_dim / heads, got {self.embed_dim} / {self.heads}")
+        if self.position == "sinusoidal" and self.embed_dim % 2:
+            raise ValueError(f"sinusoidal positions need an even embed_dim, got {self.embed_dim}")
         return self
 
 
 class TrainingConfig(_Strict):
-    """How one seed is trained and judged; the same for both mechanisms."""
+    """How one seed is trained and judged; the same for all mechanisms."""
 
     steps: int = Field(default=3000, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    # Each is tried for each mechanism on the tuning seeds; the final seeds run at the best.
+    # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
+    # the best.
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_distinct)] = Field(
         default=(5e-3, 1e-2, 2e-2), min_length=1
     )
+    initial_gains: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_distinct)] = Field(
+        default=(1.0,), min_length=1
+    )
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled in adam (AdamW)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     warmup: int = Field(default=100, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -112,13 +133,18 @@ class TrainingConfig(_Strict):
     # A seed ends when it has reached that many evaluations in a row; a cell ends with its last seed.
     early_stop: bool = True
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """What is tried for each mechanism."""
+        return tuple(Setting(rate, gain) for rate in self.learning_rates for gain in self.initial_gains)
+
 
 class SeedsConfig(_Strict):
     """How many seeds, and how many train together in one program."""
 
     tuning: int = Field(default=4, ge=0)
     final: int = Field(default=16, ge=1)
-    together: int = Field(default=8, ge=1)
+    together: int = Field(default=16, ge=1)
 
 
 class Grid(_Strict):
@@ -143,8 +169,11 @@ class StudyConfig(_Strict):
 
     @model_validator(mode="after")
     def _can_be_expanded(self) -> StudyConfig:
-        if len(self.training.learning_rates) > 1 and self.seeds.tuning == 0:
-            raise ValueError("seeds.tuning must be at least 1 to choose among several training.learning_rates")
+        if len(self.training.settings) > 1 and self.seeds.tuning == 0:
+            several = "learning_rates" if len(self.training.learning_rates) > 1 else "initial_gains"
+            raise ValueError(f"seeds.tuning must be at least 1 to choose among several training.{several}")
+        if self.training.initial_gains != (1.0,) and not all(model.gain for _, _, model in self.expanded()):
+            raise ValueError("training.initial_gains needs models with gain = true")
         labels = [label for label, _, _ in self.expanded()]
         if len(set(labels)) < len(labels):
             twice = next(label for label in labels if labels.count(label) > 1)
@@ -161,7 +190,7 @@ class StudyConfig(_Strict):
                     raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
                 pairs += [
                     (
-                        TASKS[kind].model_validate(task, strict=True),
+                        TASKS[kind].model_validate_json(json.dumps(task), strict=True),
                         ModelConfig.model_validate({**self.model.model_dump(), **model}, strict=True),
                     )
                     for model in _combinations(grid.model)
@@ -191,13 +220,14 @@ class StudyConfig(_Strict):
 
 
 class Cell(_Strict):
-    """Seeds that train together: one task, model, mechanism and learning rate."""
+    """Seeds that train together: one task, model, mechanism and setting."""
 
     condition: str
     task: Any
     model: ModelConfig
     mechanism: Mechanism
     learning_rate: float
+    initial_gain: float = 1.0
     role: Literal["tuning", "final"]
     seeds: tuple[int, ...]
     training: TrainingConfig
@@ -207,13 +237,14 @@ class Cell(_Strict):
         """Names the cell on disk: a hash of all that its result depends on."""
         content = self.model_dump(mode="json", exclude={"condition", "task", "training"})
         content["task"] = self.task.model_dump(mode="json")
-        content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates"})
+        content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates", "initial_gains"})
         content["protocol"] = PROTOCOL
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def __str__(self) -> str:
-        return f"{self.condition}, {self.mechanism}, {self.role}, learning rate {self.learning_rate:g}"
+        gain = "" if self.initial_gain == 1 else f", gain {self.initial_gain:g}"
+        return f"{self.condition}, {self.mechanism}, {self.role}, learning rate {self.learning_rate:g}{gain}"
 
 
 class Comparison(_Strict):
@@ -227,25 +258,27 @@ class Comparison(_Strict):
     seeds: SeedsConfig
 
     def tuning_cells(self) -> list[Cell]:
-        """One set of cells per learning rate; none where there is nothing to choose."""
-        if len(self.training.learning_rates) == 1:
+        """One set of cells per setting; none where there is nothing to choose."""
+        settings = self.training.settings
+        if len(settings) == 1:
             return []
         return [
             cell
-            for rate in self.training.learning_rates
-            for cell in self._cells("tuning", rate, TUNING_SEEDS_START, self.seeds.tuning)
+            for setting in settings
+            for cell in self._cells("tuning", setting, TUNING_SEEDS_START, self.seeds.tuning)
         ]
 
-    def final_cells(self, learning_rate: float) -> list[Cell]:
+    def final_cells(self, setting: Setting) -> list[Cell]:
         """The cells of the reported seeds."""
-        return self._cells("final", learning_rate, 0, self.seeds.final)
+        return self._cells("final", setting, 0, self.seeds.final)
 
-    def _cells(self, role: Literal["tuning", "final"], rate: float, first: int, count: int) -> list[Cell]:
+    def _cells(self, role: Literal["tuning", "final"], setting: Setting, first: int, count: int) -> list[Cell]:
         together = self.seeds.together
         return [
             Cell(
                 condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
-                learning_rate=rate, role=role, training=self.training,
+                learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
+                training=self.training,
                 seeds=tuple(range(first + start, first + min(start + together, count))),
             )
             for start in range(0, count, together)

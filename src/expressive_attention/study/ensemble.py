@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import HeadGain
+from ..nn import HeadGain, RelativeBias
+from ..nn.positions import distance_index
 
 __all__ = ["member_state", "stack"]
 
@@ -83,7 +84,25 @@ class _HeadGain(nn.Module):
         return x * self.weight.view(len(x), *(1,) * (x.ndim - 4), -1, 1, 1)
 
 
-_STACKED = {nn.Linear: _Linear, nn.Embedding: _Embedding, nn.LayerNorm: _LayerNorm, HeadGain: _HeadGain}
+class _RelativeBias(nn.Module):
+    """`RelativeBias` per member: ``(R, 1, H, L, L)``."""
+
+    def __init__(self, members: Sequence[RelativeBias]) -> None:
+        super().__init__()
+        self.max_length = members[0].max_length
+        self.table = _stacked([m.table for m in members])
+
+    def forward(self, length: int) -> Tensor:
+        return self.table[:, None, :, distance_index(length, self.max_length, self.table.device)]
+
+
+_STACKED = {
+    nn.Linear: _Linear,
+    nn.Embedding: _Embedding,
+    nn.LayerNorm: _LayerNorm,
+    HeadGain: _HeadGain,
+    RelativeBias: _RelativeBias,
+}
 
 
 def stack(members: Sequence[nn.Module]) -> nn.Module:

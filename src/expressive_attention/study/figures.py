@@ -487,7 +487,8 @@ def _grid(results: StudyResults, conditions: Sequence[Condition], ylabel: str) -
 def _draw_predictors(ax: Axes, column: int, condition: Condition) -> None:
     for fact, (_, marker, _, shift) in PREDICTORS.items():
         size = 40 if fact == "chance" else 6
-        ax.plot(column + shift, condition.facts[fact], marker=marker, markersize=size, color=MUTED)
+        if fact in condition.facts:
+            ax.plot(column + shift, condition.facts[fact], marker=marker, markersize=size, color=MUTED)
 
 
 def _draw_accuracy(

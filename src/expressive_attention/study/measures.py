@@ -2,54 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tasks import Task
+from .tasks import IGNORED, Examples, Task
 
-__all__ = ["accuracy", "rollouts", "windows_seen"]
+__all__ = ["Prepared", "Scores", "contexts_seen", "rollouts", "score"]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, task: Task, sequences: Tensor, members: int) -> Tensor:
-    """Share ``(R,)`` of scored next tokens that each member predicts; one that is not finite is wrong.
+@dataclass(frozen=True)
+class Prepared:
+    """Examples on the model's side of things.
 
-    Args:
-        model: Ensemble, tokens ``(R, n, L)`` to logits ``(R, n, L, V)``.
-        task: Says which positions count.
-        sequences: ``(n, L + 1)``, the same for every member.
-        members: R.
+    Attributes:
+        inputs: ``(n, L)`` or ``(n, L, C)``.
+        targets: ``(n, L)``.
+        scored: Positions ``(n, L)`` that count.
     """
-    logits = model(sequences[:, :-1].expand(members, -1, -1))[:, :, task.scored]
-    right = _predicted(logits) == sequences[:, 1:][:, task.scored]
-    return right.to(torch.float64).mean((1, 2))
+
+    inputs: Tensor
+    targets: Tensor
+    scored: Tensor
+
+    @classmethod
+    def of(cls, task: Task, examples: Examples) -> Prepared:
+        """The examples of a task."""
+        arrays = (examples.inputs, examples.targets, task.scored(examples))
+        return cls(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each member reaches.
+
+    Attributes:
+        accuracy: Share ``(R,)`` of scored targets that are predicted.
+        cross_entropy: Mean ``(R,)`` of -ln p(target) over the scored positions, in nats.
+        right: Whether the prediction is the target, ``(R, n, L)``; a prediction that is not finite is wrong.
+    """
+
+    accuracy: Tensor
+    cross_entropy: Tensor
+    right: Tensor
 
 
 @torch.no_grad()
-def rollouts(model: nn.Module, task: Task, sequences: np.ndarray, digits: int, members: int) -> tuple[Tensor, Tensor]:
+def score(model: nn.Module, examples: Prepared, members: int, batch: int = 1024) -> Scores:
+    """Score each member of an ensemble, ``(R, n, L)`` to logits ``(R, n, L, V)``, on the same examples."""
+    right, losses = [], []
+    for inputs, targets in zip(examples.inputs.split(batch), examples.targets.split(batch), strict=True):
+        logits = model(inputs.expand(members, *inputs.shape))
+        wanted = targets.expand(members, *targets.shape)
+        right.append(_predicted(logits) == wanted)
+        loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none", ignore_index=IGNORED)
+        losses.append(loss.view(wanted.shape))
+    all_right, all_losses = torch.cat(right, 1), torch.cat(losses, 1)
+    return Scores(
+        all_right[:, examples.scored].to(torch.float64).mean(1),
+        all_losses[:, examples.scored].to(torch.float64).mean(1),
+        all_right,
+    )
+
+
+@torch.no_grad()
+def rollouts(
+    model: nn.Module, task: Task, examples: Examples, tokens: int, members: int
+) -> tuple[Tensor, Tensor] | None:
     """Autoregressive continuation: each member reads what it has predicted itself.
 
     Returns:
-        Share ``(R,)`` of the following digits that are right, and share of rollouts with all of them right.
+        Share ``(R,)`` of the following tokens that are right, and share of rollouts with all of them right; None
+        where the task has no rollouts.
     """
-    prompts, truth = (torch.from_numpy(np.ascontiguousarray(x)) for x in task.continued(sequences, digits))
-    tokens = prompts.expand(members, -1, -1)
+    continued = task.continued(examples, tokens)
+    if continued is None:
+        return None
+    prompts, truth = (torch.from_numpy(np.ascontiguousarray(x)) for x in continued)
+    read = prompts.expand(members, -1, -1)
     predicted = []
-    for _ in range(digits):
-        predicted.append(_predicted(model(tokens[:, :, -task.length :])[:, :, -1]))
-        tokens = torch.cat([tokens, predicted[-1].clamp(min=0).unsqueeze(-1)], dim=-1)
+    for _ in range(tokens):
+        predicted.append(_predicted(model(read[:, :, -task.length :])[:, :, -1]))
+        read = torch.cat([read, predicted[-1].clamp(min=0).unsqueeze(-1)], dim=-1)
     right = torch.stack(predicted, dim=-1) == truth
     return right.to(torch.float64).mean((1, 2)), right.all(-1).to(torch.float64).mean(1)
 
 
-def windows_seen(task: Task, training: list[np.ndarray], test: np.ndarray) -> float:
-    """Share of the test windows that also occur in the training sequences."""
-    windows = task.windows(test)
-    seen = np.unique(np.concatenate([task.windows(part).ravel() for part in training]))
-    return float(np.isin(windows, seen).mean())
+def contexts_seen(task: Task, training: list[Examples], test: Examples) -> float | None:
+    """Share of the test contexts that also occur in training; None where the task does not tell."""
+    contexts = task.contexts(test)
+    if contexts is None:
+        return None
+    known = [found.ravel() for part in training if (found := task.contexts(part)) is not None]
+    return float(np.isin(contexts, np.unique(np.concatenate(known))).mean())
 
 
 def _predicted(logits: Tensor) -> Tensor:
-    """The most likely token; -1, which is none, where a logit is not finite."""
+    """The most likely class; -1, which is none, where a logit is not finite."""
     return logits.argmax(-1).masked_fill_(~logits.isfinite().all(-1), -1)

@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 from . import figures
 from .figures import GRID, INK, MUTED, PREDICTORS, Style
 from .files import write_atomically
-from .results import Condition, StudyResults
+from .results import Condition, Setting, StudyResults
 from .statistics import (
     LEVEL,
     MINIMUM_FOR_INTERVAL,
@@ -105,6 +105,7 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         "interval": _interval,
         "steps": _steps,
     }
+    settings = sorted({trial.setting for trial in tuning_summaries(results)})
     page = environment.get_template("report.html.j2").render(
         results=results,
         overview=overview(results),
@@ -113,8 +114,9 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         predictors=PREDICTORS,
         summaries=[(label, list(rows)) for label, rows in groupby(summaries(results), lambda row: row.condition)],
         tuning=_tuning_rows(results),
-        rates=sorted({trial.learning_rate for trial in tuning_summaries(results)}),
-        windows_seen=_windows_seen(results),
+        settings=settings,
+        gains={setting.initial_gain for setting in settings},
+        contexts_seen=_contexts_seen(results),
         level=f"{LEVEL:.0%}",
         minimum=MINIMUM_FOR_INTERVAL,
         plotlyjs=Markup(get_plotlyjs()),
@@ -211,8 +213,8 @@ def _accuracy_plot(results: StudyResults) -> go.Figure:
             figure.add_scatter(
                 row=row,
                 col=1,
-                x=[column + offset for column, _ in panel.conditions],
-                y=[condition.facts[fact] for _, condition in panel.conditions],
+                x=[column + offset for column, condition in panel.conditions if fact in condition.facts],
+                y=[condition.facts[fact] for _, condition in panel.conditions if fact in condition.facts],
                 mode="markers",
                 marker={"symbol": symbol, "size": 16 if fact == "chance" else 8, "color": MUTED},
                 hovertemplate=f"{name} %{{y:.3f}}<extra></extra>",
@@ -507,13 +509,13 @@ def _stills(
     return [_data_uri(figures.png(draw(results, conditions[start : start + _PANELS_PER_STILL]))) for start in starts]
 
 
-def _tuning_rows(results: StudyResults) -> list[tuple[str, list[tuple[str, dict[float, TuningSummary]]]]]:
-    """Per condition and mechanism, what each learning rate reached."""
+def _tuning_rows(results: StudyResults) -> list[tuple[str, list[tuple[str, dict[Setting, TuningSummary]]]]]:
+    """Per condition and mechanism, what each setting reached."""
     return [
         (
             label,
             [
-                (mechanism, {trial.learning_rate: trial for trial in trials})
+                (mechanism, {trial.setting: trial for trial in trials})
                 for mechanism, trials in groupby(tried, key=lambda trial: trial.mechanism)
             ],
         )
@@ -521,10 +523,10 @@ def _tuning_rows(results: StudyResults) -> list[tuple[str, list[tuple[str, dict[
     ]
 
 
-def _windows_seen(results: StudyResults) -> dict[str, float]:
-    """Mean over final seeds of the share of test windows that also occurred in training."""
-    final = results.seeds.filter(pl.col("role") == "final")
-    return dict(final.group_by("condition").agg(pl.col("windows_seen").mean()).iter_rows())
+def _contexts_seen(results: StudyResults) -> dict[str, float]:
+    """Mean over final seeds of the share of test contexts that also occurred in training."""
+    final = results.seeds.filter(pl.col("role") == "final", pl.col("contexts_seen").is_not_null())
+    return dict(final.group_by("condition").agg(pl.col("contexts_seen").mean()).iter_rows())
 
 
 def _data_uri(content: bytes) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
-__all__ = ["CURVE_SCHEMA", "SEED_SCHEMA", "Condition", "StudyResults"]
+__all__ = ["CURVE_SCHEMA", "SEED_SCHEMA", "SPLIT_SCHEMA", "Condition", "Setting", "StudyResults"]
 
 # One row per trained seed.
 SEED_SCHEMA: dict[str, Any] = {
@@ -15,11 +15,12 @@ SEED_SCHEMA: dict[str, Any] = {
     "steps": pl.Int64,  # optimizer steps taken
     "loss": pl.Float64,  # training loss, mean since the evaluation before the last
     "accuracy": pl.Float64,  # on test sequences that no decision was taken on
+    "cross_entropy": pl.Float64,  # on the same, at the same positions: mean of -ln p, in nats
     "solved": pl.Boolean,
     "steps_to_solve": pl.Int64,  # null: censored, not solved within `steps`
-    "rollout_digits": pl.Float64,  # share of digits right in autoregressive rollouts
-    "rollout_exact": pl.Float64,  # share of rollouts right from the first digit to the last
-    "windows_seen": pl.Float64,  # share of test windows that also occurred in training
+    "rollout_digits": pl.Float64,  # share of tokens right in autoregressive rollouts; null: the task has none
+    "rollout_exact": pl.Float64,  # share of rollouts right from the first token to the last; null: as above
+    "contexts_seen": pl.Float64,  # share of test contexts that also occurred in training; null: does not apply
     "diverged_at": pl.Int64,  # first evaluation step with a loss that is not finite; null: never
 }
 
@@ -31,6 +32,24 @@ CURVE_SCHEMA: dict[str, Any] = {
     "accuracy": pl.Float64,  # on validation sequences
 }
 
+# One row per seed and group of test positions, e.g. of one position or one of several mixed rules.
+SPLIT_SCHEMA: dict[str, Any] = {
+    "seed": pl.Int64,
+    "split": pl.String,  # by what: "position", "rule", ...
+    "group": pl.Int64,
+    "name": pl.String,  # of the group
+    "count": pl.Int64,  # predictions in the group
+    "accuracy": pl.Float64,
+    "ceiling": pl.Float64,  # accuracy of the best predictor there; null: not known
+}
+
+
+class Setting(NamedTuple):
+    """What is tuned for each mechanism on each condition."""
+
+    learning_rate: float
+    initial_gain: float
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -40,10 +59,10 @@ class Condition:
         label: Short name, unique within a study, e.g. ``"sum, basis 16, delay 5, rope"``.
         task: Fields of the task, e.g. ``{"kind": "nt", "operation": "sum", "basis": 16, "delay": 5}``.
         model: Fields of the model, e.g. ``{"layers": 1, "embed_dim": 16, "position": "rope", ...}``.
-        facts: What a number is worth on this task: ``state_space`` (int), ``complexity`` (float, bits of
-            the state space), ``cycles`` (str), ``chance``, ``majority``, ``copy_last`` (accuracies of
-            trivial predictors), ``held_out`` (share of starting states never trained on),
-            ``test_sequences`` (int).
+        facts: What a number is worth on this task: ``complexity`` (bits), ``chance`` and ``majority`` (accuracies of
+            trivial predictors), ``test_sequences`` (int); and, where they apply, ``copy_last`` (accuracy),
+            ``ceiling`` (accuracy of the best predictor), ``state_space`` (int), ``cycles`` (str), ``held_out``
+            (share of starting states never trained on), and what else a task has to say.
     """
 
     label: str
@@ -61,10 +80,11 @@ class StudyResults:
         config: The configuration as TOML text.
         conditions: In the order of the configuration; also those without results yet.
         mechanisms: Mechanisms that are compared, e.g. ``["expressive", "dot_product"]``.
-        seeds: `SEED_SCHEMA` plus ``condition`` (label), ``mechanism``, ``learning_rate`` and ``role``:
-            ``"tuning"`` (seeds on which the learning rate was chosen) or ``"final"`` (fresh seeds at the
-            chosen rate). Both mechanisms' runs of one seed share initial parameters and batches.
-        curves: `CURVE_SCHEMA` plus the same four columns.
+        seeds: `SEED_SCHEMA` plus ``condition`` (label), ``mechanism``, ``learning_rate``, ``initial_gain`` and
+            ``role``: ``"tuning"`` (seeds on which rate and gain were chosen) or ``"final"`` (fresh seeds with the
+            chosen ones). All mechanisms' runs of one seed share initial parameters and batches.
+        curves: `CURVE_SCHEMA` plus the same five columns.
+        splits: `SPLIT_SCHEMA` plus the same five columns.
         unfinished: One line per cell that has no result yet.
         environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
         seconds: Sum of the cells' training times in seconds.
@@ -76,6 +96,7 @@ class StudyResults:
     mechanisms: list[str]
     seeds: pl.DataFrame
     curves: pl.DataFrame
+    splits: pl.DataFrame
     unfinished: list[str]
     environment: dict[str, str]
     seconds: float

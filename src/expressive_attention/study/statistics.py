@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from .results import StudyResults
+from .results import Setting, StudyResults
 
 __all__ = [
     "BASELINE",
@@ -45,7 +45,15 @@ MINIMUM_FOR_INTERVAL = 6
 
 _RESAMPLES = 9999
 _RANDOM_SEED = 240718601
-_NAMES = {"expressive": "EA", "dot_product": "DPA"}
+_NAMES = {
+    "expressive": "EA",
+    "dot_product": "DPA",
+    "squared": "z²",
+    "one_sided": "one-sided EA",
+    "relu_squared": "ReLU²",
+    "sigmoid": "sigmoid",
+    "softmax_abs": "softmax of |z|",
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,15 @@ class Summary:
         condition: Label of the condition.
         mechanism: The mechanism, as in the configuration.
         learning_rate: The rate chosen on the tuning seeds.
+        initial_gain: The gain chosen with it.
         seeds: Number of seeds, diverged ones included.
         solved: Number of seeds that solved the task.
         solved_interval: Wilson interval of the share solved.
         accuracy: Mean accuracy over the seeds.
         accuracy_interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
-        rollout_digits: Mean share of digits right in rollouts.
-        rollout_exact: Mean share of rollouts right as a whole.
+        cross_entropy: Mean over the seeds of their cross-entropy, in nats; infinite or NaN where a seed diverged.
+        rollout_digits: Mean share of tokens right in rollouts, None where the task has none.
+        rollout_exact: Mean share of rollouts right as a whole, likewise.
         median_steps: Steps by which at least half of the seeds had solved, None if fewer than half did.
         steps: Most optimizer steps that any of the seeds took.
         diverged: Number of seeds whose loss stopped being finite.
@@ -82,13 +92,15 @@ class Summary:
     condition: str
     mechanism: str
     learning_rate: float
+    initial_gain: float
     seeds: int
     solved: int
     solved_interval: Interval
     accuracy: float
     accuracy_interval: Interval | None
-    rollout_digits: float
-    rollout_exact: float
+    cross_entropy: float
+    rollout_digits: float | None
+    rollout_exact: float | None
     median_steps: float | None
     steps: int
     diverged: int
@@ -140,21 +152,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TuningSummary:
-    """What one learning rate reached on the tuning seeds.
+    """What one learning rate and gain reached on the tuning seeds.
 
     Attributes:
         condition: Label of the condition.
         mechanism: The mechanism, as in the configuration.
-        learning_rate: The rate tried.
+        setting: The learning rate and gain tried.
         seeds: Number of tuning seeds.
         solved: Number of them that solved the task.
         accuracy: Their mean accuracy.
-        chosen: Whether the final seeds ran at this rate.
+        chosen: Whether the final seeds ran with this setting.
     """
 
     condition: str
     mechanism: str
-    learning_rate: float
+    setting: Setting
     seeds: int
     solved: int
     accuracy: float
@@ -329,28 +341,31 @@ def comparisons(results: StudyResults) -> list[Comparison]:
 
 
 def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
-    """One summary for each learning rate tried on tuning seeds, by ascending rate, in the study's order.
+    """One summary for each setting tried on tuning seeds, by ascending rate and gain, in the study's order.
 
     Raises:
         ValueError: If an accuracy is not a finite number.
     """
-    chosen = {(summary.condition, summary.mechanism): summary.learning_rate for summary in summaries(results)}
-    tuning = results.seeds.filter(pl.col("role") == "tuning").sort("learning_rate")
+    chosen = {
+        (summary.condition, summary.mechanism): Setting(summary.learning_rate, summary.initial_gain)
+        for summary in summaries(results)
+    }
+    tuning = results.seeds.filter(pl.col("role") == "tuning").sort(Setting._fields)
     found = []
     for condition in results.conditions:
         for mechanism in results.mechanisms:
             cell = tuning.filter(pl.col("condition") == condition.label, pl.col("mechanism") == mechanism)
-            for rows in cell.partition_by("learning_rate", maintain_order=True):
-                rate = rows["learning_rate"][0]
+            for rows in cell.partition_by(Setting._fields, maintain_order=True):
+                setting = Setting(*rows.select(Setting._fields).row(0))
                 found.append(
                     TuningSummary(
                         condition=condition.label,
                         mechanism=mechanism,
-                        learning_rate=rate,
+                        setting=setting,
                         seeds=rows.height,
                         solved=int(rows["solved"].sum()),
                         accuracy=_mean(rows, "accuracy"),
-                        chosen=chosen.get((condition.label, mechanism)) == rate,
+                        chosen=chosen.get((condition.label, mechanism)) == setting,
                     )
                 )
     return found
@@ -444,13 +459,15 @@ def _summarize(rows: pl.DataFrame) -> Summary:
         condition=rows["condition"][0],
         mechanism=rows["mechanism"][0],
         learning_rate=rates[0],
+        initial_gain=rows["initial_gain"][0],
         seeds=rows.height,
         solved=solved,
         solved_interval=wilson_interval(solved, rows.height),
         accuracy=float(accuracy.mean()),
         accuracy_interval=mean_interval(accuracy.tolist()),
-        rollout_digits=_mean(rows, "rollout_digits"),
-        rollout_exact=_mean(rows, "rollout_exact"),
+        cross_entropy=float(rows["cross_entropy"].to_numpy().mean()),
+        rollout_digits=_mean_if_any(rows, "rollout_digits"),
+        rollout_exact=_mean_if_any(rows, "rollout_exact"),
         median_steps=median_steps(rows["steps_to_solve"].to_list(), steps),
         steps=steps,
         diverged=rows.height - rows["diverged_at"].null_count(),
@@ -526,6 +543,10 @@ def _where(rows: pl.DataFrame) -> str:
 
 def _mean(rows: pl.DataFrame, column: str) -> float:
     return float(_finite(rows[column].to_list(), f"{_where(rows)}: {column}").mean())
+
+
+def _mean_if_any(rows: pl.DataFrame, column: str) -> float | None:
+    return None if rows[column].null_count() == rows.height else _mean(rows, column)
 
 
 def _finite(values: Sequence[float | None], name: str) -> np.ndarray:

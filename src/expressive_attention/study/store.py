@@ -2,7 +2,7 @@
 
 DIR/config.toml                    the study's configuration
 DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files
-seeds.parquet, curves.parquet, weights.safetensors
+seeds, curves, splits (.parquet), weights.safetensors
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,21 @@ from safetensors.torch import load_file, save_file
 
 from .config import Cell, StudyConfig, parse_config, tomllib
 from .files import to_disk, write_atomically
-from .results import CURVE_SCHEMA, SEED_SCHEMA, StudyResults
+from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Setting, StudyResults
 from .training import CellResult
 
 __all__ = [
     "CorruptCellError",
     "Store",
     "StoreError",
-    "choose_learning_rate",
+    "choose_setting",
     "collect",
     "environment",
 ]
 
 _LOCK = ".lock"
 
-_TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA}
+_TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA}
 
 
 class StoreError(ValueError):
@@ -131,8 +133,8 @@ class Store:
     def save(self, cell: Cell, result: CellResult) -> None:
         """Write a finished cell, all of it or, if killed, nothing."""
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
-        result.seeds.write_parquet(partial / "seeds.parquet")
-        result.curves.write_parquet(partial / "curves.parquet")
+        for name in _TABLES:
+            getattr(result, name).write_parquet(partial / f"{name}.parquet")
         save_file(result.weights, partial / "weights.safetensors")
         files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         content = {
@@ -163,7 +165,7 @@ class Store:
         """
         about = self.about(cell)
         folder = self.path(cell)
-        for name in ("seeds.parquet", "curves.parquet", "weights.safetensors"):
+        for name in (*(f"{table}.parquet" for table in _TABLES), "weights.safetensors"):
             path = folder / name
             if not path.is_file():
                 raise CorruptCellError(f"{path} is missing")
@@ -182,7 +184,7 @@ class Store:
             parameters = load_file(folder / "weights.safetensors") if weights else {}
         except SafetensorError as error:
             raise CorruptCellError(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
-        return CellResult(tables["seeds"], tables["curves"], parameters, about["seconds"])
+        return CellResult(**tables, weights=parameters, seconds=about["seconds"])
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """The content of cell.toml.
@@ -213,18 +215,19 @@ class Store:
             shutil.rmtree(path)
 
 
-def choose_learning_rate(results: Iterable[tuple[Cell, CellResult]]) -> float:
-    """The learning rate whose tuning seeds are most accurate, then fastest, then the smaller one.
+def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
+    """The setting whose tuning seeds are most accurate, then fastest, then the smaller one.
 
     Every process that asks has to choose the same: sums are exact, and do not depend on the order of the cells.
     """
-    seeds: dict[float, list[tuple[float, int]]] = {}
+    seeds: dict[Setting, list[tuple[float, int]]] = {}
     for cell, result in results:
-        seeds.setdefault(cell.learning_rate, []).extend(result.seeds.select("accuracy", "steps").iter_rows())
+        setting = Setting(cell.learning_rate, cell.initial_gain)
+        seeds.setdefault(setting, []).extend(result.seeds.select("accuracy", "steps").iter_rows())
 
-    def rank(rate: float) -> tuple[float, float, float]:
-        accuracies, steps = zip(*seeds[rate], strict=True)
-        return -math.fsum(accuracies) / len(accuracies), sum(steps) / len(steps), rate
+    def rank(setting: Setting) -> tuple[float, float, Setting]:
+        accuracies, steps = zip(*seeds[setting], strict=True)
+        return -math.fsum(accuracies) / len(accuracies), sum(steps) / len(steps), setting
 
     return min(seeds, key=rank)
 
@@ -244,10 +247,9 @@ def collect(store: Store) -> StudyResults:
     for comparison in config.comparisons():
         tuning = comparison.tuning_cells()
         done = [(cell, store.load(cell)) for cell in tuning if store.has(cell)]
-        rates = config.training.learning_rates
         cells = tuning
         if len(done) == len(tuning):
-            final = comparison.final_cells(choose_learning_rate(done) if tuning else rates[0])
+            final = comparison.final_cells(choose_setting(done) if tuning else config.training.settings[0])
             done += [(cell, store.load(cell)) for cell in final if store.has(cell)]
             cells = tuning + final
         else:
@@ -256,27 +258,28 @@ def collect(store: Store) -> StudyResults:
         for cell, result in done:
             labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
             columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-            columns.append(pl.lit(cell.learning_rate).alias("learning_rate"))
-            tables["seeds"].append(result.seeds.with_columns(columns))
-            tables["curves"].append(result.curves.with_columns(columns))
+            columns += [pl.lit(getattr(cell, name)).alias(name) for name in Setting._fields]
+            for name, parts in tables.items():
+                parts.append(getattr(result, name).with_columns(columns))
             seconds += result.seconds
             found = store.about(cell)["environment"]
-    empty = {"condition": pl.String, "mechanism": pl.String, "role": pl.String, "learning_rate": pl.Float64}
+    empty = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
     joined = {
         name: pl.concat(parts) if parts else pl.DataFrame(schema={**_TABLES[name], **empty})
         for name, parts in tables.items()
     }
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
-        seeds=joined["seeds"], curves=joined["curves"], unfinished=unfinished, environment=found or environment(),
-        seconds=seconds,
+        **joined, unfinished=unfinished, environment=found or environment(), seconds=seconds,
     )  # fmt: skip
 
 
+@lru_cache
 def environment() -> dict[str, str]:
-    """Versions and machine."""
+    """Versions and machine; ``revision`` is the commit, where the package runs from a checkout."""
     return {
         "expressive-attention": version("expressive-attention"),
+        **_revision(),
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "python": platform.python_version(),
@@ -284,6 +287,24 @@ def environment() -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
     }
+
+
+def _revision() -> dict[str, str]:
+    """The commit that the package's own folder is of, marked if files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=False
+        )
+        if tracked.returncode:
+            return {}
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"revision": said.stdout.strip()}
 
 
 def _processor() -> str:

@@ -16,10 +16,13 @@ import torch
 
 from .config import Cell, Comparison, StudyConfig
 from .progress import Display
-from .store import CorruptCellError, Store, choose_learning_rate
+from .results import Setting
+from .store import CorruptCellError, Store, choose_setting
 from .training import CellResult, train_cell
 
 __all__ = ["SweepError", "run_study"]
+
+_ANY = Setting(0.0, 0.0)  # where only the number of cells matters
 
 
 class SweepError(RuntimeError):
@@ -29,7 +32,7 @@ class SweepError(RuntimeError):
 def run_study(config: StudyConfig, store: Store, workers: int, display: Display) -> None:
     """Run the cells of a study that are not finished yet.
 
-    Learning rates are chosen per condition and mechanism as soon as their tuning cells are finished; the final
+    Settings are chosen per condition and mechanism as soon as their tuning cells are finished; the final
     cells follow. Killed at any moment, it goes on from the finished cells when called again.
 
     Args:
@@ -102,13 +105,13 @@ class _Plan:
         self.cells: dict[str, Cell] = {}
 
     def total_cells(self) -> int:
-        return sum(len(c.tuning_cells()) + len(c.final_cells(0.0)) for c in self.comparisons)
+        return sum(len(c.tuning_cells()) + len(c.final_cells(_ANY)) for c in self.comparisons)
 
     def missing_cells(self) -> int:
         missing = 0
         for comparison in self.comparisons:
             tuning = [cell for cell in comparison.tuning_cells() if not self._finished(cell)]
-            finals = comparison.final_cells(0.0) if tuning else self._finals(comparison)
+            finals = comparison.final_cells(_ANY) if tuning else self._finals(comparison)
             missing += len(tuning) + sum(1 for cell in finals if tuning or not self._finished(cell))
         return missing
 
@@ -142,9 +145,8 @@ class _Plan:
     def _finals(self, comparison: Comparison) -> list[Cell]:
         tuning = comparison.tuning_cells()
         if not tuning:
-            return comparison.final_cells(comparison.training.learning_rates[0])
-        rate = choose_learning_rate((cell, self.store.load(cell)) for cell in tuning)
-        return comparison.final_cells(rate)
+            return comparison.final_cells(comparison.training.settings[0])
+        return comparison.final_cells(choose_setting((cell, self.store.load(cell)) for cell in tuning))
 
     def _finished(self, cell: Cell) -> bool:
         """Whether the cell is on disk and whole; a corrupt one is named and removed."""

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from ..nn import Transformer
 from .config import Cell, ModelConfig, TrainingConfig
 from .ensemble import stack
-from .measures import accuracy, rollouts, windows_seen
-from .results import CURVE_SCHEMA, SEED_SCHEMA
+from .measures import Prepared, contexts_seen, rollouts, score
+from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
 from .streams import stream
-from .tasks import Task
+from .tasks import IGNORED, Examples, Task
 
 __all__ = [
     "CellResult",
     "Trajectory",
     "build_model",
     "learning_rate_factor",
+    "make_optimizer",
     "train_cell",
     "train_step",
     "trained_model",
@@ -43,18 +44,20 @@ class CellResult:
     Attributes:
         seeds: One row per seed, `SEED_SCHEMA`.
         curves: One row per seed and evaluation, `CURVE_SCHEMA`.
+        splits: One row per seed and group of test positions, `SPLIT_SCHEMA`.
         weights: Trained parameters, ``(R, ...)`` each.
         seconds: Time of the training.
     """
 
     seeds: pl.DataFrame
     curves: pl.DataFrame
+    splits: pl.DataFrame
     weights: dict[str, Tensor]
     seconds: float
 
 
-def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int) -> Transformer:
-    """The untrained model of one seed: its parameters depend on task, model and seed, not on the mechanism."""
+def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int, initial_gain: float = 1.0) -> Transformer:
+    """The untrained model of one seed: what is drawn depends on task, model and seed, not on the mechanism."""
     base = max(10.0, 2.0 * task.length) if model.rope_base is None else model.rope_base
     built = Transformer(
         task.vocab_size,
@@ -70,9 +73,14 @@ def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int) -> Tr
         mlp_ratio=model.mlp_ratio,
         activation=model.activation,
         gain=model.gain,
+        initial_gain=initial_gain,
+        qk_norm=model.qk_norm,
         qkv_bias=model.qkv_bias,
         bias=model.bias,
         embedding_std=model.embedding_std,
+        embedding_shift=model.embedding_shift,
+        input_dim=task.input_dim,
+        is_causal=task.is_causal,
     )
     bits = stream(seed, "parameters")
     built.initialize(torch.Generator().manual_seed(int(bits.random_raw() >> np.uint64(1))))
@@ -87,6 +95,18 @@ def learning_rate_factor(step: int, training: TrainingConfig) -> float:
         return 1.0
     progress = (step - training.warmup) / max(1, training.steps - training.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, training: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that a configuration asks for."""
+    parameters = list(model.parameters())
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(
+        parameters, learning_rate, betas=training.betas, weight_decay=training.weight_decay, fused=True
+    )
 
 
 @dataclass
@@ -142,22 +162,22 @@ def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -
     """
     start = time.perf_counter()
     task, training = cell.task, cell.training
-    model = stack([build_model(task, cell.model, cell.mechanism, seed) for seed in cell.seeds])
+    model = stack([build_model(task, cell.model, cell.mechanism, seed, cell.initial_gain) for seed in cell.seeds])
     kept = copy.deepcopy(model)  # each seed's parameters as of its end
-    optimizer = torch.optim.Adam(model.parameters(), lr=cell.learning_rate, betas=training.betas, fused=True)
+    optimizer = make_optimizer(model, cell.learning_rate, training)
     batches = _Batches(task, cell.seeds, training)
-    validation = torch.from_numpy(task.held_out_sequences(training.validation_sequences, "validation"))
+    validation = Prepared.of(task, task.held_out_examples(training.validation_sequences, "validation"))
 
     trajectories = [Trajectory(training, [], [], []) for _ in cell.seeds]
     active = list(range(len(cell.seeds)))
     losses, since = torch.zeros(len(active)), 0
     for step in range(training.steps):
         optimizer.param_groups[0]["lr"] = cell.learning_rate * learning_rate_factor(step, training)
-        losses += train_step(model, optimizer, task, batches.next(active), training.gradient_clip)
+        losses += train_step(model, optimizer, *batches.next(active), training.gradient_clip)
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
-        values = accuracy(model, task, validation, len(active))
+        values = score(model, validation, len(active)).accuracy
         # The last step can ruin parameters that no loss has seen yet.
         finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in model.parameters()]).all(0)
         losses = torch.where(finite, losses, torch.nan)
@@ -182,28 +202,36 @@ class _Batches:
     def __init__(self, task: Task, seeds: tuple[int, ...], training: TrainingConfig) -> None:
         self.task, self.size = task, training.batch_size
         self.streams = [stream(seed, "training") for seed in seeds]
-        self.drawn: list[Tensor] = []  # (seeds, batch, L + 1) each, the next one last
+        self.drawn: list[tuple[Tensor, Tensor]] = []  # inputs (seeds, batch, L[, C]) and targets, the next one last
 
-    def next(self, active: list[int]) -> Tensor:
-        """The next batch of the seeds with these indices, ``(len(active), batch, L + 1)``."""
+    def next(self, active: list[int]) -> tuple[Tensor, Tensor]:
+        """Inputs ``(len(active), batch, L)`` or ``(..., C)`` and targets of the next batch of these seeds."""
         if not self.drawn:
-            nothing = np.empty((_STEPS_DRAWN * self.size, self.task.length + 1), dtype=np.int64)
-            parts = [self.draw(bits) if i in active else nothing for i, bits in enumerate(self.streams)]
-            self.drawn = list(torch.from_numpy(np.stack(parts)).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1))[::-1]
-        return self.drawn.pop()[active]
+            parts = {i: self.draw(self.streams[i]) for i in active}
+            inputs, targets = (
+                self._by_step([getattr(parts[i if i in parts else active[0]], name) for i in range(len(self.streams))])
+                for name in ("inputs", "targets")
+            )
+            self.drawn = list(zip(inputs, targets, strict=True))[::-1]
+        inputs, targets = self.drawn.pop()
+        return inputs[active], targets[active]
 
-    def draw(self, bits: np.random.Philox) -> np.ndarray:
-        return self.task.training_sequences(bits, _STEPS_DRAWN * self.size)
+    def _by_step(self, parts: list[np.ndarray]) -> tuple[Tensor, ...]:
+        return torch.from_numpy(np.stack(parts)).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1)
+
+    def draw(self, bits: np.random.Philox) -> Examples:
+        return self.task.training_examples(bits, _STEPS_DRAWN * self.size)
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Tensor, gradient_clip: float | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, gradient_clip: float | None
 ) -> Tensor:
-    """One step of every member; their losses ``(R,)``, the mean cross-entropy of the scored tokens."""
+    """One step of every member; their losses ``(R,)``, the mean cross-entropy of the targets that there are."""
     optimizer.zero_grad()
-    logits = model(batch[:, :, :-1])[:, :, task.scored]
-    targets = batch[:, :, 1:][:, :, task.scored]
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(len(batch), -1).mean(1)
+    logits = model(inputs)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    counts = (targets != IGNORED).flatten(1).sum(1).clamp(min=1)
+    losses = losses.view(len(targets), -1).sum(1) / counts
     losses.sum().backward()
     if gradient_clip is not None:
         _clip(list(model.parameters()), gradient_clip)
@@ -232,29 +260,30 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer, going: list[int]) 
     for parameter in model.parameters():
         parameter.data, parameter.grad = parameter.data[going], None
         state = optimizer.state[parameter]
-        state.update({name: x[going] for name, x in state.items() if x.ndim})
+        state.update({name: x[going] for name, x in state.items() if isinstance(x, Tensor) and x.ndim})
 
 
 def _measured(cell: Cell, model: nn.Module, trajectories: list[Trajectory], start: float) -> CellResult:
     """Final measures, on test sequences that no decision was taken on."""
     task, training, members = cell.task, cell.training, len(cell.seeds)
-    test = task.held_out_sequences(training.test_sequences, "test")
-    accuracies = accuracy(model, task, torch.from_numpy(test), members)
-    digits, exact = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members)
+    test = task.held_out_examples(training.test_sequences, "test")
+    scores = score(model, Prepared.of(task, test), members)
+    rolled = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members)
     rows, curves = [], []
     for index, (seed, trajectory) in enumerate(zip(cell.seeds, trajectories, strict=True)):
         steps = trajectory.steps[-1]
-        solved = trajectory.solved and float(accuracies[index]) >= training.solved_accuracy
+        solved = trajectory.solved and float(scores.accuracy[index]) >= training.solved_accuracy
         rows.append({
             "seed": seed,
             "steps": steps,
             "loss": trajectory.losses[-1],
-            "accuracy": float(accuracies[index]),
+            "accuracy": float(scores.accuracy[index]),
+            "cross_entropy": float(scores.cross_entropy[index]),
             "solved": solved,
             "steps_to_solve": trajectory.steps[-trajectory.streak] if solved else None,
-            "rollout_digits": float(digits[index]),
-            "rollout_exact": float(exact[index]),
-            "windows_seen": windows_seen(task, _training_sequences(task, seed, steps, training), test),
+            "rollout_digits": None if rolled is None else float(rolled[0][index]),
+            "rollout_exact": None if rolled is None else float(rolled[1][index]),
+            "contexts_seen": _contexts_seen(task, seed, steps, training, test),
             "diverged_at": trajectory.diverged_at,
         })  # fmt: skip
         curves += [
@@ -265,17 +294,46 @@ def _measured(cell: Cell, model: nn.Module, trajectories: list[Trajectory], star
     return CellResult(
         pl.DataFrame(rows, schema=SEED_SCHEMA),
         pl.DataFrame(curves, schema=CURVE_SCHEMA),
+        _splits(cell, test, scores.right),
         weights,
         time.perf_counter() - start,
     )
 
 
-def _training_sequences(task: Task, seed: int, steps: int, training: TrainingConfig) -> list[np.ndarray]:
-    """What the seed has been trained on in its first `steps` steps, drawn again."""
+def _splits(cell: Cell, test: Examples, right: Tensor) -> pl.DataFrame:
+    """Accuracy per group of positions; `right` is ``(R, n, L)``."""
+    task = cell.task
+    is_known = task.solve(test.inputs[:1]) is not None
+    targets, ceiling, found = test.targets != IGNORED, task.ceiling(test), right.numpy()
+    rows = []
+    for split, groups in task.splits(test).items():
+        for group in np.unique(groups[targets & (groups >= 0)]).tolist():
+            members = targets & (groups == group)
+            rows += [
+                {
+                    "seed": seed,
+                    "split": split,
+                    "group": group,
+                    "name": task.group_name(split, group),
+                    "count": int(members.sum()),
+                    "accuracy": float(found[index][members].mean()),
+                    "ceiling": float(ceiling[members].mean()) if is_known else None,
+                }
+                for index, seed in enumerate(cell.seeds)
+            ]
+    return pl.DataFrame(rows, schema=SPLIT_SCHEMA)
+
+
+def _contexts_seen(task: Task, seed: int, steps: int, training: TrainingConfig, test: Examples) -> float | None:
+    """Share of the test contexts in what the seed has been trained on in its first `steps` steps, drawn again."""
+    if task.contexts(test[:1]) is None:
+        return None
     batches = _Batches(task, (seed,), training)
-    draws = math.ceil(steps / _STEPS_DRAWN)
-    sequences = np.concatenate([batches.draw(batches.streams[0]) for _ in range(draws)])
-    return [sequences[: steps * training.batch_size]]
+    left, parts = steps * training.batch_size, []
+    while left > 0:
+        parts.append(batches.draw(batches.streams[0])[:left])
+        left -= len(parts[-1])
+    return contexts_seen(task, parts, test)
 
 
 def trained_model(cell: Cell, weights: dict[str, Tensor], index: int) -> Transformer:

@@ -1,8 +1,14 @@
-"""The tasks of the study, one file each; a task is chosen by its `kind`."""
+"""The tasks of the study, one file each; a task is chosen by its `kind`.
 
-from .base import Task
-from .nt import NTTask
+Every module of this folder is imported, and every task in it registers itself.
+"""
 
-__all__ = ["TASKS", "NTTask", "Task"]
+from importlib import import_module
+from pkgutil import iter_modules
 
-TASKS: dict[str, type[Task]] = {"nt": NTTask}
+from .base import IGNORED, TASKS, Examples, Task
+
+__all__ = ["IGNORED", "TASKS", "Examples", "Task"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Task"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task"]
+
+# The target of a position at which nothing is to be predicted; what torch's cross_entropy leaves out.
+IGNORED = -100
+
+# Kinds of tasks by name: every subclass of `Task` with a kind is here.
+TASKS: dict[str, type[Task]] = {}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model reads, and what it is to say at each position.
+
+    Attributes:
+        inputs: Tokens ``(n, L)``, int64, or vectors ``(n, L, C)``, float32.
+        targets: Classes ``(n, L)``, int64; `IGNORED` where nothing is to be predicted.
+        groups: Which of the problems of a mixture each example is ``(n,)``, for measures by group; the model is not
+            told.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, part: slice | np.ndarray) -> Examples:
+        return Examples(self.inputs[part], self.targets[part], None if self.groups is None else self.groups[part])
 
 
 class Task(BaseModel, ABC):
-    """A family of token sequences whose next token is to be predicted.
+    """A family of problems: sequences, and what is to be predicted at some of their positions.
 
-    Sequences are integer arrays ``(n, length + 1)``: the model reads the first `length` tokens, and predicts
-    each next one. Predictions count at the positions `scored`, where the context determines the answer.
+    A new task is one file with one subclass: fields are its settings, `kind` is its name in a configuration, and
+    the abstract members say what it is. The class registers itself. The others have defaults that fit a task whose
+    targets follow from the inputs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        kind = cls.model_fields["kind"].default
+        if isinstance(kind, str):
+            TASKS[kind] = cls
+
+    # ---- what the model sees ----
 
     @property
     @abstractmethod
@@ -30,37 +68,93 @@ class Task(BaseModel, ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of different tokens."""
+        """Number of different tokens, of input and target alike."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Number of tokens that the model reads."""
+        """Number of positions L."""
+
+    @property
+    def input_dim(self) -> int | None:
+        """Width C of input vectors; None: inputs are tokens."""
+        return None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position may see itself and what came before, alone."""
+        return True
+
+    @abstractmethod
+    def training_examples(self, bits: np.random.Philox, count: int) -> Examples:
+        """The next `count` training examples of a stream, whose raw numbers are all that may be random."""
+
+    @abstractmethod
+    def held_out_examples(self, count: int, purpose: str) -> Examples:
+        """Up to `count` examples for ``"validation"`` or ``"test"``, the same for every seed.
+
+        The two purposes never share an example where the task has enough of them.
+        """
+
+    # ---- what is measured ----
+
+    @abstractmethod
+    def solve(self, inputs: np.ndarray) -> np.ndarray | None:
+        """The best predictions ``(n, L)`` that follow from the inputs; None: the best is not known."""
+
+    def scored(self, examples: Examples) -> np.ndarray:
+        """Positions ``(n, L)`` that count for the accuracy; by default, all that have a target."""
+        return examples.targets != IGNORED
+
+    def ceiling(self, examples: Examples) -> np.ndarray:
+        """Probability ``(n, L)`` that the best predictor is right; 1 where the inputs determine the target."""
+        return np.ones(examples.targets.shape)
+
+    def splits(self, examples: Examples) -> dict[str, np.ndarray]:
+        """By what accuracy is split: name to group ``(n, L)``, an integer; groups below 0 are left out.
+
+        Unlike `scored`, all positions with a target count.
+        """
+        return {"position": np.broadcast_to(np.arange(examples.targets.shape[1]), examples.targets.shape)}
+
+    def group_name(self, split: str, group: int) -> str:
+        """What a group of a split is, in words."""
+        return f"{split} {group}"
+
+    def contexts(self, examples: Examples) -> np.ndarray | None:
+        """An identifier, uint64, of what determines each scored target, to tell which were seen in training.
+
+        None: examples are never met twice, or this says nothing.
+        """
+        return None
+
+    def continued(self, examples: Examples, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Prompts ``(n, p)`` and their true continuations ``(n, tokens)``, for rollouts; None: there are none."""
+        return None
 
     @property
     @abstractmethod
-    def scored(self) -> slice:
-        """Positions in [0, length) whose next token the context determines."""
+    def complexity(self) -> float:
+        """Difficulty in bits, by which tasks of one family are ordered: log2 of the number of states."""
 
+    @property
     @abstractmethod
-    def training_sequences(self, bits: np.random.Philox, count: int) -> np.ndarray:
-        """The next `count` training sequences of a stream, ``(count, length + 1)``."""
+    def chance(self) -> float:
+        """Accuracy of a guess at a scored position."""
 
-    @abstractmethod
-    def held_out_sequences(self, count: int, purpose: str) -> np.ndarray:
-        """Up to `count` sequences for ``"validation"`` or ``"test"``, the same for every seed.
-
-        The two purposes never share a sequence where the task has enough of them.
-        """
-
-    @abstractmethod
-    def windows(self, sequences: np.ndarray) -> np.ndarray:
-        """Identifiers ``(n, scored)`` of the contexts that determine the scored tokens."""
-
-    @abstractmethod
-    def continued(self, sequences: np.ndarray, digits: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts ``(n, p)`` and their true continuations ``(n, digits)``, for rollouts."""
-
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What an accuracy is worth here; keys as in `study.results.Condition`."""
+        test = self.held_out_examples(2048, "test")
+        counted = self.scored(test)
+        answers = test.targets[counted]
+        facts = {
+            "complexity": self.complexity,
+            "chance": self.chance,
+            "majority": float(np.bincount(answers).max() / answers.size),
+            "test_sequences": len(test),
+        }
+        if self.input_dim is None:
+            facts["copy_last"] = float((answers == test.inputs[counted]).mean())
+        if self.solve(test.inputs[:1]) is not None:
+            facts["ceiling"] = float(self.ceiling(test)[counted].mean())
+        return facts

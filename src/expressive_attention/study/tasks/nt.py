@@ -2,218 +2,63 @@
 
     x_t = (x_{t-1} + x_{t-delay}) mod basis     (sum)
     x_t = (x_{t-1} - x_{t-delay}) mod basis     (difference)
+    x_t = (x_{t-1} * x_{t-delay}) mod basis     (product; digits 1 to basis - 1 of a prime basis)
 
-started from `delay` random digits. Basis 2 is the delayed XOR. The last `delay` digits are the state; there are
-basis^delay of them, and a sequence walks through the cycles that the recurrence makes of them.
+started from `delay` random digits. Basis 2 is the delayed XOR.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, model_validator
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
+from pydantic import model_validator
 
-from ..streams import stream
-from .base import Task
+from .recurrence import Recurrence
 
-__all__ = ["NTTask"]
+__all__ = ["NTTask", "Operation", "combined"]
 
-# Spaces up to this size are enumerated.
-_ENUMERABLE = 1 << 20
-
-# One of this many starting states is held out of training, in spaces of at least twice as many states.
-_HELD_OUT = 8
+Operation = Literal["sum", "difference", "product"]
 
 
-class NTTask(Task):
-    """x_t = (x_{t-1} +- x_{t-delay}) mod basis.
+def combined(operation: Operation, last: np.ndarray, delayed: np.ndarray, basis: int) -> np.ndarray:
+    """The digit that follows from the last and the delayed one."""
+    if operation == "product":
+        return last * delayed % basis
+    return (last + delayed if operation == "sum" else last - delayed) % basis
+
+
+class NTTask(Recurrence):
+    """x_t = (x_{t-1} + x_{t-delay}) mod basis, or with another operation.
 
     Attributes:
-        operation: ``"sum"`` or ``"difference"``.
-        basis: Number of digits, at least 2.
+        operation: ``"sum"``, ``"difference"`` or ``"product"``.
+        basis: Number of digits, at least 2; for products, a prime of at least 3.
         delay: At least 1.
         context: Tokens that the model reads, at least `delay`; None: ``delay + 1``.
     """
 
     kind: Literal["nt"] = "nt"  # pyright: ignore[reportIncompatibleVariableOverride]
-    operation: Literal["sum", "difference"] = "sum"
-    basis: int = Field(ge=2, le=1 << 16)
-    delay: int = Field(ge=1, le=1 << 10)
-    context: int | None = None
+    operation: Operation = "sum"
 
     @model_validator(mode="after")
-    def _context_holds_the_delay(self) -> NTTask:
-        if self.context is not None and self.context < self.delay:
-            raise ValueError(f"context must be at least delay = {self.delay}, got {self.context}")
+    def _products_stay_above_0(self) -> NTTask:
+        if self.operation == "product" and not _is_odd_prime(self.basis):
+            raise ValueError(f"basis must be a prime of at least 3 where operation is product, got {self.basis}")
         return self
 
     @property
     def label(self) -> str:
-        extra = "" if self.context is None else f", context {self.context}"
-        return f"{self.operation}, basis {self.basis}, delay {self.delay}{extra}"
+        return f"{self.operation}, basis {self.basis}, delay {self.delay}{self.with_context}"
 
     @property
-    def vocab_size(self) -> int:
-        return self.basis
+    def lowest(self) -> int:
+        return 1 if self.operation == "product" else 0
 
-    @property
-    def length(self) -> int:
-        return self.delay + 1 if self.context is None else self.context
-
-    @property
-    def scored(self) -> slice:
-        return slice(self.delay - 1, self.length)
-
-    @property
-    def state_space(self) -> int:
-        """Number of states, basis^delay."""
-        return self.basis**self.delay
-
-    # ---- sequences ----
-
-    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Sequences ``(n, length)`` that begin with the digits `starts` ``(n, delay)``."""
-        x = np.empty((len(starts), max(length, self.delay)), dtype=np.int64)
-        x[:, : self.delay] = starts
-        sign = 1 if self.operation == "sum" else -1
-        for t in range(self.delay, length):
-            x[:, t] = (x[:, t - 1] + sign * x[:, t - self.delay]) % self.basis
-        return x[:, :length]
-
-    def training_sequences(self, bits: np.random.Philox, count: int) -> np.ndarray:
-        starts = self._digits(bits, count)
-        while (held := self._is_held_out(starts)).any():
-            starts[held] = self._digits(bits, int(held.sum()))
-        return self.sequences(starts, self.length + 1)
-
-    def held_out_sequences(self, count: int, purpose: str) -> np.ndarray:
-        index = ("validation", "test").index(purpose)
-        starts = self._held_out_starts(2 * count)
-        if self._threshold() is not None:  # else every state serves for both
-            starts = starts[index::2]
-        return self.sequences(starts[:count], self.length + 1)
-
-    def windows(self, sequences: np.ndarray) -> np.ndarray:
-        states = np.lib.stride_tricks.sliding_window_view(sequences[:, :-1], self.delay, axis=1)
-        return self._identifiers(states)
-
-    def continued(self, sequences: np.ndarray, digits: int) -> tuple[np.ndarray, np.ndarray]:
-        prompts = sequences[:, : self.delay]
-        return prompts, self.sequences(prompts, self.delay + digits)[:, self.delay :]
-
-    def _digits(self, bits: np.random.Philox, count: int) -> np.ndarray:
-        raw = bits.random_raw(count * self.delay).reshape(count, self.delay)
-        return (raw % np.uint64(self.basis)).astype(np.int64)
-
-    def _identifiers(self, states: np.ndarray) -> np.ndarray:
-        """A uint64 per state ``(..., delay)``: its number in base `basis`, modulo 2^64."""
-        powers = np.array([pow(self.basis, i, 1 << 64) for i in range(self.delay)], dtype=np.uint64)
-        return (states.astype(np.uint64) * powers).sum(-1, dtype=np.uint64)
-
-    # ---- which states are held out ----
-
-    def _threshold(self) -> np.uint64 | None:
-        """States whose hash lies below it are held out; None: the space is too small."""
-        return _held_out_threshold(self)  # pyright: ignore[reportArgumentType]: frozen, so hashable
-
-    def _is_held_out(self, starts: np.ndarray) -> np.ndarray:
-        threshold = self._threshold()
-        if threshold is None:
-            return np.zeros(len(starts), dtype=bool)
-        return _mixed(self._identifiers(starts)) < threshold
-
-    def _held_out_starts(self, count: int) -> np.ndarray:
-        """Up to `count` different starting states that training never uses, in a fixed random order."""
-        if self.state_space <= _ENUMERABLE:
-            states = self._all_states()
-            if self._threshold() is not None:
-                states = states[self._is_held_out(states)]
-            order = np.argsort(_mixed(_mixed(self._identifiers(states))), kind="stable")
-            return states[order[:count]]
-        bits = stream(0, f"held out: {self.label}")
-        found = np.empty((0, self.delay), dtype=np.int64)
-        while len(found) < count:
-            drawn = self._digits(bits, _HELD_OUT * count)
-            found = np.concatenate([found, drawn[self._is_held_out(drawn)]])
-            _, first = np.unique(found, axis=0, return_index=True)
-            found = found[np.sort(first)]
-        return found[:count]
-
-    def _all_states(self) -> np.ndarray:
-        number = np.arange(self.state_space, dtype=np.int64)
-        return np.stack([number // self.basis**i % self.basis for i in range(self.delay)], axis=1)
-
-    # ---- what a number is worth ----
-
-    def cycles(self) -> dict[int, int] | None:
-        """Number of cycles of each length that the recurrence makes of the states; None: too many to enumerate."""
-        if self.state_space > _ENUMERABLE:
-            return None
-        return dict(_cycles(self))  # pyright: ignore[reportArgumentType]: frozen, so hashable
-
-    def facts(self) -> dict[str, Any]:
-        test = self.held_out_sequences(2048, "test")
-        answers = test[:, 1:][:, self.scored]
-        copied = test[:, :-1][:, self.scored]
-        held_out = 0.0
-        if self._threshold() is not None:
-            held_out = self.state_space // _HELD_OUT / self.state_space
-        return {
-            "state_space": self.state_space,
-            "complexity": self.delay * math.log2(self.basis),
-            "cycles": _cycles_in_words(self.cycles()),
-            "chance": 1.0 / self.basis,
-            "majority": float(np.bincount(answers.ravel(), minlength=self.basis).max() / answers.size),
-            "copy_last": float((answers == copied).mean()),
-            "held_out": held_out,
-            "test_sequences": len(test),
-        }
+    def following(self, states: np.ndarray) -> np.ndarray:
+        return combined(self.operation, states[:, -1], states[:, 0], self.basis)
 
 
-@lru_cache(maxsize=64)
-def _held_out_threshold(task: NTTask) -> np.uint64 | None:
-    if task.state_space < 2 * _HELD_OUT:
-        return None
-    if task.state_space > _ENUMERABLE:
-        return np.uint64((1 << 64) // _HELD_OUT)
-    hashes = np.sort(_mixed(np.arange(task.state_space, dtype=np.uint64)))
-    return hashes[task.state_space // _HELD_OUT]
-
-
-@lru_cache(maxsize=64)
-def _cycles(task: NTTask) -> tuple[tuple[int, int], ...]:
-    states = task._all_states()
-    following = task._identifiers(task.sequences(states, task.delay + 1)[:, 1:]).astype(np.int64)
-    on_cycle = np.arange(task.state_space)
-    while len(image := np.unique(following[on_cycle])) < len(on_cycle):  # states without a past drop out
-        on_cycle = image
-    n = task.state_space
-    graph = csr_array((np.ones(len(on_cycle)), (on_cycle, following[on_cycle])), shape=(n, n))
-    _, component = connected_components(graph, directed=False)
-    lengths = np.unique(component[on_cycle], return_counts=True)[1]
-    return tuple(sorted(Counter(lengths.tolist()).items()))
-
-
-def _cycles_in_words(cycles: dict[int, int] | None) -> str:
-    if cycles is None:
-        return "not enumerated"
-    total = sum(cycles.values())
-    shown = list(cycles.items()) if len(cycles) <= 6 else [*list(cycles.items())[:3], *list(cycles.items())[-2:]]
-    parts = [f"{count} of length {length}" for length, count in shown]
-    if len(shown) < len(cycles):
-        parts.insert(3, "...")
-    return f"{total} ({', '.join(parts)})"
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """A hash of uint64 numbers: the finalizer of SplitMix64 (Steele et al., 2014), a bijection."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _is_odd_prime(n: int) -> bool:
+    return n > 2 and all(n % divisor for divisor in range(2, math.isqrt(n) + 1))

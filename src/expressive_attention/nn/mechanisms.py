@@ -1,0 +1,112 @@
+"""Ways to weigh keys: expressive attention, softmax, and what lies between, to find out which part does what.
+
+With z = q . k / sqrt(E), every mechanism gives key j the share w_j / sum_j w_j of a query, where w is
+
+    expressive     z^2 / (1 + z^2)                (Gros, arXiv 2407.18601)
+    dot_product    exp(z)                         (Vaswani et al., arXiv 1706.03762)
+    squared        z^2                            two-sided, without saturation
+    one_sided      f(max(z, 0)), f = expressive   saturation, without the antiparallel half
+    relu_squared   max(z, 0)^2                    neither
+    sigmoid        1 / (1 + exp(-z))              bounded and one-sided (weights as in Ramapuram et al.,
+                                                  arXiv 2409.04431, but normalized, as all others are)
+    softmax_abs    exp(|z|)                       softmax, made two-sided
+
+A float mask multiplies w by exp(mask) for all of them. A query without weight gives 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import expressive_attention
+
+__all__ = ["MECHANISMS", "attend", "joined"]
+
+
+def _saturated(z: Tensor) -> Tensor:
+    """z^2 / (1 + z^2) of z >= 0 of any size."""
+    square = z * z
+    return torch.where(z > 1e18, torch.ones_like(z), square / (1 + square))
+
+
+def _exp(logs: Tensor) -> Tensor:
+    """exp, but for a factor per query, so that the largest of its keys is 1."""
+    return (logs - logs.amax(-1, keepdim=True).detach()).exp()
+
+
+# Weights, but for a factor per query, of scores (..., L, S).
+_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one_sided": lambda z: _saturated(z.relu()),
+    "relu_squared": lambda z: z.relu().square(),
+    "sigmoid": lambda z: _exp(F.logsigmoid(z)),
+    "softmax_abs": lambda z: _exp(z.abs()),
+}
+
+MECHANISMS = ("expressive", "dot_product", "squared", *_WEIGHTS)
+
+
+def attend(
+    mechanism: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """Attention ``(..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)`` by one of `MECHANISMS`.
+
+    Args:
+        mechanism: Its name.
+        query: ``(..., L, E)``.
+        key: ``(..., S, E)``.
+        value: ``(..., S, Ev)``.
+        attn_mask: Broadcastable to ``(..., L, S)``: bool (True: takes part) or a bias in log-weight space.
+        dropout_p: Probability of dropping a weight.
+        is_causal: A query sees its own position and what came before, in addition to the mask.
+    """
+    if mechanism == "expressive":
+        return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    if mechanism == "squared":
+        return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal, form="squared")
+    if mechanism == "dot_product":
+        return _softmax(query, key, value, attn_mask, dropout_p, is_causal)
+    if is_causal:
+        attn_mask = _with_causal(attn_mask, query, key)
+    weights = _WEIGHTS[mechanism](query @ key.mT * query.shape[-1] ** -0.5)
+    if attn_mask is not None:
+        weights = weights * (attn_mask if attn_mask.dtype == torch.bool else attn_mask.exp())
+    total = weights.sum(-1, keepdim=True)
+    shares = weights / torch.where(total == 0, torch.ones_like(total), total)
+    return F.dropout(shares, dropout_p) @ value
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> Tensor:
+    if attn_mask is None:
+        shape = q.shape
+        if q.ndim > 4:  # torch's fused kernels take four dimensions
+            q, k, v = (x.flatten(0, -4) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal).view(shape)
+    if is_causal:  # torch takes either a mask or is_causal
+        attn_mask = _with_causal(attn_mask, q, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
+
+
+def _with_causal(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return causal if attn_mask is None else joined(causal, attn_mask)
+
+
+def joined(a: Tensor, b: Tensor) -> Tensor:
+    """One mask that does what two do, of which either may be bool or a bias."""
+    if a.dtype == b.dtype == torch.bool:
+        return a & b
+    if a.dtype == torch.bool:
+        return torch.where(a, b, -torch.inf)
+    if b.dtype == torch.bool:
+        return torch.where(b, a, -torch.inf)
+    return a + b

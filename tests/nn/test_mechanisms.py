@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from expressive_attention.nn import MECHANISMS, attend
+
+# Weights as the table of the module says, of a number.
+WEIGHTS = {
+    "expressive": lambda z: z**2 / (1 + z**2),
+    "dot_product": math.exp,
+    "squared": lambda z: z**2,
+    "one_sided": lambda z: max(z, 0) ** 2 / (1 + max(z, 0) ** 2),
+    "relu_squared": lambda z: max(z, 0) ** 2,
+    "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
+    "softmax_abs": lambda z: math.exp(abs(z)),
+}
+
+
+def by_hand(mechanism, q, k, v, mask, is_causal):
+    output = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            weights = []
+            for j in range(k.shape[1]):
+                w = WEIGHTS[mechanism](float(q[b, i] @ k[b, j]) / math.sqrt(q.shape[-1]))
+                if mask is not None:
+                    w *= float(mask[i, j]) if mask.dtype == torch.bool else math.exp(mask[i, j])
+                weights.append(0.0 if is_causal and j > i else w)
+            total = sum(weights)
+            for j, w in enumerate(weights):
+                if total:
+                    output[b, i] += w / total * v[b, j]
+    return output
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["none", "bool", "bias"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_weights_are_those_of_the_table(mechanism, kind, is_causal):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (2 * torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    numbers = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    mask = {"none": None, "bool": (numbers > -0.5) | torch.eye(5, dtype=torch.bool), "bias": numbers}[kind]
+    found = attend(mechanism, q, k, v, mask, is_causal=is_causal)
+    torch.testing.assert_close(found, by_hand(mechanism, q, k, v, mask, is_causal), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mechanism", sorted(set(MECHANISMS) - {"dot_product"}))
+def test_a_query_without_weight_gives_0_and_a_gradient_without_nan(mechanism):
+    q, k, v = (torch.randn(1, 3, 4, requires_grad=True) for _ in range(3))
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[1] = False
+    output = attend(mechanism, q, k, v, mask)
+    output.sum().backward()
+    assert (output[0, 1] == 0).all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("mechanism", sorted(set(MECHANISMS) - {"squared", "relu_squared"}))
+def test_scores_of_any_size_stay_finite(mechanism):
+    q, k, v = torch.randn(3, 1, 3, 4).unbind(0)
+    assert attend(mechanism, q * 1e12, k * 1e12, v).isfinite().all()
+
+
+def test_derivatives_of_the_ablations():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
+    for mechanism in MECHANISMS:
+        assert torch.autograd.gradcheck(lambda q, k, v, m=mechanism: attend(m, q, k, v, is_causal=True), (q, k, v))
