@@ -154,6 +154,12 @@ class Grid(_Strict):
     model: dict[str, Any] = {}
 
 
+# The questions that a study can be asked; `study.claims` has the test of each.
+Claim = Literal[
+    "at_least_as_good", "lead_grows", "exclusive_range", "ahead_on_mixed", "ahead_at_every_position", "two_sidedness"
+]
+
+
 class StudyConfig(_Strict):
     """A whole study."""
 
@@ -162,6 +168,8 @@ class StudyConfig(_Strict):
     mechanisms: Annotated[tuple[Mechanism, ...], AfterValidator(_distinct)] = Field(
         default=("expressive", "dot_product"), min_length=1
     )
+    # What is asked, declared before anything is run; `study.claims` says how each is tested.
+    claims: Annotated[tuple[Claim, ...], AfterValidator(_distinct)] = ("at_least_as_good",)
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     seeds: SeedsConfig = SeedsConfig()
