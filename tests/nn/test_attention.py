@@ -14,12 +14,18 @@ def by_hand(module, x, attend):
     for h in range(module.num_heads):
         part = slice(h * q.shape[1] // module.num_heads, (h + 1) * q.shape[1] // module.num_heads)
         qh, kh, vh = q[:, part], k[:, part], v[:, part]
+        if module.qk_norm:
+            qh, kh = (x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() for x in (qh, kh))
         if module.rope is not None:
             qh, kh = module.rope(qh), module.rope(kh)
         z = qh @ kh.T / qh.shape[1] ** 0.5
         if module.gain is not None:
             z = z * module.gain.weight[h]
-        bias = alibi_bias(module.num_heads, len(x), len(x))[h] if module.position == "alibi" else torch.zeros_like(z)
+        bias = torch.zeros_like(z)
+        if module.position == "alibi":
+            bias = alibi_bias(module.num_heads, len(x), len(x))[h]
+        elif module.relative is not None:
+            bias = module.relative(len(x))[h]
         heads.append(attend(z, bias.to(z.dtype)) @ vh)
     return torch.cat(heads, -1) @ module.out.weight.T + module.out.bias
 
@@ -34,14 +40,17 @@ def softmax(z, bias):
     return torch.softmax((z + bias).masked_fill(hidden, -torch.inf), -1)
 
 
-@pytest.mark.parametrize("position", ["none", "rope", "alibi", "learned"])
+@pytest.mark.parametrize("position", ["none", "rope", "alibi", "relative", "learned"])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize(("mechanism", "attend"), [("expressive", expressive), ("dot_product", softmax)])
-def test_is_attention_of_its_mechanism(mechanism, attend, position, gain):
+def test_is_attention_of_its_mechanism(mechanism, attend, position, gain, qk_norm):
     torch.manual_seed(0)
-    module = SelfAttention(12, 2, mechanism, position=position, gain=gain).double()
-    if module.gain is not None:
-        torch.nn.init.uniform_(module.gain.weight, 0.5, 2.0)
+    options = {"position": position, "gain": gain, "qk_norm": qk_norm, "max_length": 9}
+    module = SelfAttention(12, 2, mechanism, **options).double()
+    for parameter in (module.gain.weight if module.gain else None, module.relative.table if module.relative else None):
+        if parameter is not None:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
     x = torch.randn(3, 7, 12, dtype=torch.float64)
     expected = torch.stack([by_hand(module, row, attend) for row in x])
     torch.testing.assert_close(module(x), expected)
@@ -51,10 +60,10 @@ def test_is_attention_of_its_mechanism(mechanism, attend, position, gain):
 
 @pytest.mark.parametrize("mechanism", ["expressive", "dot_product"])
 @pytest.mark.parametrize("kind", ["bool", "bias"])
-@pytest.mark.parametrize("position", ["none", "alibi"])
+@pytest.mark.parametrize("position", ["none", "alibi", "relative"])
 def test_masks_work_with_both_mechanisms(mechanism, kind, position):
     torch.manual_seed(1)
-    module = SelfAttention(8, 2, mechanism, position=position)
+    module = SelfAttention(8, 2, mechanism, position=position, max_length=5)
     x = torch.randn(2, 5, 8)
     keep = torch.tensor([True, True, False, True, True])
     mask = keep if kind == "bool" else torch.zeros(5).masked_fill(~keep, -torch.inf)
@@ -106,6 +115,11 @@ def test_the_gain_multiplies_z():
     torch.testing.assert_close(expressive_attention(gain(q), k, v), expected)
 
 
+def test_the_gain_starts_where_it_is_told():
+    assert SelfAttention(8, 2, gain=True).gain.weight.tolist() == [1.0, 1.0]
+    assert SelfAttention(8, 2, gain=True, initial_gain=0.25).gain.weight.tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -119,5 +133,7 @@ def test_wrong_arguments_are_named(arguments, words):
         SelfAttention(*arguments)
     with pytest.raises(ValueError, match=r"position must be one of .*'rotary'"):
         SelfAttention(8, 2, position="rotary")
+    with pytest.raises(ValueError, match="max_length must be given for relative positions"):
+        SelfAttention(8, 2, position="relative")
     with pytest.raises(ValueError, match="head_dim must be even"):
         RotaryPositions(3)

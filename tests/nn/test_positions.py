@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from expressive_attention import expressive_attention
-from expressive_attention.nn import LearnedPositions, RotaryPositions, alibi_bias, alibi_slopes
+from expressive_attention.nn import (
+    LearnedPositions,
+    RelativeBias,
+    RotaryPositions,
+    SinusoidalPositions,
+    alibi_bias,
+    alibi_slopes,
+)
 
 
 def test_rope_turns_each_pair_by_its_frequency():
@@ -55,6 +62,33 @@ def test_with_alibi_weights_fall_with_distance():
     assert (last[:, 1:] > last[:, :-1]).all()
     ratio = last[:, :-1] / last[:, 1:]
     torch.testing.assert_close(ratio, torch.exp(-alibi_slopes(4))[:, None].expand_as(ratio))
+
+
+def test_sinusoidal_positions_add_waves():
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    found = SinusoidalPositions(6, base=50.0)(x) - x
+    for p in range(5):
+        for i in range(3):
+            angle = torch.tensor(p * 50.0 ** (-2 * i / 6), dtype=torch.float64)
+            expected = torch.stack([angle.sin(), angle.cos()])
+            torch.testing.assert_close(found[:, p, 2 * i : 2 * i + 2], expected.expand(2, 2))
+    with pytest.raises(ValueError, match="embed_dim must be even for these positions, got 5"):
+        SinusoidalPositions(5)
+
+
+def test_a_relative_bias_is_its_table_at_the_distance():
+    relative = RelativeBias(2, 4)
+    assert not relative.table.any()
+    torch.nn.init.normal_(relative.table)
+    bias = relative(3)
+    for h in range(2):
+        for i in range(3):
+            for j in range(3):
+                assert bias[h, i, j] == relative.table[h, i - j + 3]
+    bias[0, 2, 0].backward()
+    assert relative.table.grad.nonzero().tolist() == [[0, 5]]
+    with pytest.raises(ValueError, match="length must be at most 4, got 5"):
+        relative(5)
 
 
 def test_learned_positions_add_their_table():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from expressive_attention.nn import Transformer, TransformerBlock
+from expressive_attention.nn import POSITIONS, SinusoidalPositions, Transformer, TransformerBlock
 
 
 def norm(x):
@@ -22,7 +22,7 @@ def test_a_block_is_attention_and_mlp_on_residuals(kind):
 
 
 @pytest.mark.parametrize("kind", ["pre", "post", "none"])
-@pytest.mark.parametrize("position", ["learned", "rope", "alibi", "none"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_the_model_is_its_parts(kind, position):
     torch.manual_seed(1)
     model = Transformer(10, 6, 8, 2, 2, position=position, norm=kind, gain=True)
@@ -30,6 +30,8 @@ def test_the_model_is_its_parts(kind, position):
     x = model.embedding(tokens)
     if position == "learned":
         x = x + model.positions.table.weight[:5]
+    elif position == "sinusoidal":
+        x = SinusoidalPositions(8)(x)
     for block in model.blocks:
         x = block(x)
     if kind == "pre":
@@ -43,6 +45,28 @@ def test_initialization_has_the_spreads_it_says():
     assert model.embedding.weight.std().item() == pytest.approx(0.5, rel=0.05)
     assert model.blocks[0].down.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert model.head.bias.abs().max() == 0
+
+
+def test_embeddings_can_share_a_direction():
+    plain, shifted = (Transformer(10, 6, 8, 1, 2, embedding_shift=shift) for shift in (0.0, 1.5))
+    for model in (plain, shifted):
+        model.initialize(torch.Generator().manual_seed(3))
+    expected = torch.tensor([1.5] + 7 * [0.0]).expand(10, 8)
+    torch.testing.assert_close(shifted.embedding.weight - plain.embedding.weight, expected)
+    assert torch.equal(shifted.head.weight, plain.head.weight)
+
+
+def test_vectors_are_read_through_a_linear_map():
+    torch.manual_seed(5)
+    model = Transformer(10, 6, 8, 1, 2, input_dim=3, is_causal=False, position="learned")
+    vectors = torch.randn(2, 6, 3)
+    x = vectors @ model.embedding.weight.T + model.embedding.bias + model.positions.table.weight
+    torch.testing.assert_close(model(vectors), model.head(model.final_norm(model.blocks[0](x))))
+    changed = vectors.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(model(vectors)[:, 0], model(changed)[:, 0])  # the first position sees the last
+    with pytest.raises(ValueError, match="inputs must have at most 6 positions, got 7"):
+        model(torch.randn(2, 7, 3))
 
 
 def test_a_generator_repeats_the_initialization_for_both_mechanisms():
