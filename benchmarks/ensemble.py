@@ -1,9 +1,10 @@
-"""Training seeds together against one after the other, on the quick preset's cells.
+"""Training seeds together against one after the other, on cells of a preset.
 
-    python benchmarks/ensemble.py [--pairs N] [--threads N]
+    python benchmarks/ensemble.py [--preset NAME] [--only TEXT] [--pairs N] [--threads N] [--profile]
 
 A model-step is one optimizer step of one seed. The rival is a plain loop: a module, an optimizer and a backward
-pass per seed. Both are checked to give the same losses before they are timed, in turn.
+pass per seed. Both are checked to give the same losses before they are timed, in turn. The profile says which
+operations take the time of the program that trains seeds together.
 """
 
 from __future__ import annotations
@@ -19,33 +20,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expressive_attention.study.config import Cell, load_config
+from expressive_attention.study.config import Cell, load_config, preset_names
 from expressive_attention.study.ensemble import stack
 from expressive_attention.study.streams import stream
-from expressive_attention.study.training import build_model, train_step
+from expressive_attention.study.tasks import IGNORED
+from expressive_attention.study.training import build_model, make_optimizer, train_step
 from timing import paired
 
 STEPS = 20
 
 
-def batches(cell: Cell) -> list[Tensor]:
-    """A batch per step, ``(seeds, batch, L + 1)``."""
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(cell: Cell) -> list[Batch]:
+    """Inputs ``(seeds, batch, L)`` or ``(..., C)`` and targets of each step."""
     size = cell.training.batch_size
-    streams = [stream(seed, "training") for seed in cell.seeds]
-    drawn = [torch.from_numpy(cell.task.training_sequences(bits, STEPS * size)) for bits in streams]
-    return list(torch.stack(drawn).unflatten(1, (STEPS, size)).unbind(1))
+    drawn = [cell.task.training_examples(stream(seed, "training"), STEPS * size) for seed in cell.seeds]
+    inputs, targets = (
+        torch.stack([torch.from_numpy(getattr(examples, name)) for examples in drawn]).unflatten(1, (STEPS, size))
+        for name in ("inputs", "targets")
+    )
+    return list(zip(inputs.unbind(1), targets.unbind(1), strict=True))
 
 
 class Together:
     """All seeds in one program."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
         self.model = stack([build_model(cell.task, cell.model, cell.mechanism, seed) for seed in cell.seeds])
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=cell.learning_rate, fused=True)
+        self.optimizer = make_optimizer(self.model, cell.learning_rate, cell.training)
 
-    def run(self, data: list[Tensor]) -> Tensor:
-        steps = [train_step(self.model, self.optimizer, self.cell.task, batch, None) for batch in data]
+    def run(self, data: list[Batch]) -> Tensor:
+        steps = [train_step(self.model, self.optimizer, inputs, targets, None) for inputs, targets in data]
         return steps[-1]
 
 
@@ -53,19 +60,16 @@ class OneByOne:
     """A loop over single modules."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
         self.models = [build_model(cell.task, cell.model, cell.mechanism, seed) for seed in cell.seeds]
-        self.optimizers = [torch.optim.Adam(m.parameters(), lr=cell.learning_rate, fused=True) for m in self.models]
+        self.optimizers = [make_optimizer(m, cell.learning_rate, cell.training) for m in self.models]
 
-    def run(self, data: list[Tensor]) -> Tensor:
-        scored = self.cell.task.scored
+    def run(self, data: list[Batch]) -> Tensor:
         losses: list[Tensor] = []
         for batch in data:
             losses = []
-            for model, optimizer, own in zip(self.models, self.optimizers, batch, strict=True):
+            for model, optimizer, inputs, targets in zip(self.models, self.optimizers, *batch, strict=True):
                 optimizer.zero_grad()
-                logits, targets = model(own[:, :-1])[:, scored], own[:, 1:][:, scored]
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -74,25 +78,40 @@ class OneByOne:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="quick", choices=preset_names(), help="whose cells")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only conditions whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs per ratio")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; a study's worker has one per cell")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads")
     print(f"model-steps per second, and their ratio over {arguments.pairs} pairs: median (least to most)")
-    config, _ = load_config("quick")
-    for comparison in config.comparisons():
-        cell = comparison.final_cells(config.training.learning_rates[0])[0]
+    config, _ = load_config(arguments.preset)
+    chosen = [comparison for comparison in config.comparisons() if arguments.only in comparison.condition]
+    if not chosen:
+        parser.error(f"--only must be part of a condition of {arguments.preset}, got {arguments.only!r}")
+    for comparison in chosen:
+        cell = comparison.final_cells(config.training.settings[0])[0]
         data = batches(cell)
         together, one_by_one = Together(cell), OneByOne(cell)
         torch.testing.assert_close(together.run(data), one_by_one.run(data), rtol=1e-3, atol=1e-4)
         ratio = paired(lambda t=together, d=data: t.run(d), lambda o=one_by_one, d=data: o.run(d), arguments.pairs)
         steps = STEPS * len(cell.seeds)
         print(
-            f"{cell.condition + ', ' + cell.mechanism:48} together {steps / ratio.ours:7.0f}   "
+            f"{cell.condition + ', ' + cell.mechanism:72} together {steps / ratio.ours:7.0f}   "
             f"one by one {steps / ratio.rival:6.0f}   ratio {ratio}",
             flush=True,
         )
+        if arguments.profile:
+            profile(together, data)
+
+
+def profile(together: Together, data: list[Batch]) -> None:
+    """Print the operations that take most of the time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        together.run(data)
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=48))
 
 
 if __name__ == "__main__":
