@@ -39,7 +39,7 @@ def by_hand(mechanism, q, k, v, mask, is_causal):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_weights_are_those_of_the_table(mechanism, kind, is_causal):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (2 * torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    q, k, v = (2 * torch.randn(2, 5, width, generator=generator, dtype=torch.float64) for width in (4, 4, 3))
     numbers = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     mask = {"none": None, "bool": (numbers > -0.5) | torch.eye(5, dtype=torch.bool), "bias": numbers}[kind]
     found = attend(mechanism, q, k, v, mask, is_causal=is_causal)

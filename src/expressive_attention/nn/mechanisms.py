@@ -87,7 +87,7 @@ def attend(
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> Tensor:
     if attn_mask is None:
-        shape = q.shape
+        shape = (*q.shape[:-1], v.shape[-1])
         if q.ndim > 4:  # torch's fused kernels take four dimensions
             q, k, v = (x.flatten(0, -4) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal).view(shape)

@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from .recurrence import Recurrence
 
-__all__ = ["NTTask", "Operation", "combined"]
+__all__ = ["NTTask", "combined"]
 
 Operation = Literal["sum", "difference", "product"]
 
