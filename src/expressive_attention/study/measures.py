@@ -51,8 +51,11 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: nn.Module, examples: Prepared, members: int, batch: int = 1024) -> Scores:
-    """Score each member of an ensemble, ``(R, n, L)`` to logits ``(R, n, L, V)``, on the same examples."""
+def score(model: nn.Module, examples: Prepared, members: int, batch: int = 128) -> Scores:
+    """Score each member of an ensemble, ``(R, n, L)`` to logits ``(R, n, L, V)``, on the same examples.
+
+    So many examples at a time as are still in the cache, and never many logits at once.
+    """
     right, losses = [], []
     for inputs, targets in zip(examples.inputs.split(batch), examples.targets.split(batch), strict=True):
         logits = model(inputs.expand(members, *inputs.shape))
