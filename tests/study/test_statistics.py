@@ -2,20 +2,16 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-from scipy import stats
 
+from expressive_attention.study.inference import holm, log_rank_p, sign_flip_p, wilson_interval
 from expressive_attention.study.results import CURVE_SCHEMA
 from expressive_attention.study.statistics import (
     comparisons,
     findings,
-    mean_interval,
     mechanism_name,
     median_curve,
-    median_steps,
-    solve_curve,
     summaries,
     tuning_summaries,
-    wilson_interval,
 )
 
 from .report_data import make_condition, make_results, results_of, seed_row
@@ -30,80 +26,6 @@ def rows_of(condition, mechanism, accuracies, **changes):
 
 def paired(ours, theirs):
     return results_of([*rows_of(ROPE, "expressive", ours), *rows_of(ROPE, "dot_product", theirs)], [ROPE], curves=[])
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [
-        # p = 1 and p = 0: the ends are n / (n + z^2) and z^2 / (n + z^2), z^2 = 3.8414588
-        (8, 8, 8 / 11.8414588, 1.0),
-        (0, 8, 0.0, 3.8414588 / 11.8414588),
-        # (p + z^2 / 2n -+ z sqrt(p q / n + z^2 / 4n^2)) / (1 + z^2 / n) by hand
-        (2, 8, 0.0714792, 0.5907246),
-        (15, 16, 0.7167126, 0.9888807),
-    ],
-)
-def test_wilson_interval(successes, trials, low, high):
-    interval = wilson_interval(successes, trials)
-    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-6)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 4), (5, 4)])
-def test_wilson_interval_refuses(successes, trials):
-    with pytest.raises(ValueError, match=f"got {successes} of {trials}"):
-        wilson_interval(successes, trials)
-
-
-@pytest.mark.parametrize("n", [8, 16, 64])
-def test_mean_interval_of_normal_quantiles_is_the_t_interval(n):
-    values = stats.norm.ppf([(i + 0.5) / n for i in range(n)]).tolist()
-    half_width = stats.t.ppf(0.975, n - 1) * stats.tstd(values) / n**0.5
-    interval = mean_interval(values)
-    assert interval is not None
-    assert interval.high == pytest.approx(half_width, rel=0.05)
-    assert interval.low == pytest.approx(-half_width, rel=0.05)
-
-
-def test_mean_interval_is_the_same_on_every_call_and_stays_in_range():
-    values = [1.0, 1.0, 0.999, 0.45, 1.0, 0.8, 1.0, 0.62]
-    interval = mean_interval(values)
-    assert interval is not None
-    assert interval == mean_interval(values)
-    assert 0.45 < interval.low < sum(values) / 8 < interval.high <= 1.0
-
-
-@pytest.mark.parametrize("values", [[0.7], [0.1, 0.9], [0.1, 0.2, 0.3, 0.4, 0.5], [1.0] * 8, [0.1 + 0.2, *[0.3] * 7]])
-def test_mean_interval_is_none_where_a_bootstrap_has_nothing_to_say(values):
-    assert mean_interval(values) is None
-
-
-@pytest.mark.parametrize(
-    ("values", "message"), [([], "empty"), ([0.5, float("nan")], "not finite"), ([None, 0.5], "not finite")]
-)
-def test_mean_interval_refuses(values, message):
-    with pytest.raises(ValueError, match=message):
-        mean_interval(values)
-
-
-@pytest.mark.parametrize(
-    ("taken", "curve", "median"),
-    [
-        ([300, 500, None, 500], ([0, 300, 500, 2000], [0, 0.25, 0.75, 0.75]), 500),
-        ([300, None, None, None], ([0, 300, 2000], [0, 0.25, 0.25]), None),
-        ([300, None], ([0, 300, 2000], [0, 0.5, 0.5]), 300),
-        ([None, None], ([0, 2000], [0, 0]), None),
-        ([2000], ([0, 2000], [0, 1]), 2000),
-    ],
-)
-def test_solve_curve(taken, curve, median):
-    assert solve_curve(taken, 2000) == curve
-    assert median_steps(taken, 2000) == median
-
-
-@pytest.mark.parametrize(("taken", "message"), [([], "empty"), ([None, 2100], "2100, more than steps=2000")])
-def test_solve_curve_refuses(taken, message):
-    with pytest.raises(ValueError, match=message):
-        solve_curve(taken, 2000)
 
 
 def test_median_curve_keeps_the_last_accuracy_of_a_seed_that_ended():
@@ -189,6 +111,55 @@ def test_verdict(ours, theirs, verdict):
     assert comparison.verdict == verdict
 
 
+def test_the_number_of_conditions_decides_what_p_is_small_enough():
+    # 6 pairs of one sign have p = 1/32: below 0.05 for one condition, not for two
+    conditions = [make_condition(basis, 5, "rope") for basis in (4, 8, 16)]
+    rows = [
+        seed_row(condition.label, mechanism, seed, accuracy)
+        for condition in conditions
+        for seed in range(6 if condition is not conditions[2] else 5)
+        for mechanism, accuracy in (("expressive", 1.0), ("dot_product", 0.5 + seed / 100))
+    ]
+
+    def tested(chosen):
+        labels = {condition.label for condition in chosen}
+        return comparisons(results_of([row for row in rows if row["condition"] in labels], chosen))
+
+    assert [(found.p, found.leader) for found in tested(conditions[:1])] == [(1 / 32, "expressive")]
+    # too few pairs: not tested, so that it takes nothing from the other
+    assert [(found.p, found.leader) for found in tested(conditions[1:])] == [(1 / 32, "expressive"), (None, None)]
+    assert [(found.p, found.leader) for found in tested(conditions)] == [(2 / 32, None)] * 2 + [(None, None)]
+
+
+def test_p_is_adjusted_over_the_conditions_of_one_mechanism():
+    mechanisms = ["expressive", "squared", "dot_product"]
+    conditions = [ROPE, LEARNED]
+    accuracies = {
+        "expressive": [FINE, [*FINE[:2], *STUCK[2:]]],
+        "squared": [STUCK[::-1], FINE[::-1]],
+        "dot_product": [STUCK, STUCK[::-1]],
+    }
+    rows = [
+        row
+        for mechanism in mechanisms
+        for condition, values in zip(conditions, accuracies[mechanism], strict=True)
+        for row in rows_of(condition, mechanism, values)
+    ]
+    found = comparisons(results_of(rows, conditions, mechanisms))
+    assert [each.condition for each in found] == [ROPE.label] * 2 + [LEARNED.label] * 2
+
+    def steps(values):
+        return [1000 if value >= 0.995 else None for value in values]
+
+    for mechanism in ("expressive", "squared"):
+        both = [each for each in found if each.candidate.mechanism == mechanism]
+        pairs = list(zip(accuracies[mechanism], accuracies["dot_product"], strict=True))
+        assert [each.p for each in both] == holm([sign_flip_p(each.differences) for each in both])
+        assert [each.steps_p for each in both] == holm(
+            [log_rank_p(steps(ours), steps(theirs), 2000) for ours, theirs in pairs]
+        )
+
+
 def test_no_interval_is_made_up():
     assert [found.interval for found in comparisons(paired([1.0] * 6, [0.5] * 6))] == [None]
     assert [found.interval for found in comparisons(paired([0.9], [0.5]))] == [None]
@@ -216,14 +187,14 @@ def test_findings_count_and_tell_every_condition():
     assert rope == (
         "sum, basis 16, delay 5, rope: EA ahead. EA solved 6/6 seeds, mean accuracy 1.000 (no interval: all "
         "equal); DPA solved 0/6 seeds, mean accuracy 0.500 (no interval: all equal). Paired difference +0.5000 "
-        "(no interval: all equal; 6 pairs)."
+        "(no interval: all equal; 6 pairs; p = 0.031). Steps to solve differ with p < 0.001 (log-rank)."
     )
 
 
 def test_findings_give_intervals():
     (comparison,) = comparisons(paired(FINE, STUCK))
     sentence = findings(paired(FINE, STUCK))[-1]
-    assert f"(95% interval {comparison.interval:+.4f}; 8 pairs)" in sentence
+    assert f"(95% interval {comparison.interval:+.4f}; 8 pairs; p = 0.008)" in sentence
     assert f"mean accuracy 0.609 (95% interval {comparison.baseline.accuracy_interval:.3f})" in sentence
 
 

@@ -1,21 +1,34 @@
-"""What a study shows: intervals, summaries, paired comparisons, and findings in plain sentences."""
+"""What a study shows: summaries, paired comparisons, and findings in plain sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import polars as pl
-from scipy import stats
 
+from .inference import (
+    LEVEL,
+    MINIMUM_FOR_INTERVAL,
+    SIGNIFICANCE,
+    Interval,
+    finite,
+    holm,
+    log_rank_p,
+    mean_interval,
+    median_steps,
+    sign_flip_p,
+    solve_curve,
+    wilson_interval,
+)
 from .results import Setting, StudyResults
 
 __all__ = [
     "BASELINE",
     "LEVEL",
     "MINIMUM_FOR_INTERVAL",
+    "SIGNIFICANCE",
     "Comparison",
     "Finding",
     "Interval",
@@ -23,6 +36,7 @@ __all__ = [
     "TuningSummary",
     "comparisons",
     "describe_interval",
+    "describe_p",
     "evidence",
     "findings",
     "findings_by_condition",
@@ -38,13 +52,7 @@ __all__ = [
 ]
 
 BASELINE = "dot_product"
-LEVEL = 0.95
-# With n values the bootstrap interval of the mean excludes 0 whenever all have one sign, which chance
-# alone does with probability 2^(1 - n): n = 6 is the first at which that is rarer than 5%.
-MINIMUM_FOR_INTERVAL = 6
 
-_RESAMPLES = 9999
-_RANDOM_SEED = 240718601
 _NAMES = {
     "expressive": "EA",
     "dot_product": "DPA",
@@ -54,17 +62,6 @@ _NAMES = {
     "sigmoid": "sigmoid",
     "softmax_abs": "softmax of |z|",
 }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval; ``f"{interval:.3f}"`` formats both ends."""
-
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.low:{spec}} to {self.high:{spec}}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,9 @@ class Comparison:
         differences: Accuracy of the candidate minus that of the baseline, per shared seed.
         difference: Mean of the differences.
         interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
+        p: Of the sign-flip test of that mean, adjusted by Holm's method over the conditions on which this mechanism is
+            compared; None, and not counted there, with fewer than `MINIMUM_FOR_INTERVAL` pairs.
+        steps_p: Of the log-rank test of the steps to solve, likewise.
     """
 
     candidate: Summary
@@ -125,6 +125,8 @@ class Comparison:
     differences: tuple[float, ...]
     difference: float
     interval: Interval | None
+    p: float | None
+    steps_p: float | None
 
     @property
     def condition(self) -> str:
@@ -133,16 +135,10 @@ class Comparison:
 
     @property
     def leader(self) -> str | None:
-        """The mechanism that the interval shows to be ahead, None if it shows no difference."""
-        if len(self.differences) < MINIMUM_FOR_INTERVAL:
+        """The mechanism that is ahead: the one that the mean favours where `p` is below 0.05; None elsewhere."""
+        if self.p is None or self.p >= SIGNIFICANCE:
             return None
-        # Without spread there is no interval to compute, and the common difference speaks for itself.
-        interval = self.interval or Interval(self.difference, self.difference)
-        if interval.low > 0:
-            return self.candidate.mechanism
-        if interval.high < 0:
-            return self.baseline.mechanism
-        return None
+        return self.candidate.mechanism if self.difference > 0 else self.baseline.mechanism
 
     @property
     def verdict(self) -> str:
@@ -198,86 +194,6 @@ def mechanism_name(mechanism: str) -> str:
     return _NAMES.get(mechanism, mechanism)
 
 
-def wilson_interval(successes: int, trials: int) -> Interval:
-    """Wilson score interval of a share (Wilson 1927, JASA 22:209-212).
-
-    With p = successes / trials, n = trials and z the normal quantile, the ends are
-    ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
-
-    Raises:
-        ValueError: Unless 0 <= successes <= trials and trials >= 1.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
-    ends = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
-    return Interval(float(ends.low), float(ends.high))
-
-
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Expanded percentile bootstrap interval of the mean.
-
-    The percentile interval is too narrow for few values: it uses normal instead of t quantiles and the
-    variance with divisor n instead of n - 1. Hesterberg (2015, The American Statistician 69:371-386)
-    widens its level until it would match the t interval, ``2 Phi(sqrt(n / (n - 1)) t_{n-1}) - 1``.
-
-    Args:
-        values: One number per seed.
-
-    Returns:
-        The interval, the same on every call, or None where a bootstrap has nothing to say: fewer than
-        `MINIMUM_FOR_INTERVAL` values, or values that are all equal.
-
-    Raises:
-        ValueError: If `values` is empty or holds a number that is not finite.
-    """
-    sample = _finite(values, "values")
-    n = len(sample)
-    # Differences of equal accuracies may differ by a rounding error.
-    if n < MINIMUM_FOR_INTERVAL or np.ptp(sample) < 1e-12:
-        return None
-    return _bootstrap(tuple(sample.tolist()))
-
-
-def solve_curve(steps_to_solve: Sequence[int | None], steps: int) -> tuple[list[float], list[float]]:
-    """Share of seeds that have solved the task, against optimizer steps (Kaplan and Meier 1958).
-
-    Unsolved seeds are censored at `steps`. A seed that diverged earlier is too: it can no longer solve
-    the task, and censoring it when it diverged would credit it with the fate of the others.
-
-    Args:
-        steps_to_solve: One entry per seed, None where the seed did not solve the task.
-        steps: Optimizer steps after which the unsolved were given up.
-
-    Returns:
-        Steps, starting at 0 and ending at `steps`, and the share solved from each step on.
-
-    Raises:
-        ValueError: If there are no seeds, or one took more than `steps`.
-    """
-    if not steps_to_solve:
-        raise ValueError("steps_to_solve is empty")
-    if any(taken is not None and taken > steps for taken in steps_to_solve):
-        raise ValueError(f"steps_to_solve holds {max(filter(None, steps_to_solve))}, more than steps={steps}")
-    times = [steps if taken is None else taken for taken in steps_to_solve]
-    censored = [taken is None for taken in steps_to_solve]
-    share = stats.ecdf(stats.CensoredData.right_censored(times, censored)).cdf
-    at, reached = [0.0, *share.quantiles.tolist()], [0.0, *share.probabilities.tolist()]
-    if at[-1] < steps:
-        at, reached = [*at, float(steps)], [*reached, reached[-1]]
-    return at, reached
-
-
-def median_steps(steps_to_solve: Sequence[int | None], steps: int) -> float | None:
-    """Steps by which at least half of the seeds had solved the task, None if fewer than half did.
-
-    Args:
-        steps_to_solve: As in `solve_curve`.
-        steps: As in `solve_curve`.
-    """
-    at, reached = solve_curve(steps_to_solve, steps)
-    return next((step for step, share in zip(at, reached, strict=True) if share >= 0.5), None)
-
-
 def median_curve(curves: pl.DataFrame) -> pl.DataFrame:
     """Median accuracy over seeds at each evaluation.
 
@@ -311,6 +227,7 @@ def evidence(table: pl.DataFrame, condition: str, mechanism: str) -> pl.DataFram
     ).sort("seed")
 
 
+@lru_cache(maxsize=4)  # figures, tables and sentences all ask for them
 def summaries(results: StudyResults) -> list[Summary]:
     """One summary for each condition and mechanism that has final seeds, in the study's order.
 
@@ -325,21 +242,23 @@ def summaries(results: StudyResults) -> list[Summary]:
     ]
 
 
+@lru_cache(maxsize=4)
 def comparisons(results: StudyResults) -> list[Comparison]:
     """Every other mechanism against `BASELINE`, wherever both have final seeds in common.
 
     Raises:
         ValueError: As `summaries`.
     """
-    candidates = [mechanism for mechanism in results.mechanisms if mechanism != BASELINE]
-    return [
-        comparison
-        for condition in results.conditions
-        for mechanism in candidates
-        if (comparison := _compare(results.seeds, condition.label, mechanism)) is not None
-    ]
+    order = [condition.label for condition in results.conditions]
+    found = []
+    for mechanism in results.mechanisms:
+        if mechanism != BASELINE:
+            compared = [_compare(results.seeds, label, mechanism) for label in order]
+            found += _adjusted([comparison for comparison in compared if comparison is not None])
+    return sorted(found, key=lambda comparison: order.index(comparison.condition))
 
 
+@lru_cache(maxsize=4)
 def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
     """One summary for each setting tried on tuning seeds, by ascending rate and gain, in the study's order.
 
@@ -422,19 +341,9 @@ def describe_interval(interval: Interval | None, n: int, spec: str) -> str:
     return "no interval: all equal"
 
 
-@lru_cache(maxsize=1024)  # figures, tables and sentences all ask for the same intervals
-def _bootstrap(values: tuple[float, ...]) -> Interval:
-    n = len(values)
-    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
-    ends = stats.bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=float(2 * stats.norm.cdf(quantile) - 1),
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(_RANDOM_SEED),
-    ).confidence_interval
-    return Interval(float(ends.low), float(ends.high))
+def describe_p(p: float) -> str:
+    """``"p = 0.031"`` or ``"p < 0.001"``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _explain(comparison: Comparison) -> str:
@@ -443,8 +352,20 @@ def _explain(comparison: Comparison) -> str:
     return (
         f"{_reached(comparison.candidate)}; {_reached(comparison.baseline)}. "
         f"Paired difference {comparison.difference:+.4f} "
-        f"({describe_interval(comparison.interval, pairs, '+.4f')}; {_plural(pairs, 'pair')})."
+        f"({describe_interval(comparison.interval, pairs, '+.4f')}; {_plural(pairs, 'pair')}"
+        f"{_tested(comparison.p)}).{_steps(comparison)}"
     )
+
+
+def _steps(comparison: Comparison) -> str:
+    """Whether the steps to solve differ, as a sentence; none where no seed solved the task or too few ran."""
+    if comparison.steps_p is None or not comparison.candidate.solved + comparison.baseline.solved:
+        return ""
+    return f" Steps to solve differ with {describe_p(comparison.steps_p)} (log-rank)."
+
+
+def _tested(p: float | None) -> str:
+    return "" if p is None else f"; {describe_p(p)}"
 
 
 def _summarize(rows: pl.DataFrame) -> Summary:
@@ -452,7 +373,7 @@ def _summarize(rows: pl.DataFrame) -> Summary:
     rates = rows["learning_rate"].unique().sort().to_list()
     if len(rates) > 1:
         raise ValueError(f"{_where(rows)}: final seeds ran at several learning rates: {rates}")
-    accuracy = _finite(rows["accuracy"].to_list(), f"{_where(rows)}: accuracy")
+    accuracy = finite(rows["accuracy"].to_list(), f"{_where(rows)}: accuracy")
     steps = int(rows["steps"].to_numpy().max())
     solved = int(rows["solved"].sum())
     return Summary(
@@ -484,6 +405,8 @@ def _compare(seeds: pl.DataFrame, condition: str, mechanism: str) -> Comparison 
     candidate_summary, baseline_summary = _summarize(candidate), _summarize(baseline)
     paired = candidate.join(baseline, on="seed", suffix="_baseline", validate="1:1").sort("seed")
     differences = (paired["accuracy"] - paired["accuracy_baseline"]).to_list()
+    steps = max(candidate_summary.steps, baseline_summary.steps)
+    enough = len(differences) >= MINIMUM_FOR_INTERVAL
     return Comparison(
         candidate=candidate_summary,
         baseline=baseline_summary,
@@ -491,7 +414,23 @@ def _compare(seeds: pl.DataFrame, condition: str, mechanism: str) -> Comparison 
         differences=tuple(differences),
         difference=float(np.mean(differences)),
         interval=mean_interval(differences),
-    )
+        p=sign_flip_p(differences) if enough else None,
+        steps_p=log_rank_p(
+            paired["steps_to_solve"].to_list(), paired["steps_to_solve_baseline"].to_list(), steps
+        ) if enough else None,
+    )  # fmt: skip
+
+
+def _adjusted(compared: list[Comparison]) -> list[Comparison]:
+    """The comparisons of one mechanism, with p adjusted over the conditions on which it is tested."""
+    tested = [comparison for comparison in compared if comparison.p is not None]
+    p = holm([comparison.p for comparison in tested if comparison.p is not None])
+    steps_p = holm([comparison.steps_p for comparison in tested if comparison.steps_p is not None])
+    adjusted = {
+        comparison.condition: replace(comparison, p=p[index], steps_p=steps_p[index])
+        for index, comparison in enumerate(tested)
+    }
+    return [adjusted.get(comparison.condition, comparison) for comparison in compared]
 
 
 def _counts(compared: list[Comparison]) -> list[str]:
@@ -542,18 +481,8 @@ def _where(rows: pl.DataFrame) -> str:
 
 
 def _mean(rows: pl.DataFrame, column: str) -> float:
-    return float(_finite(rows[column].to_list(), f"{_where(rows)}: {column}").mean())
+    return float(finite(rows[column].to_list(), f"{_where(rows)}: {column}").mean())
 
 
 def _mean_if_any(rows: pl.DataFrame, column: str) -> float | None:
     return None if rows[column].null_count() == rows.height else _mean(rows, column)
-
-
-def _finite(values: Sequence[float | None], name: str) -> np.ndarray:
-    """The values as an array, or an error that names them."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError(f"{name} is empty")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds a number that is not finite: {list(values)}")
-    return array
