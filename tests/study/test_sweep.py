@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from expressive_attention.study import sweep
 from expressive_attention.study.app import app
+from expressive_attention.study.engines import LocalEngine
 from expressive_attention.study.progress import Silent
 from expressive_attention.study.results import Setting
 from expressive_attention.study.store import Store
@@ -55,7 +58,7 @@ def finished(store):
 def whole(tmp_path_factory):
     """A finished study."""
     store, display = make_store(tmp_path_factory.mktemp("sweep") / "study"), Record()
-    run_study(tiny_config(), store, 2, display)
+    run_study(tiny_config(), store, LocalEngine(2), display)
     return store, display
 
 
@@ -71,7 +74,7 @@ def test_all_cells_are_run_once_and_told(whole):
 def test_a_finished_study_is_not_run_again(whole):
     store, display = whole[0], Record()
     before = finished(store)
-    run_study(tiny_config(), store, 2, display)
+    run_study(tiny_config(), store, LocalEngine(2), display)
     assert (display.total, display.before, display.done, display.begun, display.ended) == (6, 6, [], [], 1)
     assert finished(store) == before
 
@@ -83,7 +86,7 @@ def test_another_learning_rate_adds_its_tuning_cells_and_the_count_reaches_the_t
     rates = "[1e-2, 2e-2, 3e-2]"
     store, display = make_store(tmp_path / "study", learning_rates=rates), Record()
     before = finished(store)
-    run_study(tiny_config(learning_rates=rates), store, 2, display)
+    run_study(tiny_config(learning_rates=rates), store, LocalEngine(2), display)
     assert before.items() <= finished(store).items()
     assert [cell.learning_rate for cell in display.done if cell.role == "tuning"] == [3e-2] * 2
     assert finished(store).keys() - before.keys() == {c.identity for c in display.done if c.role == "tuning"}
@@ -101,27 +104,151 @@ def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path):
 
     display = Vandal()
     with pytest.raises(SweepError, match="4 cells failed, the first: sum, basis 4, delay 2, rope") as caught:
-        run_study(tiny_config(), store, 2, display)
+        run_study(tiny_config(), store, LocalEngine(2), display)
     assert "FileNotFoundError" in str(caught.value)
     assert len(display.notes) == 4  # no final cell without its tuning
     assert display.ended == 1
 
 
-def test_a_worker_that_dies_ends_the_run_and_keeps_what_is_finished(whole, tmp_path):
-    shutil.copytree(whole[0].directory, tmp_path / "study")
-    store = make_store(tmp_path / "study", final="6")  # four new cells
-    before = finished(store)
+def same_results(one, other):
+    """The finished cells of two stores are the same to the bit."""
+    assert finished(one).keys() == finished(other).keys()
+    for name in finished(one):
+        for table in ("seeds", "curves", "splits"):
+            frames = [pl.read_parquet(store.cells / name / f"{table}.parquet") for store in (one, other)]
+            assert_frame_equal(*frames, check_exact=True)
+        weights = [(store.cells / name / "weights.safetensors").read_bytes() for store in (one, other)]
+        assert weights[0] == weights[1]
 
+
+class Advances(Record):
+    """Does something at the first evaluations of cells at this step."""
+
+    def __init__(self, step, act, cells=100):
+        super().__init__()
+        self.step, self.act, self.left = step, act, cells
+        self.seen = {}
+
+    def advanced(self, cell, step, accuracy):
+        seen = self.seen.setdefault(cell.identity, [])
+        if step == self.step and step not in seen and self.left:
+            self.left -= 1
+            self.act()
+        seen.append(step)
+
+
+def kill_workers():
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+def test_a_worker_that_is_killed_is_named_and_its_cell_goes_on_from_its_checkpoint(whole, tmp_path):
+    store, display = make_store(tmp_path / "study"), Advances(20, kill_workers, cells=2)
+    run_study(tiny_config(), store, LocalEngine(1, checkpoint_seconds=0), display)
+    assert len(display.notes) == 2
+    assert all("its worker process died (killed, or out of memory); it goes on" in note for note in display.notes)
+    assert {note.split(": its")[0] for note in display.notes} <= {str(cell) for cell in display.done}
+    assert len(display.begun) == len(display.done) == 6
+    # The evaluation at step 10 was not done again: the checkpoint after it was gone on from.
+    assert len(display.seen) == 6
+    assert all(seen.count(10) == 1 for seen in display.seen.values())
+    same_results(store, whole[0])
+    assert not list(store.cells.glob(".*"))
+
+
+def test_workers_that_die_as_they_start_lose_nothing(whole, tmp_path):
     class Killer(Record):
         def started(self, cell):
-            for process in multiprocessing.active_children():
-                process.kill()
+            super().started(cell)
+            if len(self.begun) < 3:
+                kill_workers()
+
+    store, display = make_store(tmp_path / "study"), Killer()
+    run_study(tiny_config(), store, LocalEngine(2), display)
+    assert 2 <= len(display.notes) <= 3  # the second time, the first cell may be at work, too
+    same_results(store, whole[0])
+
+
+def test_a_cell_that_kills_its_workers_is_given_up_and_the_others_go_on(tmp_path):
+    store = make_store(tmp_path / "study")
+
+    class Killer(Record):
+        def advanced(self, cell, step, accuracy):
+            if cell.mechanism == "expressive" and cell.learning_rate == 1e-2:
+                kill_workers()
 
     display = Killer()
-    with pytest.raises(SweepError, match="its worker process died"):
-        run_study(tiny_config(final="6"), store, 1, display)
-    assert before.items() <= finished(store).items()
-    assert display.ended == 1
+    with pytest.raises(SweepError, match=r"1 cells failed, the first: .*expressive, tuning, learning rate 0\.01: "
+                       r"its worker process died \(killed, or out of memory\), 3 times"):  # fmt: skip
+        run_study(tiny_config(), store, LocalEngine(1), display)
+    assert len(display.notes) == 3
+    assert len(finished(store)) == 4  # all but this one and the final one that waits for it
+
+
+def test_a_run_that_is_stopped_goes_on_from_its_checkpoints(whole, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    store, display = make_store(tmp_path / "study"), Advances(20, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tiny_config(), store, LocalEngine(1, checkpoint_seconds=0), display)
+    assert multiprocessing.active_children() == []
+    (checkpoint,) = store.cells.iterdir()
+    again = Advances(0, None)
+    run_study(tiny_config(), store, LocalEngine(1), again)
+    resumed = again.seen[checkpoint.name.removeprefix(".checkpoint-")]
+    assert resumed[0] > 10
+    assert sum(len(seen) for seen in again.seen.values()) < 18
+    assert again.notes == []
+    same_results(store, whole[0])
+    assert not list(store.cells.glob(".*"))
+
+
+def test_a_corrupt_checkpoint_is_named_and_its_cell_trained_from_the_start(whole, tmp_path):
+    store, display = make_store(tmp_path / "study"), Record()
+    path = store.checkpoint(whole[1].done[0])
+    path.write_bytes(b"half a checkpoint")
+    run_study(tiny_config(), store, LocalEngine(2), display)
+    (note,) = display.notes
+    assert note.startswith(f"{path} is corrupt")
+    same_results(store, whole[0])
+
+
+def test_checkpoints_of_finished_cells_and_half_written_ones_are_removed(whole, tmp_path):
+    shutil.copytree(whole[0].directory, tmp_path / "study")
+    store = Store(tmp_path / "study")
+    stray, waiting = store.checkpoint(whole[1].done[0]), store.cells / ".checkpoint-0123456789abcdef"
+    for path in (stray, waiting, store.cells / f".{waiting.name}-half"):
+        path.touch()
+    store.clean()
+    assert list(store.cells.glob(".*")) == [waiting]
+
+
+def test_without_ray_one_line_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = CliRunner().invoke(app, ["study", "run", "quick", "--engine", "ray", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'expressive-attention[ray]'" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "slurm"], "--engine must be 'local' or 'ray', got 'slurm'"),
+        (["--address", "auto"], "--address is for --engine ray, got 'auto' with --engine local"),
+        (["--engine", "ray", "--address", "auto", "--workers", "3"], "--workers does not apply to a cluster"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused_in_one_line(tmp_path, options, words):
+    result = CliRunner().invoke(app, ["study", "run", "quick", "--out", str(tmp_path / "run"), *options])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_changes_nothing_while_the_first_is_at_work(tmp_path):

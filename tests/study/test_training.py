@@ -1,4 +1,10 @@
+import contextlib
 import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
 
 import polars as pl
 import pytest
@@ -6,6 +12,7 @@ import torch
 from polars.testing import assert_frame_equal
 
 from expressive_attention.study import training
+from expressive_attention.study.checkpoints import CheckpointFile
 from expressive_attention.study.config import ModelConfig, TrainingConfig
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.nt import NTTask
@@ -129,3 +136,119 @@ def test_an_easy_task_is_solved_and_ends_early():
         if row["solved"]:
             assert (row["accuracy"], row["rollout_exact"]) == (1.0, 1.0)
             assert row["steps_to_solve"] == row["steps"] - 20  # three evaluations, 10 steps apart
+
+
+# ---- checkpoints ----
+
+
+class KilledError(Exception):
+    pass
+
+
+def checkpoint_file(directory, one):
+    """A checkpoint at every evaluation; a note fails the test."""
+
+    def unexpected(note):
+        raise AssertionError(note)
+
+    return CheckpointFile(directory / "checkpoint", one.identity, unexpected, seconds=0)
+
+
+def same_bits(a, b):
+    for table in ("seeds", "curves", "splits"):
+        assert_frame_equal(getattr(a, table), getattr(b, table), check_exact=True)
+    assert a.weights.keys() == b.weights.keys()
+    assert all(torch.equal(x, b.weights[name]) for name, x in a.weights.items())
+
+
+# Seeds end at different evaluations: before, at and after a checkpoint.
+EARLY = {"solved_accuracy": 0.45, "solved_evaluations": 2, "batch_size": 16, "seeds": (0, 1, 2, 3), "steps": 60}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EARLY,
+        {**EARLY, "optimizer": "sgd", "rate": 0.3},
+        {"steps": 290, "evaluate_every": 58},  # sequences are drawn 128 steps at a time
+        {"steps": 40, "optimizer": "sgd", "momentum": 0.0, "gradient_clip": 0.5, "weight_decay": 0.01},
+        {"steps": 40, "mechanism": "dot_product", "model": {"position": "learned", "layers": 2}},
+    ],
+    ids=["adam, early ends", "sgd, early ends", "several draws", "plain sgd", "dot product"],
+)
+def test_a_cell_killed_at_every_evaluation_ends_with_the_same_bits(tmp_path, options):
+    one = cell(**options)
+    undisturbed = train_cell(one)
+    if "solved_accuracy" in options:
+        assert undisturbed.seeds["steps"].n_unique() > 1
+    seen, killed = [], []
+
+    def kill(step, _):
+        seen.append(step)
+        if step not in killed:
+            killed.append(step)
+            raise KilledError
+
+    resumed = None
+    while resumed is None:
+        with contextlib.suppress(KilledError):
+            resumed = train_cell(one, kill, checkpoint_file(tmp_path, one))
+    same_bits(resumed, undisturbed)
+    # The evaluation at which it was killed is all that was done twice.
+    every, last = one.training.evaluate_every, undisturbed.seeds["steps"].max()
+    assert seen == [step for step in range(every, last + 1, every) for _ in range(2)]
+
+
+def test_a_seed_that_diverges_is_recorded_after_a_checkpoint_as_without(tmp_path):
+    def poison(model, optimizer, inputs, targets, clip, step=training.train_step):
+        losses = step(model, optimizer, inputs, targets, clip)
+        return torch.where(torch.arange(len(losses)) == 1, torch.nan, losses) if len(losses) == 3 else losses
+
+    one = cell(seeds=(0, 1, 2), steps=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", poison)
+        undisturbed = train_cell(one)
+        with pytest.raises(KilledError):
+            train_cell(one, lambda step, _: kill_at(step, 30), checkpoint_file(tmp_path, one))
+        resumed = train_cell(one, None, checkpoint_file(tmp_path, one))
+    assert undisturbed.seeds["diverged_at"].to_list() == [None, 10, None]
+    same_bits(resumed, undisturbed)
+
+
+def kill_at(step, when):
+    if step == when:
+        raise KilledError
+
+
+KILLED = """
+import os, pickle, signal, sys, torch
+from pathlib import Path
+from expressive_attention.study.checkpoints import CheckpointFile
+from expressive_attention.study.training import train_cell
+cell, path, threads = pickle.load(sys.stdin.buffer)
+torch.set_num_threads(threads)
+def report(step, accuracy):
+    if step == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_cell(cell, report, CheckpointFile(Path(path), cell.identity, print, seconds=0))
+"""
+
+
+def test_a_process_killed_in_earnest_leaves_what_another_goes_on_from(tmp_path):
+    one = cell(**EARLY)
+    given = pickle.dumps((one, str(tmp_path / "checkpoint"), torch.get_num_threads()))
+    killed = subprocess.run([sys.executable, "-c", KILLED], check=False, input=given, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL
+    steps = []
+    resumed = train_cell(one, lambda step, _: steps.append(step), checkpoint_file(tmp_path, one))
+    assert steps[0] == 30
+    same_bits(resumed, train_cell(one))
+
+
+def test_the_time_before_a_checkpoint_counts(tmp_path, monkeypatch):
+    one = cell()
+    with pytest.raises(KilledError):
+        train_cell(one, lambda step, _: kill_at(step, 30), checkpoint_file(tmp_path, one))
+    restore = training._State.restore
+    monkeypatch.setattr(training._State, "restore", lambda *arguments: restore(*arguments) + 1000)
+    assert 1000 < train_cell(one, None, checkpoint_file(tmp_path, one)).seconds < 2000

@@ -1,24 +1,13 @@
-"""Run all cells of a study in worker processes, keeping each as soon as it is finished."""
+"""Run all cells of a study, keeping each as soon as it is finished."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any
-
-import torch
-
 from .config import Cell, Comparison, StudyConfig
+from .engines import Engine
 from .progress import Display
 from .results import Setting
 from .store import CorruptCellError, Store, choose_setting
-from .training import CellResult, train_cell
+from .training import CellResult
 
 __all__ = ["SweepError", "run_study"]
 
@@ -29,67 +18,50 @@ class SweepError(RuntimeError):
     """Some cells could not be run; the message says which and why. Finished ones are kept."""
 
 
-def run_study(config: StudyConfig, store: Store, workers: int, display: Display) -> None:
+def run_study(config: StudyConfig, store: Store, engine: Engine, display: Display) -> None:
     """Run the cells of a study that are not finished yet.
 
     Settings are chosen per condition and mechanism as soon as their tuning cells are finished; the final
-    cells follow. Killed at any moment, it goes on from the finished cells when called again.
+    cells follow. Killed at any moment, it goes on from the finished cells, and from the checkpoints of those that
+    were at work, when called again.
 
     Args:
         config: The study.
         store: Where it is kept; its lock must be held.
-        workers: Number of worker processes, at least 1.
+        engine: What runs the cells; it is started here, and stopped.
         display: Told what happens.
 
     Raises:
         SweepError: A cell failed.
-        KeyboardInterrupt: As it came, after the workers were stopped.
+        EngineError: The engine cannot be started.
+        KeyboardInterrupt: As it came, after the engine was stopped.
     """
     store.clean()
     plan = _Plan(config, store, display)
     total = plan.total_cells()
     display.begin(total, total - plan.missing_cells())
-    ready = plan.ready()
-    if not ready:
-        display.end()
-        return
-    context = multiprocessing.get_context("spawn")
-    events = context.SimpleQueue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    executor = ProcessPoolExecutor(
-        min(workers, plan.missing_cells()), context, initializer=_start_worker, initargs=(events, threads)
-    )
-    listener = threading.Thread(target=_listen, args=(events, plan.cells, display), daemon=True)
-    listener.start()
-    running: dict[Future[None], Cell] = {}
     failures: list[str] = []
     try:
+        ready = plan.ready()
+        if ready:
+            engine.start(store, display)
+        running = 0
         while ready or running:
             for cell in ready:
-                with _without_interrupts():
-                    running[executor.submit(_work, cell, store)] = cell
+                engine.submit(cell)
+            running += len(ready)
+            cell, failure = engine.next()
+            running -= 1
             ready = []
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise SweepError(f"{cell}: its worker process died (killed, or out of memory)")
-                if error is not None:
-                    failures.append(f"{cell}: {type(error).__name__}: {error}")
-                    display.note(f"failed: {failures[-1]}")
-                    continue
-                result = store.load(cell)
-                display.finished(cell, _summary(result))
-                ready += plan.after(cell)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
+            if failure is not None:
+                failures.append(f"{cell}: {failure}")
+                display.note(f"failed: {failures[-1]}")
+                continue
+            display.finished(cell, _summary(store.load(cell)))
+            ready = plan.after(cell)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        events.put(None)
-        listener.join(timeout=5)
+        engine.stop()
+        store.clean()  # of what workers were writing when they were killed
         display.end()
     if failures:
         raise SweepError(f"{len(failures)} cells failed, the first: {failures[0]}")
@@ -159,53 +131,6 @@ class _Plan:
             self.store.discard(cell)
             return False
         return True
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Block SIGINT: a process that is started meanwhile inherits that, and leaves Ctrl-C to its parent."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# ---- in the workers ----
-
-_events: list[Any] = []  # the queue to the parent, once the worker has started
-
-
-def _start_worker(events: Any, threads: int) -> None:
-    _events.append(events)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(cell: Cell, store: Store) -> None:
-    identity, report = cell.identity, _events[0].put
-    report((identity, None, None))
-    store.save(cell, train_cell(cell, lambda step, accuracy: report((identity, step, accuracy))))
-
-
-def _listen(events: Any, cells: dict[str, Cell], display: Display) -> None:
-    while (event := events.get()) is not None:
-        identity, step, accuracy = event
-        if step is None:
-            display.started(cells[identity])
-        else:
-            display.advanced(cells[identity], step, accuracy)
 
 
 def _summary(result: CellResult) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import Transformer
+from .checkpoints import Checkpoint, CheckpointFile
 from .config import Cell, ModelConfig, TrainingConfig
 from .ensemble import stack
 from .measures import Prepared, contexts_seen, rollouts, score
@@ -150,7 +152,9 @@ class Trajectory:
             self.diverged_at = step
 
 
-def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -> CellResult:
+def train_cell(
+    cell: Cell, report: Callable[[int, float], None] | None = None, file: CheckpointFile | None = None
+) -> CellResult:
     """Train all seeds of a cell in one program.
 
     Seeds share no operation, so a seed's result does not depend on those beside it, but for the order in which
@@ -159,21 +163,22 @@ def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -
     Args:
         cell: What to train.
         report: Called after each evaluation with the step and the mean accuracy.
+        file: Where the training is kept from time to time; what it holds is gone on from, to the same bits as
+            without interruption.
     """
     start = time.perf_counter()
-    task, training = cell.task, cell.training
-    model = stack([build_model(task, cell.model, cell.mechanism, seed, cell.initial_gain) for seed in cell.seeds])
-    kept = copy.deepcopy(model)  # each seed's parameters as of its end
-    optimizer = make_optimizer(model, cell.learning_rate, training)
-    batches = _Batches(task, cell.seeds, training)
-    validation = Prepared.of(task, task.held_out_examples(training.validation_sequences, "validation"))
+    training = cell.training
+    state = _State.at_the_start_of(cell)
+    if file is not None and (checkpoint := file.read()) is not None:
+        start -= state.restore(checkpoint)
+    model, optimizer, trajectories = state.model, state.optimizer, state.trajectories
+    validation = Prepared.of(cell.task, cell.task.held_out_examples(training.validation_sequences, "validation"))
 
-    trajectories = [Trajectory(training, [], [], []) for _ in cell.seeds]
-    active = list(range(len(cell.seeds)))
-    losses, since = torch.zeros(len(active)), 0
-    for step in range(training.steps):
+    losses, since = torch.zeros(len(state.active)), 0
+    for step in range(state.steps, training.steps):
+        active = state.active
         optimizer.param_groups[0]["lr"] = cell.learning_rate * learning_rate_factor(step, training)
-        losses += train_step(model, optimizer, *batches.next(active), training.gradient_clip)
+        losses += train_step(model, optimizer, *state.batches.next(active), training.gradient_clip)
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
@@ -187,13 +192,89 @@ def train_cell(cell: Cell, report: Callable[[int, float], None] | None = None) -
             report(step + 1, float(np.mean([t.accuracies[-1] for t in trajectories])))
         going = [place for place, index in enumerate(active) if not trajectories[index].ended]
         if len(going) < len(active) or step + 1 == training.steps:
-            _keep(kept, model, active)
+            _keep(state.kept, model, active)
             _drop(model, optimizer, going)
-            active = [active[place] for place in going]
-        if not active:
+            state.active = [active[place] for place in going]
+        if not state.active:
             break
-        losses, since = torch.zeros(len(active)), 0
-    return _measured(cell, kept, trajectories, start)
+        losses, since = torch.zeros(len(state.active)), 0
+        state.steps = step + 1
+        if file is not None and file.is_due and state.steps < training.steps:
+            file.write(state.checkpoint(time.perf_counter() - start))
+    return _measured(cell, state.kept, trajectories, start)
+
+
+@dataclass
+class _State:
+    """A cell between two evaluations: all that the rest of its training depends on.
+
+    Attributes:
+        model: Of the seeds that are still trained, ``(len(active), ...)`` each parameter.
+        kept: Each seed's parameters as of its end, ``(R, ...)``.
+        optimizer: Of `model`.
+        batches: What is drawn next.
+        trajectories: Of all seeds.
+        active: Indices of the seeds that are still trained.
+        steps: Number of steps taken.
+    """
+
+    model: nn.Module
+    kept: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: _Batches
+    trajectories: list[Trajectory]
+    active: list[int]
+    steps: int = 0
+
+    @classmethod
+    def at_the_start_of(cls, cell: Cell) -> _State:
+        task, training = cell.task, cell.training
+        model = stack([build_model(task, cell.model, cell.mechanism, seed, cell.initial_gain) for seed in cell.seeds])
+        return cls(
+            model,
+            copy.deepcopy(model),
+            make_optimizer(model, cell.learning_rate, training),
+            _Batches(task, cell.seeds, training),
+            [Trajectory(training, [], [], []) for _ in cell.seeds],
+            list(range(len(cell.seeds))),
+        )
+
+    def checkpoint(self, seconds: float) -> Checkpoint:
+        """What `restore` needs, and the time that the training has taken."""
+        tensors = {f"kept/{name}": x.detach() for name, x in self.kept.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model/{name}"] = parameter.detach()
+            moments = self.optimizer.state[parameter].items()
+            tensors |= {f"{moment}/{name}": x for moment, x in moments if isinstance(x, Tensor)}
+        seeds = [{name: x for name, x in vars(t).items() if name != "training"} for t in self.trajectories]
+        content = {
+            "steps": self.steps,
+            "seconds": seconds,
+            "active": self.active,
+            "batches": self.batches.state(),
+            "trajectories": seeds,
+        }
+        return Checkpoint(tensors, content)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> float:
+        """Go from the start to where a checkpoint was made; returns the time that it took to get there."""
+        content = checkpoint.state
+        self.steps, self.active = content["steps"], content["active"]
+        _drop(self.model, self.optimizer, self.active)
+        kept, parameters = dict(self.kept.named_parameters()), dict(self.model.named_parameters())
+        for label, x in checkpoint.tensors.items():
+            part, name = label.split("/")
+            if part == "kept":
+                kept[name].copy_(x)
+            elif part == "model":
+                parameters[name].copy_(x)
+            else:
+                self.optimizer.state[parameters[name]][part] = x
+        self.batches.restore(content["batches"], self.active)
+        training = self.trajectories[0].training
+        self.trajectories = [Trajectory(training, **values) for values in content["trajectories"]]
+        return content["seconds"]
 
 
 class _Batches:
@@ -202,19 +283,41 @@ class _Batches:
     def __init__(self, task: Task, seeds: tuple[int, ...], training: TrainingConfig) -> None:
         self.task, self.size = task, training.batch_size
         self.streams = [stream(seed, "training") for seed in seeds]
+        self.before: list[Any] = []  # states of the streams before what is in `drawn` was drawn
         self.drawn: list[tuple[Tensor, Tensor]] = []  # inputs (seeds, batch, L[, C]) and targets, the next one last
 
     def next(self, active: list[int]) -> tuple[Tensor, Tensor]:
         """Inputs ``(len(active), batch, L)`` or ``(..., C)`` and targets of the next batch of these seeds."""
         if not self.drawn:
-            parts = {i: self.draw(self.streams[i]) for i in active}
-            inputs, targets = (
-                self._by_step([getattr(parts[i if i in parts else active[0]], name) for i in range(len(self.streams))])
-                for name in ("inputs", "targets")
-            )
-            self.drawn = list(zip(inputs, targets, strict=True))[::-1]
+            self._fill(active)
         inputs, targets = self.drawn.pop()
         return inputs[active], targets[active]
+
+    def state(self) -> dict[str, Any]:
+        """Where the streams are, as JSON can hold it."""
+        streams = [
+            {**x, "state": {name: part.tolist() for name, part in x["state"].items()}, "buffer": x["buffer"].tolist()}
+            for x in self.before
+        ]
+        return {"streams": streams, "used": _STEPS_DRAWN - len(self.drawn)}
+
+    def restore(self, state: dict[str, Any], active: list[int]) -> None:
+        """Go to where `state` was taken, for these seeds."""
+        for bits, x in zip(self.streams, state["streams"], strict=True):
+            parts = {name: np.array(part, dtype=np.uint64) for name, part in x["state"].items()}
+            whole: Any = {**x, "state": parts, "buffer": np.array(x["buffer"], dtype=np.uint64)}
+            bits.state = whole
+        self._fill(active)
+        del self.drawn[_STEPS_DRAWN - state["used"] :]
+
+    def _fill(self, active: list[int]) -> None:
+        self.before = [bits.state for bits in self.streams]
+        parts = {i: self.draw(self.streams[i]) for i in active}
+        inputs, targets = (
+            self._by_step([getattr(parts[i if i in parts else active[0]], name) for i in range(len(self.streams))])
+            for name in ("inputs", "targets")
+        )
+        self.drawn = list(zip(inputs, targets, strict=True))[::-1]
 
     def _by_step(self, parts: list[np.ndarray]) -> tuple[Tensor, ...]:
         return torch.from_numpy(np.stack(parts)).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1)

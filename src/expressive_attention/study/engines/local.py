@@ -1,0 +1,152 @@
+"""Cells in worker processes on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
+
+import torch
+
+from ..checkpoints import SECONDS_BETWEEN, CheckpointFile
+from ..config import Cell
+from ..store import Store
+from ..training import train_cell
+from .base import Engine, Outcome, reason
+
+__all__ = ["LocalEngine", "threads_per_cell"]
+
+
+def threads_per_cell(workers: int) -> int:
+    """Threads of each of so many workers on this machine."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+class LocalEngine(Engine):
+    """Worker processes, each with a pipe of its own: one that is killed takes nothing down with it.
+
+    Args:
+        workers: Number of processes, at least 1.
+        checkpoint_seconds: Time between two checkpoints of a cell.
+    """
+
+    def __init__(self, workers: int, checkpoint_seconds: float = SECONDS_BETWEEN) -> None:
+        super().__init__(checkpoint_seconds)
+        self.workers = workers
+        self.waiting: deque[Cell] = deque()
+        self.idle: list[Connection] = []
+        self.at_work: dict[Connection, Cell] = {}
+        self.processes: dict[Connection, BaseProcess] = {}
+
+    def submit(self, cell: Cell) -> None:
+        self.waiting.append(cell)
+
+    def next(self) -> Outcome:
+        while True:
+            while self.waiting and (self.idle or len(self.at_work) < self.workers):
+                self._hand_out(self.waiting.popleft())
+            for connection in wait(list(self.at_work)):
+                if (outcome := self._hear(cast(Connection, connection))) is not None:
+                    return outcome
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+        for connection, process in self.processes.items():
+            process.join()
+            connection.close()
+        self.processes.clear()
+
+    def _hand_out(self, cell: Cell) -> None:
+        connection = self.idle.pop() if self.idle else self._start_worker()
+        self.at_work[connection] = cell
+        with suppress(OSError):  # a worker that has died is noticed when it is heard
+            connection.send(cell)
+        self._tell_started(cell)
+
+    def _start_worker(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        arguments = (theirs, self.store, threads_per_cell(self.workers), self.checkpoint_seconds)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        with _without_interrupts():
+            process.start()
+            self.processes[mine] = process
+        theirs.close()  # so that the end of the worker is the end of the pipe
+        return mine
+
+    def _hear(self, connection: Connection) -> Outcome | None:
+        """Take a message of a worker; the outcome of its cell, if it tells that."""
+        cell = self.at_work[connection]
+        try:
+            kind, *content = connection.recv()
+        except (EOFError, OSError):
+            del self.at_work[connection]
+            self.processes.pop(connection).join()
+            connection.close()
+            return self._after_death(cell, "its worker process died (killed, or out of memory)")
+        if kind == "done":
+            del self.at_work[connection]
+            self.idle.append(connection)
+            return Outcome(cell, *content)
+        if kind == "advanced":
+            self.display.advanced(cell, *content)
+        else:
+            self.display.note(*content)
+        return None
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Block SIGINT: a process that is started meanwhile inherits that, and leaves Ctrl-C to its parent."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- in the workers ----
+
+
+def _serve(connection: Connection, store: Store, threads: int, checkpoint_seconds: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        connection.send(("done", _run(connection, store, checkpoint_seconds)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(connection: Connection, store: Store, checkpoint_seconds: float) -> str | None:
+    """Take a cell, train it and save it; why that failed, if it did."""
+
+    def tell(kind: str, *content: object) -> None:
+        connection.send((kind, *content))
+
+    try:
+        cell: Cell = connection.recv()
+        file = CheckpointFile(store.checkpoint(cell), cell.identity, partial(tell, "note"), checkpoint_seconds)
+        store.save(cell, train_cell(cell, partial(tell, "advanced"), file))
+    except EOFError:  # the parent is gone
+        raise
+    except Exception as error:
+        return reason(error)
+    return None
