@@ -29,6 +29,20 @@ def test_what_is_saved_is_loaded(store, trained):
     assert all(torch.equal(x, loaded.weights[name]) for name, x in trained.weights.items())
 
 
+def test_the_machine_and_its_threads_are_kept_and_need_not_be(store, trained):
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        store.save(cell(), trained)
+        torch.set_num_threads(before)
+        assert store.about(cell())["environment"]["threads"] == str(threads)
+    assert store.about(cell())["environment"]["torch"] == torch.__version__
+    path = store.path(cell()) / "cell.toml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("threads")))
+    assert "threads" not in store.about(cell())["environment"]
+    assert_frame_equal(store.load(cell()).seeds, trained.seeds)
+
+
 def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypatch):
     def fails(*_):
         raise KeyboardInterrupt

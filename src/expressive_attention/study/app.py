@@ -18,8 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import ConfigError, load_config, preset_names, preset_text
+from .export import FORMATS, export_study
 from .results import StudyResults
+from .sinks import SINKS, Several, SinkError, make_sinks
 from .store import Store, StoreError, collect, environment
+from .user_tasks import blame
 
 __all__ = ["app"]
 
@@ -107,27 +110,63 @@ def run(
         typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]"),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", "-w", help="Worker processes; by default one per core.")
-    ] = os.cpu_count() or 1,
+        int | None,
+        typer.Option("--workers", "-w", help="Worker processes, each one cell at a time; by default one per core."),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="local|ray",
+            help="What runs the cells: processes on this machine, or Ray (extra 'ray').",
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="A running Ray cluster, or 'auto' on one of its nodes; by default Ray is started on this machine.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", metavar="|".join(SINKS), help="Log to TensorBoard or Weights & Biases, or to both."),
+    ] = None,
 ) -> None:
     """Run a study, or go on with one that was stopped, and write its report.
 
-    Cells that are finished are never run again, so stopping (Ctrl-C) loses only the cells at work. Change the
-    file (more seeds, tasks, learning rates) and run it again to extend a study.
+    Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
+    (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
+    from .engines import EngineError, LocalEngine, RayEngine
     from .progress import make_display
     from .sweep import SweepError, run_study
 
     start = time.perf_counter()
-    if workers < 1:
+    if workers is not None and workers < 1:
         _fail(f"--workers must be at least 1, got {workers}")
+    if engine not in ("local", "ray"):
+        _fail(f"--engine must be 'local' or 'ray', got {engine!r}")
+    if address is not None and engine != "ray":
+        _fail(f"--address is for --engine ray, got {address!r} with --engine {engine}")
+    if address is not None and workers is not None:
+        _fail(f"--workers does not apply to a cluster, which decides itself, got {workers} with --address {address}")
+    cells_at_a_time = workers or os.cpu_count() or 1
+    try:
+        runner = RayEngine(cells_at_a_time, address) if engine == "ray" else LocalEngine(cells_at_a_time)
+    except EngineError as error:
+        _fail(str(error))
     with _one_line_errors():
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
-        lock = store.create(text)
+        sinks = make_sinks(log or [], store)
+        lock = store.create(text, parsed.task_sources)
     try:
-        run_study(parsed, store, workers, make_display(quiet=quiet))
+        run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
+    except EngineError as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to go on", err=True)
         raise typer.Exit(130) from None
@@ -178,6 +217,60 @@ def status(
 
 
 @study.command()
+def export(
+    directory: Directory,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where to.  [default: DIR/export]")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", "-f", metavar="|".join(FORMATS), help="May be given several times.  [default: csv]"),
+    ] = None,
+) -> None:
+    """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
+    with _one_line_errors():
+        results = collect(Store(directory))
+        try:
+            files = export_study(results, out or directory / "export", formats or ["csv"])
+        except ValueError as error:
+            _fail(str(error))
+    for file in files:
+        typer.echo(file)
+    if results.unfinished:
+        typer.echo(f"{len(results.unfinished)} cells are not finished, and not in it", err=True)
+
+
+@study.command()
+def verify(
+    directory: Directory,
+    sample: Annotated[int, typer.Option("--sample", "-n", metavar="N", help="Number of cells.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of the choice of cells.")] = 0,
+) -> None:
+    """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
+
+    Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
+    another number of threads, which are named.
+    """
+    from .verify import sample_cells, verify_cell
+
+    if sample < 1:
+        _fail(f"--sample must be at least 1, got {sample}")
+    store, differ = Store(directory), 0
+    with _one_line_errors():
+        cells = sample_cells(store, sample, seed)
+        for cell in cells:
+            found = verify_cell(cell, store)
+            outcome = "; ".join(found.differences) or "same bits"
+            typer.echo(f"{cell.identity}  {cell}: {outcome}  ({found.seconds:.0f} s)")
+            if found.circumstances:
+                typer.echo(f"  not as it was: {'; '.join(found.circumstances)}")
+            differ += bool(found.differences)
+    typer.echo(f"{len(cells) - differ} of {len(cells)} cells have the same bits")
+    if differ:
+        raise typer.Exit(1)
+
+
+@study.command()
 def show(
     preset: Annotated[
         str,
@@ -193,10 +286,14 @@ def show(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, SinkError, StoreError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception as error:
+        if (where := blame(error)) is None:
+            raise
+        _fail(where)  # in a file of tasks
 
 
 def _fail(message: str) -> NoReturn:

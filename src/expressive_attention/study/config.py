@@ -6,15 +6,17 @@ import hashlib
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..nn import MECHANISMS, POSITIONS
 from .results import Condition, Setting
 from .tasks import TASKS, Task
+from .user_tasks import TaskFile, TaskFileError, check_task, file_of, load_task_files
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -66,6 +68,15 @@ def _one_of(*choices: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
+    """A study keeps copies side by side, so their names must differ without their folders."""
+    if wrong := [name for name in names if Path(name).suffix != ".py"]:
+        raise ValueError(f"names must end with .py, got {wrong[0]!r}")
+    if len({Path(name).name for name in names}) < len(names):
+        raise ValueError(f"file names must differ, got {list(names)}")
+    return names
 
 
 Position = Annotated[str, _one_of(*POSITIONS)]
@@ -173,7 +184,16 @@ class StudyConfig(_Strict):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     seeds: SeedsConfig = SeedsConfig()
+    # Python files that define tasks, relative to the file that names them.
+    task_files: Annotated[tuple[str, ...], AfterValidator(_different_files)] = ()
     grid: tuple[Grid, ...] = Field(min_length=1)
+
+    _task_sources: tuple[TaskFile, ...] = PrivateAttr(default=())
+
+    @property
+    def task_sources(self) -> tuple[TaskFile, ...]:
+        """`task_files` as they were read."""
+        return self._task_sources
 
     @model_validator(mode="after")
     def _can_be_expanded(self) -> StudyConfig:
@@ -247,6 +267,8 @@ class Cell(_Strict):
         content["task"] = self.task.model_dump(mode="json")
         content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates", "initial_gains"})
         content["protocol"] = PROTOCOL
+        if (file := file_of(self.task)) is not None:
+            content["task_file"] = file.digest
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -343,18 +365,38 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
     else:
         raise ConfigError(f"no preset or file {preset_or_file!r}; presets are: {', '.join(preset_names())}")
-    return parse_config(text, preset_or_file), text
+    return parse_config(text, preset_or_file, lambda name: path.parent / name), text
 
 
-def parse_config(text: str, source: str) -> StudyConfig:
-    """The configuration in a TOML text; `source` is named in errors."""
+def parse_config(text: str, source: str, find: Callable[[str], Path] = Path) -> StudyConfig:
+    """The configuration in a TOML text, whose `task_files` are run.
+
+    Args:
+        text: The TOML.
+        source: Where it is from, to be named in errors.
+        find: Where a file named in `task_files` is; by default, relative to the working directory.
+
+    Raises:
+        ConfigError: Not TOML, a key or value does not fit, or a file of tasks cannot be used.
+    """
     try:
+        content = tomllib.loads(text)
+        names = content.get("task_files", [])
+        # Names that are no names are left to the validation.
+        well_formed = isinstance(names, list) and all(isinstance(name, str) and name.endswith(".py") for name in names)
+        files = load_task_files([find(name) for name in names]) if well_formed else ()
         # As JSON, for strictness: "30" and true are not numbers there, but a list is a tuple.
-        return StudyConfig.model_validate_json(json.dumps(tomllib.loads(text), default=str), strict=True)
+        config = StudyConfig.model_validate_json(json.dumps(content, default=str), strict=True)
+        for _, task, _ in config.expanded() if files else []:
+            check_task(task)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    except TaskFileError as error:
+        raise ConfigError(f"{source}: task_files: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{source}: {_in_one_line(error)}") from None
+    config._task_sources = files
+    return config
 
 
 def _in_one_line(error: ValidationError) -> str:

@@ -71,7 +71,7 @@ class Condition:
     facts: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that what follows from it can be kept
 class StudyResults:
     """All finished cells of a study.
 
@@ -86,6 +86,7 @@ class StudyResults:
         curves: `CURVE_SCHEMA` plus the same five columns.
         splits: `SPLIT_SCHEMA` plus the same five columns.
         unfinished: One line per cell that has no result yet.
+        claims: What the study asks, as `StudyConfig.claims`.
         environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
         seconds: Sum of the cells' training times in seconds.
     """
@@ -98,5 +99,6 @@ class StudyResults:
     curves: pl.DataFrame
     splits: pl.DataFrame
     unfinished: list[str]
+    claims: list[str]
     environment: dict[str, str]
     seconds: float

@@ -1,8 +1,10 @@
 """Finished cells on disk: one folder each, which is there whole or not at all.
 
 DIR/config.toml                    the study's configuration
+DIR/*.py                           copies of the files of tasks that it names
 DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files
 seeds, curves, splits (.parquet), weights.safetensors
+DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .config import Cell, StudyConfig, parse_config, tomllib
 from .files import to_disk, write_atomically
 from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Setting, StudyResults
 from .training import CellResult
+from .user_tasks import TaskFile
 
 __all__ = [
     "CorruptCellError",
@@ -40,9 +43,11 @@ __all__ = [
     "choose_setting",
     "collect",
     "environment",
+    "finished_cells",
 ]
 
 _LOCK = ".lock"
+_CHECKPOINT = ".checkpoint-"
 
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA}
 
@@ -68,28 +73,35 @@ class Store:
 
     # ---- the configuration ----
 
-    def create(self, text: str) -> FileLock:
+    def create(self, text: str, task_files: Iterable[TaskFile] = ()) -> FileLock:
         """Make the folder, or take an existing study on, with this configuration; returns its `lock`.
+
+        Args:
+            text: The configuration.
+            task_files: The files of tasks that it names, to be kept beside it.
 
         Raises:
             StoreError: The folder holds something else, cannot be made, or another run is writing to it.
         """
         config = self.directory / "config.toml"
-        ours = {self.cells.name, _LOCK}
+        files = {file.name: file.text for file in task_files} | {config.name: text}
+        ours = {self.cells.name, _LOCK, *files}
         if self.directory.exists() and not self.directory.is_dir():
             raise StoreError(f"{self.directory} is not a directory")
         if (
             self.directory.is_dir()
             and not config.exists()
             and any(
-                path.name not in ours and not path.name.startswith(".config.toml-") for path in self.directory.iterdir()
+                path.name not in ours and not path.name.startswith(tuple(f".{name}-" for name in files))
+                for path in self.directory.iterdir()
             )
         ):
             raise StoreError(f"{self.directory} is not empty and not a study (it has no config.toml)")
         try:
             self.cells.mkdir(parents=True, exist_ok=True)
             lock = self.lock()
-            write_atomically(config, text.encode())
+            for name, content in files.items():  # the configuration last: it needs the others
+                write_atomically(self.directory / name, content.encode())
         except OSError as error:
             raise StoreError(f"{self.directory} cannot be written: {error.strerror}") from None
         return lock
@@ -105,7 +117,7 @@ class Store:
         if not path.is_file():
             raise StoreError(f"{self.directory} is not a study: it has no config.toml")
         text = path.read_text(encoding="utf-8")
-        return parse_config(text, str(path)), text
+        return parse_config(text, str(path), lambda name: self.directory / Path(name).name), text
 
     def lock(self) -> FileLock:
         """Held while cells are written. The system frees it with the process, however that ends.
@@ -130,8 +142,18 @@ class Store:
         """Whether the cell has been finished."""
         return self.path(cell).exists()
 
-    def save(self, cell: Cell, result: CellResult) -> None:
-        """Write a finished cell, all of it or, if killed, nothing."""
+    def checkpoint(self, cell: Cell) -> Path:
+        """The file from which a killed cell goes on, there or not."""
+        return self.cells / f"{_CHECKPOINT}{cell.identity}"
+
+    def save(self, cell: Cell, result: CellResult, machine: dict[str, str] | None = None) -> None:
+        """Write a finished cell, all of it or, if killed, nothing; its checkpoint is removed.
+
+        Args:
+            cell: Which one.
+            result: What was found.
+            machine: The `environment` in which it was; None: this one.
+        """
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
         for name in _TABLES:
             getattr(result, name).write_parquet(partial / f"{name}.parquet")
@@ -141,7 +163,7 @@ class Store:
             "identity": cell.identity,
             "seconds": result.seconds,
             "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task"})},
-            "environment": environment(),
+            "environment": environment() if machine is None else machine,
             "sha256": files,
         }
         content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
@@ -152,6 +174,7 @@ class Store:
             shutil.rmtree(self.path(cell))
         partial.rename(self.path(cell))
         to_disk(self.cells)
+        self.checkpoint(cell).unlink(missing_ok=True)
 
     def load(self, cell: Cell, *, weights: bool = False) -> CellResult:
         """Read a finished cell.
@@ -213,6 +236,11 @@ class Store:
         """Remove what killed runs have left; to be called under `lock`."""
         for path in self.cells.glob(".partial-*"):
             shutil.rmtree(path)
+        for path in self.cells.glob(f".{_CHECKPOINT}*"):  # half written
+            path.unlink(missing_ok=True)
+        for path in self.cells.glob(f"{_CHECKPOINT}*"):
+            if (self.cells / path.name.removeprefix(_CHECKPOINT)).exists():
+                path.unlink(missing_ok=True)
 
 
 def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
@@ -232,6 +260,26 @@ def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
     return min(seeds, key=rank)
 
 
+def finished_cells(store: Store, config: StudyConfig) -> tuple[list[Cell], list[str]]:
+    """Those of a study's cells that are finished, and a line about each that is not.
+
+    Raises:
+        StoreError: A cell on which a setting was chosen is corrupt; the message names the file.
+    """
+    finished: list[Cell] = []
+    unfinished: list[str] = []
+    for comparison in config.comparisons():
+        cells = tuning = comparison.tuning_cells()
+        if all(store.has(cell) for cell in tuning):
+            chosen = choose_setting((cell, store.load(cell)) for cell in tuning) if tuning else None
+            cells = tuning + comparison.final_cells(chosen or config.training.settings[0])
+        else:
+            unfinished.append(f"{comparison.condition}, {comparison.mechanism}, final: waits for tuning")
+        finished += [cell for cell in cells if store.has(cell)]
+        unfinished += [str(cell) for cell in cells if not store.has(cell)]
+    return finished, unfinished
+
+
 def collect(store: Store) -> StudyResults:
     """All finished cells of a study.
 
@@ -241,28 +289,18 @@ def collect(store: Store) -> StudyResults:
     """
     config, text = store.config()
     tables: dict[str, list[pl.DataFrame]] = {name: [] for name in _TABLES}
-    unfinished: list[str] = []
+    finished, unfinished = finished_cells(store, config)
     found: dict[str, str] = {}
     seconds = 0.0
-    for comparison in config.comparisons():
-        tuning = comparison.tuning_cells()
-        done = [(cell, store.load(cell)) for cell in tuning if store.has(cell)]
-        cells = tuning
-        if len(done) == len(tuning):
-            final = comparison.final_cells(choose_setting(done) if tuning else config.training.settings[0])
-            done += [(cell, store.load(cell)) for cell in final if store.has(cell)]
-            cells = tuning + final
-        else:
-            unfinished.append(f"{comparison.condition}, {comparison.mechanism}, final: waits for tuning")
-        unfinished += [str(cell) for cell in cells if not store.has(cell)]
-        for cell, result in done:
-            labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
-            columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-            columns += [pl.lit(getattr(cell, name)).alias(name) for name in Setting._fields]
-            for name, parts in tables.items():
-                parts.append(getattr(result, name).with_columns(columns))
-            seconds += result.seconds
-            found = store.about(cell)["environment"]
+    for cell in finished:
+        result = store.load(cell)
+        labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
+        columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+        columns += [pl.lit(getattr(cell, name)).alias(name) for name in Setting._fields]
+        for name, parts in tables.items():
+            parts.append(getattr(result, name).with_columns(columns))
+        seconds += result.seconds
+        found = store.about(cell)["environment"]
     empty = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
     joined = {
         name: pl.concat(parts) if parts else pl.DataFrame(schema={**_TABLES[name], **empty})
@@ -270,13 +308,21 @@ def collect(store: Store) -> StudyResults:
     }
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
-        **joined, unfinished=unfinished, environment=found or environment(), seconds=seconds,
+        **joined, unfinished=unfinished, claims=list(config.claims), environment=found or environment(),
+        seconds=seconds,
     )  # fmt: skip
 
 
-@lru_cache
 def environment() -> dict[str, str]:
-    """Versions and machine; ``revision`` is the commit, where the package runs from a checkout."""
+    """Versions and machine, among which are all that may change the bits of a result.
+
+    ``revision`` is the commit, where the package runs from a checkout; ``threads`` are those of this process.
+    """
+    return {**_machine(), "threads": str(torch.get_num_threads())}
+
+
+@lru_cache
+def _machine() -> dict[str, str]:
     return {
         "expressive-attention": version("expressive-attention"),
         **_revision(),

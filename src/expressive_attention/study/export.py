@@ -1,0 +1,162 @@
+"""A study's results as files for other programs: tables of all rows, and a summary that fits into a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from .files import write_atomically
+from .results import StudyResults
+from .statistics import BASELINE, LEVEL, Comparison, Interval, Summary, comparisons, mechanism_name, summaries
+
+__all__ = ["FORMATS", "SUMMARY_SCHEMA", "export_study", "latex_table", "summary_table"]
+
+FORMATS = ("csv", "parquet", "latex")
+
+# One row per condition and mechanism with final seeds; intervals as in `statistics`, null where there is none.
+SUMMARY_SCHEMA: dict[str, Any] = {
+    "condition": pl.String,
+    "mechanism": pl.String,  # as in the configuration
+    "learning_rate": pl.Float64,  # chosen on the tuning seeds
+    "initial_gain": pl.Float64,  # likewise
+    "n": pl.Int64,  # final seeds
+    "solved": pl.Int64,  # number of them that solved the task
+    "solved_share": pl.Float64,
+    "solved_share_low": pl.Float64,
+    "solved_share_high": pl.Float64,
+    "accuracy": pl.Float64,  # mean over the final seeds
+    "accuracy_low": pl.Float64,
+    "accuracy_high": pl.Float64,
+    "pairs": pl.Int64,  # seeds shared with DPA; null: not compared, as DPA itself
+    "difference": pl.Float64,  # mean over them of the accuracy minus that of DPA
+    "difference_low": pl.Float64,
+    "difference_high": pl.Float64,
+}
+
+# What LaTeX would take for a command, or lacks in some fonts.
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "²": r"\textsuperscript{2}",
+})  # fmt: skip
+
+
+def export_study(results: StudyResults, directory: Path, formats: Sequence[str]) -> list[Path]:
+    """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
+
+    The tables are ``seeds``, ``curves`` and ``splits``, all rows of `StudyResults`, and ``summary``.
+
+    Args:
+        results: What was found.
+        directory: Where to; made if it is not there.
+        formats: Some of `FORMATS`.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: A format is not known, or there are no results yet.
+    """
+    for wanted in formats:
+        if wanted not in FORMATS:
+            raise ValueError(f"format must be one of {list(FORMATS)}, got {wanted!r}")
+    if results.seeds.is_empty():
+        raise ValueError("no cell is finished yet: there is nothing to export")
+    tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits")}
+    tables["summary"] = summary_table(results)
+    files: dict[str, bytes] = {}
+    for name, table in tables.items():
+        if "csv" in formats:
+            files[f"{name}.csv"] = table.write_csv().encode()
+        if "parquet" in formats:
+            table.write_parquet(content := BytesIO())
+            files[f"{name}.parquet"] = content.getvalue()
+    if "latex" in formats:
+        files["summary.tex"] = latex_table(results).encode()
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(directory / name, content)
+    return [directory / name for name in files]
+
+
+def summary_table(results: StudyResults) -> pl.DataFrame:
+    """A row for each condition and mechanism with final seeds, in the study's order; columns `SUMMARY_SCHEMA`."""
+    rows = [
+        {
+            "condition": summary.condition,
+            "mechanism": summary.mechanism,
+            "learning_rate": summary.learning_rate,
+            "initial_gain": summary.initial_gain,
+            "n": summary.seeds,
+            "solved": summary.solved,
+            "solved_share": summary.solved / summary.seeds,
+            "accuracy": summary.accuracy,
+            "pairs": comparison and len(comparison.seeds),
+            "difference": comparison and comparison.difference,
+            **_ends("solved_share", summary.solved_interval),
+            **_ends("accuracy", summary.accuracy_interval),
+            **_ends("difference", comparison and comparison.interval),
+        }
+        for summary, comparison in _lines(results)
+    ]
+    return pl.DataFrame(rows, schema=SUMMARY_SCHEMA)
+
+
+def latex_table(results: StudyResults) -> str:
+    r"""The summary as a LaTeX ``tabular`` with booktabs' rules, for a paper to ``\input``."""
+    level = f"{LEVEL:.0%}".replace("%", r"\%")
+    lines = [
+        r"% Needs \usepackage{booktabs}. In brackets: intervals of the share of seeds solved (Wilson), and of the mean",
+        f"% accuracy and the mean paired difference (bootstrap), all at {level}; none for few seeds, or equal values.",
+        r"\begin{tabular}{llrlll}",
+        r"\toprule",
+        rf"condition & mechanism & $n$ & solved & mean accuracy & accuracy $-$ {mechanism_name(BASELINE)} \\",
+        r"\midrule",
+    ]
+    before = None
+    for summary, comparison in _lines(results):
+        if before not in (None, summary.condition):
+            lines.append(r"\addlinespace")
+        share = f"[{summary.solved_interval.low:.2f}, {summary.solved_interval.high:.2f}]"
+        cells = [
+            "" if summary.condition == before else summary.condition.translate(_LATEX),
+            mechanism_name(summary.mechanism).translate(_LATEX),
+            str(summary.seeds),
+            f"{summary.solved}/{summary.seeds} {share}",
+            _number(summary.accuracy, summary.accuracy_interval, ".3f"),
+            "" if comparison is None else _number(comparison.difference, comparison.interval, "+.3f"),
+        ]
+        lines.append(" & ".join(cells).strip() + r" \\")
+        before = summary.condition
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _lines(results: StudyResults) -> list[tuple[Summary, Comparison | None]]:
+    """Each summary, and its comparison with the baseline, if there is one."""
+    compared = {(found.condition, found.candidate.mechanism): found for found in comparisons(results)}
+    return [(summary, compared.get((summary.condition, summary.mechanism))) for summary in summaries(results)]
+
+
+def _ends(name: str, interval: Interval | None) -> dict[str, float | None]:
+    return {f"{name}_low": interval and interval.low, f"{name}_high": interval and interval.high}
+
+
+def _number(value: float, interval: Interval | None, spec: str) -> str:
+    """A number and its interval in math mode, where a minus sign is one."""
+    ends = "" if interval is None else f"\\ [{interval.low:{spec}}, {interval.high:{spec}}]"
+    return f"${value:{spec}}{ends}$"

@@ -1,0 +1,124 @@
+"""Run finished cells again, and compare what comes out with what was kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from .config import Cell
+from .store import Store, StoreError, environment, finished_cells
+from .training import CellResult, train_cell
+
+__all__ = ["Verification", "sample_cells", "verify_cell"]
+
+# What makes a row of each table unique.
+_KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"]}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A cell that was run again.
+
+    Attributes:
+        differences: What differs and by how much, one phrase each; none: all tables and weights are the same.
+        circumstances: What is not as it was when the cell ran first: versions, processor, threads.
+        seconds: Time of the second training.
+    """
+
+    differences: tuple[str, ...]
+    circumstances: tuple[str, ...]
+    seconds: float
+
+
+def sample_cells(store: Store, count: int, seed: int) -> list[Cell]:
+    """Up to `count` finished cells of a study, drawn at random.
+
+    Raises:
+        StoreError: The folder is not a study, or has no finished cell.
+        ConfigError: Its configuration does not fit.
+    """
+    cells, _ = finished_cells(store, store.config()[0])
+    if not cells:
+        raise StoreError(f"{store.directory}: no cell is finished yet")
+    return random.Random(seed).sample(cells, min(count, len(cells)))
+
+
+def verify_cell(cell: Cell, store: Store) -> Verification:
+    """Train a finished cell again with as many threads as it had, one if that was not kept.
+
+    Raises:
+        CorruptCellError: What was kept cannot be read; the message names the file.
+    """
+    then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
+    with _threads(int(then.get("threads", 1))):
+        again, now = train_cell(cell), environment()
+    circumstances = [
+        f"{name} {then.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    return Verification(tuple(compare(kept, again)), tuple(circumstances), again.seconds)
+
+
+def compare(kept: CellResult, again: CellResult) -> list[str]:
+    """What differs between two results of a cell, and by how much; NaN equals NaN."""
+    differences = []
+    for table, keys in _KEYS.items():
+        before, after = getattr(kept, table), getattr(again, table)
+        if not before.equals(after):
+            differences.append(f"{table}: {_table_difference(before, after, keys)}")
+    if kept.weights.keys() != again.weights.keys():
+        names = sorted(kept.weights.keys() ^ again.weights.keys())
+        differences.append(f"weights: only one of the two has {', '.join(names)}")
+    else:
+        pairs = [(before, again.weights[name]) for name, before in kept.weights.items()]
+        if any(before.shape != after.shape for before, after in pairs):
+            differences.append("weights: other shapes")
+        elif not all(_same_bits(before, after) for before, after in pairs):
+            largest = max(_largest(before, after) for before, after in pairs)
+            differences.append(f"weights: by up to {largest:.2g}")
+    return differences
+
+
+def _table_difference(before: pl.DataFrame, after: pl.DataFrame, keys: list[str]) -> str:
+    joined = before.join(after, on=keys, suffix="_again", validate="1:1")
+    found = [f"accuracy by up to {_largest(*_tensors(joined)):.2g}"]
+    if (alone := max(len(before), len(after)) - len(joined)) > 0:
+        found.append(f"{alone} {'row' if alone == 1 else 'rows'} in one alone")
+    others = [name for name in before.columns if name not in (*keys, "accuracy")]
+    others = [name for name in others if not joined[name].equals(joined[f"{name}_again"])]
+    if others:
+        found.append(f"also {', '.join(others)}")
+    return ", ".join(found)
+
+
+def _tensors(joined: pl.DataFrame) -> tuple[Tensor, Tensor]:
+    before, after = (joined[name].to_numpy(writable=True) for name in ("accuracy", "accuracy_again"))
+    return torch.from_numpy(before), torch.from_numpy(after)
+
+
+def _same_bits(before: Tensor, after: Tensor) -> bool:
+    return torch.equal(before.contiguous().view(torch.uint8), after.contiguous().view(torch.uint8))
+
+
+def _largest(before: Tensor, after: Tensor) -> float:
+    """The largest difference; infinite where one of the two alone is NaN."""
+    both = before.isnan() & after.isnan()
+    difference = torch.where(both | (before == after), 0.0, (before - after).abs()).nan_to_num(nan=torch.inf)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
