@@ -4,26 +4,31 @@ import matplotlib as mpl
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
 
+from expressive_attention.study.attention_maps import AttentionMap
 from expressive_attention.study.figures import (
     accuracy_figure,
+    attention_figure,
     difference_figure,
-    ladder,
     learning_figure,
+    margin_map_figure,
     save_figures,
     solved_figure,
+    solved_map_figure,
+    splits_figure,
     steps_figure,
-    styles,
-    wrap,
 )
-from expressive_attention.study.statistics import comparisons, summaries
+from expressive_attention.study.layout import ladder, most_different, narrowed, readable_on, styles, wrap
+from expressive_attention.study.statistics import comparisons, mechanism_name, summaries
 
-from .report_data import LADDER, MECHANISMS, make_condition, make_results, results_of, seed_row
+from .report_data import LADDER, MECHANISMS, make_condition, make_results, mixed_results, results_of, seed_row
 
-NAMES = {"accuracy", "solved", "difference", "learning_curves", "steps_to_solve"}
+COMPARED = {"difference", "margin_map"}
+NAMES = {"accuracy", "solved", "solved_map", "learning_curves", "steps_to_solve"} | COMPARED
 
 
 def luminance(color):
@@ -76,6 +81,167 @@ def test_ladder_of_one_condition_is_named_by_its_label():
     layout = ladder(make_results([(16, 5, "rope")]))
     assert layout.tasks == (("sum, basis 16, delay 5, rope", "20 bits"),)
     assert [panel.title for panel in layout.panels] == [""]
+
+
+def test_ladder_names_mixed_tasks_by_what_tells_them_apart():
+    plain = make_condition(4, 10, "rope")
+    mixed = {"kind": "multi", "operations": ("sum",), "basis": 4, "delays": (2, 3), "context": 10}
+    others = replace(plain, label="mixed", task=mixed, facts=plain.facts | {"complexity": 6.3})
+    assert ladder(results_of([], [plain, others])).tasks == (
+        ("delays 2 3", "6.3 bits"),
+        ("delay 10", "20 bits"),
+    )
+
+
+def test_most_different_conditions_keep_the_order_of_the_study():
+    grid = ((2, 5, "rope"), (4, 5, "rope"), (8, 5, "rope"))
+    conditions = [make_condition(*point) for point in grid]
+    rows = [
+        seed_row(condition.label, mechanism, 0, accuracy)
+        for condition, ours in zip(conditions, (0.5, 0.6, 0.2), strict=True)
+        for mechanism, accuracy in {"expressive": ours, "dot_product": 0.55}.items()
+    ]
+    results = results_of(rows, conditions)
+    assert most_different(results, 2) == [conditions[0], conditions[2]]
+    assert narrowed(results, 2).conditions == [conditions[0], conditions[2]]
+    assert narrowed(results, 3) is results
+
+
+def test_text_on_a_color_has_the_contrast_of_wcag():
+    for color in ("#0072B2", "#1a6e52", "#ffffff", "#d9e9f3", "#D55E00"):
+        light, dark = sorted([luminance(color), luminance(readable_on(color))], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 3.9
+
+
+def numbers_in(ax):
+    """Text of each cell of a map, by column and row."""
+    return {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
+
+
+def test_margin_map_shows_the_difference_and_who_is_ahead():
+    results = make_results(LADDER, seeds=16)
+    (ax,) = margin_map_figure(results).axes
+    layout, texts = ladder(results), numbers_in(ax)
+    values = np.asarray(ax.images[0].get_array())
+    by_label = {comparison.condition: comparison for comparison in comparisons(results)}
+    for row, panel in enumerate(layout.panels):
+        for column, condition in panel.conditions:
+            found = by_label[condition.label]
+            assert values[row, column] == found.difference
+            assert texts[column, row] == f"{found.difference:+.2f}{'*' if found.leader else ''}"
+    assert {text[-1] == "*" for text in texts.values()} == {True, False}
+    low, high = ax.images[0].get_clim()
+    assert low == -high == -max(abs(found.difference) for found in by_label.values())
+
+
+def test_marks_of_a_narrowed_map_are_those_of_the_whole_study():
+    grid = [(basis, delay, "rope") for basis in range(2, 10) for delay in range(2, 11)]
+    results = make_results(grid, seeds=16)  # 72 conditions, of which 40 are shown
+    (ax,) = margin_map_figure(results).axes
+    ahead = {found.condition for found in comparisons(results) if found.leader}
+    layout = ladder(narrowed(results))
+    marked = {position for position, text in numbers_in(ax).items() if text.endswith("*")}
+    assert len(layout.tasks) == 40
+    assert marked
+    assert len(marked) < len([found for found in comparisons(narrowed(results)) if found.leader])  # adjusted for fewer
+    assert marked == {(column, 0) for column, shown in layout.panels[0].conditions if shown.label in ahead}
+
+
+def test_solved_map_shows_counts_and_leaves_gaps():
+    grid = ((2, 5, "rope"), (4, 5, "rope"), (4, 5, "learned"))
+    results = make_results(grid, seeds=4)
+    figure = solved_map_figure(results)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["EA", "DPA"]
+    for ax, mechanism in zip(figure.axes, MECHANISMS, strict=True):
+        found = {each.condition: each for each in summaries(results) if each.mechanism == mechanism}
+        places = {(0, 0): grid[0], (1, 0): grid[1], (1, 1): grid[2]}
+        expected = {place: found[make_condition(*point).label] for place, point in places.items()}
+        assert numbers_in(ax) == {place: f"{each.solved}/4" for place, each in expected.items()}
+        values = np.ma.filled(ax.images[0].get_array(), np.nan)
+        assert np.isnan(values[1, 0])
+        assert all(values[row, column] == each.solved / 4 for (column, row), each in expected.items())
+
+
+def test_splits_figure_shows_means_extremes_and_the_best_predictor():
+    results = mixed_results()
+    axes = splits_figure(results, results.conditions[:1]).axes
+    assert [ax.get_xlabel() for ax in axes] == ["by position", "by rule"]
+    for ax in axes:
+        ours, theirs = (styles(MECHANISMS)[mechanism].color for mechanism in MECHANISMS)
+        heights = {
+            color: {y for line in ax.lines if line.get_color() == color for _, y in points_of(line)}
+            for color in (ours, theirs)
+        }
+        assert heights[ours] == {0.5, 0.6, 0.7}  # lowest seed, mean, highest seed
+        assert heights[theirs] == {0.4, 0.5, 0.6}
+        assert 0.9 in {y for _, y in drawn(ax)}
+
+
+def test_attention_figure_shows_the_weights():
+    weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    (ax,) = attention_figure([AttentionMap("a, b", "expressive", 3, "worst", 0.5, 0, weights)], "a note").axes
+    np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), weights.numpy())
+    assert ax.get_title(loc="left") == "a, b\nEA, worst seed: 3\naccuracy 0.500, layer 1"
+
+
+def table(results, directory, name):
+    return pl.read_csv(save_figures(results, directory)[name].with_suffix(".csv"))
+
+
+def test_numbers_beside_a_figure_are_those_it_shows(tmp_path):
+    results = make_results()
+    save_figures(results, tmp_path)
+    read = {path.stem: pl.read_csv(path) for path in tmp_path.glob("*.csv")}
+
+    def shown(name, *columns):
+        values = (value for column in columns for value in read[name][column].drop_nulls())
+        return {round(value, 9) for value in values}
+
+    def heights(figure, axis):
+        return {point[axis] for ax in figure.axes for point in drawn(ax)}
+
+    accuracies = shown("accuracy", "accuracy", "low", "high")
+    assert accuracies == heights(accuracy_figure(results), 1) - {0.0, 1.0} | accuracies & {0.0, 1.0}
+    assert shown("difference", "difference", "low", "high") | {0.0} == heights(difference_figure(results), 0) - {1.0}
+    edges = {0.0, 1.0}
+    assert shown("solved", "share", "low", "high") - edges == heights(solved_figure(results), 0) - edges
+    chances = {round(condition.facts["chance"], 9) for condition in results.conditions}
+    curves = shown("learning_curves", "accuracy")
+    assert curves | chances == heights(learning_figure(results, results.conditions), 1) | chances
+    steps = {(step, round(share, 9)) for step, share in read["steps_to_solve"].select("step", "share").iter_rows()}
+    assert steps == set().union(*map(drawn, steps_figure(results, results.conditions).axes))
+
+
+def test_numbers_beside_the_maps(tmp_path):
+    results = make_results(LADDER[:4], seeds=8)
+    margins = table(results, tmp_path, "margin_map")
+    for row, found in zip(margins.iter_rows(named=True), comparisons(results), strict=True):
+        assert (row["condition"], row["difference"], row["ahead"]) == (found.condition, found.difference, found.leader)
+        assert row["pairs"] == 8
+    solved = table(results, tmp_path, "solved_map")
+    for row, found in zip(solved.iter_rows(named=True), summaries(results), strict=True):
+        assert (row["condition"], row["mechanism"], row["solved"]) == (found.condition, found.mechanism, found.solved)
+        assert mechanism_name(row["mechanism"]) in ("EA", "DPA")
+
+
+def test_numbers_beside_the_splits_are_of_all_conditions(tmp_path):
+    rows = table(mixed_results(), tmp_path, "splits")
+    assert rows["condition"].unique().sort().to_list() == ["mixed", "plain"]
+    ours = rows.filter(condition="mixed", mechanism="expressive", split="rule", group=3).row(0, named=True)
+    assert ours == {
+        "condition": "mixed", "mechanism": "expressive", "split": "rule", "group": 3, "name": "rule 3", "count": 8,
+        "seeds": 3, "accuracy": pytest.approx(0.6), "lowest": 0.5, "highest": 0.7, "ceiling": 0.9,
+    }  # fmt: skip
+
+
+def test_a_ceiling_below_one_is_marked_and_others_are_not():
+    ceilings = (0.75, 1.0)
+    plain = make_condition(16, 5, "rope")
+    for ceiling in ceilings:
+        condition = replace(plain, facts=plain.facts | {"ceiling": ceiling})
+        figure = accuracy_figure(results_of([seed_row(plain.label, "expressive", 0, 0.5)], [condition]))
+        heights = {y for _, y in drawn(figure.axes[0])}
+        assert (ceiling in heights) == (ceiling < 1)
 
 
 def test_labels_break_after_commas_only():
@@ -151,7 +317,7 @@ def test_no_text_is_cut(draw, grid):
     [
         (make_results(), NAMES),
         (make_results(seeds=1), NAMES),
-        (make_results(mechanisms=["expressive"]), NAMES - {"difference"}),
+        (make_results(mechanisms=["expressive"]), NAMES - COMPARED),
         (make_results(mechanisms=["expressive", "dot_product", "squared"], seeds=6), NAMES),
         (make_results(seeds=0), set()),
     ],
@@ -160,7 +326,8 @@ def test_no_text_is_cut(draw, grid):
 def test_save_figures(results, names, tmp_path):
     paths = save_figures(results, tmp_path / "figures")
     assert paths == {name: tmp_path / "figures" / f"{name}.png" for name in names}
-    assert set((tmp_path / "figures").glob("*")) == set(paths.values())
+    numbers = {path.with_suffix(".csv") for path in paths.values()}
+    assert set((tmp_path / "figures").glob("*")) == {*paths.values(), *numbers}
     for path in paths.values():
         assert imread(path).std() > 0.05
 

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -8,10 +9,18 @@ from html.parser import HTMLParser
 import polars as pl
 import pytest
 
+from expressive_attention.study.claims import verdicts
 from expressive_attention.study.report import write_report
-from expressive_attention.study.statistics import findings
+from expressive_attention.study.statistics import comparisons, findings
 
-from .report_data import LADDER, make_condition, make_results, results_of, seed_row
+from .report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained
+
+MANY = tuple(
+    (basis, delay, position)
+    for position in ("rope", "learned", "alibi", "relative", "none")
+    for basis in range(2, 12)
+    for delay in range(2, 12)
+)
 
 
 class Page(HTMLParser):
@@ -120,19 +129,19 @@ def test_page_needs_nothing_from_elsewhere(quick):
 def test_pictures_have_words(quick):
     _, path = quick
     page = read(path)
-    assert len(page.values("img", "alt")) == len(page.values("img", "src")) == 5
+    assert len(page.values("img", "alt")) == len(page.values("img", "src")) == 7
     assert all(len(alt) > 30 for alt in page.values("img", "alt"))
-    # 3 single plots and one for each of 3 conditions in 2 figures, each labelled
-    assert page.values("div", "role").count("img") == 9
+    # 5 single plots and one for each of 3 conditions in 2 figures, each labelled
+    assert page.values("div", "role").count("img") == 11
 
 
 def test_every_figure_states_n_and_the_kind_of_its_interval(quick):
     _, path = quick
     html = path.read_text(encoding="utf-8")
     notes = [words(unescape(note)) for note in re.findall(r"<figcaption.*?>(.*?)</figcaption>", html, re.S)]
-    assert len(notes) == 5
+    assert len(notes) == 7
     assert all("n = 8" in note for note in notes)
-    kinds = ["95% bootstrap", "95% Wilson", "95% bootstrap", "median over seeds", "no interval"]
+    kinds = ["Holm", "95% Wilson", "95% bootstrap", "95% bootstrap", "95% Wilson", "median over seeds", "no interval"]
     for note, kind in zip(notes, kinds, strict=True):
         assert kind in note
 
@@ -165,7 +174,7 @@ def test_report_of_nothing(tmp_path):
     page = write(results_of([], conditions, unfinished=["all of it"]), tmp_path)
     assert "No final seed has finished yet: there is nothing to report." in words(page.text)
     assert [row[0] for row in page.tables[0][1:]] == ["sum, basis 2, delay 5, rope"]
-    assert page.tables[0][1][-1] == "\N{EN DASH}"
+    assert page.tables[0][0][-1] == "Testsequences"  # no column of contexts seen: nobody has seen any
     assert page.values("img", "src") == []
     assert list(tmp_path.rglob("*.png")) == []
 
@@ -173,10 +182,10 @@ def test_report_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("results", "plots"),
     [
-        (make_results(mechanisms=["expressive"]), 8),
-        (make_results(mechanisms=["dot_product"], seeds=1), 8),
-        (make_results(mechanisms=["expressive", "dot_product", "squared"], seeds=6), 9),
-        (make_results(seeds=1), 9),
+        (make_results(mechanisms=["expressive"]), 9),
+        (make_results(mechanisms=["dot_product"], seeds=1), 9),
+        (make_results(mechanisms=["expressive", "dot_product", "squared"], seeds=6), 11),
+        (make_results(seeds=1), 11),
     ],
     ids=["EA alone", "one seed of DPA", "three mechanisms", "one seed"],
 )
@@ -193,24 +202,80 @@ def test_report_without_tuning(tmp_path):
     assert "was chosen for each mechanism" not in page.text
 
 
-def test_long_studies_are_cut_into_printable_images(tmp_path):
-    page = write(make_results(LADDER[:7], seeds=1), tmp_path)
-    # 7 conditions, 6 panels on a page: 2 images for each of 2 figures, and 3 single ones
-    assert len(page.values("img", "src")) == 3 + 2 * 2
+def test_a_study_of_many_conditions_shows_those_that_differ_most(tmp_path):
+    results = make_results(LADDER, seeds=6)
+    html = write_report(results, tmp_path).read_text(encoding="utf-8")
+    gaps = sorted((-abs(found.difference), found.condition) for found in comparisons(results))
+    learning = html.split('<figure id="learning_curves">')[1].split("</figure>")[0]
+    shown, folded = learning.split("<details")
+    assert set(re.findall(r"<h5>(.*?)</h5>", shown)) == {label for _, label in gaps[:12]}
+    assert set(re.findall(r"<h5>(.*?)</h5>", folded)) == {label for _, label in gaps[12:]}
 
 
-def test_report_is_the_same_each_time_but_for_names_of_plots(quick, tmp_path):
+def test_report_opens_with_a_row_for_each_claim(tmp_path):
+    claims = ["at_least_as_good", "lead_grows", "exclusive_range"]
+    results = make_results(LADDER, seeds=8, claims=claims)
+    page = write(results, tmp_path)
+    found = verdicts(results, claims)
+    marks = {"supported": "\N{CHECK MARK}", "contradicted": "\N{BALLOT X}", "undecided": "?"}
+    rows = page.tables[0][1:]
+    for verdict, row, why in zip(found, rows[::2], rows[1::2], strict=True):
+        assert row[0] == verdict.question
+        assert row[1] == f"{marks[verdict.answer]} {verdict.answer}"
+        assert row[2:4] == [verdict.effect, verdict.n]
+        assert verdict.where in why[0]
+        assert verdict.test in why[0]
+    links = [link for link in page.values("a", "href") if link.startswith("#")]
+    figures = page.values("figure", "id")
+    assert all(f"#{verdict.evidence}" in links for verdict in found)
+    assert all(link[1:] in figures + page.values("section", "id") for link in links)
+
+
+def test_mixed_tasks_show_accuracy_by_rule(tmp_path):
+    html = write_report(mixed_results(), tmp_path).read_text(encoding="utf-8")
+    splits = html.split('<figure id="splits">')[1].split("</figure>")[0]
+    shown, folded = splits.split("<details")
+    assert re.findall(r"<h4.*?>(.*?)</h4>", shown) == ["mixed"]
+    assert re.findall(r"<h5>(.*?)</h5>", shown) == ["By position", "By rule"]
+    assert re.findall(r"<h5>(.*?)</h5>", folded) == ["plain"]
+
+
+def test_settings_are_pairs_of_rate_and_gain(tmp_path):
+    condition = make_condition(16, 5, "rope")
+    rows = [
+        seed_row(condition.label, "expressive", seed, 0.5 + gain / 10 + rate, learning_rate=rate, initial_gain=gain)
+        | {"role": role}
+        for rate, gain, role, seed in [
+            *((rate, gain, "tuning", 100) for rate in (0.01, 0.02) for gain in (0.5, 1.0)),
+            (0.02, 1.0, "final", 0),
+        ]
+    ]
+    tuning = write(results_of(rows, [condition], ["expressive"]), tmp_path).tables[2]
+    assert tuning[0][2:] == ["Learningrate 0.01", "Learningrate 0.02"]
+    assert tuning[1] == ["gain 0.5", "gain 1", "gain 0.5", "gain 1"]
+    assert tuning[2][2:] == ["0.5600/1", "0.6100/1", "0.5700/1", "0.6200/1, chosen"]
+
+
+def test_report_of_a_folder_with_cells_shows_where_models_look(tmp_path):
+    results = trained(tmp_path)
+    html = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert '<figure id="attention_maps">' in html
+    weights = pl.read_csv(tmp_path / "figures" / "attention_maps.csv")
+    assert weights["rank"].unique().sort().to_list() == ["best", "worst"]
+    shutil.rmtree(tmp_path / "cells")
+    assert '<figure id="attention_maps">' not in write_report(results, tmp_path).read_text(encoding="utf-8")
+
+
+def test_report_is_the_same_each_time(quick, tmp_path):
     _, path = quick
-    first, second = path.read_text(), write_report(make_results(), tmp_path).read_text()
-    name = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
-    assert name.sub("", first) == name.sub("", second)
+    assert path.read_text() == write_report(make_results(), tmp_path).read_text()
 
 
 def test_no_partial_files_remain(quick):
     _, path = quick
     names = {file.relative_to(path.parent).as_posix() for file in path.parent.rglob("*") if file.is_file()}
-    figures = ("accuracy", "solved", "difference", "learning_curves", "steps_to_solve")
-    assert names == {"report.html", *(f"figures/{name}.png" for name in figures)}
+    figures = ("margin_map", "solved_map", "accuracy", "difference", "solved", "learning_curves", "steps_to_solve")
+    assert names == {"report.html", *(f"figures/{name}.{kind}" for name in figures for kind in ("png", "csv"))}
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +299,18 @@ def browser(tmp_path_factory):
     window.quit()
 
 
+def draw_all(browser):
+    """Brings every plot that is not folded away into sight."""
+    browser.execute_async_script(
+        "const done = arguments[0], plots = document.querySelectorAll('.plotly-graph-div');"
+        "const frame = () => new Promise(requestAnimationFrame);"
+        "(async () => { for (const plot of plots) {"
+        "  if (!plot.checkVisibility()) continue;"
+        "  plot.scrollIntoView(); while (!plot.querySelector('.main-svg')) await frame();"
+        "} await frame(); done(); })()"
+    )
+
+
 def visit(browser, path, width):
     """Opens the page at a width and returns what the console says and the addresses asked for."""
     browser.execute_cdp_cmd(
@@ -244,7 +321,7 @@ def visit(browser, path, width):
     for log in ("browser", "performance"):
         browser.get_log(log)  # what came before
     browser.get(path.as_uri())
-    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    draw_all(browser)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     return browser.get_log("browser"), [request["request"]["url"] for request in requests]
@@ -261,12 +338,12 @@ def test_page_in_a_browser(browser, width, quick):
 
     plots = browser.execute_script(
         "return [...document.querySelectorAll('.plotly-graph-div')].map(plot => ["
-        "plot.querySelectorAll('.trace path').length, plot.querySelector('.main-svg').clientWidth,"
+        "plot.querySelectorAll('.trace path, .hm image').length, plot.querySelector('.main-svg').clientWidth,"
         "plot.clientWidth])"
     )
-    assert len(plots) == 9
+    assert len(plots) == 11
     for paths, drawn_width, room in plots:
-        assert paths >= 2
+        assert paths >= 1
         assert 200 < drawn_width == room
 
     # wide tables scroll in their own box, never the page
@@ -309,6 +386,26 @@ def test_labels_are_shown_as_they_are(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_folded_plots_are_drawn_when_unfolded(browser, tmp_path):
+    path = write_report(make_results(LADDER[:14], seeds=1), tmp_path)
+    visit(browser, path, 1200)
+    drawn = "return document.querySelectorAll('#learning_curves details .main-svg').length > 0"
+    assert not browser.execute_script(drawn)
+    browser.execute_script("document.querySelector('#learning_curves details').open = true")
+    draw_all(browser)
+    assert browser.execute_script(drawn)
+
+
+@pytest.mark.browser
+def test_a_large_page_opens_fast(browser, tmp_path):
+    path = write_report(make_results(MANY, seeds=2, mechanisms=["expressive", "dot_product"]), tmp_path)
+    assert path.stat().st_size < 10e6
+    start = time.perf_counter()
+    browser.get(path.as_uri())
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.browser
 def test_paper_shows_images_instead_of_plots(browser, quick):
     _, path = quick
     visit(browser, path, 1200)
@@ -323,5 +420,5 @@ def test_paper_shows_images_instead_of_plots(browser, quick):
         )
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    assert shown == [5, 0]
+    assert shown == [7, 0]
     assert complete

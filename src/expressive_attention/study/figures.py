@@ -1,30 +1,61 @@
-"""Figures of a study as image files, and what they share with the report's interactive ones."""
+"""Figures of a study as image files, each with its numbers beside it."""
 
 from __future__ import annotations
 
 import functools
 import io
-import json
 import math
-import re
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
+from .attention_maps import AttentionMap
+from .figure_data import FIGURE_DATA, attention_table, split_table
 from .files import write_atomically
+from .layout import (
+    AHEAD,
+    BEHIND,
+    EMPTY,
+    GRID,
+    INK,
+    MOST_PANELS,
+    MUTED,
+    PREDICTORS,
+    SHARE,
+    Map,
+    Style,
+    candidate_names,
+    difference_reach,
+    dodge,
+    finished_conditions,
+    ladder,
+    margin_maps,
+    most_different,
+    narrowed,
+    notes,
+    predictors_of,
+    readable_on,
+    solved_maps,
+    split_conditions,
+    splits_of,
+    spread,
+    steps_reach,
+    steps_tests,
+    styles,
+    wrap,
+)
 from .results import Condition, StudyResults
 from .statistics import (
-    LEVEL,
-    MINIMUM_FOR_INTERVAL,
     Summary,
     comparisons,
     evidence,
@@ -35,44 +66,18 @@ from .statistics import (
 )
 
 __all__ = [
-    "PREDICTORS",
-    "Ladder",
-    "Panel",
-    "Style",
     "accuracy_figure",
-    "accuracy_note",
-    "candidate_names",
+    "attention_figure",
     "difference_figure",
-    "difference_note",
-    "difference_reach",
-    "dodge",
-    "finished_conditions",
-    "ladder",
     "learning_figure",
-    "learning_note",
+    "margin_map_figure",
     "png",
     "save_figures",
     "solved_figure",
-    "solved_note",
-    "spread",
+    "solved_map_figure",
+    "splits_figure",
     "steps_figure",
-    "steps_note",
-    "steps_reach",
-    "styles",
-    "wrap",
 ]
-
-INK = "#222222"
-MUTED = "#666666"
-GRID = "#dddddd"
-
-# Trivial predictors in `Condition.facts`: name for people, marker in image files, symbol in the report, and
-# shift in the column, since their accuracies nearly coincide.
-PREDICTORS = {
-    "chance": ("chance", "_", "line-ew-open", 0.0),
-    "majority": ("majority digit", "x", "x-thin-open", -0.05),
-    "copy_last": ("copy last digit", "+", "cross-thin-open", 0.05),
-}
 
 _SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
@@ -94,169 +99,10 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.color": MUTED,
     "ytick.labelcolor": INK,
 }
+_SHARES = LinearSegmentedColormap.from_list("share", ["#ffffff", SHARE])
+_MARGINS = LinearSegmentedColormap.from_list("margin", [BEHIND, "#ffffff", AHEAD])
 _WIDTH = 7.0  # inches: the text width of a page
 _RANGE = (-0.03, 1.03)  # a share, with room for markers at both ends
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a mechanism is drawn: told apart by color, marker and dash, so that grey is enough.
-
-    Attributes:
-        color: Of lines and markers (Okabe and Ito's palette, safe for color-blind readers).
-        fill: Inside of markers.
-        marker: Marker in image files.
-        line: Line style in image files.
-        symbol: Marker in the report.
-        dash: Line style in the report.
-    """
-
-    color: str
-    fill: str
-    marker: str
-    line: Literal["-", "--", "-.", ":"]
-    symbol: str
-    dash: str
-
-
-_EXPRESSIVE = Style("#0072B2", "#0072B2", "o", "-", "circle", "solid")
-_DOT_PRODUCT = Style("#D55E00", "#FFFFFF", "s", "--", "square", "dash")
-_OTHERS = (
-    Style("#009E73", "#009E73", "^", ":", "triangle-up", "dot"),
-    Style("#CC79A7", "#FFFFFF", "D", "-.", "diamond", "dashdot"),
-    Style("#56B4E9", "#56B4E9", "v", "-.", "triangle-down", "dashdot"),
-    Style("#E69F00", "#FFFFFF", "^", ":", "triangle-up", "dot"),
-)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The conditions of one model.
-
-    Attributes:
-        title: What tells this model from the study's others, empty if there is only one.
-        conditions: Pairs of a column of the `Ladder` and the condition there, by ascending column.
-    """
-
-    title: str
-    conditions: tuple[tuple[int, Condition], ...]
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """A study's conditions laid out by task and model.
-
-    Attributes:
-        tasks: Lines that name each task, by ascending complexity: one column per task, so that tasks of
-            equal complexity stay apart.
-        panels: One per model, in the study's order.
-    """
-
-    tasks: tuple[tuple[str, ...], ...]
-    panels: tuple[Panel, ...]
-
-
-def styles(mechanisms: Sequence[str]) -> dict[str, Style]:
-    """How each of the mechanisms is drawn."""
-    others = [mechanism for mechanism in mechanisms if mechanism not in ("expressive", "dot_product")]
-    found = {"expressive": _EXPRESSIVE, "dot_product": _DOT_PRODUCT}
-    found |= {mechanism: _OTHERS[index % len(_OTHERS)] for index, mechanism in enumerate(others)}
-    return {mechanism: found[mechanism] for mechanism in mechanisms}
-
-
-def dodge(mechanisms: Sequence[str]) -> dict[str, float]:
-    """Positions beside each other, around 0, within a slot of width 1."""
-    count = len(mechanisms)
-    return {mechanism: (index - (count - 1) / 2) * 0.7 / count for index, mechanism in enumerate(mechanisms)}
-
-
-def spread(count: int, width: float) -> list[float]:
-    """Positions of `count` seeds around 0, so that equal values do not hide each other."""
-    return [0.0] if count == 1 else np.linspace(-width / 2, width / 2, count).tolist()
-
-
-def wrap(label: str, width: int = 20) -> list[str]:
-    """Lines of about `width` characters, broken after commas only: ``"basis 16"`` stays on one line."""
-    unbroken = re.sub("(?<!,) ", "\u00a0", label)
-    return textwrap.wrap(unbroken, width, break_long_words=False, break_on_hyphens=False)
-
-
-def ladder(results: StudyResults) -> Ladder:
-    """Lays the conditions out by task and model."""
-    by_complexity = sorted(results.conditions, key=lambda condition: condition.facts["complexity"])
-    tasks = {_key(condition.task): condition for condition in by_complexity}
-    models = {_key(condition.model): condition.model for condition in results.conditions}
-    columns = {key: column for column, key in enumerate(tasks)}
-    task_names = _distinguish([condition.task for condition in tasks.values()])
-    model_names = _distinguish(list(models.values()))
-    return Ladder(
-        tasks=tuple(
-            (*(names or [condition.label]), f"{round(condition.facts['complexity'], 1):g} bits")
-            for names, condition in zip(task_names, tasks.values(), strict=True)
-        ),
-        panels=tuple(
-            Panel(
-                title=", ".join(names),
-                conditions=tuple(
-                    (columns[_key(condition.task)], condition)
-                    for condition in by_complexity
-                    if _key(condition.model) == key
-                ),
-            )
-            for names, key in zip(model_names, models, strict=True)
-        ),
-    )
-
-
-def finished_conditions(results: StudyResults) -> list[Condition]:
-    """Conditions that have final seeds, in the study's order."""
-    labels = set(results.seeds.filter(pl.col("role") == "final")["condition"])
-    return [condition for condition in results.conditions if condition.label in labels]
-
-
-def candidate_names(results: StudyResults) -> str:
-    """Names of the mechanisms that are compared with DPA."""
-    names = dict.fromkeys(mechanism_name(found.candidate.mechanism) for found in comparisons(results))
-    return " or ".join(names)
-
-
-def accuracy_note(results: StudyResults) -> str:
-    """What the marks of the accuracy figure stand for."""
-    return (
-        f"Small marks: one seed each ({_seed_counts(results)}). Large marks: mean over seeds with "
-        f"{_bootstrap_kind()}. Tasks are ordered by the size of their state space in bits, equally spaced."
-    )
-
-
-def solved_note(results: StudyResults) -> str:
-    """What the marks of the figure of solved seeds stand for."""
-    return f"Share of seeds that solved the task, with {LEVEL:.0%} Wilson interval ({_seed_counts(results)})."
-
-
-def difference_note(results: StudyResults) -> str:
-    """What the marks of the figure of paired differences stand for."""
-    counts = _range([len(comparison.differences) for comparison in comparisons(results)])
-    return (
-        f"Small marks: accuracy of {candidate_names(results)} minus that of DPA for one seed, from the same "
-        f"initial parameters and batches (n\u00a0=\u00a0{counts} per condition). "
-        f"Large marks: mean over pairs with {_bootstrap_kind()}."
-    )
-
-
-def learning_note(results: StudyResults) -> str:
-    """What the lines of the learning curves stand for."""
-    return (
-        f"Thick: median over seeds; thin: one seed each ({_seed_counts(results)}); dotted grey: chance. "
-        "Accuracy on validation sequences. A seed ends when it has solved the task."
-    )
-
-
-def steps_note(results: StudyResults) -> str:
-    """What the lines of the figure of steps to solve stand for."""
-    return (
-        "Share of seeds that have solved the task by a step (Kaplan-Meier estimate, unsolved seeds censored "
-        f"at the end of training; {_seed_counts(results)}; no interval)."
-    )
 
 
 _Draw = TypeVar("_Draw", bound=Callable[..., Figure])
@@ -296,11 +142,13 @@ def accuracy_figure(results: StudyResults) -> Figure:
             _draw_accuracy(ax, results, present, style, dodge(results.mechanisms)[mechanism])
     axes[-1].set_xticks(range(len(layout.tasks)), ["\n".join(lines) for lines in layout.tasks])
     axes[-1].set(xlim=(-0.5, len(layout.tasks) - 0.5), xlabel="task, state space in bits")
+    known = {fact for condition in results.conditions for fact in predictors_of(condition)}
     predictors = [
         Line2D([], [], color=MUTED, marker=marker, linestyle="none", label=name)
-        for name, marker, _, _ in PREDICTORS.values()
+        for fact, (name, marker, _, _) in PREDICTORS.items()
+        if fact in known
     ]
-    return _finish(figure, accuracy_note(results), results, predictors)
+    return _finish(figure, notes(results)["accuracy"], results, predictors)
 
 
 @_styled
@@ -317,7 +165,7 @@ def solved_figure(results: StudyResults) -> Figure:
         _draw_mean(ax, share, at, drawn[summary.mechanism])
         ax.text(1.05, at, f"{summary.solved}/{summary.seeds}", va="center", clip_on=False)
     ax.set(xlim=_RANGE, xlabel="share of seeds solved")
-    return _finish(figure, solved_note(results), results)
+    return _finish(figure, notes(results)["solved"], results)
 
 
 @_styled
@@ -349,7 +197,7 @@ def difference_figure(results: StudyResults) -> Figure:
     ax.set_title("DPA better", loc="left", color=MUTED, fontsize="medium")
     ax.set_title(f"{names} better", loc="right", color=MUTED, fontsize="medium")
     key = {mechanism: f"{mechanism_name(mechanism)} - DPA" for mechanism in candidates}
-    return _finish(figure, difference_note(results), results, key=key)
+    return _finish(figure, notes(results)["difference"], results, key=key)
 
 
 @_styled
@@ -367,7 +215,7 @@ def learning_figure(results: StudyResults, conditions: Sequence[Condition]) -> F
                 ax.plot(rows["step"], rows["accuracy"], style.line, color=style.color, lw=0.5, alpha=0.5)
             median = median_curve(curves)
             ax.plot(median["step"], median["accuracy"], style.line, color=style.color, lw=2)
-    return _finish(figure, learning_note(results), results, markers=False)
+    return _finish(figure, notes(results)["learning_curves"], results, markers=False)
 
 
 @_styled
@@ -380,85 +228,124 @@ def steps_figure(results: StudyResults, conditions: Sequence[Condition]) -> Figu
             if not rows.is_empty():
                 at, share = solve_curve(rows["steps_to_solve"].to_list(), int(rows["steps"].to_numpy().max()))
                 ax.step(at, share, style.line, where="post", color=style.color, linewidth=2)
-    return _finish(figure, steps_note(results), results, markers=False)
+        ax.text(0.02, 0.96, steps_tests(results, condition), transform=ax.transAxes, va="top", color=INK)
+    return _finish(figure, notes(results)["steps_to_solve"], results, markers=False)
 
 
-def difference_reach(results: StudyResults) -> float:
-    """Largest distance from 0 that the figure of paired differences shows."""
-    largest = max(abs(value) for comparison in comparisons(results) for value in comparison.differences)
-    return min(1.05, max(0.05, 1.1 * largest))
+@_styled
+def margin_map_figure(results: StudyResults) -> Figure:
+    """Mean difference in accuracy by model and task, one map per mechanism that is compared with DPA.
+
+    Raises:
+        ValueError: If there is nothing to compare.
+    """
+    maps = margin_maps(results)
+    if not maps:
+        raise ValueError("no condition has finished seeds of two mechanisms")
+    reach = max(0.05, *(abs(value) for found in maps for value in found.values.flat if value == value))
+    return _maps_figure(maps, _MARGINS, (-reach, reach), notes(results)["margin_map"])
 
 
-def steps_reach(results: StudyResults) -> float:
-    """Training steps that figures against steps show: the same in each, so that they can be compared."""
-    return 1.04 * float(results.seeds.filter(pl.col("role") == "final")["steps"].to_numpy().max())
+@_styled
+def solved_map_figure(results: StudyResults) -> Figure:
+    """Share of seeds solved by model and task, one map per mechanism."""
+    return _maps_figure(solved_maps(results), _SHARES, (0.0, 1.0), notes(results)["solved_map"])
 
 
-def save_figures(results: StudyResults, directory: Path) -> dict[str, Path]:
-    """Writes every figure that the results allow as a PNG file.
+@_styled
+def splits_figure(results: StudyResults, conditions: Sequence[Condition]) -> Figure:
+    """Accuracy by group of test positions: one row per condition, one panel per split."""
+    splits = splits_of(results)
+    columns = max(len(splits[condition.label]) for condition in conditions)
+    figure = Figure(figsize=(_WIDTH, 1.3 + 2.3 * len(conditions)), layout="constrained")
+    grid = figure.subplots(len(conditions), columns, squeeze=False, sharey=True)
+    for axes, condition in zip(grid, conditions, strict=True):
+        axes[0].set(ylabel="accuracy", ylim=_RANGE)
+        axes[0].set_title("\n".join(wrap(condition.label, 100 // columns)))
+        rows = split_table(results).filter(pl.col("condition") == condition.label)
+        for ax, split in zip(axes, splits[condition.label], strict=False):
+            _draw_split(ax, rows.filter(pl.col("split") == split), split, styles(results.mechanisms))
+        for unused in axes[len(splits[condition.label]) :]:
+            unused.remove()
+    ceiling = Line2D([], [], color=MUTED, marker="_", markersize=10, linestyle="none", label="best possible")
+    return _finish(figure, notes(results)["splits"], results, [ceiling])
+
+
+@_styled
+def attention_figure(maps: Sequence[AttentionMap], note: str) -> Figure:
+    """Mean attention weights: one panel per condition, mechanism, seed and layer, four beside each other."""
+    columns = min(4, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    figure = Figure(figsize=(_WIDTH, 0.6 + 2.5 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax, found in zip(axes, maps, strict=False):
+        ax.imshow(found.weights.numpy(), cmap=_SHARES, vmin=0.0, vmax=1.0)
+        ax.grid(visible=False)
+        ax.set_title("\n".join([*wrap(found.condition, 26), *found.title]), fontsize=6.5)
+        ax.set(xlabel="key", ylabel="query")
+    for unused in axes[len(maps) :]:
+        unused.remove()
+    return _annotated(figure, note)
+
+
+def save_figures(results: StudyResults, directory: Path, maps: Sequence[AttentionMap] = ()) -> dict[str, Path]:
+    """Writes every figure that the results allow as a PNG file, and its numbers beside it as CSV.
+
+    A figure that cannot show all conditions shows those on which the mechanisms differ most; the numbers are of all.
 
     Args:
         results: The study; without final seeds nothing is written.
         directory: Where to write; created if missing.
+        maps: Attention maps of some of its models.
 
     Returns:
-        The files written, by the name of the figure.
+        The image files written, by the name of the figure.
     """
-    conditions = finished_conditions(results)
-    if not conditions:
+    finished = finished_conditions(results)
+    if not finished:
         return {}
+    rows, panels = narrowed(results), most_different(results, MOST_PANELS)
     figures = {
-        "accuracy": accuracy_figure(results),
-        "solved": solved_figure(results),
-        "learning_curves": learning_figure(results, conditions),
-        "steps_to_solve": steps_figure(results, conditions),
+        "accuracy": accuracy_figure(rows),
+        "solved_map": solved_map_figure(results),
+        "solved": solved_figure(rows),
+        "learning_curves": learning_figure(results, panels),
+        "steps_to_solve": steps_figure(results, panels),
     }
     if comparisons(results):
-        figures["difference"] = difference_figure(results)
+        figures["margin_map"] = margin_map_figure(results)
+        figures["difference"] = difference_figure(rows)
+    if split := split_conditions(results):
+        figures["splits"] = splits_figure(results, split)
+    tables = {name: FIGURE_DATA[name](results) for name in figures}
+    if maps:
+        figures["attention_maps"] = attention_figure(maps, notes(results)["attention_maps"])
+        tables["attention_maps"] = attention_table(maps)
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: directory / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         write_atomically(paths[name], png(figure))
+        write_atomically(paths[name].with_suffix(".csv"), tables[name].write_csv().encode())
     return paths
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as the content of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _key(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, sort_keys=True, default=str)
-
-
-def _distinguish(settings: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """For each of the settings, the fields that tell it from the others, as ``"basis 16"``."""
-    keys = dict.fromkeys(key for fields in settings for key in fields)
-    varying = [key for key in keys if len({_key({key: fields.get(key)}) for fields in settings}) > 1]
-    return [[f"{key.replace('_', ' ')} {fields[key]}" for key in varying if key in fields] for fields in settings]
-
-
-def _range(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _seed_counts(results: StudyResults) -> str:
-    counts = _range([summary.seeds for summary in summaries(results)])
-    return f"n\u00a0=\u00a0{counts} per condition and mechanism"
-
-
-def _bootstrap_kind() -> str:
-    return f"{LEVEL:.0%} bootstrap interval (none below {MINIMUM_FOR_INTERVAL} seeds or where all are equal)"
+    """The figure as the content of a PNG file, of 256 colors: a third of the size, for eyes the same."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="rgba")
+    width, height = figure.canvas.get_width_height(physical=True)
+    image = Image.frombytes("RGBA", (width, height), buffer.getvalue()).convert("RGB")
+    image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, format="png")
+    return small.getvalue()
 
 
 def _rows(labels: Sequence[str]) -> tuple[Figure, Axes]:
     """A figure with one labelled row per condition, from the top."""
-    figure = Figure(figsize=(_WIDTH, 1.7 + 0.5 * len(labels)), layout="constrained")
+    names = [wrap(label) for label in labels]
+    height = max(0.5, 0.1 + 0.14 * max(map(len, names)))
+    figure = Figure(figsize=(_WIDTH, 1.7 + height * len(labels)), layout="constrained")
     ax = figure.subplots()
-    ax.set_yticks(range(len(labels)), ["\n".join(wrap(label)) for label in labels])
+    ax.set_yticks(range(len(labels)), ["\n".join(lines) for lines in names])
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     for boundary in range(1, len(labels)):
@@ -485,10 +372,52 @@ def _grid(results: StudyResults, conditions: Sequence[Condition], ylabel: str) -
 
 
 def _draw_predictors(ax: Axes, column: int, condition: Condition) -> None:
-    for fact, (_, marker, _, shift) in PREDICTORS.items():
+    for fact, value in predictors_of(condition).items():
+        _, marker, _, shift = PREDICTORS[fact]
         size = 40 if fact == "chance" else 6
-        if fact in condition.facts:
-            ax.plot(column + shift, condition.facts[fact], marker=marker, markersize=size, color=MUTED)
+        ax.plot(column + shift, value, marker=marker, markersize=size, color=MUTED)
+
+
+def _maps_figure(maps: Sequence[Map], colors: Colormap, limits: tuple[float, float], note: str) -> Figure:
+    """Maps above each other, each cell with its text."""
+    rows, columns = maps[0].values.shape
+    lines = max(map(len, maps[0].columns))
+    height = 1.2 + 0.13 * lines + len(maps) * (0.35 + 0.42 * rows)
+    figure = Figure(figsize=(max(_WIDTH, 1.5 + 0.62 * columns), height), layout="constrained")
+    axes = figure.subplots(len(maps), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, found in zip(axes, maps, strict=True):
+        ax.set_facecolor(EMPTY)
+        ax.imshow(found.values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
+        for row, column in np.argwhere(~np.isnan(found.values)):
+            share = (found.values[row, column] - limits[0]) / (limits[1] - limits[0])
+            ink = readable_on(to_hex(colors(float(share))))
+            ax.text(column, row, found.texts[row][column], ha="center", va="center", fontsize=7, color=ink)
+        ax.set_title(found.title)
+        ax.grid(visible=False)
+        ax.set_yticks(range(rows), ["\n".join(wrap(name, 18)) for name in found.rows])
+        ax.set_xticks(range(columns), ["\n".join(task) for task in found.columns], fontsize=6.5)
+    axes[-1].set_xlabel("task, state space in bits")
+    return _annotated(figure, note)
+
+
+def _draw_split(ax: Axes, rows: pl.DataFrame, split: str, drawn: dict[str, Style]) -> None:
+    """Means of each mechanism by group, with bars from the lowest to the highest seed, and the best predictor."""
+    groups = rows.unique("group").sort("group")
+    place = {group: index for index, group in enumerate(groups["group"])}
+    known = groups.drop_nulls("ceiling")
+    ax.plot([place[g] for g in known["group"]], known["ceiling"], "_", color=MUTED, markersize=14)
+    for mechanism, shift in dodge(list(drawn)).items():
+        style, found = drawn[mechanism], rows.filter(pl.col("mechanism") == mechanism).sort("group")
+        at = [place[group] + 0.6 * shift for group in found["group"]]
+        if split == "position":
+            ax.plot(at, found["accuracy"], style.line, color=style.color, linewidth=1)
+        for x, mean, low, high in zip(at, found["accuracy"], found["lowest"], found["highest"], strict=True):
+            _draw_interval(ax, [x, x], [low, high], style)
+            ax.plot(x, mean, style.marker, color=style.color, markerfacecolor=style.fill, markersize=4, zorder=3)
+    names = groups["group"].cast(pl.String) if split == "position" else groups["name"]
+    ax.set_xticks(range(len(names)), ["\n".join(textwrap.wrap(name, max(7, 28 // len(names)))) for name in names])
+    ax.set(xlim=(-0.6, len(names) - 0.4), xlabel=f"by {split}")
+    ax.grid(visible=False, axis="x")
 
 
 def _draw_accuracy(
@@ -548,6 +477,10 @@ def _finish(
         handlelength=2.8,
         columnspacing=1.2,
     )
+    return _annotated(figure, note)
+
+
+def _annotated(figure: Figure, note: str) -> Figure:
     characters = int(figure.get_figwidth() * 16.5)
     figure.supxlabel(textwrap.fill(note, characters), x=0.01, ha="left", fontsize=7.5, color=MUTED)
     return figure

@@ -63,6 +63,7 @@ class Interval:
 # ---- shares ----
 
 
+@lru_cache(maxsize=4096)
 def wilson_interval(successes: int, trials: int) -> Interval:
     """Wilson score interval of a share (Wilson 1927, JASA 22:209-212).
 
@@ -180,15 +181,21 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return _sign_flip(tuple(sorted(sample[np.abs(sample) > _ROUNDING].tolist())))
 
 
+@lru_cache(maxsize=8)
+def _flips(n: int) -> Array:
+    """All ways to choose n signs, or, where these are too many, random ones; one row each."""
+    if n <= _EXACT_UP_TO:
+        negative = np.arange(1 << n)[:, None] >> np.arange(n) & 1
+    else:
+        negative = np.random.default_rng(_RANDOM_SEED).integers(0, 2, (_RESAMPLES, n))
+    return (1 - 2 * negative).astype(np.float64)
+
+
 @lru_cache(maxsize=4096)
 def _sign_flip(differences: tuple[float, ...]) -> float:
     n = len(differences)
     exact = n <= _EXACT_UP_TO
-    if exact:
-        negative = np.arange(1 << n)[:, None] >> np.arange(n) & 1
-    else:
-        negative = np.random.default_rng(_RANDOM_SEED).integers(0, 2, (_RESAMPLES, n))
-    sums = (1 - 2 * negative) @ np.array(differences)
+    sums = _flips(n) @ np.array(differences)
     # Equal sums may differ by a rounding error.
     as_far = int((np.abs(sums) >= abs(sum(differences)) - _ROUNDING).sum())
     return as_far / len(sums) if exact else (1 + as_far) / (1 + len(sums))
@@ -426,7 +433,11 @@ def _tau_p(x: Array, y: Array, groups: NDArray[Any]) -> float:
     first, second = _pairs(groups)
     dx = _signs(x, first, second)
     seen = abs(int(dx @ _signs(y, first, second)))
-    as_far = int((np.abs(_signs(y[order], first, second) @ dx) >= seen).sum())
+    everyone = np.arange(len(y))
+    signs = _signs(y, everyone[:, None], everyone)
+    as_far = 0
+    for orders in np.array_split(order, _RESAMPLES // 64):  # some at a time: there are many pairs
+        as_far += int((np.abs(signs[orders[:, first], orders[:, second]] @ dx) >= seen).sum())
     return (1 + as_far) / (1 + _RESAMPLES)
 
 

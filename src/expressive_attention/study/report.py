@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import plotly.graph_objects as go
 import polars as pl
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
-from . import figures
-from .figures import GRID, INK, MUTED, PREDICTORS, Style
+from . import plots
+from .attention_maps import AttentionMap, attention_maps
+from .claims import verdicts
+from .figure_data import split_table
+from .figures import save_figures
 from .files import write_atomically
+from .layout import (
+    AHEAD,
+    BEHIND,
+    MOST_CONDITIONS,
+    MOST_PANELS,
+    MUTED,
+    PREDICTORS,
+    SHARE,
+    Style,
+    candidate_names,
+    finished_conditions,
+    ladder,
+    most_different,
+    narrowed,
+    notes,
+    predictors_of,
+    shown_note,
+    split_conditions,
+    splits_of,
+    styles,
+)
 from .results import Condition, Setting, StudyResults
 from .statistics import (
     LEVEL,
     MINIMUM_FOR_INTERVAL,
+    SIGNIFICANCE,
     Interval,
     Summary,
     TuningSummary,
     comparisons,
-    describe_interval,
-    evidence,
     findings_by_condition,
     mechanism_name,
-    median_curve,
     overview,
-    solve_curve,
     summaries,
     tuning_summaries,
 )
+from .store import Store
 
 __all__ = ["write_report"]
 
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif'
-_RANGE = [-0.03, 1.03]  # a share, with room for markers at both ends
-_HEADROOM = 28  # pixels for a line of text above a plot
-_PANELS_PER_STILL = 6  # as many as fit on a printed page
+_MOST_MAPPED = 3  # conditions whose models' attention is shown
+# Interactive plots in groups: heading of the group, headings of its plots and plots; empty where there is none.
+_Groups = Sequence[tuple[str, Sequence[tuple[str, Markup]]]]
 
 
 @dataclass(frozen=True)
@@ -53,32 +71,40 @@ class _Chart:
     """One figure of the page.
 
     Attributes:
-        name: Of its anchor.
+        name: Of its anchor and its files.
         title: Its heading.
         alternative: What it shows, for those who cannot see it.
         note: What its marks stand for.
-        plots: Interactive plots, each with a heading (empty for a single plot).
-        stills: Data URIs of images, for paper and for browsers without scripts.
+        groups: Interactive plots.
+        still: Data URI of an image, for paper and for browsers without scripts; None: there is none.
+        more: What further plots, to be unfolded, are, and these.
         key: Entries of the key: mechanism's style and label.
+        swatches: Entries of the key: color and label.
         marks: Whether the key shows markers beside lines.
-        predictors: Whether the key names the trivial predictors.
+        predictors: Predictors that the key names, as in `PREDICTORS`.
         columns: Tasks beside each other, each of which needs some width.
+        small: Whether plots are small enough for four beside each other.
     """
 
     name: str
     title: str
     alternative: str
     note: str
-    plots: Sequence[tuple[str, Markup]]
-    stills: Sequence[str]
-    key: Sequence[tuple[Style, str]]
+    groups: _Groups
+    still: str | None
+    more: tuple[str, _Groups] = ("", ())
+    key: Sequence[tuple[Style, str]] = ()
+    swatches: Sequence[tuple[str, str]] = ()
     marks: bool = True
-    predictors: bool = False
+    predictors: Sequence[str] = ()
     columns: int = 1
+    small: bool = False
 
 
 def write_report(results: StudyResults, directory: Path) -> Path:
-    """Writes ``report.html`` and ``figures/*.png``, each file at once or not at all.
+    """Writes ``report.html``, ``figures/*.png`` and ``figures/*.csv``, each file at once or not at all.
+
+    Where `directory` also holds the study's cells, the report shows attention maps of their models.
 
     Args:
         results: The study, finished or not.
@@ -89,8 +115,11 @@ def write_report(results: StudyResults, directory: Path) -> Path:
 
     Raises:
         ValueError: If a measure of a final or tuning seed is not a finite number.
+        CorruptCellError: If stored parameters are not what was written.
     """
-    images = figures.save_figures(results, directory / "figures")
+    maps = attention_maps(results, Store(directory), most_different(results, _MOST_MAPPED))
+    images = save_figures(results, directory / "figures", maps)
+    charts = _charts(results, images, maps)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("expressive_attention.study"),
         autoescape=True,
@@ -98,9 +127,9 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["Markup"] = Markup
     environment.filters |= {
         "mechanism": mechanism_name,
-        "count": _count,
         "duration": _duration,
         "interval": _interval,
         "steps": _steps,
@@ -108,16 +137,22 @@ def write_report(results: StudyResults, directory: Path) -> Path:
     settings = sorted({trial.setting for trial in tuning_summaries(results)})
     page = environment.get_template("report.html.j2").render(
         results=results,
+        verdicts=verdicts(results, results.claims),
         overview=overview(results),
         findings=findings_by_condition(results),
-        charts=_charts(results, images),
-        predictors=PREDICTORS,
+        charts=charts,
+        chart_numbers={chart.name: number for number, chart in enumerate(charts, 1)},
+        predictor_names={fact: name for fact, (name, _, _, _) in PREDICTORS.items()},
         summaries=[(label, list(rows)) for label, rows in groupby(summaries(results), lambda row: row.condition)],
+        worth=_worth(results),
         tuning=_tuning_rows(results),
         settings=settings,
-        gains={setting.initial_gain for setting in settings},
-        contexts_seen=_contexts_seen(results),
+        gains_by_rate=Counter(setting.learning_rate for setting in settings),
+        several_gains=len({setting.initial_gain for setting in settings}) > 1,
+        most_conditions=MOST_CONDITIONS,
+        most_findings=MOST_PANELS,
         level=f"{LEVEL:.0%}",
+        significance=f"{SIGNIFICANCE:g}",
         minimum=MINIMUM_FOR_INTERVAL,
         plotlyjs=Markup(get_plotlyjs()),
         muted=MUTED,
@@ -128,385 +163,227 @@ def write_report(results: StudyResults, directory: Path) -> Path:
     return path
 
 
-def _charts(results: StudyResults, images: dict[str, Path]) -> list[_Chart]:
-    """The figures that the results allow."""
+def _charts(results: StudyResults, images: dict[str, Path], maps: Sequence[AttentionMap]) -> list[_Chart]:
+    """The figures that the results allow, those that answer most first."""
     if not images:
         return []
-    conditions = figures.finished_conditions(results)
-    styles = figures.styles(results.mechanisms)
-    key = [(style, mechanism_name(mechanism)) for mechanism, style in styles.items()]
+    rows, finished = narrowed(results), finished_conditions(results)
+    stills = {
+        name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for name, path in images.items()
+    }
+    drawn = styles(results.mechanisms)
+    key = [(style, mechanism_name(mechanism)) for mechanism, style in drawn.items()]
     names = " and ".join(name for _, name in key)
-    charts = [
+    told = notes(results)
+    columns = len(ladder(rows).tasks)
+    shown = {name: shown_note(len(finished_conditions(rows)), len(finished), name) for name in images}
+    predictors = {fact for condition in rows.conditions for fact in predictors_of(condition)}
+    against = f"{candidate_names(results)} minus that of DPA"
+    charts = []
+    if compared := comparisons(rows):
+        charts.append(
+            _Chart(
+                name="margin_map",
+                title="Margin by complexity and model",
+                alternative=f"Accuracy of {against} for each model and task. Numbers: findings.",
+                note=told["margin_map"] + shown["margin_map"],
+                groups=[("", [("", plots.markup(plots.margin_map_plot(results)))])],
+                still=stills["margin_map"],
+                swatches=[(AHEAD, f"{candidate_names(results)} better"), (BEHIND, "DPA better")],
+                columns=columns,
+            )
+        )
+    charts += [
+        _Chart(
+            name="solved_map",
+            title="Seeds solved by complexity and model",
+            alternative=f"Share of seeds solved by {names} for each model and task. Numbers: table 1.",
+            note=told["solved_map"] + shown["solved_map"],
+            groups=[("", [("", plots.markup(plots.solved_map_plot(results)))])],
+            still=stills["solved_map"],
+            swatches=[(SHARE, "all seeds solved the task"), ("#ffffff", "none did")],
+            columns=columns,
+        ),
         _Chart(
             name="accuracy",
             title="Accuracy against complexity",
             alternative=f"Held-out accuracy of {names} on each task, by state space. Numbers: table 1.",
-            note=figures.accuracy_note(results),
-            plots=[("", _plot(_accuracy_plot(results)))],
-            stills=[_data_uri(images["accuracy"].read_bytes())],
+            note=told["accuracy"] + shown["accuracy"],
+            groups=[("", [("", plots.markup(plots.accuracy_plot(rows)))])],
+            still=stills["accuracy"],
             key=key,
-            predictors=True,
-            columns=len(figures.ladder(results).tasks),
-        ),
-        _Chart(
-            name="solved",
-            title="Seeds that solved the task",
-            alternative=f"Share of seeds solved by {names} on each condition. Numbers: table 1.",
-            note=figures.solved_note(results),
-            plots=[("", _plot(_solved_plot(results)))],
-            stills=[_data_uri(images["solved"].read_bytes())],
-            key=key,
+            predictors=[fact for fact in PREDICTORS if fact in predictors],
+            columns=columns,
         ),
     ]
-    if compared := comparisons(results):
+    if compared:
         candidates = list(dict.fromkeys(comparison.candidate.mechanism for comparison in compared))
-        against = f"{figures.candidate_names(results)} minus that of DPA"
         charts.append(
             _Chart(
                 name="difference",
                 title="Paired difference in accuracy",
                 alternative=f"Accuracy of {against} on each condition. Numbers: findings.",
-                note=figures.difference_note(results),
-                plots=[("", _plot(_difference_plot(results)))],
-                stills=[_data_uri(images["difference"].read_bytes())],
-                key=[(styles[mechanism], f"{mechanism_name(mechanism)} - DPA") for mechanism in candidates],
+                note=told["difference"] + shown["difference"],
+                groups=[("", [("", plots.markup(plots.difference_plot(rows)))])],
+                still=stills["difference"],
+                key=[(drawn[mechanism], f"{mechanism_name(mechanism)} - DPA") for mechanism in candidates],
             )
         )
     charts += [
         _Chart(
-            name="learning",
+            name="solved",
+            title="Seeds that solved the task",
+            alternative=f"Share of seeds solved by {names} on each condition. Numbers: table 1.",
+            note=told["solved"] + shown["solved"],
+            groups=[("", [("", plots.markup(plots.solved_plot(rows)))])],
+            still=stills["solved"],
+            key=key,
+        ),
+        _panels(
+            results,
+            name="learning_curves",
             title="Learning curves",
             alternative=f"Validation accuracy of {names} against training steps on each condition.",
-            note=figures.learning_note(results),
-            plots=[(found.label, _plot(_learning_plot(results, found))) for found in conditions],
-            stills=_stills(results, conditions, figures.learning_figure, images["learning_curves"]),
+            draw=plots.learning_plot,
+            still=stills["learning_curves"],
             key=key,
-            marks=False,
         ),
-        _Chart(
-            name="steps",
+        _panels(
+            results,
+            name="steps_to_solve",
             title="Steps to solve",
             alternative=f"Share of seeds solved by {names} against training steps on each condition.",
-            note=figures.steps_note(results),
-            plots=[(found.label, _plot(_steps_plot(results, found))) for found in conditions],
-            stills=_stills(results, conditions, figures.steps_figure, images["steps_to_solve"]),
+            draw=plots.steps_plot,
+            still=stills["steps_to_solve"],
             key=key,
-            marks=False,
         ),
     ]
+    if not results.splits.is_empty() and splits_of(results):
+        charts.append(_splits(results, names, stills.get("splits"), key))
+    if maps:
+        charts.append(
+            _Chart(
+                name="attention_maps",
+                title="Where the worst and the best seeds look",
+                alternative=f"Mean attention weights of trained models of {names}.",
+                note=told["attention_maps"] + " Shown: the conditions with the largest differences.",
+                groups=[
+                    (label, [(", ".join(found.title), plots.markup(plots.attention_plot(found))) for found in group])
+                    for label, group in groupby(maps, key=lambda found: found.condition)
+                ],
+                small=True,
+                still=stills["attention_maps"],
+                swatches=[(SHARE, "all the weight of the query"), ("#ffffff", "none")],
+            )
+        )
     return charts
 
 
-def _accuracy_plot(results: StudyResults) -> go.Figure:
-    layout = figures.ladder(results)
-    figure = make_subplots(
-        rows=len(layout.panels),
-        shared_xaxes=True,
-        vertical_spacing=0.3 / max(3, len(layout.panels)),
-        subplot_titles=[_text(panel.title) for panel in layout.panels],
-    )
-    figure.update_annotations(x=0, xanchor="left", font_size=13)
-    styles, shift = figures.styles(results.mechanisms), figures.dodge(results.mechanisms)
-    found = {(summary.condition, summary.mechanism): summary for summary in summaries(results)}
-    for row, panel in enumerate(layout.panels, 1):
-        for fact, (name, _, symbol, offset) in PREDICTORS.items():
-            figure.add_scatter(
-                row=row,
-                col=1,
-                x=[column + offset for column, condition in panel.conditions if fact in condition.facts],
-                y=[condition.facts[fact] for _, condition in panel.conditions if fact in condition.facts],
-                mode="markers",
-                marker={"symbol": symbol, "size": 16 if fact == "chance" else 8, "color": MUTED},
-                hovertemplate=f"{name} %{{y:.3f}}<extra></extra>",
-            )
-        for mechanism, style in styles.items():
-            columns = [(at, found.get((condition.label, mechanism))) for at, condition in panel.conditions]
-            present = [(at, summary) for at, summary in columns if summary]
-            for trace in _accuracy_traces(results, present, mechanism, style, shift[mechanism]):
-                figure.add_trace(trace, row=row, col=1)
-    ticks = ["<br>".join(map(_text, lines)) for lines in layout.tasks]
-    figure.update_xaxes(
-        range=[-0.5, len(ticks) - 0.5], tickvals=list(range(len(ticks))), ticktext=ticks, showgrid=False
-    )
-    for boundary in range(1, len(ticks)):
-        figure.add_vline(boundary - 0.5, line_color=GRID, line_width=1)
-    figure.update_xaxes(title_text="task, state space in bits", row=len(layout.panels), col=1)
-    figure.update_yaxes(range=_RANGE, title_text="held-out accuracy")
-    return figure.update_layout(height=120 + 230 * len(layout.panels), margin_t=_HEADROOM)
-
-
-def _accuracy_traces(
+def _panels(
     results: StudyResults,
-    present: Sequence[tuple[int, Summary]],
-    mechanism: str,
-    style: Style,
-    shift: float,
-) -> list[go.Scatter]:
-    """One mechanism's seeds, and its means with intervals; the seeds stand left of the mean."""
-    x, y, texts = [], [], []
-    for column, summary in present:
-        rows = evidence(results.seeds, summary.condition, mechanism)
-        x += [column + shift - 0.06 + offset for offset in figures.spread(rows.height, 0.1)]
-        y += rows["accuracy"].to_list()
-        texts += [f"{mechanism_name(mechanism)}, seed {seed}" for seed in rows["seed"]]
-    return [
-        _seed_marks(x, y, texts, style, "%{text}: %{y:.3f}"),
-        _means(
-            [column + shift + 0.06 for column, _ in present],
-            [summary.accuracy for _, summary in present],
-            style,
-            hover=[
-                f"{mechanism_name(mechanism)}: {summary.accuracy:.3f}<br>"
-                + describe_interval(summary.accuracy_interval, summary.seeds, ".3f")
-                for _, summary in present
-            ],
-            mode="lines+markers",
-            error_y=_arms([(summary.accuracy, summary.accuracy_interval) for _, summary in present], style),
+    name: str,
+    title: str,
+    alternative: str,
+    draw: Callable[[StudyResults, Condition], plots.Plot],
+    still: str,
+    key: Sequence[tuple[Style, str]],
+) -> _Chart:
+    """A figure against training steps with one panel per condition: some in sight, some to unfold."""
+    first = most_different(results, MOST_PANELS)
+    labels = {condition.label for condition in first}
+    others = [found for found in most_different(results, MOST_CONDITIONS) if found.label not in labels]
+    note = notes(results)[name] + shown_note(len(first) + len(others), len(finished_conditions(results)), name)
+    return _Chart(
+        name=name,
+        title=title,
+        alternative=alternative,
+        note=note,
+        groups=[("", [(found.label, plots.markup(draw(results, found))) for found in first])],
+        still=still,
+        more=(
+            f"{len(others)} conditions with smaller differences",
+            [("", [(found.label, plots.markup(draw(results, found))) for found in others])] if others else [],
         ),
+        key=key,
+        marks=False,
+    )
+
+
+def _splits(results: StudyResults, names: str, still: str | None, key: Sequence[tuple[Style, str]]) -> _Chart:
+    """Accuracy by group of test positions: in sight where there is more than position to tell."""
+    table, splits = split_table(results), splits_of(results)
+
+    def groups(conditions: Sequence[Condition]) -> _Groups:
+        return [
+            (
+                found.label,
+                [
+                    (f"By {split}", plots.markup(plots.split_plot(results, rows)))
+                    for split in splits[found.label]
+                    if (rows := table.filter(pl.col("condition") == found.label, pl.col("split") == split)).height
+                ],
+            )
+            for found in conditions
+        ]
+
+    by_position = [
+        found for found in most_different(results, len(results.conditions)) if splits.get(found.label) == ["position"]
     ]
+    return _Chart(
+        name="splits",
+        title="Accuracy within a sequence",
+        alternative=f"Accuracy of {names} by position and by rule.",
+        note=notes(results)["splits"],
+        groups=groups(split_conditions(results)),
+        still=still,
+        more=(
+            "By position, where nothing else splits the test",
+            [("", [(label, plot) for label, [(_, plot)] in groups(by_position[:MOST_PANELS])])] if by_position else [],
+        ),
+        key=key,
+    )
 
 
-def _solved_plot(results: StudyResults) -> go.Figure:
-    labels = [condition.label for condition in figures.finished_conditions(results)]
-    shift = figures.dodge(results.mechanisms)
-    figure = _rows(labels)
-    for mechanism, style in figures.styles(results.mechanisms).items():
-        found = [summary for summary in summaries(results) if summary.mechanism == mechanism]
-        shares = [summary.solved / summary.seeds for summary in found]
-        at = [labels.index(summary.condition) + shift[mechanism] for summary in found]
-        counts = [f"{summary.solved}/{summary.seeds}" for summary in found]
-        figure.add_trace(
-            _means(
-                shares,
-                at,
-                style,
-                hover=[
-                    f"{mechanism_name(mechanism)}: {count} solved<br>"
-                    + describe_interval(summary.solved_interval, summary.seeds, ".3f")
-                    for count, summary in zip(counts, found, strict=True)
-                ],
-                error_x=_arms(
-                    [(share, summary.solved_interval) for share, summary in zip(shares, found, strict=True)],
-                    style,
-                ),
+def _worth(results: StudyResults) -> tuple[list[tuple[str, bool]], list[tuple[str, list[str]]]]:
+    """Table of what an accuracy is worth: headings and whether they are of numbers; then rows of label and cells.
+
+    Facts that no task of the study has are left out.
+    """
+    seen = _contexts_seen(results)
+
+    def share(value: float) -> str:
+        return f"{value:.3f}"
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}%"
+
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("State space", "state_space", _count),
+        ("Bits", "complexity", lambda bits: f"{bits:.1f}"),
+        ("Cycles", "cycles", str),
+        ("Chance", "chance", share),
+        ("Majority digit", "majority", share),
+        ("Copy last digit", "copy_last", share),
+        ("Best possible", "ceiling", share),
+        ("Starts held out", "held_out", percent),
+        ("Test sequences", "test_sequences", lambda count: f"{count:,}"),
+        ("Contexts seen", "contexts_seen", percent),
+    ]
+    facts = [
+        {**condition.facts, **({"contexts_seen": seen[condition.label]} if condition.label in seen else {})}
+        for condition in results.conditions
+    ]
+    kept = [column for column in shown if any(known.get(column[1]) not in (None, "") for known in facts)]
+    return (
+        [(heading, fact != "cycles") for heading, fact, _ in kept],
+        [
+            (
+                condition.label,
+                [write(known[fact]) if known.get(fact) not in (None, "") else "\N{EN DASH}" for _, fact, write in kept],
             )
-        )
-        for y, count in zip(at, counts, strict=True):
-            figure.add_annotation(x=1, xref="paper", xanchor="left", xshift=6, y=y, text=count, showarrow=False)
-    figure.update_xaxes(range=_RANGE, title_text="share of seeds solved")
-    return figure.update_layout(margin_r=44)
-
-
-def _difference_plot(results: StudyResults) -> go.Figure:
-    compared = comparisons(results)
-    labels = list(dict.fromkeys(comparison.condition for comparison in compared))
-    candidates = list(dict.fromkeys(comparison.candidate.mechanism for comparison in compared))
-    styles, shift = figures.styles(results.mechanisms), figures.dodge(candidates)
-    figure = _rows(labels)
-    figure.add_vline(0, line_color=INK, line_width=1)
-    for candidate in candidates:
-        found = [comparison for comparison in compared if comparison.candidate.mechanism == candidate]
-        at = [labels.index(comparison.condition) + shift[candidate] for comparison in found]
-        x, y, texts = [], [], []
-        for row, comparison in zip(at, found, strict=True):
-            x += comparison.differences
-            y += [row + 0.24 + offset for offset in figures.spread(len(comparison.differences), 0.14)]
-            texts += [f"seed {seed}" for seed in comparison.seeds]
-        figure.add_trace(_seed_marks(x, y, texts, styles[candidate], "%{text}: %{x:+.3f}"))
-        figure.add_trace(
-            _means(
-                [comparison.difference for comparison in found],
-                at,
-                styles[candidate],
-                hover=[
-                    f"{mechanism_name(candidate)} - DPA: {comparison.difference:+.4f}<br>"
-                    + describe_interval(comparison.interval, len(comparison.differences), "+.4f")
-                    for comparison in found
-                ],
-                error_x=_arms(
-                    [(comparison.difference, comparison.interval) for comparison in found], styles[candidate]
-                ),
-            )
-        )
-    reach = figures.difference_reach(results)
-    names = _text(figures.candidate_names(results))
-    figure.update_xaxes(range=[-reach, reach], title_text=f"accuracy of {names} - accuracy of DPA")
-    for text, at, anchor in (("DPA better", 0, "left"), (f"{names} better", 1, "right")):
-        figure.add_annotation(
-            x=at,
-            y=1,
-            xref="paper",
-            yref="paper",
-            xanchor=anchor,
-            yanchor="bottom",
-            text=text,
-            showarrow=False,
-        )
-    return figure.update_layout(margin_t=_HEADROOM)
-
-
-def _learning_plot(results: StudyResults, condition: Condition) -> go.Figure:
-    figure = _panel(results, "accuracy")
-    figure.add_hline(condition.facts["chance"], line_color=MUTED, line_dash="dot", line_width=1)
-    for mechanism, style in figures.styles(results.mechanisms).items():
-        curves = evidence(results.curves, condition.label, mechanism)
-        if curves.is_empty():
-            continue
-        steps, accuracies = [], []
-        for rows in curves.partition_by("seed"):
-            rows = rows.sort("step")
-            # The gap after each seed lets one trace hold them all.
-            steps += [*rows["step"].to_list(), None]
-            accuracies += [*rows["accuracy"].fill_nan(None).to_list(), None]
-        median = median_curve(curves)
-        seeds = {"color": style.color, "dash": style.dash, "width": 0.7}
-        figure.add_scatter(x=steps, y=accuracies, mode="lines", line=seeds, opacity=0.5, hoverinfo="skip")
-        figure.add_scatter(
-            x=median["step"].to_list(),
-            y=median["accuracy"].to_list(),
-            mode="lines",
-            line={"color": style.color, "dash": style.dash, "width": 2.5},
-            hovertemplate=f"{_text(mechanism_name(mechanism))}, step %{{x}}: %{{y:.3f}}<extra></extra>",
-        )
-    return figure
-
-
-def _steps_plot(results: StudyResults, condition: Condition) -> go.Figure:
-    figure = _panel(results, "share of seeds solved")
-    for mechanism, style in figures.styles(results.mechanisms).items():
-        rows = evidence(results.seeds, condition.label, mechanism)
-        if rows.is_empty():
-            continue
-        at, share = solve_curve(rows["steps_to_solve"].to_list(), int(rows["steps"].to_numpy().max()))
-        figure.add_scatter(
-            x=at,
-            y=share,
-            mode="lines",
-            line={"color": style.color, "dash": style.dash, "width": 2.5, "shape": "hv"},
-            hovertemplate=f"{_text(mechanism_name(mechanism))}, step %{{x}}: %{{y:.3f}}<extra></extra>",
-        )
-    return figure
-
-
-def _rows(labels: Sequence[str]) -> go.Figure:
-    """A figure with one labelled row per condition, from the top."""
-    figure = go.Figure(layout_height=100 + 56 * len(labels))
-    figure.update_yaxes(
-        range=[len(labels) - 0.5, -0.5],
-        tickvals=list(range(len(labels))),
-        ticktext=["<br>".join(map(_text, figures.wrap(label, 18))) for label in labels],
-        showgrid=False,
-        ticks="",
+            for condition, known in zip(results.conditions, facts, strict=True)
+        ],
     )
-    for boundary in range(1, len(labels)):
-        figure.add_hline(boundary - 0.5, line_color=GRID, line_width=1)
-    return figure
-
-
-def _panel(results: StudyResults, ylabel: str) -> go.Figure:
-    """A figure of a share against training steps."""
-    figure = go.Figure(layout_height=230)
-    figure.update_xaxes(title_text="training steps", range=[0, figures.steps_reach(results)])
-    return figure.update_yaxes(title_text=ylabel, range=_RANGE, dtick=0.25)
-
-
-def _means(
-    x: Sequence[float], y: Sequence[float], style: Style, hover: list[str], mode: str = "markers", **arms: Any
-) -> go.Scatter:
-    return go.Scatter(
-        x=x,
-        y=y,
-        mode=mode,
-        line={"color": style.color, "dash": style.dash, "width": 1.5},
-        marker=_marker(style, 10, 2),
-        text=list(map(_text_with_breaks, hover)),
-        hovertemplate="%{text}<extra></extra>",
-        **arms,
-    )
-
-
-def _seed_marks(x: Sequence[float], y: Sequence[float], texts: list[str], style: Style, template: str) -> go.Scatter:
-    return go.Scatter(
-        x=x,
-        y=y,
-        mode="markers",
-        opacity=0.6,
-        marker=_marker(style, 5, 1),
-        text=list(map(_text, texts)),
-        hovertemplate=f"{template}<extra></extra>",
-    )
-
-
-def _marker(style: Style, size: int, width: float) -> dict[str, Any]:
-    return {
-        "symbol": style.symbol,
-        "size": size,
-        "color": style.fill,
-        "line": {"color": style.color, "width": width},
-    }
-
-
-def _arms(centers: Sequence[tuple[float, Interval | None]], style: Style) -> dict[str, Any]:
-    """Error bars; those without an interval have no length."""
-    return {
-        "array": [interval.high - center if interval else 0 for center, interval in centers],
-        "arrayminus": [center - interval.low if interval else 0 for center, interval in centers],
-        "color": style.color,
-        "thickness": 2,
-        "width": 0,
-    }
-
-
-def _plot(figure: go.Figure) -> Markup:
-    """The plot as part of a page, in the page's style; fingers scroll the page and not the plot."""
-    axes = {
-        "fixedrange": True,
-        "gridcolor": GRID,
-        "linecolor": MUTED,
-        "showline": True,
-        "tickcolor": MUTED,
-        "ticks": "outside",
-        "title_standoff": 8,
-        "zeroline": False,
-        "automargin": True,
-    }
-    figure.for_each_xaxis(lambda axis: axis.update({**axes, **_given(axis)}))
-    figure.for_each_yaxis(lambda axis: axis.update({**axes, **_given(axis)}))
-    layout: Any = figure.layout
-    margin = {"l": 8, "r": 8, "t": 8, "b": 8} | _given(layout.margin)
-    figure.update_layout(
-        template="none",
-        dragmode=False,
-        showlegend=False,
-        font={"family": _FONT, "size": 12, "color": INK},
-        margin=margin,
-        hoverlabel={"bgcolor": "#ffffff", "font_color": INK},
-    )
-    return Markup(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            default_height=f"{layout.height}px",
-            config={"displayModeBar": False, "responsive": True},
-        )
-    )
-
-
-def _given(part: Any) -> dict[str, Any]:
-    return part.to_plotly_json()
-
-
-def _stills(
-    results: StudyResults,
-    conditions: Sequence[Condition],
-    draw: Callable[[StudyResults, Sequence[Condition]], Figure],
-    whole: Path,
-) -> list[str]:
-    """Images of a figure with one panel per condition, cut so that each fits on a page."""
-    if len(conditions) <= _PANELS_PER_STILL:
-        return [_data_uri(whole.read_bytes())]
-    starts = range(0, len(conditions), _PANELS_PER_STILL)
-    return [_data_uri(figures.png(draw(results, conditions[start : start + _PANELS_PER_STILL]))) for start in starts]
 
 
 def _tuning_rows(results: StudyResults) -> list[tuple[str, list[tuple[str, dict[Setting, TuningSummary]]]]]:
@@ -531,15 +408,6 @@ def _contexts_seen(results: StudyResults) -> dict[str, float]:
 
 def _data_uri(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def _text(text: str) -> str:
-    """Text that plotly shows as it is, instead of reading it as HTML."""
-    return escape(text, quote=False)
-
-
-def _text_with_breaks(text: str) -> str:
-    return "<br>".join(map(_text, text.split("<br>")))
 
 
 def _interval(interval: Interval | None) -> str:
