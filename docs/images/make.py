@@ -1,4 +1,4 @@
-"""Draws the picture of the README from a finished study.
+"""Draws the pictures of the README and the documentation from finished studies.
 
 .venv/bin/ea study run quick && .venv/bin/python docs/images/make.py runs/quick
 """
@@ -8,10 +8,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from expressive_attention.study.figures import accuracy_figure
+from expressive_attention.study.figures import accuracy_figure, margin_map_figure
 from expressive_attention.study.store import Store, collect
+
+# By the name of the study; an accuracy figure for those that are not here.
+FIGURES = {"ladder": margin_map_figure}
 
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "expressive-attention"  # the same file from the same numbers
-    figure = accuracy_figure(collect(Store(Path(sys.argv[1]))))
-    figure.savefig(Path(__file__).with_name("quick.svg"), metadata={"Date": None})
+    for folder in sys.argv[1:]:
+        results = collect(Store(Path(folder)))
+        figure = FIGURES.get(results.name, accuracy_figure)(results)
+        figure.savefig(Path(__file__).with_name(f"{results.name}.svg"), metadata={"Date": None})

@@ -35,6 +35,7 @@ from .layout import (
     Map,
     Style,
     candidate_names,
+    crowding,
     difference_reach,
     dodge,
     finished_conditions,
@@ -424,11 +425,12 @@ def _draw_accuracy(
     ax: Axes, results: StudyResults, present: Sequence[tuple[int, Summary]], style: Style, shift: float
 ) -> None:
     """One mechanism's means, joined, with intervals and seeds; the seeds stand left of the mean."""
-    at = [column + shift + 0.06 for column, _ in present]
+    closer = crowding(results.mechanisms)
+    at = [column + shift + 0.06 * closer for column, _ in present]
     ax.plot(at, [summary.accuracy for _, summary in present], style.line, color=style.color, linewidth=1)
     for x, (column, summary) in zip(at, present, strict=True):
         seeds = evidence(results.seeds, summary.condition, summary.mechanism)["accuracy"].to_list()
-        seeds_at = [column + shift - 0.06 + offset for offset in spread(len(seeds), 0.1)]
+        seeds_at = [column + shift - 0.06 * closer + offset for offset in spread(len(seeds), 0.1 * closer)]
         _draw_seeds(ax, seeds_at, seeds, style)
         if interval := summary.accuracy_interval:
             _draw_interval(ax, [x, x], [interval.low, interval.high], style)

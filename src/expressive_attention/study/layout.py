@@ -40,6 +40,7 @@ __all__ = [
     "Panel",
     "Style",
     "candidate_names",
+    "crowding",
     "difference_reach",
     "dodge",
     "finished_conditions",
@@ -114,6 +115,7 @@ _OTHERS = (
     Style("#CC79A7", "#FFFFFF", "D", "-.", "diamond", "dashdot"),
     Style("#56B4E9", "#56B4E9", "v", "-.", "triangle-down", "dashdot"),
     Style("#E69F00", "#FFFFFF", "^", ":", "triangle-up", "dot"),
+    Style("#000000", "#FFFFFF", "P", "--", "cross", "dash"),
 )
 
 
@@ -177,6 +179,11 @@ def dodge(mechanisms: Sequence[str]) -> dict[str, float]:
     """Positions beside each other, around 0, within a slot of width 1."""
     count = len(mechanisms)
     return {mechanism: (index - (count - 1) / 2) * 0.7 / count for index, mechanism in enumerate(mechanisms)}
+
+
+def crowding(mechanisms: Sequence[str]) -> float:
+    """Factor on distances inside a mechanism's slot of `dodge`, so that its seeds stay out of the next one's."""
+    return min(1.0, 3.5 / len(mechanisms))
 
 
 def spread(count: int, width: float) -> list[float]:

@@ -26,6 +26,7 @@ from .layout import (
     Map,
     Style,
     candidate_names,
+    crowding,
     difference_reach,
     dodge,
     finished_conditions,
@@ -126,15 +127,16 @@ def _accuracy_traces(
 ) -> list[go.Scatter]:
     """One mechanism's seeds, and its means with intervals; the seeds stand left of the mean."""
     x, y, texts = [], [], []
+    closer = crowding(results.mechanisms)
     for column, summary in present:
         rows = evidence(results.seeds, summary.condition, mechanism)
-        x += [column + shift - 0.06 + offset for offset in spread(rows.height, 0.1)]
+        x += [column + shift - 0.06 * closer + offset for offset in spread(rows.height, 0.1 * closer)]
         y += rows["accuracy"].to_list()
         texts += [f"{mechanism_name(mechanism)}, seed {seed}" for seed in rows["seed"]]
     return [
         _seed_marks(x, y, texts, style, "%{text}: %{y:.3f}"),
         _means(
-            [column + shift + 0.06 for column, _ in present],
+            [column + shift + 0.06 * closer for column, _ in present],
             [summary.accuracy for _, summary in present],
             style,
             hover=[
