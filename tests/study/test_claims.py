@@ -322,11 +322,11 @@ def test_only_shared_seeds_count_over_conditions():
 @pytest.mark.parametrize(
     ("margins", "answer", "where"),
     [
-        ([0.2, 0.2, 0.1, 0.1], "supported", "EA is ahead with rope, alibi, DPA with none."),
-        ([0.2, 0.2, 0.0, 0.0], "undecided", "EA is ahead with rope, DPA with none."),
+        ([0.2, 0.2, 0.1, 0.1], "supported", "EA is ahead with rope, alibi, DPA with no code."),
+        ([0.2, 0.2, 0.0, 0.0], "undecided", "EA is ahead with rope, DPA with no code."),
         ([0.2, 0.2, -0.1, -0.1], "contradicted", "EA is ahead with rope, DPA with alibi."),
         # of two conditions of one code, the mean counts
-        ([0.3, -0.1, 0.2, 0.2], "supported", "EA is ahead with rope, alibi, DPA with none."),
+        ([0.3, -0.1, 0.2, 0.2], "supported", "EA is ahead with rope, alibi, DPA with no code."),
     ],
 )
 def test_ahead_at_every_position(margins, answer, where):

@@ -9,9 +9,11 @@ from html.parser import HTMLParser
 import polars as pl
 import pytest
 
+from expressive_attention.nn import MECHANISMS
 from expressive_attention.study.claims import verdicts
+from expressive_attention.study.layout import styles
 from expressive_attention.study.report import write_report
-from expressive_attention.study.statistics import comparisons, findings
+from expressive_attention.study.statistics import comparisons, findings, mechanism_name
 
 from .report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained
 
@@ -422,3 +424,11 @@ def test_paper_shows_images_instead_of_plots(browser, quick):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert shown == [7, 0]
     assert complete
+
+
+def test_all_mechanisms_have_room_and_a_look_of_their_own(tmp_path):
+    drawn = styles(MECHANISMS)
+    assert len({(style.color, style.marker, style.fill) for style in drawn.values()}) == len(MECHANISMS)
+    results = make_results(mechanisms=MECHANISMS)
+    page = write(results, tmp_path)  # a figure without room would warn
+    assert all(mechanism_name(mechanism) in page.text for mechanism in MECHANISMS)

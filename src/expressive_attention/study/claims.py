@@ -335,7 +335,8 @@ def _ahead_at_every_position(results: StudyResults) -> _Answer:
     behind = [position for position in margins if p[position] < SIGNIFICANCE and means[position] < 0]
     complete = len(compared) == len(results.conditions)
     answer = "contradicted" if behind else "supported" if complete and ahead == positions else "undecided"
-    where = f"EA is ahead with {_listed(ahead)}, DPA with {_listed(behind)}."
+    # Not "none", which is a code's name.
+    where = f"EA is ahead with {', '.join(ahead) or 'no code'}, DPA with {', '.join(behind) or 'no code'}."
     if not complete:
         where += f" {_plural(len(results.conditions) - len(compared), 'condition')} not tested ({_FEW})."
     effect = "EA - DPA " + "; ".join(

@@ -229,7 +229,8 @@ def steps_figure(results: StudyResults, conditions: Sequence[Condition]) -> Figu
             if not rows.is_empty():
                 at, share = solve_curve(rows["steps_to_solve"].to_list(), int(rows["steps"].to_numpy().max()))
                 ax.step(at, share, style.line, where="post", color=style.color, linewidth=2)
-        ax.text(0.02, 0.96, steps_tests(results, condition), transform=ax.transAxes, va="top", color=INK)
+        size = 8 if len(results.mechanisms) == 2 else 5.5
+        ax.text(0.02, 0.96, steps_tests(results, condition), transform=ax.transAxes, va="top", color=INK, fontsize=size)
     return _finish(figure, notes(results)["steps_to_solve"], results, markers=False)
 
 

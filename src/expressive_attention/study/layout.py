@@ -380,10 +380,10 @@ def shown_note(shown: int, finished: int, name: str) -> str:
 
 
 def steps_tests(results: StudyResults, condition: Condition) -> str:
-    """What the log-rank tests of steps to solve say on a condition, e.g. ``"EA: p = 0.031"``; empty without a test."""
+    """What the log-rank tests of steps to solve say of a condition, e.g. ``"p = 0.031"``; one line each."""
     found = [each for each in comparisons(results) if each.condition == condition.label and each.steps_p is not None]
     several = len(results.mechanisms) > 2
-    return "; ".join(
+    return "\n".join(
         (f"{mechanism_name(each.candidate.mechanism)}: " if several else "") + describe_p(each.steps_p or 0.0)
         for each in found
         if each.candidate.solved + each.baseline.solved

@@ -276,7 +276,7 @@ def steps_plot(results: StudyResults, condition: Condition) -> Plot:
         "yref": "paper",
         "xanchor": "left",
         "yanchor": "top",
-        "text": _text(steps_tests(results, condition)),
+        "text": _text(steps_tests(results, condition)).replace("\n", "<br>"),
         "showarrow": False,
         "bgcolor": "rgba(255, 255, 255, 0.8)",
     }
