@@ -1,0 +1,72 @@
+"""The numbers in docs/findings.md are those in results/."""
+
+import re
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+
+
+def summary(study):
+    return pl.read_parquet(ROOT / "results" / study / "summary.parquet")
+
+
+def rows_after(heading):
+    """Cells of the table rows in a section."""
+    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def reached(row):
+    return f"{row['solved']}/{row['n']}, {row['accuracy']:.3f}".replace(" 0.", " .")
+
+
+def signed(value):
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def by_mechanism(rows):
+    return {row["mechanism"]: row for row in rows.iter_rows(named=True)}
+
+
+@pytest.mark.parametrize(("heading", "study"), [("The ladder", "ladder"), ("Several tasks at once", "multitask")])
+def test_every_condition_is_told_as_it_was_found(heading, study):
+    table = summary(study)
+    conditions = table["condition"].unique(maintain_order=True).to_list()
+    told = [row for row in rows_after(heading) if len(row) == 6]
+    assert len(told) == len(conditions)
+    for (_, _, ea, dpa, difference, _), condition in zip(told, conditions, strict=True):
+        found = by_mechanism(table.filter(pl.col("condition") == condition))
+        best = found["expressive"]
+        assert (ea, dpa) == (reached(best), reached(found["dot_product"]))
+        ends = f"({signed(best['difference_low'])} to {signed(best['difference_high'])})"
+        assert difference == f"{signed(best['difference'])} {ends}"
+
+
+def test_positions_are_told_as_they_were_found():
+    names = {"rotary": "rope", "relative bias": "relative", "ALiBi": "alibi"}
+    table = summary("positions")
+    told = rows_after("Positions")
+    assert len(told) == 6
+    for code, basis_4, basis_16, _ in told:
+        for basis, cell in ((4, basis_4), (16, basis_16)):
+            condition = f"sum, basis {basis}, delay 5, {names.get(code, code)}"
+            found = by_mechanism(table.filter(pl.col("condition") == condition))
+            assert cell == f"{reached(found['expressive'])}; {reached(found['dot_product'])}"
+
+
+def test_weight_functions_are_told_as_they_were_found():
+    order = ["expressive", "squared", "softmax_abs", "dot_product", "sigmoid", "relu_squared", "one_sided"]
+    table = summary("geometry_ablation")
+    told = rows_after("What makes the difference")
+    assert len(told) == len(order)
+    for mechanism, (_, _, _, *cells) in zip(order, told, strict=True):
+        for shift, cell in zip(("0.0", "1.0"), cells, strict=True):
+            found = table.filter(
+                pl.col("mechanism") == mechanism, pl.col("condition").str.ends_with(f"embedding_shift {shift}")
+            )
+            assert cell == ", ".join(re.sub("^0", "", f"{accuracy:.3f}") for accuracy in found["accuracy"])
