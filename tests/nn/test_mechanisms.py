@@ -63,6 +63,18 @@ def test_scores_of_any_size_stay_finite(mechanism):
     assert attend(mechanism, q * 1e12, k * 1e12, v).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_key_that_is_masked_does_not_count_however_large_its_score(mechanism, kind):
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 3, dtype=torch.float64).unbind(0))
+    larger = torch.cat([k[:, :3], 1e4 * k[:, 3:]], 1)
+    mask = torch.tensor([True, True, True, False])
+    mask = mask if kind == "bool" else torch.zeros(4, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    output = attend(mechanism, q, larger, v, mask)
+    torch.testing.assert_close(output, attend(mechanism, q, k[:, :3], v[:, :3]))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum(), (q, k, v)))
+
+
 def test_derivatives_of_the_ablations():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))

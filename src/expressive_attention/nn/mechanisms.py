@@ -33,20 +33,14 @@ def _saturated(z: Tensor) -> Tensor:
     return torch.where(z > 1e18, torch.ones_like(z), square / (1 + square))
 
 
-def _exp(logs: Tensor) -> Tensor:
-    """exp, but for a factor per query, so that the largest of its keys is 1."""
-    return (logs - logs.amax(-1, keepdim=True).detach()).exp()
-
-
-# Weights, but for a factor per query, of scores (..., L, S).
+# Weights of scores (..., L, S), and logarithms of weights that may be too large or too small for a number.
 _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_sided": lambda z: _saturated(z.relu()),
     "relu_squared": lambda z: z.relu().square(),
-    "sigmoid": lambda z: _exp(F.logsigmoid(z)),
-    "softmax_abs": lambda z: _exp(z.abs()),
 }
+_LOG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.logsigmoid, "softmax_abs": torch.abs}
 
-MECHANISMS = ("expressive", "dot_product", "squared", *_WEIGHTS)
+MECHANISMS = ("expressive", "dot_product", "squared", *_WEIGHTS, *_LOG_WEIGHTS)
 
 
 def attend(
@@ -77,12 +71,24 @@ def attend(
         return _softmax(query, key, value, attn_mask, dropout_p, is_causal)
     if is_causal:
         attn_mask = _with_causal(attn_mask, query, key)
-    weights = _WEIGHTS[mechanism](query @ key.mT * query.shape[-1] ** -0.5)
-    if attn_mask is not None:
-        weights = weights * (attn_mask if attn_mask.dtype == torch.bool else attn_mask.exp())
+    weights = _masked_weights(mechanism, query @ key.mT * query.shape[-1] ** -0.5, attn_mask)
     total = weights.sum(-1, keepdim=True)
     shares = weights / torch.where(total == 0, torch.ones_like(total), total)
     return F.dropout(shares, dropout_p) @ value
+
+
+def _masked_weights(mechanism: str, z: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Weights of scores ``(..., L, S)``, but for a factor per query."""
+    if mechanism in _WEIGHTS:
+        weights = _WEIGHTS[mechanism](z)
+        if attn_mask is None:
+            return weights
+        return weights * (attn_mask if attn_mask.dtype == torch.bool else attn_mask.exp())
+    logs = _LOG_WEIGHTS[mechanism](z)
+    if attn_mask is not None:
+        logs = logs.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logs + attn_mask
+    largest = logs.amax(-1, keepdim=True).detach()  # of the keys that take part: else theirs may all be lost
+    return (logs - torch.where(largest == -torch.inf, 0, largest)).exp()
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> Tensor:
