@@ -113,6 +113,16 @@ class SelfAttention(nn.Module):
             attn_mask: Broadcastable to ``(..., H, L, L)``: bool (True: takes part) or a bias in log-weight
                 space, together with causality.
         """
+        q, k, v = self.heads(x)
+        bias = self.position_bias(x)
+        if bias is not None:
+            attn_mask = bias if attn_mask is None else joined(attn_mask, bias)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
+        return self.out(y.transpose(-3, -2).flatten(-2))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value ``(..., H, L, E)`` of X ``(..., L, D)``: normalized, turned and with the gain."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
         if self.qk_norm:
             q, k = (F.rms_norm(vectors, vectors.shape[-1:]) for vectors in (q, k))
@@ -120,14 +130,10 @@ class SelfAttention(nn.Module):
             q, k = self.rope(q), self.rope(k)
         if self.gain is not None:
             q = self.gain(q)
-        bias = self._position_bias(x)
-        if bias is not None:
-            attn_mask = bias if attn_mask is None else joined(attn_mask, bias)
-        dropout_p = self.dropout_p if self.training else 0.0
-        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
-        return self.out(y.transpose(-3, -2).flatten(-2))
+        return q, k, v
 
-    def _position_bias(self, x: Tensor) -> Tensor | None:
+    def position_bias(self, x: Tensor) -> Tensor | None:
+        """The positions' float mask for X ``(..., L, D)``, broadcastable to ``(..., H, L, L)``; None without one."""
         if self.position == "alibi":
             return alibi_bias(self.num_heads, x.shape[-2], x.shape[-2], x.device).to(x.dtype)
         return None if self.relative is None else self.relative(x.shape[-2])

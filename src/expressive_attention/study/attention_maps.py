@@ -8,10 +8,9 @@ from typing import Any
 
 import polars as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import SelfAttention, alibi_bias, attend
+from ..nn import SelfAttention, attend
 from .config import Cell
 from .results import Condition, Setting, StudyResults
 from .statistics import evidence, mechanism_name
@@ -63,20 +62,9 @@ def attention_weights(module: SelfAttention, x: Tensor) -> Tensor:
         x: Its input ``(..., L, D)``.
     """
     length = x.shape[-2]
-    q, k, _ = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
-    if module.qk_norm:
-        q, k = (F.rms_norm(vectors, vectors.shape[-1:]) for vectors in (q, k))
-    if module.rope is not None:
-        q, k = module.rope(q), module.rope(k)
-    if module.gain is not None:
-        q = module.gain(q)
-    mask = torch.ones(length, length, dtype=torch.bool, device=x.device)
-    if module.position == "alibi":
-        mask = alibi_bias(module.num_heads, length, length, x.device).to(x.dtype)
-    elif module.relative is not None:
-        mask = module.relative(length)
+    q, k, _ = module.heads(x)
     identity = torch.eye(length, dtype=q.dtype, device=q.device).expand(*q.shape[:-1], length).contiguous()
-    return attend(module.mechanism, q, k, identity, mask, 0.0, module.is_causal)
+    return attend(module.mechanism, q, k, identity, module.position_bias(x), 0.0, module.is_causal)
 
 
 @torch.no_grad()
