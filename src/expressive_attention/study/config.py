@@ -121,7 +121,7 @@ class TrainingConfig(_Strict):
     # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
     # the best.
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_distinct)] = Field(
-        default=(5e-3, 1e-2, 2e-2), min_length=1
+        default=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), min_length=1
     )
     initial_gains: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_distinct)] = Field(
         default=(1.0,), min_length=1
