@@ -1,10 +1,10 @@
 """Training seeds together against one after the other, on cells of a preset.
 
-    python benchmarks/ensemble.py [--preset NAME] [--only TEXT] [--pairs N] [--threads N] [--profile]
+    python benchmarks/ensemble.py [--preset NAME] [--only TEXT] [--pairs N] [--threads N] [--profile] [--compile]
 
 A model-step is one optimizer step of one seed. The rival is a plain loop: a module, an optimizer and a backward
 pass per seed. Both are checked to give the same losses before they are timed, in turn. The profile says which
-operations take the time of the program that trains seeds together.
+operations take the time of the program that trains seeds together. `--compile` adds what torch.compile would change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 sys.path.append(sys.path.pop(0))
 
 import argparse
+import time
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--preset", default="quick", choices=preset_names(), help="whose cells")
     parser.add_argument("--only", default="", metavar="TEXT", help="only conditions whose name contains this")
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--compile", action="store_true", help="compare the compiled program with the plain one, too")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs per ratio")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; a study's worker has one per cell")
     arguments = parser.parse_args()
@@ -103,8 +105,26 @@ def main() -> None:
             f"one by one {steps / ratio.rival:6.0f}   ratio {ratio}",
             flush=True,
         )
+        if arguments.compile:
+            compare_compiled(cell, together, data, arguments.pairs)
         if arguments.profile:
             profile(together, data)
+
+
+def compare_compiled(cell: Cell, together: Together, data: list[Batch], pairs: int) -> None:
+    """Print what torch.compile gains for the program of all seeds, and how long its first steps take."""
+    compiled = Together(cell)
+    compiled.model.compile(dynamic=False)
+    start = time.perf_counter()
+    compiled.run(data)
+    first = time.perf_counter() - start
+    gain = paired(lambda: compiled.run(data), lambda: together.run(data), pairs)
+    steps = STEPS * len(cell.seeds)
+    print(
+        f"{'  the same, compiled':72} together {steps / gain.ours:7.0f}   not compiled {steps / gain.rival:6.0f}   "
+        f"ratio {gain}   first {STEPS} steps {first:.1f} s",
+        flush=True,
+    )
 
 
 def profile(together: Together, data: list[Batch]) -> None:

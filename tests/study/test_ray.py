@@ -10,12 +10,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
 
 from expressive_attention.study.engines import EngineError, LocalEngine, RayEngine
 from expressive_attention.study.progress import Silent
 from expressive_attention.study.store import Store
-from expressive_attention.study.sweep import run_study
+from expressive_attention.study.sweep import SweepError, run_study
 from tests.study.tiny import tiny, tiny_config, written
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
@@ -191,3 +192,23 @@ def test_a_node_of_a_cluster_that_is_lost_costs_no_cell(local, tmp_path):
 def test_a_cluster_that_is_not_there_is_named_in_one_line(tmp_path, address, words):
     with pytest.raises(EngineError, match=words):
         run_study(tiny_config(), make_store(tmp_path / "study"), RayEngine(1, address), Silent())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_gpu_is_named_in_one_line(tmp_path):
+    with pytest.raises(EngineError, match=r"^this machine has no GPU, and each cell was to have 0\.25 of one$"):
+        run_study(tiny_config(), make_store(tmp_path / "study"), RayEngine(1, gpus_per_cell=0.25), Silent())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_cell_is_sent_to_the_gpu_that_a_node_claims_to_have(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    try:
+        engine = RayEngine(2, cluster.address, gpus_per_cell=0.25)
+        with pytest.raises(SweepError, match=r"expressive, tuning.*(CUDA|NVIDIA)"):
+            run_study(tiny_config(), make_store(tmp_path / "study"), engine, Silent())
+    finally:
+        cluster.shutdown()

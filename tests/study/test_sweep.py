@@ -241,6 +241,9 @@ def test_without_ray_one_line_names_the_extra(monkeypatch, tmp_path):
         (["--address", "auto"], "--address is for --engine ray, got 'auto' with --engine local"),
         (["--engine", "ray", "--address", "auto", "--workers", "3"], "--workers does not apply to a cluster"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--engine", "ray", "--device", "cuda:0"], "--device must be 'cpu' or 'cuda' with --engine ray"),
+        (["--gpus-per-cell", "0.5"], "--gpus-per-cell is for --engine ray --device cuda, got --engine local"),
+        (["--engine", "ray", "--device", "cuda", "--gpus-per-cell", "2"], "above 0 and at most 1, got 2"),
     ],
 )
 def test_engines_that_do_not_fit_are_refused_in_one_line(tmp_path, options, words):

@@ -111,7 +111,9 @@ def run(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-w", help="Worker processes, each one cell at a time; by default one per core."),
+        typer.Option(
+            "--workers", "-w", help="Worker processes, each one cell at a time; by default one per core, or per GPU."
+        ),
     ] = None,
     engine: Annotated[
         str,
@@ -129,6 +131,20 @@ def run(
             help="A running Ray cluster, or 'auto' on one of its nodes; by default Ray is started on this machine.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="cpu|cuda|cuda:N", help="On what cells are trained; 'cuda': on all GPUs, in turn."
+        ),
+    ] = "cpu",
+    gpus_per_cell: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-cell",
+            metavar="SHARE",
+            help="With --engine ray --device cuda: share of a GPU per cell, 0.25 for four at a time.  [default: 1]",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     log: Annotated[
         list[str] | None,
@@ -140,6 +156,7 @@ def run(
     Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
+    from .devices import CPU, DeviceError, devices
     from .engines import EngineError, LocalEngine, RayEngine
     from .progress import make_display
     from .sweep import SweepError, run_study
@@ -153,10 +170,21 @@ def run(
         _fail(f"--address is for --engine ray, got {address!r} with --engine {engine}")
     if address is not None and workers is not None:
         _fail(f"--workers does not apply to a cluster, which decides itself, got {workers} with --address {address}")
-    cells_at_a_time = workers or os.cpu_count() or 1
+    if engine == "ray" and device not in ("cpu", "cuda"):
+        _fail(f"--device must be 'cpu' or 'cuda' with --engine ray, which chooses the GPU itself, got {device!r}")
+    if gpus_per_cell is not None and (engine != "ray" or device != "cuda"):
+        _fail(f"--gpus-per-cell is for --engine ray --device cuda, got --engine {engine} --device {device}")
+    if gpus_per_cell is not None and not 0 < gpus_per_cell <= 1:
+        _fail(f"--gpus-per-cell must be above 0 and at most 1, got {gpus_per_cell:g}")
+    cores = os.cpu_count() or 1
     try:
-        runner = RayEngine(cells_at_a_time, address) if engine == "ray" else LocalEngine(cells_at_a_time)
-    except EngineError as error:
+        if engine == "ray":
+            share = 0.0 if device == "cpu" else gpus_per_cell or 1.0
+            runner = RayEngine(workers or cores, address, gpus_per_cell=share)
+        else:
+            places = devices(device)
+            runner = LocalEngine(workers or (cores if places == [CPU] else len(places)), devices=places)
+    except (DeviceError, EngineError) as error:
         _fail(str(error))
     with _one_line_errors():
         parsed, text = load_config(config)
@@ -245,21 +273,29 @@ def verify(
     directory: Directory,
     sample: Annotated[int, typer.Option("--sample", "-n", metavar="N", help="Number of cells.")] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of the choice of cells.")] = 0,
+    device: Annotated[
+        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="On what they are trained.")
+    ] = "cpu",
 ) -> None:
     """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
 
     Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
-    another number of threads, which are named.
+    another number of threads or device, which are named.
     """
+    from .devices import DeviceError, devices
     from .verify import sample_cells, verify_cell
 
     if sample < 1:
         _fail(f"--sample must be at least 1, got {sample}")
     store, differ = Store(directory), 0
+    try:
+        place = devices(device)[0]
+    except DeviceError as error:
+        _fail(str(error))
     with _one_line_errors():
         cells = sample_cells(store, sample, seed)
         for cell in cells:
-            found = verify_cell(cell, store)
+            found = verify_cell(cell, store, place)
             outcome = "; ".join(found.differences) or "same bits"
             typer.echo(f"{cell.identity}  {cell}: {outcome}  ({found.seconds:.0f} s)")
             if found.circumstances:

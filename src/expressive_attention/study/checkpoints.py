@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .devices import CPU, device_name
 from .files import write_atomically
 
 __all__ = ["SECONDS_BETWEEN", "Checkpoint", "CheckpointFile"]
@@ -46,10 +47,16 @@ class CheckpointFile:
         identity: Of the cell.
         note: Told in one line what a person should read.
         seconds: Time between two checkpoints.
+        device: Where the cell is trained.
     """
 
     def __init__(
-        self, path: Path, identity: str, note: Callable[[str], None], seconds: float = SECONDS_BETWEEN
+        self,
+        path: Path,
+        identity: str,
+        note: Callable[[str], None],
+        seconds: float = SECONDS_BETWEEN,
+        device: torch.device = CPU,
     ) -> None:
         self.path, self.note, self.seconds = path, note, seconds
         self.about = {
@@ -59,6 +66,7 @@ class CheckpointFile:
             "torch": str(torch.__version__),
             "processor": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            "device": device_name(device),
         }
         self.written = time.monotonic()
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .devices import CPU
 from .tasks import IGNORED, Examples, Task
 
 __all__ = ["Prepared", "Scores", "contexts_seen", "rollouts", "score"]
@@ -29,10 +30,10 @@ class Prepared:
     scored: Tensor
 
     @classmethod
-    def of(cls, task: Task, examples: Examples) -> Prepared:
-        """The examples of a task."""
+    def of(cls, task: Task, examples: Examples, device: torch.device = CPU) -> Prepared:
+        """The examples of a task, on a device."""
         arrays = (examples.inputs, examples.targets, task.scored(examples))
-        return cls(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
+        return cls(*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def score(model: nn.Module, examples: Prepared, members: int, batch: int = 128) 
 
 @torch.no_grad()
 def rollouts(
-    model: nn.Module, task: Task, examples: Examples, tokens: int, members: int
+    model: nn.Module, task: Task, examples: Examples, tokens: int, members: int, device: torch.device = CPU
 ) -> tuple[Tensor, Tensor] | None:
     """Autoregressive continuation: each member reads what it has predicted itself.
 
@@ -84,7 +85,7 @@ def rollouts(
     continued = task.continued(examples, tokens)
     if continued is None:
         return None
-    prompts, truth = (torch.from_numpy(np.ascontiguousarray(x)) for x in continued)
+    prompts, truth = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in continued)
     read = prompts.expand(members, -1, -1)
     predicted = []
     for _ in range(tokens):

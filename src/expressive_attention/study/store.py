@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import Cell, StudyConfig, parse_config, tomllib
+from .devices import CPU, device_name
 from .files import to_disk, write_atomically
 from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Setting, StudyResults
 from .training import CellResult
@@ -313,12 +314,12 @@ def collect(store: Store) -> StudyResults:
     )  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine, among which are all that may change the bits of a result.
+def environment(device: torch.device = CPU) -> dict[str, str]:
+    """Versions and machine, among which are all that may change the bits of a result trained on a device.
 
     ``revision`` is the commit, where the package runs from a checkout; ``threads`` are those of this process.
     """
-    return {**_machine(), "threads": str(torch.get_num_threads())}
+    return {**_machine(), "threads": str(torch.get_num_threads()), "device": device_name(device)}
 
 
 @lru_cache

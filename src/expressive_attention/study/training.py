@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..nn import Transformer
 from .checkpoints import Checkpoint, CheckpointFile
 from .config import Cell, ModelConfig, TrainingConfig
+from .devices import CPU
 from .ensemble import stack
 from .measures import Prepared, contexts_seen, rollouts, score
 from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
@@ -153,7 +154,10 @@ class Trajectory:
 
 
 def train_cell(
-    cell: Cell, report: Callable[[int, float], None] | None = None, file: CheckpointFile | None = None
+    cell: Cell,
+    report: Callable[[int, float], None] | None = None,
+    file: CheckpointFile | None = None,
+    device: torch.device = CPU,
 ) -> CellResult:
     """Train all seeds of a cell in one program.
 
@@ -165,16 +169,18 @@ def train_cell(
         report: Called after each evaluation with the step and the mean accuracy.
         file: Where the training is kept from time to time; what it holds is gone on from, to the same bits as
             without interruption.
+        device: Where it is trained. What is drawn does not depend on it, the last bits of the results do.
     """
     start = time.perf_counter()
     training = cell.training
-    state = _State.at_the_start_of(cell)
+    state = _State.at_the_start_of(cell, device)
     if file is not None and (checkpoint := file.read()) is not None:
         start -= state.restore(checkpoint)
     model, optimizer, trajectories = state.model, state.optimizer, state.trajectories
-    validation = Prepared.of(cell.task, cell.task.held_out_examples(training.validation_sequences, "validation"))
+    held_out = cell.task.held_out_examples(training.validation_sequences, "validation")
+    validation = Prepared.of(cell.task, held_out, device)
 
-    losses, since = torch.zeros(len(state.active)), 0
+    losses, since = torch.zeros(len(state.active), device=device), 0
     for step in range(state.steps, training.steps):
         active = state.active
         optimizer.param_groups[0]["lr"] = cell.learning_rate * learning_rate_factor(step, training)
@@ -182,12 +188,12 @@ def train_cell(
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
-        values = score(model, validation, len(active)).accuracy
+        values = score(model, validation, len(active)).accuracy.tolist()
         # The last step can ruin parameters that no loss has seen yet.
         finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in model.parameters()]).all(0)
-        losses = torch.where(finite, losses, torch.nan)
-        for place, index in enumerate(active):
-            trajectories[index].add(step + 1, float(losses[place]) / since, float(values[place]))
+        means = torch.where(finite, losses.double() / since, torch.nan).tolist()
+        for index, loss, value in zip(active, means, values, strict=True):
+            trajectories[index].add(step + 1, loss, value)
         if report is not None:
             report(step + 1, float(np.mean([t.accuracies[-1] for t in trajectories])))
         going = [place for place, index in enumerate(active) if not trajectories[index].ended]
@@ -197,11 +203,11 @@ def train_cell(
             state.active = [active[place] for place in going]
         if not state.active:
             break
-        losses, since = torch.zeros(len(state.active)), 0
+        losses, since = torch.zeros(len(state.active), device=device), 0
         state.steps = step + 1
         if file is not None and file.is_due and state.steps < training.steps:
             file.write(state.checkpoint(time.perf_counter() - start))
-    return _measured(cell, state.kept, trajectories, start)
+    return _measured(cell, state.kept, trajectories, start, device)
 
 
 @dataclass
@@ -227,14 +233,15 @@ class _State:
     steps: int = 0
 
     @classmethod
-    def at_the_start_of(cls, cell: Cell) -> _State:
+    def at_the_start_of(cls, cell: Cell, device: torch.device) -> _State:
         task, training = cell.task, cell.training
         model = stack([build_model(task, cell.model, cell.mechanism, seed, cell.initial_gain) for seed in cell.seeds])
+        model.to(device)
         return cls(
             model,
             copy.deepcopy(model),
             make_optimizer(model, cell.learning_rate, training),
-            _Batches(task, cell.seeds, training),
+            _Batches(task, cell.seeds, training, device),
             [Trajectory(training, [], [], []) for _ in cell.seeds],
             list(range(len(cell.seeds))),
         )
@@ -270,7 +277,7 @@ class _State:
             elif part == "model":
                 parameters[name].copy_(x)
             else:
-                self.optimizer.state[parameters[name]][part] = x
+                self.optimizer.state[parameters[name]][part] = x.to(parameters[name].device)
         self.batches.restore(content["batches"], self.active)
         training = self.trajectories[0].training
         self.trajectories = [Trajectory(training, **values) for values in content["trajectories"]]
@@ -280,8 +287,10 @@ class _State:
 class _Batches:
     """Training batches: each seed's own stream, whichever seeds are beside it."""
 
-    def __init__(self, task: Task, seeds: tuple[int, ...], training: TrainingConfig) -> None:
-        self.task, self.size = task, training.batch_size
+    def __init__(
+        self, task: Task, seeds: tuple[int, ...], training: TrainingConfig, device: torch.device = CPU
+    ) -> None:
+        self.task, self.size, self.device = task, training.batch_size, device
         self.streams = [stream(seed, "training") for seed in seeds]
         self.before: list[Any] = []  # states of the streams before what is in `drawn` was drawn
         self.drawn: list[tuple[Tensor, Tensor]] = []  # inputs (seeds, batch, L[, C]) and targets, the next one last
@@ -320,7 +329,7 @@ class _Batches:
         self.drawn = list(zip(inputs, targets, strict=True))[::-1]
 
     def _by_step(self, parts: list[np.ndarray]) -> tuple[Tensor, ...]:
-        return torch.from_numpy(np.stack(parts)).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1)
+        return torch.from_numpy(np.stack(parts)).to(self.device).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1)
 
     def draw(self, bits: np.random.Philox) -> Examples:
         return self.task.training_examples(bits, _STEPS_DRAWN * self.size)
@@ -366,12 +375,14 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer, going: list[int]) 
         state.update({name: x[going] for name, x in state.items() if isinstance(x, Tensor) and x.ndim})
 
 
-def _measured(cell: Cell, model: nn.Module, trajectories: list[Trajectory], start: float) -> CellResult:
+def _measured(
+    cell: Cell, model: nn.Module, trajectories: list[Trajectory], start: float, device: torch.device
+) -> CellResult:
     """Final measures, on test sequences that no decision was taken on."""
     task, training, members = cell.task, cell.training, len(cell.seeds)
     test = task.held_out_examples(training.test_sequences, "test")
-    scores = score(model, Prepared.of(task, test), members)
-    rolled = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members)
+    scores = score(model, Prepared.of(task, test, device), members)
+    rolled = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members, device)
     rows, curves = [], []
     for index, (seed, trajectory) in enumerate(zip(cell.seeds, trajectories, strict=True)):
         steps = trajectory.steps[-1]
@@ -393,11 +404,11 @@ def _measured(cell: Cell, model: nn.Module, trajectories: list[Trajectory], star
             {"seed": seed, "step": step, "loss": loss, "accuracy": value}
             for step, loss, value in zip(trajectory.steps, trajectory.losses, trajectory.accuracies, strict=True)
         ]
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
     return CellResult(
         pl.DataFrame(rows, schema=SEED_SCHEMA),
         pl.DataFrame(curves, schema=CURVE_SCHEMA),
-        _splits(cell, test, scores.right),
+        _splits(cell, test, scores.right.cpu()),
         weights,
         time.perf_counter() - start,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import Cell
+from .devices import CPU
 from .store import Store, StoreError, environment, finished_cells
 from .training import CellResult, train_cell
 
@@ -27,7 +28,7 @@ class Verification:
 
     Attributes:
         differences: What differs and by how much, one phrase each; none: all tables and weights are the same.
-        circumstances: What is not as it was when the cell ran first: versions, processor, threads.
+        circumstances: What is not as it was when the cell ran first: versions, processor, threads, device.
         seconds: Time of the second training.
     """
 
@@ -49,15 +50,20 @@ def sample_cells(store: Store, count: int, seed: int) -> list[Cell]:
     return random.Random(seed).sample(cells, min(count, len(cells)))
 
 
-def verify_cell(cell: Cell, store: Store) -> Verification:
+def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Verification:
     """Train a finished cell again with as many threads as it had, one if that was not kept.
+
+    Args:
+        cell: Which one.
+        store: Where it is kept.
+        device: Where it is trained again.
 
     Raises:
         CorruptCellError: What was kept cannot be read; the message names the file.
     """
     then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
     with _threads(int(then.get("threads", 1))):
-        again, now = train_cell(cell), environment()
+        again, now = train_cell(cell, device=device), environment(device)
     circumstances = [
         f"{name} {then.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
         for name in dict.fromkeys([*then, *now])

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
@@ -18,7 +19,8 @@ import torch
 
 from ..checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ..config import Cell
-from ..store import Store
+from ..devices import CPU
+from ..store import Store, environment
 from ..training import train_cell
 from .base import Engine, Outcome, reason
 
@@ -36,11 +38,18 @@ class LocalEngine(Engine):
     Args:
         workers: Number of processes, at least 1.
         checkpoint_seconds: Time between two checkpoints of a cell.
+        devices: Where cells are trained; the workers are dealt out to them in turn.
     """
 
-    def __init__(self, workers: int, checkpoint_seconds: float = SECONDS_BETWEEN) -> None:
+    def __init__(
+        self,
+        workers: int,
+        checkpoint_seconds: float = SECONDS_BETWEEN,
+        devices: Sequence[torch.device] = (CPU,),
+    ) -> None:
         super().__init__(checkpoint_seconds)
         self.workers = workers
+        self.devices = cycle(devices)
         self.waiting: deque[Cell] = deque()
         self.idle: list[Connection] = []
         self.at_work: dict[Connection, Cell] = {}
@@ -75,7 +84,7 @@ class LocalEngine(Engine):
     def _start_worker(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
-        arguments = (theirs, self.store, threads_per_cell(self.workers), self.checkpoint_seconds)
+        arguments = (theirs, self.store, threads_per_cell(self.workers), self.checkpoint_seconds, next(self.devices))
         process = context.Process(target=_serve, args=arguments, daemon=True)
         with _without_interrupts():
             process.start()
@@ -120,12 +129,12 @@ def _without_interrupts() -> Iterator[None]:
 # ---- in the workers ----
 
 
-def _serve(connection: Connection, store: Store, threads: int, checkpoint_seconds: float) -> None:
+def _serve(connection: Connection, store: Store, threads: int, checkpoint_seconds: float, device: torch.device) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
-        connection.send(("done", _run(connection, store, checkpoint_seconds)))
+        connection.send(("done", _run(connection, store, checkpoint_seconds, device)))
 
 
 def _end_with_parent() -> None:
@@ -135,7 +144,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(connection: Connection, store: Store, checkpoint_seconds: float) -> str | None:
+def _run(connection: Connection, store: Store, checkpoint_seconds: float, device: torch.device) -> str | None:
     """Take a cell, train it and save it; why that failed, if it did."""
 
     def tell(kind: str, *content: object) -> None:
@@ -143,8 +152,8 @@ def _run(connection: Connection, store: Store, checkpoint_seconds: float) -> str
 
     try:
         cell: Cell = connection.recv()
-        file = CheckpointFile(store.checkpoint(cell), cell.identity, partial(tell, "note"), checkpoint_seconds)
-        store.save(cell, train_cell(cell, partial(tell, "advanced"), file))
+        file = CheckpointFile(store.checkpoint(cell), cell.identity, partial(tell, "note"), checkpoint_seconds, device)
+        store.save(cell, train_cell(cell, partial(tell, "advanced"), file, device), environment(device))
     except EOFError:  # the parent is gone
         raise
     except Exception as error:

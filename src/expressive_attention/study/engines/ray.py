@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ..config import Cell
+from ..devices import CPU
 from ..progress import Display
 from ..store import Store, environment
 from ..training import CellResult, train_cell
@@ -35,12 +36,20 @@ class RayEngine(Engine):
         address: ``HOST:PORT`` of a running cluster, or ``"auto"`` on one of its nodes; the cluster then decides how
             many cells run at a time, each with one thread. None: Ray is started on this machine and ends with the run.
         checkpoint_seconds: Time between two checkpoints of a cell.
+        gpus_per_cell: Share of a GPU that a cell takes, in (0, 1]: with 0.25, four cells are trained on each. 0: cells
+            are trained on processors.
 
     Raises:
         EngineError: Ray is not installed, or the address is none.
     """
 
-    def __init__(self, workers: int, address: str | None = None, checkpoint_seconds: float = SECONDS_BETWEEN) -> None:
+    def __init__(
+        self,
+        workers: int,
+        address: str | None = None,
+        checkpoint_seconds: float = SECONDS_BETWEEN,
+        gpus_per_cell: float = 0.0,
+    ) -> None:
         super().__init__(checkpoint_seconds)
         try:
             import ray
@@ -53,7 +62,7 @@ class RayEngine(Engine):
             ) from None
         if address not in (None, "auto") and not re.fullmatch(r"[^/\s]+:\d+", address):
             raise EngineError(f"the address of a Ray cluster must be HOST:PORT or 'auto', got {address!r}")
-        self.ray, self.workers, self.address = ray, workers, address
+        self.ray, self.workers, self.address, self.gpus_per_cell = ray, workers, address, gpus_per_cell
         self.running: dict[Any, Cell] = {}
         self.cells: dict[str, Cell] = {}  # the same by identity
 
@@ -72,17 +81,21 @@ class RayEngine(Engine):
             ray.init(**options)
         except Exception as error:
             raise EngineError(f"Ray cannot be started: {str(error).strip().splitlines()[0]}") from None
+        where = "this machine" if self.address is None else f"the Ray cluster {self.address}"
         if ray.cluster_resources().get("CPU", 0) < 1:
-            raise EngineError(f"the Ray cluster {self.address} has no processor core, and a cell needs one")
+            raise EngineError(f"{where} has no processor core, and a cell needs one")
+        if self.gpus_per_cell and ray.cluster_resources().get("GPU", 0) < 1:
+            raise EngineError(f"{where} has no GPU, and each cell was to have {self.gpus_per_cell:g} of one")
         # Reruns are the base class's, which tells of them.
-        self.task = ray.remote(num_cpus=1, max_retries=0)(_run)
+        self.task = ray.remote(num_cpus=1, num_gpus=self.gpus_per_cell, max_retries=0)(_run)
         self.news = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_News).remote()
         self.threads = threads_per_cell(self.workers) if self.address is None else 1
 
     def submit(self, cell: Cell) -> None:
         self.cells[cell.identity] = cell
         path = self.store.checkpoint(cell).absolute()
-        self.running[self.task.remote(cell, self.threads, path, self.checkpoint_seconds, self.news)] = cell
+        device = torch.device("cuda") if self.gpus_per_cell else CPU  # the one GPU that Ray lets the task see
+        self.running[self.task.remote(cell, self.threads, path, self.checkpoint_seconds, self.news, device)] = cell
 
     def next(self) -> Outcome:
         while True:
@@ -157,7 +170,7 @@ class _News:
 
 
 def _run(
-    cell: Cell, threads: int, checkpoint: Path, checkpoint_seconds: float, news: Any
+    cell: Cell, threads: int, checkpoint: Path, checkpoint_seconds: float, news: Any, device: torch.device
 ) -> tuple[CellResult, dict[str, str]] | str:
     """Train a cell; its result and where that was computed, or why it failed."""
 
@@ -166,10 +179,10 @@ def _run(
 
     torch.set_num_threads(threads)
     tell("started")
-    file = CheckpointFile(checkpoint, cell.identity, partial(tell, "note"), checkpoint_seconds)
+    file = CheckpointFile(checkpoint, cell.identity, partial(tell, "note"), checkpoint_seconds, device)
     is_shared = checkpoint.parent.is_dir()
     try:
-        result = train_cell(cell, partial(tell, "advanced"), file if is_shared else None)
+        result = train_cell(cell, partial(tell, "advanced"), file if is_shared else None, device)
     except Exception as error:
         return reason(error)
-    return result, environment()
+    return result, environment(device)
