@@ -101,7 +101,7 @@ def test_rows_and_columns_that_differ_are_told(trained):
 
 def test_other_circumstances_are_named(store, trained, monkeypatch):
     cell, result = trained[0]
-    monkeypatch.setattr(verify, "train_cell", lambda _: result)
+    monkeypatch.setattr(verify, "train_cell", lambda _, device: result)
     change(store, cell, torch="1.0", threads=None)
     found = verify_cell(cell, store)
     now = environment()["torch"]
@@ -117,7 +117,7 @@ def test_other_circumstances_are_named(store, trained, monkeypatch):
 def test_a_cell_is_trained_with_the_threads_it_had(store, trained, monkeypatch):
     cell, result = trained[0]
     seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(verify, "train_cell", lambda _: seen.append(torch.get_num_threads()) or result)
+    monkeypatch.setattr(verify, "train_cell", lambda _, device: seen.append(torch.get_num_threads()) or result)
     for threads in ("3", "1", None):
         change(store, cell, threads=threads)
         verify_cell(cell, store)
