@@ -1,7 +1,8 @@
-"""Modules: self-attention, position encodings and a small decoder-only transformer."""
+"""Modules: self-attention, torch's multi-head attention, position encodings and a small decoder-only transformer."""
 
 from .attention import HeadGain, SelfAttention
 from .mechanisms import MECHANISMS, attend
+from .multihead import MultiheadAttention
 from .positions import (
     POSITIONS,
     LearnedPositions,
@@ -19,6 +20,7 @@ __all__ = [
     "POSITIONS",
     "HeadGain",
     "LearnedPositions",
+    "MultiheadAttention",
     "RelativeBias",
     "RotaryPositions",
     "SelfAttention",
