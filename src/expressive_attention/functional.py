@@ -117,6 +117,10 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace cannot record expressive attention; use torch.compile or torch.export"
+        )
     _check_types(query=query, key=key, value=value)
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # of which "meta" has none

@@ -1,0 +1,28 @@
+"""Modules of any library whose code calls `torch.nn.functional.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .conversion import Found, Undo
+from .inspection import names_used
+from .switching import WithExpressiveSdpa
+from .switching import switch as give_class
+
+__all__ = ["find", "switch"]
+
+
+def find(model: nn.Module) -> list[Found]:
+    """Modules whose own code calls it."""
+    return [
+        Found(name, module, how="its calls of scaled_dot_product_attention are replaced")
+        for name, module in model.named_modules()
+        if "scaled_dot_product_attention" in names_used(type(module))
+    ]
+
+
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+    """Let each of them run inside of `expressive_sdpa`."""
+    return [give_class(found.module, WithExpressiveSdpa, _expressive_form=form) for found in layers]

@@ -1,0 +1,52 @@
+"""What the code of a module's class refers to: does it call torch's attention, or compute softmax by itself?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FunctionType
+
+from torch import nn
+
+__all__ = ["attention_like", "names_used"]
+
+_DEPTH = 3  # of functions that call functions
+
+
+@cache
+def names_used(cls: type) -> frozenset[str]:
+    """Names that the methods of a class refer to, and the functions of its module that they call.
+
+    From compiled code, so that classes without source are read, too; the methods of `torch.nn.Module` do not count.
+    """
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for member in vars(base).values():
+            if isinstance(function := inspect.unwrap(member) if callable(member) else member, FunctionType):
+                found |= _of_function(function, _DEPTH)
+    return frozenset(found)
+
+
+def _of_function(function: FunctionType, depth: int) -> set[str]:
+    found = set(_of_code(function.__code__))
+    for name in tuple(found) if depth else ():
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and called.__module__ == function.__module__:
+            found |= _of_function(called, depth - 1)
+    return found
+
+
+def _of_code(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _of_code(constant)
+
+
+def attention_like(module: nn.Module) -> bool:
+    """Whether a class is named as attention layers are: ``BloomAttention``, ``WindowAttn``."""
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name

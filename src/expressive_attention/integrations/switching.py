@@ -1,0 +1,76 @@
+"""Gives a module another class, a subclass of its own: it keeps its parameters, and gets its old class back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from .sdpa import expressive_sdpa
+
+__all__ = ["Switched", "WithExpressiveSdpa", "restore", "switch"]
+
+
+class Switched:
+    """What the classes that `switch` makes have in common. They have no name to import, and are made again."""
+
+    _original: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        mixin = next(base for base in type(self).__bases__ if issubclass(base, Switched))
+        return (_remade, (mixin, self._original), *rest)
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile expressive attention; use torch.compile or torch.export"
+        )
+
+
+class WithExpressiveSdpa(Switched):
+    """Calls of dot-product attention in the module's forward pass compute expressive attention."""
+
+    _expressive_form: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As before, with expressive attention."""
+        with expressive_sdpa(self._expressive_form):
+            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def switch(module: nn.Module, mixin: type[Switched], **attributes: Any) -> Callable[[], None]:
+    """Put `mixin` before the class of a module, and set attributes of it.
+
+    Returns:
+        What undoes it.
+    """
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    original = type(module)
+    module.__class__ = _class(mixin, original)
+    module.__dict__.update(attributes)
+
+    def undo() -> None:
+        module.__class__ = original
+        restore(module, attributes, before)
+
+    return undo
+
+
+def restore(target: Any, changed: dict[str, Any], before: dict[str, Any]) -> None:
+    """Give the attributes `changed` of an object back the values `before`; those that are not there were not."""
+    for name in changed:
+        del target.__dict__[name]
+    target.__dict__.update(before)
+
+
+@cache
+def _class(mixin: type[Switched], original: type) -> type:
+    name = f"Expressive{original.__name__}"
+    return type(name, (mixin, original), {"_original": original, "__module__": original.__module__})
+
+
+def _remade(mixin: type[Switched], original: type) -> Any:
+    made = _class(mixin, original)
+    return made.__new__(made)

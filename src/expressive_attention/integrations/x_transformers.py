@@ -1,0 +1,124 @@
+"""x-transformers: give `attn_fn()` to ``attn_custom_attn_fn=``, or `convert` a model after it was made.
+
+    Decoder(dim=512, depth=6, heads=8, attn_custom_attn_fn=expressive_attention.integrations.x_transformers.attn_fn())
+
+x-transformers adds biases (ALiBi, T5) to the score before it calls that function, where they would raise expressive
+weights, and overlooks the function with ``attn_flash=True``. `convert` has neither of these limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import expressive_attention
+from ..nn.mechanisms import joined
+from .conversion import Found, Undo
+from .sdpa import check_form
+from .switching import Switched
+from .switching import switch as give_class
+
+try:
+    from x_transformers.attend import Attend, Intermediates
+except ImportError as error:
+    raise ImportError(
+        "x-transformers 2.0 or newer is needed; the extra 'x-transformers' installs it: "
+        "pip install 'expressive-attention[x-transformers]'"
+    ) from error
+
+__all__ = ["attn_fn", "find", "switch"]
+
+# Options that change scores in ways that expressive attention does not define.
+_UNDEFINED = {
+    "softclamp_logits": "soft clamped scores",
+    "head_learned_sink": "attention sinks",
+    "selective": "selective attention",
+    "l2_distance": "L2 distances in the place of dot products",
+    "cog_signed": "signed attention",
+    "inverted_attention": "inverted attention",
+    "cope": "contextual positions",
+    "pre_softmax_talking_heads": "talking heads",
+    "post_softmax_talking_heads": "talking heads",
+    "pre_scale_post_talking_heads": "talking heads",
+}
+
+
+def attn_fn(form: str = "expressive") -> Callable[[Tensor], Tensor]:
+    """A function from masked scores ``(..., L, S)`` to weights, for ``attn_custom_attn_fn=``.
+
+    Args:
+        form: ``"expressive"`` or ``"squared"``.
+    """
+    check_form(form)
+
+    def weights(scores: Tensor, **_: Any) -> Tensor:
+        keep = scores > torch.finfo(scores.dtype).min / 2  # x-transformers masks with the lowest number
+        z = scores.masked_fill(~keep, 0.0)
+        # A factor per row does not change the shares of weights z^2, and small z have no others.
+        largest = z.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+        scaled = z / largest
+        square = scaled.square()
+        w = square if form == "squared" else square / (largest.clamp(max=1e18).square().reciprocal() + square)
+        return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+
+    return weights
+
+
+class _ExpressiveAttend(Switched):
+    """`Attend` by `expressive_attention`, biases in log-weight space; its maps of attention are not kept."""
+
+    _expressive_form: str
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        prev_attn: Tensor | None = None,
+        attn_delta: Tensor | None = None,
+        row_mask: Tensor | None = None,
+        flash_pack_seq_kwargs: dict[str, Any] | None = None,
+        causal: bool | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Query ``(B, H, L, E)``, key and value ``(B, Hkv, S, E)`` to ``(B, H, L, E)``."""
+        undefined = {"prev_attn": prev_attn, "attn_delta": attn_delta, "row_mask": row_mask}
+        undefined["flash_pack_seq_kwargs"] = flash_pack_seq_kwargs  # pyright: ignore[reportArgumentType]
+        for name, value in undefined.items():
+            if value is not None:
+                raise NotImplementedError(f"Attend was given {name}, which EA does not define")
+        owner: Any = self
+        keep = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
+        if attn_bias is not None:
+            keep = attn_bias if keep is None else joined(keep, attn_bias)
+        output = expressive_attention(
+            q, k, v, keep,
+            owner.dropout if owner.training else 0.0,
+            q.shape[-2] > 1 and (owner.causal if causal is None else causal),
+            owner.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            form=self._expressive_form,
+            causal_alignment="lower_right",
+        )  # fmt: skip
+        return output, Intermediates()
+
+
+def find(model: nn.Module) -> list[Found]:
+    """All `Attend`, the part of an attention layer that weighs keys."""
+    return [_described(name, module) for name, module in model.named_modules() if isinstance(module, Attend)]
+
+
+def _described(name: str, module: nn.Module) -> Found:
+    reasons = [what for option, what in _UNDEFINED.items() if getattr(module, option, None) not in (None, False)]
+    if reasons:
+        return Found(name, module, why_not=f"it has {reasons[0]}, which EA does not define")
+    return Found(name, module, how="Attend by expressive_attention")
+
+
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+    """Replace the forward pass of each."""
+    return [give_class(found.module, _ExpressiveAttend, _expressive_form=form) for found in layers]

@@ -1,0 +1,25 @@
+"""Lets torchvision be imported where its compiled operators cannot be loaded, as those for CUDA beside torch for the CPU.
+
+timm and transformers import torchvision, and nothing here calls its operators.
+"""
+
+import re
+from importlib.util import find_spec
+
+import torch
+
+_library = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def make_importable() -> None:
+    """Declare the operators that torchvision registers shapes for, until it can be imported."""
+    while find_spec("torchvision") is not None:
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError as error:
+            missing = re.fullmatch(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            _library.define(f"{missing[1]}(Tensor x) -> Tensor")
+        else:
+            return
