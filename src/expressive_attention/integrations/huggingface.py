@@ -27,7 +27,7 @@ from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import ConversionError, Found, Undo, convert
 from .inspection import names_used
-from .switching import restore
+from .switching import set_attributes
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
@@ -178,14 +178,14 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     undos = [_switch_layer(found.module, IMPLEMENTATIONS[form]) for found in layers]
     if isinstance(model, PreTrainedModel):
         names = {"form": form, "layers": [found.name for found in layers]}
-        undos.append(_set(model.config, attn_implementation=_PARTLY, **{_LAYERS: names}))
+        undos.append(set_attributes(model.config, attn_implementation=_PARTLY, **{_LAYERS: names}))
     return undos
 
 
 def _switch_model(model: PreTrainedModel, name: str) -> Undo:
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
-    undo = _set(model.config, attn_implementation=name)  # what is saved
+    undo = set_attributes(model.config, attn_implementation=name)  # what is saved
 
     def both() -> None:
         undo()
@@ -197,11 +197,4 @@ def _switch_model(model: PreTrainedModel, name: str) -> Undo:
 def _switch_layer(module: nn.Module, name: str) -> Undo:
     config = copy.copy(module.config)
     config._attn_implementation_internal = name
-    return _set(module, config=config)
-
-
-def _set(target: Any, **attributes: Any) -> Undo:
-    before = {name: target.__dict__[name] for name in attributes if name in target.__dict__}
-    for name, value in attributes.items():
-        setattr(target, name, value)
-    return lambda: restore(target, attributes, before)
+    return set_attributes(module, config=config)

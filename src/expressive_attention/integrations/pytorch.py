@@ -8,7 +8,7 @@ from torch import nn
 
 from ..nn import MultiheadAttention
 from .conversion import Found, Undo
-from .switching import Switched, WithExpressiveSdpa, restore
+from .switching import Switched, WithExpressiveSdpa, set_attributes
 from .switching import switch as give_class
 
 __all__ = ["find", "switch"]
@@ -37,17 +37,13 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
             # Torch's layers take their fused path, which computes softmax, only where that attribute is True.
             undos.append(give_class(found.module, _ExpressiveHeads, form=form, _qkv_same_embed_dim=False))
         else:
-            undos.append(give_class(found.module, WithExpressiveSdpa, _expressive_form=form, _qkv_same_embed_dim=False))
+            undos.append(give_class(found.module, WithExpressiveSdpa, _expressive_form=form))
     modules = {found.module for found in layers}
-    return undos + [
-        _without_nested_tensors(encoder)
-        for encoder in model.modules()
-        if isinstance(encoder, nn.TransformerEncoder) and not modules.isdisjoint(encoder.modules())
-    ]
-
-
-def _without_nested_tensors(encoder: nn.TransformerEncoder) -> Undo:
-    """A stack of layers makes nested tensors for the fused path; without that path nothing can read them."""
-    before = {"use_nested_tensor": encoder.use_nested_tensor}
-    encoder.use_nested_tensor = False
-    return lambda: restore(encoder, before, before)
+    for holder in model.modules():
+        if modules.isdisjoint(holder.modules()):
+            continue
+        if isinstance(holder, nn.TransformerEncoder):  # it makes nested tensors, which only the fused path can read
+            undos.append(set_attributes(holder, use_nested_tensor=False))
+        elif isinstance(holder, nn.TransformerEncoderLayer):  # 0: an activation that the fused path does not know
+            undos.append(set_attributes(holder, activation_relu_or_gelu=0))
+    return undos

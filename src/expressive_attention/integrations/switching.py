@@ -10,7 +10,7 @@ from torch import nn
 
 from .sdpa import expressive_sdpa
 
-__all__ = ["Switched", "WithExpressiveSdpa", "restore", "switch"]
+__all__ = ["Switched", "WithExpressiveSdpa", "set_attributes", "switch"]
 
 
 class Switched:
@@ -46,23 +46,28 @@ def switch(module: nn.Module, mixin: type[Switched], **attributes: Any) -> Calla
     Returns:
         What undoes it.
     """
-    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     original = type(module)
     module.__class__ = _class(mixin, original)
-    module.__dict__.update(attributes)
+    undo_attributes = set_attributes(module, **attributes)
 
     def undo() -> None:
         module.__class__ = original
-        restore(module, attributes, before)
+        undo_attributes()
 
     return undo
 
 
-def restore(target: Any, changed: dict[str, Any], before: dict[str, Any]) -> None:
-    """Give the attributes `changed` of an object back the values `before`; those that are not there were not."""
-    for name in changed:
-        del target.__dict__[name]
-    target.__dict__.update(before)
+def set_attributes(target: Any, **attributes: Any) -> Callable[[], None]:
+    """Set attributes of an object; returns what gives it back those that it had."""
+    before = {name: target.__dict__[name] for name in attributes if name in target.__dict__}
+    target.__dict__.update(attributes)
+
+    def undo() -> None:
+        for name in attributes:
+            del target.__dict__[name]
+        target.__dict__.update(before)
+
+    return undo
 
 
 @cache

@@ -1,0 +1,203 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
+
+
+class Attn(nn.Module):
+    """Calls torch's attention."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        return helper(*self.qkv(x).chunk(3, -1))
+
+
+def helper(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class OwnAttention(nn.Module):
+    """Computes softmax by itself."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(q @ k.mT, -1) @ v
+
+
+class SecretAttention(Attn):
+    """Names torch's attention, and goes another way."""
+
+    secret = True
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.secret:
+            return (q @ k.mT).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_table_says_what_was_done_and_verify_proves_it():
+    model = nn.Sequential(Attn(), nn.Linear(8, 8), Attn())
+    before = model(X)
+    conversion = convert(model)
+    assert str(conversion).splitlines() == [
+        "layer  class",
+        "0      Attn   its calls of scaled_dot_product_attention are replaced",
+        "2      Attn   its calls of scaled_dot_product_attention are replaced",
+        "2 of 2 attention layers switched, form 'expressive'",
+    ]
+    found = conversion.verify(X)
+    assert str(found) == "EA ran in 2/2 layers"
+    assert (found.calls, found.softmax, found.idle) == ({"0": 1, "2": 1}, {}, ())
+    after = model(X)
+    with expressive_sdpa():
+        conversion.undo()
+        assert torch.equal(model(X), after)
+    assert torch.equal(model(X), before)
+    assert [type(module) for module in model] == [Attn, nn.Linear, Attn]
+    assert all("_expressive_form" not in vars(module) for module in model)
+    assert str(conversion).endswith("undone")
+    conversion.undo()
+    with pytest.raises(ConversionError, match="has been undone"):
+        conversion.verify(X)
+
+
+def test_the_squared_form():
+    model, same = nn.Sequential(Attn()), nn.Sequential(Attn())
+    same.load_state_dict(model.state_dict())
+    convert(model, form="squared")
+    with expressive_sdpa("squared"):
+        assert torch.equal(model(X), same(X))
+
+
+def test_layers_are_chosen_by_name_or_pattern():
+    model = nn.ModuleDict({"a": nn.Sequential(Attn(), Attn()), "b": nn.Sequential(Attn())})
+    model.forward = lambda x: model["b"](model["a"](x))
+    for layers, names in (("a.0", ["a.0"]), (["a.*"], ["a.0", "a.1"]), (["a.1", "b.0"], ["a.1", "b.0"])):
+        conversion = convert(model, layers=layers)
+        assert [layer.name for layer in conversion.switched] == names
+        found = conversion.verify(X)
+        assert found.calls == dict.fromkeys(names, 1)
+        assert set(found.softmax) == {"a.0", "a.1", "b.0"} - set(names)
+        assert str(found).startswith(f"EA ran in {len(names)}/{len(names)} layers; softmax ran in: ")
+        conversion.undo()
+    with pytest.raises(
+        ValueError, match=r"layers must name attention layers, got 'c.\*'; the model has: a.0, a.1, b.0"
+    ):
+        convert(model, layers=["a.*", "c.*"])
+
+
+def test_a_layer_that_computes_softmax_by_itself_is_an_error_and_nothing_changes():
+    model = nn.Sequential(Attn(), OwnAttention())
+    words = r"1 of 2 attention layers cannot be switched: 1 \(OwnAttention\): it computes softmax by itself"
+    with pytest.raises(ConversionError, match=words):
+        convert(model)
+    assert type(model[0]) is Attn
+    conversion = convert(model, strict=False)
+    assert str(conversion).splitlines()[2] == "1      OwnAttention  left alone: it computes softmax by itself"
+    assert str(conversion.verify(X)) == "EA ran in 1/1 layers; softmax ran in: 1"
+    with pytest.raises(ConversionError, match=r"OwnAttention has no attention layer .* by itself"):
+        convert(OwnAttention(), strict=False)
+
+
+def test_a_layer_that_turns_out_to_run_softmax_is_named():
+    model = nn.Sequential(Attn(), SecretAttention())
+    conversion = convert(model)
+    with pytest.raises(ConversionError, match="EA ran in 1/2 layers; not in: 1"):
+        conversion.verify(X)
+    model[1].secret = False
+    assert str(conversion.verify(X)) == "EA ran in 2/2 layers"
+    conversion.undo()
+    model[1].secret = True
+    assert str(convert(model, strict=False).verify(X)) == "EA ran in 1/2 layers; not in: 1"
+
+
+def test_layers_that_a_pass_does_not_reach_are_told():
+    model = nn.ModuleDict({"used": Attn(), "other": Attn()})
+    model.forward = lambda x: model["used"](x) if x is not None else None
+    conversion = convert(model)
+    assert str(conversion.verify(X)) == "EA ran in 1/2 layers; not reached: other"
+    with pytest.raises(ConversionError, match="EA ran in 0/2 layers"):
+        conversion.verify(None)
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(ConversionError, match=r"Linear has no attention layer that can be switched; .*expressive_sdpa"):
+        convert(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn.Module, got function"):
+        convert(helper)
+    with pytest.raises(ValueError, match="form must be one of"):
+        convert(Attn(), form="softmax")
+
+
+def test_copies_of_a_switched_model_are_switched():
+    model = nn.Sequential(Attn())
+    convert(model)
+    wanted = model(X)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(X), wanted)
+        assert type(twin[0]) is type(model[0])
+        assert isinstance(twin[0], Attn)
+
+
+def test_gradients_state_and_training_are_those_of_the_parameters():
+    model = nn.Sequential(Attn())
+    state = model.state_dict()
+    convert(model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_compile_export_checkpoint_and_functional_transforms():
+    model = nn.Sequential(Attn())
+    convert(model)
+    wanted = model(X)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(X), wanted)
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), wanted)
+    loss = lambda parameters, x: torch.func.functional_call(model, parameters, (x,)).square().sum()  # noqa: E731
+    parameters = dict(model.named_parameters())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    whole = torch.func.grad(loss)(parameters, X)
+    for name, x in whole.items():
+        torch.testing.assert_close(each[name].sum(0), x, rtol=1e-4, atol=1e-5)
+    x = X.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    again = X.clone().requires_grad_()
+    model(again).square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = nn.Sequential(Attn())
+    convert(model)
+    with torch.autocast("cpu", dtype=dtype):
+        found = model(X)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), model(X), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_refused_in_words():
+    model = nn.Sequential(Attn())
+    convert(model)
+    for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.\w+ cannot .* use torch.compile or torch.export"):
+            make(model)
