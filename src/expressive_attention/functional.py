@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -18,6 +19,9 @@ __all__ = ["expressive_attention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ALIGNMENTS = ("upper_left", "lower_right")
+
+# Told of every call that passes the checks.
+listeners: list[Callable[[], None]] = []
 
 
 @overload
@@ -148,6 +152,8 @@ def expressive_attention(
     if is_causal:
         diagonal = keys - rows if causal_alignment == "lower_right" else 0
 
+    for listener in listeners:
+        listener()
     chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func()), backend)
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..functional import listeners
 from .inspection import attention_like, names_used
 from .sdpa import check_form
 
@@ -158,7 +159,7 @@ class Conversion:
             idle=tuple(name for name in switched if not watch.entered[name] and not watch.expressive[name]),
         )
         if self.strict and (found.failed or len(found.idle) == len(switched)):
-            raise ConversionError(f"{found}. Switched layers that run softmax: see the reasons in the documentation")
+            raise ConversionError(str(found))
         return found
 
     def undo(self) -> None:
@@ -314,7 +315,7 @@ _SOFTMAX = {
 
 
 class _Watch(TorchDispatchMode):
-    """Counts operators by the attention layer that is running."""
+    """Counts calls of expressive attention, and operators of softmax, by the attention layer that is running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,12 +324,18 @@ class _Watch(TorchDispatchMode):
         self.expressive: Counter[str] = Counter()
         self.softmax: Counter[str] = Counter()
 
+    @property
+    def layer(self) -> str:
+        """The layer that is running; ``""``: none."""
+        return self.running[-1] if self.running else ""
+
+    def attended(self) -> None:
+        """Count a call of expressive attention."""
+        self.expressive[self.layer] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, layer = func._schema.name, self.running[-1] if self.running else ""
-        if name == "expressive_attention::attention":
-            self.expressive[layer] += 1
-        elif name in _SOFTMAX:
-            self.softmax[layer] += 1
+        if func._schema.name in _SOFTMAX:
+            self.softmax[self.layer] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -346,9 +353,11 @@ def _watch(modules: dict[str, nn.Module]) -> Iterator[_Watch]:
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
+    listeners.append(watch.attended)
     try:
         with watch:
             yield watch
     finally:
+        listeners.remove(watch.attended)
         for handle in handles:
             handle.remove()

@@ -8,9 +8,9 @@
 ``"expressive_squared"`` is the form ``"squared"``. Only models that go through transformers' attention interface
 follow that name; others accept it and run softmax. `convert` tells them apart, and its `verify` proves it.
 
-The choice is kept when a model is saved, if `convert` made it: the key ``attn_implementation`` of its config.json. From
-transformers 5 on, every loader of transformers follows that key, or raises an error where this module has not been
-imported; those of transformers 4 overlook it, so load with `from_pretrained` of this module.
+The choice is kept when a model is saved, if `convert` made it, and `from_pretrained` of this module restores it. The
+loaders of transformers 5 do so, too, or raise an error where this module has not been imported or single layers were
+switched; those of transformers 4 give softmax without a word, which `check` finds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ IMPLEMENTATIONS = {"expressive": "expressive", "squared": "expressive_squared"}
 
 # Of a model that was saved with expressive attention in some layers alone, which no loader but ours can restore.
 _PARTLY = "expressive_partly"
-_LAYERS = "expressive_attention_layers"
+
+# Key of config.json with the arguments of `convert`.
+_RECORD = "expressive_attention"
 
 # What a softmax layer may be given that expressive attention does not define. To leave it out would change the model.
 _UNDEFINED = {
@@ -123,22 +125,19 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
 
     Raises:
         ConversionError: The saved choice cannot be restored.
+        ValueError: The same, where its layers do not exist.
     """
     from transformers import AutoConfig
 
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name)
-    saved = getattr(config, "attn_implementation", None)
-    if saved == _PARTLY:
-        chosen = getattr(config, _LAYERS)
-        del config.attn_implementation
+    record = getattr(config, _RECORD, None)
+    if record is not None:
+        # That alone says what there is to do; converting anew leaves it as it is.
+        config.__dict__.pop("attn_implementation", None)
         config._attn_implementation = None
-        model = model_class.from_pretrained(name, config=config, **kwargs)
-        convert(model, form=chosen["form"], layers=chosen["layers"])
-        return model
-    if saved in IMPLEMENTATIONS.values():
-        kwargs.setdefault("attn_implementation", saved)
     model = model_class.from_pretrained(name, config=config, **kwargs)
-    check(model)
+    if record is not None:
+        convert(model, **record)
     return model
 
 
@@ -148,11 +147,16 @@ def check(model: PreTrainedModel) -> None:
     Raises:
         ConversionError: Its configuration says one thing and it would do another.
     """
-    saved = getattr(model.config, "attn_implementation", None)
-    now = model.config._attn_implementation
-    if saved in IMPLEMENTATIONS.values() and now != saved:
+    record, now = getattr(model.config, _RECORD, None), model.config._attn_implementation
+    if record is None:
+        return
+    switched = [
+        found.name for found in find(model) if found.module.config._attn_implementation in IMPLEMENTATIONS.values()
+    ]
+    wanted = record["layers"]
+    if now != IMPLEMENTATIONS[record["form"]] if wanted is None else switched != wanted:
         raise ConversionError(
-            f"{type(model).__name__} was saved with attn_implementation={saved!r} and would run {now!r}; load it with "
+            f"{type(model).__name__} was saved with expressive attention and would run {now!r}; load it with "
             "expressive_attention.integrations.huggingface.from_pretrained"
         )
 
@@ -172,26 +176,23 @@ def find(model: nn.Module) -> list[Found]:
 
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
     """Switch whole models by their configuration, single layers by one of their own."""
+    name = IMPLEMENTATIONS[form]
     if whole:
         roots = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        return [_switch_model(root, IMPLEMENTATIONS[form]) for root in roots]
-    undos = [_switch_layer(found.module, IMPLEMENTATIONS[form]) for found in layers]
-    if isinstance(model, PreTrainedModel):
-        names = {"form": form, "layers": [found.name for found in layers]}
-        undos.append(set_attributes(model.config, attn_implementation=_PARTLY, **{_LAYERS: names}))
+        undos = [_switch_model(root, name) for root in roots]
+    else:
+        undos = [_switch_layer(found.module, name) for found in layers]
+    if isinstance(model, PreTrainedModel):  # what is saved
+        record = {"form": form, "layers": None if whole else [found.name for found in layers]}
+        implementation = name if whole else _PARTLY
+        undos.append(set_attributes(model.config, attn_implementation=implementation, **{_RECORD: record}))
     return undos
 
 
 def _switch_model(model: PreTrainedModel, name: str) -> Undo:
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
-    undo = set_attributes(model.config, attn_implementation=name)  # what is saved
-
-    def both() -> None:
-        undo()
-        model.set_attn_implementation(before)
-
-    return both
+    return lambda: model.set_attn_implementation(before)
 
 
 def _switch_layer(module: nn.Module, name: str) -> Undo:

@@ -1,0 +1,362 @@
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, eager_mask  # noqa: E402
+
+from expressive_attention.integrations import ConversionError, convert, huggingface  # noqa: E402
+
+NEW = int(transformers.__version__.split(".")[0]) >= 5
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {
+    **SMALL,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+BART = {"vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "image_size": 16,
+       "patch_size": 4}  # fmt: skip
+
+# Model class, configuration, and layers of attention.
+FAMILIES = {
+    "bert": ("BertModel", SMALL, 2),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 64, "n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64}, 2),
+    "llama": ("LlamaForCausalLM", LLAMA, 2),
+    "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 4}, 2),
+    "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 6}, 2),
+    "t5": ("T5ForConditionalGeneration", T5, 6),
+    "bart": ("BartForConditionalGeneration", BART, 6),
+    "vit": ("ViTModel", VIT, 2),
+}
+DECODERS = ["gpt2", "llama", "mistral", "gemma"]
+if not NEW:
+    del FAMILIES["t5"]  # its softmax is its own in transformers 4
+
+
+def build(family, dtype=torch.float64):
+    name, options, _ = FAMILIES[family]
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**options)).to(dtype).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)  # as they are made, scores are too small to tell anything
+    return model
+
+
+def inputs_of(family, left=False):
+    if family == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}
+    ids, mask = torch.randint(1, 64, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :2] = 0 if left else 1
+    mask[2, -3:] = 1 if left else 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    if family in ("t5", "bart"):
+        found["decoder_input_ids"] = torch.randint(1, 64, (3, 5))
+    return found
+
+
+def spelled_out(module, query, key, value, attention_mask, scaling=None, position_bias=None, **_):
+    """DESIGN's section 2 on what a layer is given, with the float mask that transformers makes for its own softmax."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    z = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = z**2 / (1 + z**2)
+    for bias in (attention_mask, position_bias):
+        weights = weights if bias is None else weights * bias[..., : key.shape[-2]].exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("spelled_out", spelled_out)
+AttentionMaskInterface.register("spelled_out", eager_mask)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_the_definition_in_every_layer(family, left):
+    if family == "bert" and not NEW:
+        pytest.skip("in transformers 4 it calls torch's attention, and goes through no interface")
+    model, inputs = build(family), inputs_of(family, left)
+    with torch.no_grad():
+        softmax = model(**inputs)[0]
+        model.set_attn_implementation("spelled_out")
+        wanted = model(**inputs)[0]
+        model.set_attn_implementation("sdpa")
+    conversion = convert(model)
+    assert str(conversion.verify(**inputs)) == f"EA ran in {FAMILIES[family][2]}/{FAMILIES[family][2]} layers"
+    with torch.no_grad():
+        found = model(**inputs)[0]
+        keep = inputs["attention_mask"].bool() if found.shape[:2] == (3, 9) else ...
+        torch.testing.assert_close(found[keep], wanted[keep], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(found, softmax, atol=1e-3)
+        conversion.undo()
+        assert torch.equal(model(**inputs)[0], softmax)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
+def test_padding_does_not_leak(family, left):
+    model, inputs = build(family), inputs_of(family, left)
+    convert(model)
+    mask = inputs["attention_mask"].bool()
+    other = {**inputs, "input_ids": torch.where(mask, inputs["input_ids"], torch.randint(1, 64, mask.shape))}
+    assert not torch.equal(other["input_ids"], inputs["input_ids"])
+    with torch.no_grad():
+        found, again = model(**inputs)[0], model(**other)[0]
+    keep = mask if found.shape[:2] == mask.shape else ...
+    assert torch.equal(found[keep], again[keep])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_future_does_not_leak(family):
+    model = build(family)
+    convert(model)
+    ids = torch.randint(1, 64, (2, 9))
+    other = torch.cat([ids[:, :6], torch.randint(1, 64, (2, 3))], 1)
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0][:, :6], model(other)[0][:, :6])
+
+
+def test_a_sliding_window_is_one():
+    model = build("mistral")
+    convert(model)
+    ids = torch.randint(1, 64, (1, 12))
+    other = torch.cat([torch.randint(1, 64, (1, 1)), ids[:, 1:]], 1)
+    with torch.no_grad():
+        found, again = model(ids)[0], model(other)[0]
+    # Two layers of window 4: what is said at a place depends on the last 7.
+    assert torch.equal(found[:, 7:], again[:, 7:])
+    assert not torch.equal(found[:, :7], again[:, :7])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache):
+    model = build(family)
+    convert(model)
+    ids, mask = torch.randint(1, 64, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :4], mask[1, :1] = 0, 0  # left-padded
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        kinds = {"dynamic": transformers.DynamicCache, "static": transformers.StaticCache}
+        made = (
+            kinds[cache](config=model.config)
+            if cache == "dynamic"
+            else kinds[cache](config=model.config, max_cache_len=16)
+        )
+        parts, start = [], 0
+        for size in (5, 3, 1, 1, 2):  # prefill, a second chunk, two tokens, a chunk
+            part = slice(start, start + size)
+            where = {"position_ids": positions[:, part], "cache_position": torch.arange(start, start + size)}
+            parts.append(
+                model(ids[:, part], attention_mask=mask[:, : start + size], past_key_values=made, **where).logits
+            )
+            start += size
+    found = torch.cat(parts, 1)
+    torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", [*DECODERS, "bart", *(["t5"] if NEW else [])])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
+def test_generation_with_a_cache_says_what_it_says_without(family, how):
+    model, inputs = build(family), inputs_of(family, left=True)
+    inputs.pop("decoder_input_ids", None)
+    convert(model)
+    said = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        said.append(
+            model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, use_cache=use_cache, pad_token_id=0, **how)
+        )
+    assert torch.equal(*said)
+    assert said[0].shape[1] >= 9
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_weights_are_returned_when_asked_for(family):
+    model, inputs = build(family), inputs_of(family)
+    model.set_attn_implementation("spelled_out")
+    model.config.output_attentions = False
+    convert(model)
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    assert len(attentions) == 2
+    for weights in attentions:
+        assert weights.shape == (3, 4, 9, 9)
+        rows = inputs["attention_mask"].bool()
+        torch.testing.assert_close(
+            weights.sum(-1).transpose(1, 2)[rows], torch.ones_like(weights.sum(-1).transpose(1, 2)[rows])
+        )
+        assert (weights.permute(0, 3, 1, 2)[~rows] == 0).all()
+        if family == "llama":
+            assert torch.equal(weights, weights.tril())
+
+
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+def test_the_name_works_wherever_transformers_takes_one(form):
+    name = huggingface.IMPLEMENTATIONS[form]
+    model, inputs = build("llama"), inputs_of("llama")
+    by_name = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation=name).double().eval()
+    by_name.load_state_dict(model.state_dict())
+    convert(model, form=form)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], by_name(**inputs)[0])
+        by_name.set_attn_implementation("sdpa")
+        assert not torch.allclose(model(**inputs)[0], by_name(**inputs)[0], atol=1e-3)
+        by_name.set_attn_implementation(name)
+        assert torch.equal(model(**inputs)[0], by_name(**inputs)[0])
+
+
+def test_the_choice_is_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    convert(model)
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if NEW:  # it follows config.json by itself
+        assert plain.config._attn_implementation == "expressive"
+        huggingface.check(plain)
+    else:
+        with pytest.raises(ConversionError, match="saved with expressive attention and would run 'sdpa'"):
+            huggingface.check(plain)
+    # Without this package: nothing is registered under that name.
+    if NEW:
+        kept = AttentionInterface._global_mapping.pop("expressive")
+        try:
+            with pytest.raises(ValueError, match='attn_implementation="expressive"` is not supported'):
+                AutoModelForCausalLM.from_pretrained(tmp_path)
+        finally:
+            AttentionInterface._global_mapping["expressive"] = kept
+
+
+def test_an_undone_choice_is_not_saved(tmp_path):
+    model = build("llama", torch.float32)
+    convert(model).undo()
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_single_layers_can_be_switched_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    with torch.no_grad():
+        softmax = model(**inputs)[0]
+    conversion = convert(model, layers="model.layers.1.*")
+    found = conversion.verify(**inputs)
+    assert found.calls == {"model.layers.1.self_attn": 1}
+    assert found.softmax == {"model.layers.0.self_attn": 1}
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    if NEW:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(
+            ConversionError, match=r"in some of its layers; load it with .*huggingface\.from_pretrained"
+        ):
+            plain(**inputs)
+    conversion.undo()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], softmax)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("Gemma2ForCausalLM", LLAMA, r"Gemma2Attention asks for a soft cap of the scores \(softcap\)"),
+        ("GptOssForCausalLM", {**LLAMA, "num_local_experts": 4}, r"GptOssAttention asks for attention sinks \(s_aux\)"),
+    ],
+)
+def test_what_expressive_attention_does_not_define_is_an_error(name, options, words):
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**options)).eval()
+    with pytest.raises(NotImplementedError, match=words):
+        convert(model).verify(**inputs_of("llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("BloomForCausalLM", {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 4}, "BloomAttention"),
+        ("MptForCausalLM", {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 4}, "MptAttention"),
+    ],
+)
+def test_models_that_take_the_name_and_run_softmax_are_refused(name, options, layer):
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**options)).eval()
+    with pytest.raises(
+        ConversionError, match=rf"2 of 2 attention layers cannot be switched: .*\({layer}\): it computes"
+    ):
+        convert(model)
+
+
+def test_a_mask_of_a_wrong_kind_is_named():
+    model = build("llama")
+    convert(model)
+    layer = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match=r"attention_mask must be broadcastable to \(B, H, L, S\), got \(3, 9\)"):
+        huggingface._attention("expressive", layer, *torch.randn(3, 3, 4, 9, 4), torch.ones(3, 9))
+    with pytest.raises(ValueError, match=r"attn_mask must .* torch\.int64"):
+        huggingface._attention(
+            "expressive", layer, *torch.randn(3, 3, 4, 9, 4), torch.ones(3, 1, 9, 9, dtype=torch.int64)
+        )
+
+
+def test_compile_and_export():
+    model, ids = build("llama", torch.float32), torch.randint(1, 64, (2, 9))
+    convert(model)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        found = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        exported = torch.export.export(model, (ids,), {"use_cache": False})
+        torch.testing.assert_close(exported.module()(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, ids = build("llama"), torch.randint(1, 64, (2, 9))
+    convert(model)
+    gradients = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train().zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_model_inside_of_a_module_is_found():
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = AutoModel.from_config(build("bert").config)
+
+        def forward(self, **inputs):
+            return self.body(**inputs)[0]
+
+    conversion = convert(Holder())
+    assert str(conversion.verify(**inputs_of("bert"))) == "EA ran in 2/2 layers"
