@@ -43,7 +43,7 @@ class ExpressiveAttnProcessor(AttnProcessor2_0):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Any,
         encoder_hidden_states: Any = None,
         attention_mask: Any = None,
@@ -53,15 +53,7 @@ class ExpressiveAttnProcessor(AttnProcessor2_0):
     ) -> Any:
         """As `AttnProcessor2_0`."""
         with expressive_sdpa(self.form):
-            return super().__call__(
-                attn,
-                hidden_states,
-                encoder_hidden_states,
-                attention_mask,
-                temb,
-                *args,
-                **kwargs,  # pyright: ignore[reportArgumentType]
-            )
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
 
 def find(model: nn.Module) -> list[Found]:

@@ -150,9 +150,8 @@ def check(model: PreTrainedModel) -> None:
     record, now = getattr(model.config, _RECORD, None), model.config._attn_implementation
     if record is None:
         return
-    switched = [
-        found.name for found in find(model) if found.module.config._attn_implementation in IMPLEMENTATIONS.values()
-    ]
+    configs: dict[str, Any] = {found.name: found.module.config for found in find(model)}
+    switched = [name for name, config in configs.items() if config._attn_implementation in IMPLEMENTATIONS.values()]
     wanted = record["layers"]
     if now != IMPLEMENTATIONS[record["form"]] if wanted is None else switched != wanted:
         raise ConversionError(
@@ -190,12 +189,12 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
 
 
 def _switch_model(model: PreTrainedModel, name: str) -> Undo:
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation(name)
     return lambda: model.set_attn_implementation(before)
 
 
 def _switch_layer(module: nn.Module, name: str) -> Undo:
-    config = copy.copy(module.config)
+    config: Any = copy.copy(module.config)
     config._attn_implementation_internal = name
     return set_attributes(module, config=config)

@@ -77,5 +77,5 @@ def _class(mixin: type[Switched], original: type) -> type:
 
 
 def _remade(mixin: type[Switched], original: type) -> Any:
-    made = _class(mixin, original)
+    made: Any = _class(mixin, original)
     return made.__new__(made)

@@ -31,7 +31,7 @@ class Attention(_Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused_attn = True  # else it would compute softmax by itself
+        self.__dict__["fused_attn"] = True  # else it would compute softmax by itself
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's."""

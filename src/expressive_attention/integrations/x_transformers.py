@@ -57,11 +57,10 @@ def attn_fn(form: str = "expressive") -> Callable[[Tensor], Tensor]:
     def weights(scores: Tensor, **_: Any) -> Tensor:
         keep = scores > torch.finfo(scores.dtype).min / 2  # x-transformers masks with the lowest number
         z = scores.masked_fill(~keep, 0.0)
-        # A factor per row does not change the shares of weights z^2, and small z have no others.
-        largest = z.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-        scaled = z / largest
-        square = scaled.square()
-        w = square if form == "squared" else square / (largest.clamp(max=1e18).square().reciprocal() + square)
+        z = z.clamp(-1e18, 1e18)
+        # A factor per row does not change the shares, and without it the squares of small scores would be lost.
+        square = (z / z.abs().amax(-1, keepdim=True).clamp(torch.finfo(z.dtype).tiny, 1.0)).square()
+        w = square if form == "squared" else square / (1 + z.square())
         return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
     return weights
@@ -86,21 +85,23 @@ class _ExpressiveAttend(Switched):
         causal: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """Query ``(B, H, L, E)``, key and value ``(B, Hkv, S, E)`` to ``(B, H, L, E)``."""
-        undefined = {"prev_attn": prev_attn, "attn_delta": attn_delta, "row_mask": row_mask}
-        undefined["flash_pack_seq_kwargs"] = flash_pack_seq_kwargs  # pyright: ignore[reportArgumentType]
-        for name, value in undefined.items():
+        packed = flash_pack_seq_kwargs
+        undefined = (("prev_attn", prev_attn), ("attn_delta", attn_delta), ("flash_pack_seq_kwargs", packed))
+        for name, value in undefined:
             if value is not None:
                 raise NotImplementedError(f"Attend was given {name}, which EA does not define")
         owner: Any = self
         keep = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
         if attn_bias is not None:
             keep = attn_bias if keep is None else joined(keep, attn_bias)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:  # head h reads head h mod Hkv here, and not h // groups
+            k, v = (x.repeat(1, groups, 1, 1) for x in (k, v))
         output = expressive_attention(
             q, k, v, keep,
             owner.dropout if owner.training else 0.0,
             q.shape[-2] > 1 and (owner.causal if causal is None else causal),
-            owner.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            scale=owner.scale,
             form=self._expressive_form,
             causal_alignment="lower_right",
         )  # fmt: skip
@@ -109,11 +110,23 @@ class _ExpressiveAttend(Switched):
 
 def find(model: nn.Module) -> list[Found]:
     """All `Attend`, the part of an attention layer that weighs keys."""
-    return [_described(name, module) for name, module in model.named_modules() if isinstance(module, Attend)]
+    # Layers that pass scores on to the next say so, and not the `Attend` in them.
+    residual = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if getattr(module, "residual_attn", False) or getattr(module, "cross_residual_attn", False)
+    ]
+    return [
+        _described(name, module, name.startswith(tuple(residual)))
+        for name, module in model.named_modules()
+        if isinstance(module, Attend)
+    ]
 
 
-def _described(name: str, module: nn.Module) -> Found:
+def _described(name: str, module: nn.Module, is_residual: bool) -> Found:
     reasons = [what for option, what in _UNDEFINED.items() if getattr(module, option, None) not in (None, False)]
+    if is_residual:
+        reasons.append("residual attention")
     if reasons:
         return Found(name, module, why_not=f"it has {reasons[0]}, which EA does not define")
     return Found(name, module, how="Attend by expressive_attention")

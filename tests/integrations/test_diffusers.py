@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
+from expressive_attention.integrations.diffusers import ExpressiveAttnProcessor
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def unet():
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+
+
+def dit():
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=8, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+UNET_INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 12))
+DIT_INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(("build", "inputs", "count"), [(unet, UNET_INPUTS, 8), (dit, DIT_INPUTS, 2)])
+def test_a_model_is_switched_and_restored(build, inputs, count):
+    model = build()
+    with torch.no_grad():
+        before = model(*inputs)[0]
+        with expressive_sdpa():
+            wanted = model(*inputs)[0]
+    conversion = convert(model)
+    assert str(conversion.verify(*inputs)) == f"EA ran in {count}/{count} layers"
+    with torch.no_grad():
+        assert torch.equal(model(*inputs)[0], wanted)
+        conversion.undo()
+        assert torch.equal(model(*inputs)[0], before)
+
+
+def test_the_processor_can_be_set_by_itself():
+    model, other = unet(), unet()
+    other.load_state_dict(model.state_dict())
+    convert(model)
+    other.set_attn_processor(ExpressiveAttnProcessor())
+    with torch.no_grad():
+        assert torch.equal(model(*UNET_INPUTS)[0], other(*UNET_INPUTS)[0])
+
+
+def test_a_processor_that_computes_softmax_by_itself_is_refused():
+    model = unet()
+    model.set_attn_processor(AttnProcessor())
+    with pytest.raises(ConversionError, match=r"8 of 8 .*: its processor AttnProcessor does not call"):
+        convert(model)
