@@ -49,6 +49,7 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
         ValueError: The form is neither.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 2, 4, 16, 8).unbind(0)
         >>> with expressive_sdpa():
         ...     output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
