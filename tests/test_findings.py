@@ -29,6 +29,10 @@ def signed(value):
     return f"{value:+.3f}".replace("0.", ".", 1)
 
 
+def probability(p):
+    return "< .001" if p < 0.0005 else "1" if p > 0.9995 else f"{p:.3f}".replace("0.", ".", 1)
+
+
 def by_mechanism(rows):
     return {row["mechanism"]: row for row in rows.iter_rows(named=True)}
 
@@ -39,12 +43,13 @@ def test_every_condition_is_told_as_it_was_found(heading, study):
     conditions = table["condition"].unique(maintain_order=True).to_list()
     told = [row for row in rows_after(heading) if len(row) == 6]
     assert len(told) == len(conditions)
-    for (_, _, ea, dpa, difference, _), condition in zip(told, conditions, strict=True):
+    for (_, _, ea, dpa, difference, p), condition in zip(told, conditions, strict=True):
         found = by_mechanism(table.filter(pl.col("condition") == condition))
         best = found["expressive"]
         assert (ea, dpa) == (reached(best), reached(found["dot_product"]))
         ends = f"({signed(best['difference_low'])} to {signed(best['difference_high'])})"
         assert difference == f"{signed(best['difference'])} {ends}"
+        assert p == probability(best["p"])
 
 
 def test_positions_are_told_as_they_were_found():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,8 +20,31 @@ __all__ = ["expressive_attention"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ALIGNMENTS = ("upper_left", "lower_right")
 
-# Told of every call that passes the checks.
-listeners: list[Callable[[], None]] = []
+
+class Call(NamedTuple):
+    """A call of `expressive_attention` that has passed the checks, in the shapes that backends take.
+
+    Attributes:
+        query: ``(B, Hq, L, E)``.
+        key: ``(B, Hkv, S, E)``.
+        value: ``(B, Hkv, S, Ev)``.
+        attn_mask: Broadcastable to ``(B, Hq, L, S)``, bool or floating, or None.
+        diagonal: With a causal mask, query i sees keys up to i + diagonal.
+        scale: Of the dot product.
+        form: ``"expressive"`` or ``"squared"``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    diagonal: int | None
+    scale: float
+    form: str
+
+
+# Told of every call.
+listeners: list[Callable[[Call], None]] = []
 
 
 @overload
@@ -153,7 +176,7 @@ def expressive_attention(
         diagonal = keys - rows if causal_alignment == "lower_right" else 0
 
     for listener in listeners:
-        listener()
+        listener(Call(query, key, value, mask, diagonal, scale, form))
     chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func()), backend)
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):

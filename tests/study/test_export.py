@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from expressive_attention.study.app import app
 from expressive_attention.study.export import SUMMARY_SCHEMA, export_study, latex_table, summary_table
+from expressive_attention.study.inference import sign_flip_p
 from expressive_attention.study.results import Condition
 from expressive_attention.study.statistics import comparisons, mean_interval, wilson_interval
 from expressive_attention.study.store import Store
@@ -39,8 +40,11 @@ def test_the_summary_has_the_numbers_of_the_seeds(few):
     assert (ours["pairs"], ours["difference"]) == (6, pytest.approx(sum(differences) / 6))
     interval = mean_interval(differences)
     assert (ours["difference_low"], ours["difference_high"]) == pytest.approx((interval.low, interval.high))
+    assert ours["p"] == sign_flip_p(differences)  # of one condition: not adjusted
+    assert 0 < ours["steps_p"] <= 1
     assert (theirs["mechanism"], theirs["n"], theirs["solved"]) == ("dot_product", 6, 0)
-    assert [theirs[name] for name in ("pairs", "difference", "difference_low", "difference_high")] == [None] * 4
+    compared = ("pairs", "difference", "difference_low", "difference_high", "p", "steps_p")
+    assert [theirs[name] for name in compared] == [None] * 6
 
 
 def test_tables_come_back_from_their_files_as_they_were(tmp_path):

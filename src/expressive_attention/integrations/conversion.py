@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -15,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..functional import listeners
 from .inspection import attention_like, names_used
 from .sdpa import check_form
+from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
 
@@ -149,14 +148,15 @@ class Conversion:
         if self._undos is None:
             raise ConversionError("the conversion has been undone; there is nothing to verify")
         modules = dict(self.model.named_modules())
-        names = {layer.name: modules[layer.name] for layer in self.layers}
-        with _watch(names) as watch:
+        layers = {layer.name: modules[layer.name] for layer in self.layers}
+        expressive: Counter[str] = Counter()
+        with traced(layers, lambda layer, _: expressive.update([layer])) as tracer, _Softmax(tracer) as softmax:
             self.model(*inputs, **kwargs)
         switched = [layer.name for layer in self.switched]
         found = Verification(
-            calls={name: watch.expressive[name] for name in switched},
-            softmax=dict(watch.softmax),
-            idle=tuple(name for name in switched if not watch.entered[name] and not watch.expressive[name]),
+            calls={name: expressive[name] for name in switched},
+            softmax=dict(softmax.counts),
+            idle=tuple(name for name in switched if not tracer.entered[name]),
         )
         if self.strict and (found.failed or len(found.idle) == len(switched)):
             raise ConversionError(str(found))
@@ -314,50 +314,15 @@ _SOFTMAX = {
 }
 
 
-class _Watch(TorchDispatchMode):
-    """Counts calls of expressive attention, and operators of softmax, by the attention layer that is running."""
+class _Softmax(TorchDispatchMode):
+    """Counts operators of softmax by the attention layer that is running; ``""``: none of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
-        self.running: list[str] = []
-        self.entered: Counter[str] = Counter()
-        self.expressive: Counter[str] = Counter()
-        self.softmax: Counter[str] = Counter()
-
-    @property
-    def layer(self) -> str:
-        """The layer that is running; ``""``: none."""
-        return self.running[-1] if self.running else ""
-
-    def attended(self) -> None:
-        """Count a call of expressive attention."""
-        self.expressive[self.layer] += 1
+        self.tracer = tracer
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in _SOFTMAX:
-            self.softmax[self.layer] += 1
+            self.counts[self.tracer.layer or ""] += 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _watch(modules: dict[str, nn.Module]) -> Iterator[_Watch]:
-    watch, handles = _Watch(), []
-    for name, module in modules.items():
-
-        def enter(*_: Any, name: str = name) -> None:
-            watch.running.append(name)
-            watch.entered[name] += 1
-
-        def leave(*_: Any) -> None:
-            watch.running.pop()
-
-        handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    listeners.append(watch.attended)
-    try:
-        with watch:
-            yield watch
-    finally:
-        listeners.remove(watch.attended)
-        for handle in handles:
-            handle.remove()

@@ -27,7 +27,7 @@ from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import ConversionError, Found, Undo, convert
 from .inspection import names_used
-from .switching import set_attributes
+from .switching import GAIN, set_attributes
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
@@ -90,6 +90,8 @@ def _attention(
     if position_bias is not None:
         position_bias = position_bias[..., :keys]
         keep = position_bias if keep is None else joined(keep, position_bias)
+    if (gain := getattr(module, GAIN, None)) is not None:
+        query = query * gain[:, None, None]
     settings: dict[str, Any] = {
         "is_causal": is_causal, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1], "form": form,
     }  # fmt: skip

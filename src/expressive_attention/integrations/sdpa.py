@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..functional import expressive_attention
@@ -44,6 +45,7 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
 
     Args:
         form: ``"expressive"`` or ``"squared"``, as in `expressive_attention`.
+        gain: Factor ``(H,)`` on the queries of each head.
 
     Raises:
         ValueError: The form is neither.
@@ -55,10 +57,10 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
         ...     output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     """
 
-    def __init__(self, form: str = "expressive") -> None:
+    def __init__(self, form: str = "expressive", gain: Tensor | None = None) -> None:
         check_form(form)
         super().__init__()
-        self.form = form
+        self.form, self.gain = form, gain
 
     def __torch_function__(
         self,
@@ -69,9 +71,14 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return expressive_attention(*args, **kwargs, form=self.form)
+            return self._attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return multi_head_attention_forward(*args, **kwargs, form=self.form)
+            return multi_head_attention_forward(*args, **kwargs, form=self.form, gain=self.gain)
         if getattr(func, "__name__", "") in _FUSED:
             raise NotImplementedError(f"torch.{func.__name__} computes softmax, and cannot be replaced; call the layer")
         return func(*args, **kwargs)
+
+    def _attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.gain is not None:
+            query = query * self.gain[:, None, None]
+        return expressive_attention(query, *args, **kwargs, form=self.form)

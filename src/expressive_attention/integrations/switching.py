@@ -10,7 +10,11 @@ from torch import nn
 
 from .sdpa import expressive_sdpa
 
-__all__ = ["Switched", "WithExpressiveSdpa", "set_attributes", "switch"]
+__all__ = ["GAIN", "Switched", "WithExpressiveSdpa", "set_attributes", "switch"]
+
+
+# A parameter ``(H,)`` that `calibrate` gives to switched layers: a factor on the queries of each head.
+GAIN = "expressive_gain"
 
 
 class Switched:
@@ -36,7 +40,7 @@ class WithExpressiveSdpa(Switched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, with expressive attention."""
-        with expressive_sdpa(self._expressive_form):
+        with expressive_sdpa(self._expressive_form, getattr(self, GAIN, None)):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 

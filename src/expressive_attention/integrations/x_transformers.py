@@ -18,7 +18,7 @@ from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import Found, Undo
 from .sdpa import check_form
-from .switching import Switched
+from .switching import GAIN, Switched
 from .switching import switch as give_class
 
 try:
@@ -94,6 +94,8 @@ class _ExpressiveAttend(Switched):
         keep = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
         if attn_bias is not None:
             keep = attn_bias if keep is None else joined(keep, attn_bias)
+        if (gain := getattr(self, GAIN, None)) is not None:
+            q = q * gain[:, None, None]
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # head h reads head h mod Hkv here, and not h // groups
             k, v = (x.repeat(1, groups, 1, 1) for x in (k, v))

@@ -128,7 +128,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias, self.training,
             key_padding_mask, need_weights, attn_mask, self.in_proj_weight is None, self.q_proj_weight,
             self.k_proj_weight, self.v_proj_weight, average_attn_weights=average_attn_weights, is_causal=is_causal,
-            form=self.form,
+            form=self.form, gain=getattr(self, "expressive_gain", None),
         )  # fmt: skip
         return output.transpose(0, 1) if batch_first else output, weights
 
@@ -161,11 +161,13 @@ def multi_head_attention_forward(
     is_causal: bool = False,
     *,
     form: str = "expressive",
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`torch.nn.functional.multi_head_attention_forward` with expressive weights: same arguments, same masks.
 
     Sequence first: query ``(L, N, D)`` or ``(L, D)``, key and value ``(S, N, ...)`` or ``(S, ...)``; see
-    `MultiheadAttention` for masks and for what is returned. `static_k` and `static_v` are ``(N H, S, E)``.
+    `MultiheadAttention` for masks and for what is returned. `static_k` and `static_v` are ``(N H, S, E)``; `gain` is a
+    factor ``(H,)`` on the queries of each head.
 
     Raises:
         ValueError: A shape or dtype does not fit; the message names the argument.
@@ -184,6 +186,7 @@ def multi_head_attention_forward(
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([x, extra.expand(1, batch, -1)]) for x, extra in ((k, bias_k), (v, bias_v)))
     q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))  # (N, H, L, E)
+    q = q if gain is None else q * gain[:, None, None]
     if static_k is not None:
         k = static_k.unflatten(0, (batch, num_heads))
     if static_v is not None:

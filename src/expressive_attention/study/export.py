@@ -35,6 +35,8 @@ SUMMARY_SCHEMA: dict[str, Any] = {
     "difference": pl.Float64,  # mean over them of the accuracy minus that of DPA
     "difference_low": pl.Float64,
     "difference_high": pl.Float64,
+    "p": pl.Float64,  # of the sign-flip test, adjusted for the number of conditions
+    "steps_p": pl.Float64,  # of the log-rank test of the steps to solve, likewise
 }
 
 # What LaTeX would take for a command, or lacks in some fonts.
@@ -108,6 +110,8 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
             "accuracy": summary.accuracy,
             "pairs": comparison and len(comparison.seeds),
             "difference": comparison and comparison.difference,
+            "p": comparison and comparison.p,
+            "steps_p": comparison and comparison.steps_p,
             **_ends("solved_share", summary.solved_interval),
             **_ends("accuracy", summary.accuracy_interval),
             **_ends("difference", comparison and comparison.interval),

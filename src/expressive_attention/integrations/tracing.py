@@ -1,0 +1,65 @@
+"""Which attention layer is running, and what it calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..functional import Call, listeners
+
+__all__ = ["Tracer", "traced"]
+
+
+class Tracer:
+    """Follows the layers of a forward pass, and tells of calls of `expressive_attention` in them.
+
+    Attributes:
+        entered: How often each layer was called.
+    """
+
+    def __init__(self, told: Callable[[str, Call], None]) -> None:
+        self.told = told
+        self.running: list[str] = []
+        self.entered: Counter[str] = Counter()
+
+    @property
+    def layer(self) -> str | None:
+        """The innermost layer that is running; None: none of them."""
+        return self.running[-1] if self.running else None
+
+    def _enter(self, name: str) -> None:
+        self.running.append(name)
+        self.entered[name] += 1
+
+    def _called(self, call: Call) -> None:
+        if self.layer is not None:
+            self.told(self.layer, call)
+
+
+@contextmanager
+def traced(layers: Mapping[str, nn.Module], told: Callable[[str, Call], None]) -> Iterator[Tracer]:
+    """Follow these layers, by name, in all forward passes inside of the block."""
+    tracer = Tracer(told)
+    handles = []
+    for name, module in layers.items():
+
+        def enter(*_: Any, name: str = name) -> None:
+            tracer._enter(name)
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(lambda *_: _nothing(tracer.running.pop()), always_call=True))
+    listeners.append(tracer._called)
+    try:
+        yield tracer
+    finally:
+        listeners.remove(tracer._called)
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(_: Any) -> None:
+    """A hook that returns something would replace the layer's output."""
