@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
+from expressive_attention.integrations.conversion import _PROJECTION
 
 
 class Attn(nn.Module):
@@ -201,3 +202,30 @@ def test_torchscript_is_refused_in_words():
     for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
         with pytest.raises(NotImplementedError, match=r"torch\.jit\.\w+ cannot .* use torch.compile or torch.export"):
             make(model)
+
+
+def test_zero_projections_are_warned_of():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    torch.nn.init.zeros_(model.self_attn.in_proj_weight)
+    with pytest.warns(
+        UserWarning, match=r"query or key projections are zero, .*: self_attn\.in_proj_weight; initialize"
+    ):
+        convert(model)
+    for name in (
+        "q_proj.weight",
+        "attention.query.weight",
+        "qkv.weight",
+        "c_attn.weight",
+        "to_q.weight",
+        "k_lin.weight",
+    ):
+        assert _PROJECTION.search(name), name
+    for name in (
+        "v_proj.weight",
+        "out_proj.weight",
+        "c_proj.weight",
+        "to_out.0.weight",
+        "linear.weight",
+        "value.weight",
+    ):
+        assert not _PROJECTION.search(name), name

@@ -1,6 +1,16 @@
 """Expressive attention in the models that people have: one file per library, and `convert` for all of them."""
 
+from .calibration import Calibration, calibrate
 from .conversion import Conversion, ConversionError, Layer, Verification, convert
 from .sdpa import expressive_sdpa
 
-__all__ = ["Conversion", "ConversionError", "Layer", "Verification", "convert", "expressive_sdpa"]
+__all__ = [
+    "Calibration",
+    "Conversion",
+    "ConversionError",
+    "Layer",
+    "Verification",
+    "calibrate",
+    "convert",
+    "expressive_sdpa",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -238,9 +240,30 @@ def convert(
         for undo in reversed(undos):
             undo()
         raise
+    _warn_of_zeros(found for found in chosen if not found.why_not)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(everything, key=lambda found: order[found.name])
     return Conversion(model, form, [rows[id(found)] for found in ordered], strict, undos)
+
+
+# Parameters from which queries and keys come, by the names that libraries give them.
+_PROJECTION = re.compile(r"(^|[._])(q|k|qk|qkv|query|key|in|c_attn|query_key_value)(_?proj|_?lin)?([._]|$)")
+
+
+def _warn_of_zeros(switched: Iterable[Found]) -> None:
+    zero = [
+        f"{found.name}.{name}".lstrip(".")
+        for found in switched
+        for name, parameter in found.module.named_parameters()
+        if parameter.ndim > 1 and "lora" not in name and _PROJECTION.search(name)
+        and not parameter.is_meta and not parameter.any()
+    ]  # fmt: skip
+    if zero:
+        warnings.warn(
+            f"query or key projections are zero, where expressive attention has no gradient: {', '.join(zero)}; "
+            "initialize them otherwise, or they will never learn",
+            stacklevel=3,
+        )
 
 
 def _row(found: Found, is_chosen: bool) -> Layer:

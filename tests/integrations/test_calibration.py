@@ -1,0 +1,157 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expressive_attention.integrations import calibrate, convert
+from expressive_attention.integrations.calibration import spread
+
+
+class Block(nn.Module):
+    """Two heads of width 8, whose scores are of very different sizes."""
+
+    def __init__(self, causal=False):
+        super().__init__()
+        self.qkv, self.causal = nn.Linear(16, 48), causal
+        with torch.no_grad():
+            self.qkv.weight[:8] *= 50
+            self.qkv.weight[8:16] *= 0.02
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+
+
+def by_hand(block, x):
+    """Root mean square of z of each head, over the pairs that the mask leaves."""
+    q, k, _ = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in block.qkv(x).chunk(3, -1))
+    z = q @ k.mT / 8**0.5
+    keep = torch.ones(z.shape[-2:]).tril() if block.causal else torch.ones(z.shape[-2:])
+    return (z.square() * keep).sum((0, 2, 3)).div(len(x) * keep.sum()).sqrt()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("target", [1.0, 0.5])
+def test_scores_come_to_the_target(causal, target):
+    model, x = nn.Sequential(Block(causal), Block(causal)), torch.randn(4, 6, 16)
+    sizes = by_hand(model[0], x).detach()
+    conversion = convert(model)
+    before = model(x)
+    calibration = calibrate(conversion, [x[:2], x[2:]], target=target, rounds=3)
+    torch.testing.assert_close(calibration.before["0"].root_mean_square, sizes)
+    torch.testing.assert_close(calibration.gains["0"], target / sizes, rtol=1e-4, atol=0)
+    for name in ("0", "1"):
+        torch.testing.assert_close(
+            calibration.after[name].root_mean_square, torch.full((2,), target), rtol=0.02, atol=0
+        )
+    assert calibration.before["0"].saturated[0] > 0.5
+    assert calibration.after["0"].saturated.max() < 0.2
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    lines = str(calibration).splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "gain",
+        "rms",
+        "of",
+        "z",
+        "before",
+        "after",
+        "|z|",
+        ">",
+        "3",
+        "before",
+        "after",
+    ]
+    assert len(lines) == 3
+    calibration.undo()
+    assert torch.equal(model(x), before)
+    assert not any("expressive_gain" in name for name, _ in model.named_parameters())
+
+
+def test_gains_are_parameters_of_the_layers():
+    model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
+    calibrate(convert(model), [(x,)])
+    assert "0.expressive_gain" in dict(model.named_parameters())
+    model(x).square().sum().backward()
+    assert model[0].expressive_gain.grad.abs().min() > 0
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    again = nn.Sequential(Block())
+    calibrate(convert(again), [x])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_second_calibration_starts_from_the_first():
+    model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
+    conversion = convert(model)
+    first = calibrate(conversion, [x])
+    gains = first.gains["0"].detach().clone()
+    second = calibrate(conversion, [x], target=2.0)
+    torch.testing.assert_close(second.gains["0"], 2 * gains)
+    second.undo()
+    torch.testing.assert_close(model[0].expressive_gain, gains)
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "x_transformers"])
+def test_every_way_of_switching_takes_gains(library):
+    if library == "torch":
+        model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        batch = {
+            "src": torch.randn(3, 5, 16),
+            "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5]),
+        }
+    elif library == "transformers":
+        transformers = pytest.importorskip("transformers")
+        options = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        config = transformers.LlamaConfig(**options, num_attention_heads=4, num_key_value_heads=2)
+        model = transformers.LlamaForCausalLM(config)
+        mask = torch.ones(3, 5, dtype=torch.long)
+        mask[0, :2] = 0
+        batch = {"input_ids": torch.randint(64, (3, 5)), "attention_mask": mask, "use_cache": False}
+    else:
+        x_transformers = pytest.importorskip("x_transformers")
+        model = x_transformers.Encoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+        batch = {"x": torch.randn(3, 5, 16), "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5])}
+    conversion = convert(model.eval())
+    calibration = calibrate(conversion, [batch], target=0.7)
+    (name,) = calibration.gains
+    torch.testing.assert_close(
+        spread(conversion, [batch])[name].root_mean_square,
+        torch.full_like(calibration.gains[name], 0.7),
+        rtol=1e-3,
+        atol=0,
+    )
+    other = {key: x.roll(1, 0) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    torch.testing.assert_close(
+        spread(conversion, [other])[name].root_mean_square, calibration.after[name].root_mean_square
+    )
+
+
+def test_heads_without_scores_keep_their_gain():
+    model, x = Block(), torch.randn(4, 6, 16)
+    with torch.no_grad():
+        model.qkv.weight[:8] = model.qkv.bias[:8] = 0
+    calibration = calibrate(convert(model), [x])
+    assert calibration.gains[""][0] == 1
+    assert calibration.after[""].root_mean_square[0] == 0
+
+
+def test_wrong_arguments_are_named():
+    model, x = nn.ModuleDict({"used": Block(), "other": Block()}), torch.randn(2, 3, 16)
+
+    def used_alone(x):
+        return model["used"](x)
+
+    model.forward = used_alone
+    conversion = convert(model)
+    with pytest.raises(ValueError, match="batches must reach every switched layer, but these were not: other"):
+        calibrate(conversion, [x])
+    with pytest.raises(ValueError, match="batches must hold at least one input"):
+        calibrate(conversion, [])
+    with pytest.raises(ValueError, match="target must be positive, got 0"):
+        calibrate(conversion, [x], target=0)
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        calibrate(conversion, [x], rounds=0)
