@@ -1,0 +1,114 @@
+"""Models of Hugging Face transformers with expressive attention against the same models with softmax.
+
+    python benchmarks/models.py [--lengths N ...] [--tokens N] [--rounds N] [--threads N] [--small]
+
+A GPT-2 of 12 layers, 12 heads and width 768 with random weights, batch 1, float32, eager: forward, training step
+(forward, backward, AdamW), and generation of as many tokens as the prompt has. The rival is
+``attn_implementation="sdpa"``, timed in turn in the same process. Before anything is timed, expressive attention is
+verified to run in every layer, and its logits are compared with those of the reference backend.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# This folder last: `operator.py` beside this file has the name of a module of the standard library.
+sys.path.append(sys.path.pop(0))
+
+import argparse
+import copy
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from expressive_attention.integrations import convert
+from timing import paired
+
+SHAPES = {"gpt2": (12, 12, 768, 50257), "small": (2, 4, 64, 1000)}
+
+
+def build(shape: str, positions: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+    """A model with expressive attention, verified, and its twin with softmax."""
+    layers, heads, width, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width, n_positions=positions,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    softmax = GPT2LMHeadModel(config).eval()
+    ours = copy.deepcopy(softmax)
+    conversion = convert(ours)
+    ids = torch.randint(vocabulary, (1, 64))
+    print(conversion.verify(ids))
+    with torch.no_grad():
+        found = ours(ids).logits
+        with mock.patch("expressive_attention.functional.AUTOMATIC", ("reference",)):
+            wanted = ours(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    return ours, softmax
+
+
+def forward(model: GPT2LMHeadModel, ids: Tensor) -> Callable[[], object]:
+    """One pass without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+
+    return run
+
+
+def training_step(model: GPT2LMHeadModel, ids: Tensor) -> Callable[[], object]:
+    """Forward, backward and an optimizer step."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def generation(model: GPT2LMHeadModel, prompt: Tensor, tokens: int) -> Callable[[], object]:
+    """Greedy, against a cache."""
+
+    def run() -> None:
+        mask = torch.ones_like(prompt)
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="of forward and training step")
+    parser.add_argument("--tokens", type=int, default=256, help="of the prompt, and as many are generated")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of runs per ratio")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--small", action="store_true", help="a model of two layers, to try this script")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ours, softmax = build("small" if arguments.small else "gpt2", max(*arguments.lengths, 2 * arguments.tokens))
+    vocabulary = ours.config.vocab_size
+    print(f"torch {torch.__version__}, {arguments.threads} threads; time of EA / time of sdpa, median (least to most)")
+    rows = []
+    for length in arguments.lengths:
+        ids = torch.randint(vocabulary, (1, length))
+        rows.append((f"forward, L = {length}", *(forward(model, ids) for model in (ours, softmax))))
+        rows.append((f"training step, L = {length}", *(training_step(model, ids) for model in (ours, softmax))))
+    prompt = torch.randint(vocabulary, (1, arguments.tokens))
+    both = (generation(model, prompt, arguments.tokens) for model in (ours, softmax))
+    rows.append((f"generate {arguments.tokens} tokens after {arguments.tokens}", *both))
+    for name, mine, rival in rows:
+        ratio = paired(rival, mine, arguments.rounds)  # of the rival's "ours": our time over its time
+        print(f"{name:34} {ratio}   EA {ratio.rival:.3f} s, sdpa {ratio.ours:.3f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
