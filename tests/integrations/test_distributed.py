@@ -1,0 +1,59 @@
+"""A training step of a switched model on two processes is that of one."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from expressive_attention.integrations import convert
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+
+def model_and_data():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    convert(model)
+    return model, torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+
+
+def step(model, x, y):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+
+
+def worker(rank, how, address, expected):
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    try:
+        model, x, y = model_and_data()
+        mine = slice(2 * rank, 2 * rank + 2)
+        if how == "ddp":
+            step(DistributedDataParallel(model), x[mine], y[mine])
+            found = model.state_dict()
+        else:
+            for layer in model.layers:
+                fully_shard(layer)
+            step(fully_shard(model), x[mine], y[mine])
+            found = {name: value.full_tensor() for name, value in model.state_dict().items()}
+        for name, value in torch.load(expected).items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_take_the_step_of_one(how, tmp_path):
+    model, x, y = model_and_data()
+    before = copy.deepcopy(model.state_dict())
+    step(model, x, y)
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if "bias" not in name)
+    torch.save(model.state_dict(), tmp_path / "expected")
+    mp.start_processes(worker, (how, tmp_path / "rendezvous", tmp_path / "expected"), nprocs=2, start_method="spawn")
