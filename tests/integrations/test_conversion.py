@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
+from expressive_attention.integrations import ConversionError, convert, expressive_sdpa, functional, switching
 from expressive_attention.integrations.conversion import _PROJECTION
 
 
@@ -144,6 +144,32 @@ def test_a_model_without_attention_is_refused():
         convert(helper)
     with pytest.raises(ValueError, match="form must be one of"):
         convert(Attn(), form="softmax")
+
+
+def test_what_is_switched_is_not_switched_twice():
+    model = nn.Sequential(Attn(), Attn())
+    first = convert(model, layers="0")
+    with pytest.raises(ConversionError, match=r"1 of 2 .*: 0 \(ExpressiveAttn\): it is switched already"):
+        convert(model)
+    second = convert(model, strict=False)
+    assert [layer.name for layer in second.switched] == ["1"]
+    second.undo()
+    first.undo()
+    assert [type(module) for module in model] == [Attn, Attn]
+
+
+def test_an_error_in_the_middle_changes_nothing(monkeypatch):
+    model = nn.Sequential(Attn(), Attn())
+
+    def only_once(module, mixin, **attributes):
+        if module is model[1]:
+            raise RuntimeError("no more")
+        return switching.switch(module, mixin, **attributes)
+
+    monkeypatch.setattr(functional, "give_class", only_once)
+    with pytest.raises(RuntimeError, match="no more"):
+        convert(model)
+    assert [type(module) for module in model] == [Attn, Attn]
 
 
 def test_copies_of_a_switched_model_are_switched():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .inspection import attention_like, names_used
 from .sdpa import check_form
+from .switching import Switched
 from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
@@ -63,8 +64,8 @@ class Adapter(Protocol):
         """The attention layers that it knows, switchable or not."""
         ...
 
-    def switch(self, model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
-        """Switch some of them, `whole` if these are all that the adapter has found; returns what undoes it."""
+    def switch(self, model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
+        """Switch some of them, `whole` if these are all that the adapter has found; yields what undoes each change."""
         ...
 
 
@@ -235,7 +236,7 @@ def convert(
         for adapter, each in by_adapter:
             taken = [found for found in each if found in chosen and not found.why_not]
             if taken:
-                undos += adapter.switch(model, taken, form, len(taken) == len(each))
+                undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
     except BaseException:
         for undo in reversed(undos):
             undo()
@@ -292,7 +293,13 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     """What each adapter finds that none before it has found, and that is not inside of such a layer."""
-    taken: list[str] = []
+    done = [
+        Found(*each, why_not="it is switched already")
+        for each in model.named_modules()
+        if isinstance(each[1], Switched)
+    ]
+    yield None, done
+    taken = [found.name for found in done]
     for name, library in _ADAPTERS:
         if library is not None and library not in sys.modules:
             continue  # a model of a library that has not been imported cannot exist
@@ -301,17 +308,15 @@ def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         taken += [found.name for found in new]
         yield adapter, new
     # What has an attention layer's name and is nobody's: it would go on with softmax, unseen.
-    left = [
-        Found(name, module, why_not="it computes softmax by itself")
+    left = {
+        name: module
         for name, module in model.named_modules()
         if attention_like(module)
         and "softmax" in names_used(type(module))
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
-    ]
-    yield (
-        None,
-        [found for found in left if not any(_inside(other.name, found.name) and other is not found for other in left)],
-    )
+    }
+    innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]
+    yield None, [Found(name, left[name], why_not="it computes softmax by itself") for name in innermost]
 
 
 def _inside(name: str, other: str) -> bool:

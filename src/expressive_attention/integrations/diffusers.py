@@ -5,7 +5,7 @@ unet.set_attn_processor(expressive_attention.integrations.diffusers.ExpressiveAt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,7 @@ def _described(name: str, module: nn.Module) -> Found:
     return Found(name, module, how=f"calls of torch's attention in {processor.__name__} are replaced")
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Let each of them run inside of `expressive_sdpa`, whatever processor it has or is given."""
-    return [give_class(found.module, WithExpressiveSdpa, _expressive_form=form) for found in layers]
+    for found in layers:
+        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)

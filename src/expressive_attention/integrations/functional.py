@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -23,6 +23,7 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Let each of them run inside of `expressive_sdpa`."""
-    return [give_class(found.module, WithExpressiveSdpa, _expressive_form=form) for found in layers]
+    for found in layers:
+        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)

@@ -16,7 +16,7 @@ switched; those of transformers 4 give softmax without a word, which `check` fin
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -175,19 +175,20 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     if whole:
-        roots = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        undos = [_switch_model(root, name) for root in roots]
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                yield _switch_model(module, name)
     else:
-        undos = [_switch_layer(found.module, name) for found in layers]
+        for found in layers:
+            yield _switch_layer(found.module, name)
     if isinstance(model, PreTrainedModel):  # what is saved
         record = {"form": form, "layers": None if whole else [found.name for found in layers]}
         implementation = name if whole else _PARTLY
-        undos.append(set_attributes(model.config, attn_implementation=implementation, **{_RECORD: record}))
-    return undos
+        yield set_attributes(model.config, attn_implementation=implementation, **{_RECORD: record})
 
 
 def _switch_model(model: PreTrainedModel, name: str) -> Undo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -29,21 +29,19 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Give them our forward pass, and keep the layers that hold them from torch's fused path."""
-    undos = []
     for found in layers:
         if type(found.module).forward is nn.MultiheadAttention.forward:
             # Torch's layers take their fused path, which computes softmax, only where that attribute is True.
-            undos.append(give_class(found.module, _ExpressiveHeads, form=form, _qkv_same_embed_dim=False))
+            yield give_class(found.module, _ExpressiveHeads, form=form, _qkv_same_embed_dim=False)
         else:
-            undos.append(give_class(found.module, WithExpressiveSdpa, _expressive_form=form))
+            yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)
     modules = {found.module for found in layers}
     for holder in model.modules():
         if modules.isdisjoint(holder.modules()):
             continue
         if isinstance(holder, nn.TransformerEncoder):  # it makes nested tensors, which only the fused path can read
-            undos.append(set_attributes(holder, use_nested_tensor=False))
+            yield set_attributes(holder, use_nested_tensor=False)
         elif isinstance(holder, nn.TransformerEncoderLayer):  # 0: an activation that the fused path does not know
-            undos.append(set_attributes(holder, activation_relu_or_gelu=0))
-    return undos
+            yield set_attributes(holder, activation_relu_or_gelu=0)

@@ -5,7 +5,7 @@ timm.create_model("vit_tiny_patch16_224", attn_layer=expressive_attention.integr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,6 +50,7 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Freeze `fused_attn` in each of them: timm's global switch does not reach models that exist."""
-    return [give_class(found.module, WithExpressiveSdpa, _expressive_form=form, fused_attn=True) for found in layers]
+    for found in layers:
+        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form, fused_attn=True)

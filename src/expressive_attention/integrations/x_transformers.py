@@ -8,7 +8,7 @@ weights, and overlooks the function with ``attn_flash=True``. `convert` has neit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,7 @@ def _described(name: str, module: nn.Module, is_residual: bool) -> Found:
     return Found(name, module, how="Attend by expressive_attention")
 
 
-def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> list[Undo]:
+def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Replace the forward pass of each."""
-    return [give_class(found.module, _ExpressiveAttend, _expressive_form=form) for found in layers]
+    for found in layers:
+        yield give_class(found.module, _ExpressiveAttend, _expressive_form=form)
