@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from expressive_attention import expressive_attention
 from expressive_attention.nn import (
@@ -62,6 +63,18 @@ def test_with_alibi_weights_fall_with_distance():
     assert (last[:, 1:] > last[:, :-1]).all()
     ratio = last[:, :-1] / last[:, 1:]
     torch.testing.assert_close(ratio, torch.exp(-alibi_slopes(4))[:, None].expand_as(ratio))
+
+
+@pytest.mark.parametrize("attention", [expressive_attention, F.scaled_dot_product_attention])
+def test_alibi_for_causal_attention_needs_no_row_per_query(attention):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).unbind(0)
+    whole, row = (alibi_bias(4, 9, 9, is_causal=is_causal).double() for is_causal in (False, True))
+    assert row.shape == (4, 1, 9)
+    causal = torch.zeros(9, 9, dtype=torch.float64).masked_fill(torch.ones(9, 9).triu(1) == 1, -torch.inf)
+    torch.testing.assert_close(attention(q, k, v, row + causal), attention(q, k, v, whole + causal))
+    if attention is expressive_attention:
+        torch.testing.assert_close(attention(q, k, v, row, is_causal=True), attention(q, k, v, whole + causal))
 
 
 def test_sinusoidal_positions_add_waves():

@@ -135,5 +135,6 @@ class SelfAttention(nn.Module):
     def position_bias(self, x: Tensor) -> Tensor | None:
         """The positions' float mask for X ``(..., L, D)``, broadcastable to ``(..., H, L, L)``; None without one."""
         if self.position == "alibi":
-            return alibi_bias(self.num_heads, x.shape[-2], x.shape[-2], x.device).to(x.dtype)
+            length, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
+            return alibi_bias(self.num_heads, length, length, x.device, is_causal=self.is_causal and wide).to(x.dtype)
         return None if self.relative is None else self.relative(x.shape[-2])

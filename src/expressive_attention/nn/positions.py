@@ -162,11 +162,29 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.exp2(-8.0 * torch.arange(1, num_heads + 1, dtype=torch.float64) / num_heads).float()
 
 
-def alibi_bias(num_heads: int, queries: int, keys: int, device: torch.device | str | None = None) -> Tensor:
+def alibi_bias(
+    num_heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device | str | None = None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     """ALiBi as a float mask ``(H, L, S)``: ``-slope * |i - j|``, queries being the last L of S positions.
 
     In log-weight space, for expressive and softmax attention alike: weights fall with distance.
+
+    Args:
+        num_heads: H.
+        queries: L.
+        keys: S.
+        device: Of the mask.
+        is_causal: The attention is causal. Then -slope * (i - j) does as well, in which -slope * i is common to a row
+            and cancels: the mask is ``(H, 1, S)``, and nothing of the size of L x S is made. To be kept in float32.
     """
+    slopes = alibi_slopes(num_heads).to(device).view(-1, 1, 1)
+    if is_causal:
+        return -slopes * (keys - 1 - torch.arange(keys, device=device))
     i = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
     distance = (i - torch.arange(keys, device=device)).abs()
-    return -alibi_slopes(num_heads).to(device).view(-1, 1, 1) * distance
+    return -slopes * distance
