@@ -349,6 +349,26 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_parts_of_a_model_get_back_what_each_had():
+    config = build("bert").config
+    model = transformers.EncoderDecoderModel(
+        transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config))
+    )
+    model.encoder.set_attn_implementation("eager")
+    model.eval()
+    before = [part.config._attn_implementation for part in (model, model.encoder, model.decoder)]
+    assert len(set(before)) == 2
+    inputs = {"input_ids": torch.randint(1, 64, (2, 6)), "decoder_input_ids": torch.randint(1, 64, (2, 4))}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    conversion = convert(model)
+    assert str(conversion.verify(**inputs)) == "EA ran in 6/6 layers"
+    conversion.undo()
+    assert [part.config._attn_implementation for part in (model, model.encoder, model.decoder)] == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, wanted)
+
+
 def test_a_model_inside_of_a_module_is_found():
     class Holder(torch.nn.Module):
         def __init__(self):

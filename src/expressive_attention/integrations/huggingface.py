@@ -179,9 +179,7 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     if whole:
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                yield _switch_model(module, name)
+        yield _switch_models([module for module in model.modules() if isinstance(module, PreTrainedModel)], name)
     else:
         for found in layers:
             yield _switch_layer(found.module, name)
@@ -191,10 +189,25 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
         yield set_attributes(model.config, attn_implementation=implementation, **{_RECORD: record})
 
 
-def _switch_model(model: PreTrainedModel, name: str) -> Undo:
-    before: Any = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    return lambda: model.set_attn_implementation(before)
+def _switch_models(models: Sequence[PreTrainedModel], name: str) -> Undo:
+    configs = [config for model in models for config in _with_parts(model.config)]
+    before = [config._attn_implementation_internal for config in configs]
+    for model in models:
+        model.set_attn_implementation(name)
+
+    def undo() -> None:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+    return undo
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """A configuration and those inside of it, as of a model that reads images and text."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_parts(part)
 
 
 def _switch_layer(module: nn.Module, name: str) -> Undo:
