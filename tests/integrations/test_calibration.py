@@ -155,3 +155,27 @@ def test_wrong_arguments_are_named():
         calibrate(conversion, [x], target=0)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         calibrate(conversion, [x], rounds=0)
+
+
+def test_undoing_the_conversion_takes_the_gains_away():
+    model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
+    before, state = model(x), model.state_dict().keys()
+    conversion = convert(model)
+    calibrate(conversion, [x])
+    conversion.undo()
+    assert model.state_dict().keys() == state
+    assert torch.equal(model(x), before)
+
+
+def test_gains_have_the_dtype_of_the_queries():
+    class Core(nn.Module):
+        """Without parameters of its own."""
+
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model, inputs = Core(), tuple((10 * torch.randn(3, 2, 4, 6, 8, dtype=torch.bfloat16)).unbind(0))
+    calibration = calibrate(convert(model), [inputs])
+    assert model.expressive_gain.dtype == torch.bfloat16
+    assert model(*inputs).dtype == torch.bfloat16
+    torch.testing.assert_close(calibration.after[""].root_mean_square, torch.ones(4), rtol=0.02, atol=0)

@@ -255,3 +255,52 @@ def test_zero_projections_are_warned_of():
         "value.weight",
     ):
         assert not _PROJECTION.search(name), name
+
+
+class ModuleAttention(OwnAttention):
+    """Computes softmax by itself, by a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Softmax(-1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.share(q @ k.mT) @ v
+
+
+class ByModule(nn.Module):
+    """As many models are written: the softmax is a module that the constructor makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = ModuleAttention()
+
+    def forward(self, x):
+        return self.attention(x)
+
+
+def test_softmax_that_is_a_module_is_seen():
+    with pytest.raises(ConversionError, match=r"attention \(ModuleAttention\): it computes softmax by itself"):
+        convert(ByModule())
+
+
+def test_softmax_outside_of_all_layers_is_told():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attn()
+
+        def forward(self, x):
+            return self.attention(x).softmax(-1)
+
+    assert str(convert(Gated()).verify(X)) == "EA ran in 1/1 layers; softmax ran outside of all of them: 1 times"
+
+
+@pytest.mark.filterwarnings("error:query or key projections are zero")
+def test_an_error_after_the_switch_changes_nothing():
+    model = nn.MultiheadAttention(8, 2)
+    nn.init.zeros_(model.in_proj_weight)
+    with pytest.raises(UserWarning, match="projections are zero"):
+        convert(model)
+    assert type(model) is nn.MultiheadAttention

@@ -296,6 +296,13 @@ def test_what_expressive_attention_does_not_define_is_an_error(name, options, wo
         convert(model).verify(**inputs_of("llama"))
 
 
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "indices", "block_indices", "head_mask"])
+def test_what_a_layer_is_given_beyond_the_definition_is_named(name):
+    layer, qkv = build("llama").model.layers[0].self_attn, torch.randn(3, 3, 4, 9, 4)
+    with pytest.raises(NotImplementedError, match=rf"LlamaAttention asks for .* \({name}\), which EA does not define"):
+        huggingface._attention("expressive", layer, *qkv, None, **{name: torch.ones(1)})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "layer"),
     [

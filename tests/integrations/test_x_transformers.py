@@ -78,6 +78,8 @@ def test_small_and_large_scores_keep_their_shares():
     ("options", "words"),
     [
         ({"attn_softclamp_logits": True}, "it has soft clamped scores, which EA does not define"),
+        ({"attn_sigmoid": True}, "it has weights of another kind"),
+        ({"attn_sparse_topk": 2}, "it has weights of another kind"),
         ({"residual_attn": True}, "it has residual attention, which EA does not define"),
         ({"attn_pre_talking_heads": True}, "it has talking heads, which EA does not define"),
     ],

@@ -31,11 +31,13 @@ class Spread:
 
     Attributes:
         root_mean_square: Of z, per head ``(H,)``.
-        saturated: Share of pairs with |z| > 3, per head ``(H,)``: f is above 0.9 there.
+        saturated: Share of pairs with |z| > 3, per head ``(H,)``: f is at least 0.9 there.
+        dtype: Of the queries.
     """
 
     root_mean_square: Tensor
     saturated: Tensor
+    dtype: torch.dtype
 
 
 class Calibration:
@@ -130,9 +132,7 @@ def calibrate(conversion: Conversion, batches: Iterable[Any], *, target: float =
             size = now[name].root_mean_square
             factor = torch.where(size > 0, target / size, 1.0)
             if getattr(module, GAIN, None) is None:
-                like = next((p for p in module.parameters()), torch.ones(()))
-                dtype = like.dtype if like.is_floating_point() else torch.float32
-                module.register_parameter(GAIN, nn.Parameter(factor.to(like.device, dtype)))
+                module.register_parameter(GAIN, nn.Parameter(factor.to(now[name].dtype)))
             else:
                 getattr(module, GAIN).data.mul_(factor)
         now = spread(conversion, inputs)
@@ -151,7 +151,13 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
     modules = dict(conversion.model.named_modules())
     layers = {layer.name: modules[layer.name] for layer in conversion.switched}
     sums: dict[str, list[Tensor]] = defaultdict(list)
-    with traced(layers, lambda layer, call: sums[layer].append(_sums(call))):
+    dtypes: dict[str, torch.dtype] = {}
+
+    def told(layer: str, call: Call) -> None:
+        sums[layer].append(_sums(call))
+        dtypes[layer] = call.query.dtype
+
+    with traced(layers, told):
         for batch in batches:
             if isinstance(batch, Mapping):
                 conversion.model(**batch)
@@ -163,7 +169,7 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
     found = {}
     for name in layers:
         squares, saturated, count = torch.stack(sums[name]).sum(0)
-        found[name] = Spread((squares / count).sqrt().float(), (saturated / count).float())
+        found[name] = Spread((squares / count).sqrt().float(), (saturated / count).float(), dtypes[name])
     return found
 
 

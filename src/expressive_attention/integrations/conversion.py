@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .inspection import attention_like, names_used
 from .sdpa import check_form
-from .switching import Switched
+from .switching import GAIN, Switched
 from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
@@ -115,7 +115,8 @@ class Verification:
         if self.idle:
             text += f"; not reached: {', '.join(self.idle)}"
         left = [name for name in self.softmax if name and name not in self.calls]
-        return text + (f"; softmax ran in: {', '.join(left)}" if left else "")
+        text += f"; softmax ran in: {', '.join(left)}" if left else ""
+        return text + (f"; softmax ran outside of all of them: {self.softmax['']} times" if "" in self.softmax else "")
 
 
 class Conversion:
@@ -141,8 +142,8 @@ class Conversion:
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Run ``model(*inputs, **kwargs)`` and count calls of expressive attention in each layer.
 
-        Softmax is found whatever computes it, torch's fused kernels included. No gradients are computed; whether the
-        model is in training or evaluation mode is left as it is.
+        Softmax is found where an operator of torch computes it, fused ones included. No gradients are computed;
+        training or evaluation mode is left as it is.
 
         Raises:
             ConversionError: With `strict`, a layer that was switched ran softmax, or no expressive attention; or no
@@ -166,7 +167,14 @@ class Conversion:
         return found
 
     def undo(self) -> None:
-        """Restore the model: the same classes, attributes and outputs as before. A second call does nothing."""
+        """Restore the model: the same classes, attributes and outputs as before. A second call does nothing.
+
+        Gains that `calibrate` gave to layers are taken away.
+        """
+        if self._undos is not None:
+            modules = dict(self.model.named_modules())
+            for layer in self.switched:
+                modules[layer.name]._parameters.pop(GAIN, None)
         for undo in reversed(self._undos or []):
             undo()
         self._undos = None
@@ -237,11 +245,11 @@ def convert(
             taken = [found for found in each if found in chosen and not found.why_not]
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
+        _warn_of_zeros(found for found in chosen if not found.why_not)
     except BaseException:
         for undo in reversed(undos):
             undo()
         raise
-    _warn_of_zeros(found for found in chosen if not found.why_not)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(everything, key=lambda found: order[found.name])
     return Conversion(model, form, [rows[id(found)] for found in ordered], strict, undos)
@@ -294,9 +302,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     """What each adapter finds that none before it has found, and that is not inside of such a layer."""
     done = [
-        Found(*each, why_not="it is switched already")
-        for each in model.named_modules()
-        if isinstance(each[1], Switched)
+        Found(name, module, why_not="it is switched already")
+        for name, module in model.named_modules()
+        if issubclass(type(module), Switched)
     ]
     yield None, done
     taken = [found.name for found in done]
@@ -312,7 +320,7 @@ def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         name: module
         for name, module in model.named_modules()
         if attention_like(module)
-        and "softmax" in names_used(type(module))
+        and any("softmax" in used.lower() for used in names_used(type(module)))
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
     }
     innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]

@@ -59,7 +59,13 @@ _UNDEFINED = {
     "layer_head_mask": "a mask of heads",
     "cu_seq_lens_q": "packed sequences",
     "cu_seq_lens_k": "packed sequences",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
 }
+
+
+# Arguments of loaders that say where a model is.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 def _attention(
@@ -97,7 +103,7 @@ def _attention(
     }  # fmt: skip
     output = expressive_attention(query, key, value, keep, dropout, **settings)
     weights = None
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
         every_key = torch.eye(keys, dtype=value.dtype, device=value.device).expand(*key.shape[:2], keys, keys)
         weights = expressive_attention(query, key, every_key, keep, **settings)
     return output.transpose(1, 2).contiguous(), weights
@@ -118,7 +124,7 @@ AttentionMaskInterface.register(_PARTLY, sdpa_mask)
 
 
 def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
-    """Load a model with the attention that it was saved with.
+    """Load a model with the attention that it was saved with: all or some layers of the attention interface.
 
     Args:
         model_class: A class of transformers, such as ``AutoModelForCausalLM``.
@@ -131,7 +137,8 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name)
+    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+    config = copy.deepcopy(kwargs.pop("config", None)) or AutoConfig.from_pretrained(name, **where)
     record = getattr(config, _RECORD, None)
     if record is not None:
         # That alone says what there is to do; converting anew leaves it as it is.

@@ -68,7 +68,7 @@ def set_attributes(target: Any, **attributes: Any) -> Callable[[], None]:
 
     def undo() -> None:
         for name in attributes:
-            del target.__dict__[name]
+            target.__dict__.pop(name, None)
         target.__dict__.update(before)
 
     return undo

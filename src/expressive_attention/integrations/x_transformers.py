@@ -9,9 +9,11 @@ weights, and overlooks the function with ``attn_flash=True``. `convert` has neit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import expressive_attention
@@ -129,9 +131,24 @@ def _described(name: str, module: nn.Module, is_residual: bool) -> Found:
     reasons = [what for option, what in _UNDEFINED.items() if getattr(module, option, None) not in (None, False)]
     if is_residual:
         reasons.append("residual attention")
+    if not _is_plain(module.attn_fn):
+        reasons.append(f"weights of another kind ({_innermost(module.attn_fn)})")
     if reasons:
         return Found(name, module, why_not=f"it has {reasons[0]}, which EA does not define")
     return Found(name, module, how="Attend by expressive_attention")
+
+
+def _innermost(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _is_plain(function: Any) -> bool:
+    """Whether weights are softmax's, or already those of `attn_fn`: top-k, hard or sigmoid ones would be lost."""
+    while isinstance(function, partial):
+        function = function.func
+    return function is F.softmax or getattr(function, "__module__", "") == __name__
 
 
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
