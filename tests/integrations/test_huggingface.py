@@ -356,6 +356,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.skipif(not NEW, reason="in transformers 4, BERT goes through no interface")
 def test_parts_of_a_model_get_back_what_each_had():
     config = build("bert").config
     model = transformers.EncoderDecoderModel(
