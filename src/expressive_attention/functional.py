@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .backends import AUTOMATIC, BACKENDS, reference
-from .backends.problem import FORMS, Problem
+from .backends.problem import Problem, check_form
 
 __all__ = ["expressive_attention"]
 
@@ -235,8 +235,7 @@ def _check_settings(
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    check_form(form)
     if causal_alignment not in _ALIGNMENTS:
         raise ValueError(f"causal_alignment must be one of {_ALIGNMENTS}, got {causal_alignment!r}")
     if backend is not None and backend not in BACKENDS:

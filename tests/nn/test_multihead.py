@@ -249,7 +249,7 @@ def test_a_nested_tensor_and_a_script_are_refused():
         module(nested, nested, nested)
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.script cannot compile expressive attention"):
         torch.jit.script(module)
-    with pytest.raises(ValueError, match="form must be 'expressive' or 'squared', got 'softmax'"):
+    with pytest.raises(ValueError, match=r"form must be one of \('expressive', 'squared'\), got 'softmax'"):
         MultiheadAttention(8, 2, form="softmax")
     with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, got 8 and 3"):
         MultiheadAttention(8, 3)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FORMS", "Problem", "accumulation_dtype", "empty_peak", "row_peak"]
+__all__ = ["FORMS", "Problem", "accumulation_dtype", "check_form", "empty_peak", "row_peak"]
 
 FORMS = ("expressive", "squared")
 
@@ -33,6 +33,12 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     dropout_p: float = 0.0
     differentiated_by_func: bool = False
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError if `form` is none of `FORMS`."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

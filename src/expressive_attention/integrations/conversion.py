@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..backends.problem import check_form
 from .inspection import attention_like, names_used
-from .sdpa import check_form
 from .switching import GAIN, Switched
 from .tracing import Tracer, traced
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..backends.problem import check_form
 from .conversion import Found, Undo
 from .inspection import names_used
-from .sdpa import check_form, expressive_sdpa
+from .sdpa import expressive_sdpa
 from .switching import WithExpressiveSdpa
 from .switching import switch as give_class
 

@@ -9,21 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..backends.problem import check_form
 from ..functional import expressive_attention
 from ..nn.multihead import multi_head_attention_forward
 
-__all__ = ["check_form", "expressive_sdpa"]
-
-FORMS = ("expressive", "squared")
+__all__ = ["expressive_sdpa"]
 
 # torch's fused inference paths, which compute softmax from the parameters of a whole layer.
 _FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
-
-
-def check_form(form: str) -> None:
-    """Raise ValueError if `form` is none of `expressive_attention`."""
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 
 class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as torch.no_grad is

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.problem import check_form
 from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import Found, Undo
-from .sdpa import check_form
 from .switching import GAIN, Switched
 from .switching import switch as give_class
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.problem import check_form
 from ..functional import expressive_attention
 from .mechanisms import joined
 
@@ -70,19 +71,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         form: str = "expressive",
     ) -> None:
-        if form not in ("expressive", "squared"):
-            raise ValueError(f"form must be 'expressive' or 'squared', got {form!r}")
+        check_form(form)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.form = form
-        self.avoid_fused_path()
-
-    def avoid_fused_path(self) -> None:
-        """Keep torch's layers from their fused inference path, which computes softmax from this module's parameters."""
-        self._qkv_same_embed_dim = False  # they ask for it; here nothing depends on it
+        # Torch's layers take their fused path, which computes softmax, only where this is True; it has no other use.
+        self._qkv_same_embed_dim = False
 
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(
