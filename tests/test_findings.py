@@ -45,6 +45,7 @@ def by_mechanism(rows):
         ("Several tasks at once", ["multitask"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
+        ("Size of the model", ["model_size"]),
         ("The field's probes", ["probes"]),
         ("Text and images", ["language", "vision"]),
     ],
