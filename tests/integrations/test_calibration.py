@@ -179,3 +179,30 @@ def test_gains_have_the_dtype_of_the_queries():
     assert model.expressive_gain.dtype == torch.bfloat16
     assert model(*inputs).dtype == torch.bfloat16
     torch.testing.assert_close(calibration.after[""].root_mean_square, torch.ones(4), rtol=0.02, atol=0)
+
+
+def test_heads_in_the_batch_are_refused():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2).flatten(0, 1) for y in self.qkv(x).chunk(3, -1))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Folded()
+    calibrate(convert(model), [torch.randn(3, 5, 8)])
+    with pytest.raises(ValueError, match="gain must have an entry for each of the 4 heads of query, got 6; a layer"):
+        model(torch.randn(2, 5, 8))
+
+
+def test_a_second_conversion_leaves_the_gains_of_the_first():
+    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    from .transformers_models import build, inputs_of
+
+    model, inputs = build("llama"), inputs_of("llama")
+    calibrate(convert(model), [inputs])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    convert(model, form="squared").undo()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -1,10 +1,15 @@
 import copy
 import pickle
+import sys
+from threading import Thread
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.utils import parametrize
 
 from expressive_attention.integrations import ConversionError, convert, expressive_sdpa, functional, switching
 from expressive_attention.integrations.conversion import _PROJECTION
@@ -161,10 +166,10 @@ def test_what_is_switched_is_not_switched_twice():
 def test_an_error_in_the_middle_changes_nothing(monkeypatch):
     model = nn.Sequential(Attn(), Attn())
 
-    def only_once(module, mixin, **attributes):
+    def only_once(module, mixin, form):
         if module is model[1]:
             raise RuntimeError("no more")
-        return switching.switch(module, mixin, **attributes)
+        return switching.switch(module, mixin, form)
 
     monkeypatch.setattr(functional, "give_class", only_once)
     with pytest.raises(RuntimeError, match="no more"):
@@ -304,3 +309,66 @@ def test_an_error_after_the_switch_changes_nothing():
     with pytest.raises(UserWarning, match="projections are zero"):
         convert(model)
     assert type(model) is nn.MultiheadAttention
+
+
+def test_a_layer_whose_class_has_changed_since_is_not_undone():
+    model = nn.Sequential(Attn(), Attn())
+    before = model(X)
+    conversion = convert(model)
+    attention = model[1]
+    attention.register_buffer("offset", torch.zeros(1))
+    parametrize.register_parametrization(attention, "offset", nn.Identity())
+    with pytest.raises(ConversionError, match=r"have been changed since the conversion.*: 1; take that back first"):
+        conversion.undo()
+    assert not torch.equal(model(X), before)
+    parametrize.remove_parametrizations(attention, "offset")
+    conversion.undo()
+    assert torch.equal(model(X), before)
+
+
+def test_a_forward_pass_that_hides_that_of_the_class_is_refused():
+    model = nn.Sequential(Attn(), Attn())
+    model[1].forward = model[1].forward
+    with pytest.raises(ConversionError, match=r"1 \(Attn\): its forward method has been replaced"):
+        convert(model)
+    found = convert(model, strict=False).verify(X)
+    assert found.calls == {"0": 1}
+    assert found.softmax == {"1": 1}
+
+
+def test_a_broken_library_matters_to_its_own_models_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.layers.attention", None)
+    monkeypatch.delitem(sys.modules, "expressive_attention.integrations.timm", raising=False)
+    convert(Attn())
+    of_timm = type("Attention", (Attn,), {"__module__": "timm.layers.attention"})
+    with pytest.raises(ImportError, match=r"timm 1\.0 or newer is needed"):
+        convert(of_timm())
+
+
+class FlexAttention(nn.Module):
+    def forward(self, x):
+        return flex_attention(*[x[:, None]] * 3)[:, 0]
+
+
+def test_flex_attention_is_seen():
+    conversion = convert(nn.Sequential(FlexAttention(), Attn(16)), strict=False)
+    assert [layer.why_not for layer in conversion.layers] == ["it computes softmax by itself", ""]
+    found = conversion.verify(torch.randn(2, 5, 16))
+    assert found.softmax == {"0": 1}
+    assert found.calls == {"1": 1}
+
+
+def test_another_thread_does_not_count():
+    model = nn.Sequential(Attn(), OwnAttention())
+    conversion = convert(model, layers="0")
+
+    def meanwhile(*_):
+        thread = Thread(target=model, args=(X,))
+        thread.start()
+        thread.join()
+
+    handle = model[0].qkv.register_forward_hook(lambda *_: (handle.remove(), meanwhile())[2:] or None)
+    found = conversion.verify(X)
+    assert found.calls == {"0": 1}
+    assert found.softmax == {"1": 1}

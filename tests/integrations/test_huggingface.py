@@ -10,68 +10,9 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask  # noq
 
 from expressive_attention.integrations import ConversionError, convert, huggingface  # noqa: E402
 
-NEW = int(transformers.__version__.split(".")[0]) >= 5
+from .transformers_models import DECODERS, FAMILIES, LLAMA, NEW, build, inputs_of  # noqa: E402
+
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
-
-SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {
-    **SMALL,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
-T5 = {
-    "vocab_size": 64,
-    "d_model": 16,
-    "d_kv": 4,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
-BART = {"vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
-VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "image_size": 16,
-       "patch_size": 4}  # fmt: skip
-
-# Model class, configuration, and layers of attention.
-FAMILIES = {
-    "bert": ("BertModel", SMALL, 2),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 64, "n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64}, 2),
-    "llama": ("LlamaForCausalLM", LLAMA, 2),
-    "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 4}, 2),
-    "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 6}, 2),
-    "t5": ("T5ForConditionalGeneration", T5, 6),
-    "bart": ("BartForConditionalGeneration", BART, 6),
-    "vit": ("ViTModel", VIT, 2),
-}
-DECODERS = ["gpt2", "llama", "mistral", "gemma"]
-if not NEW:
-    del FAMILIES["t5"]  # its softmax is its own in transformers 4
-
-
-def build(family, dtype=torch.float64):
-    name, options, _ = FAMILIES[family]
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**options)).to(dtype).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5)  # as they are made, scores are too small to tell anything
-    return model
-
-
-def inputs_of(family, left=False):
-    if family == "vit":
-        return {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}
-    ids, mask = torch.randint(1, 64, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[1, :2] = 0 if left else 1
-    mask[2, -3:] = 1 if left else 0
-    found = {"input_ids": ids, "attention_mask": mask}
-    if family in ("t5", "bart"):
-        found["decoder_input_ids"] = torch.randint(1, 64, (3, 5))
-    return found
 
 
 def spelled_out(module, query, key, value, attention_mask, scaling=None, position_bias=None, **_):
@@ -226,60 +167,6 @@ def test_the_name_works_wherever_transformers_takes_one(form):
         assert not torch.allclose(model(**inputs)[0], by_name(**inputs)[0], atol=1e-3)
         by_name.set_attn_implementation(name)
         assert torch.equal(model(**inputs)[0], by_name(**inputs)[0])
-
-
-def test_the_choice_is_saved_and_restored(tmp_path):
-    model, inputs = build("llama", torch.float32), inputs_of("llama")
-    convert(model)
-    model.save_pretrained(tmp_path)
-    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    if NEW:  # it follows config.json by itself
-        assert plain.config._attn_implementation == "expressive"
-        huggingface.check(plain)
-    else:
-        with pytest.raises(ConversionError, match="saved with expressive attention and would run 'sdpa'"):
-            huggingface.check(plain)
-    # Without this package: nothing is registered under that name.
-    if NEW:
-        kept = AttentionInterface._global_mapping.pop("expressive")
-        try:
-            with pytest.raises(ValueError, match='attn_implementation="expressive"` is not supported'):
-                AutoModelForCausalLM.from_pretrained(tmp_path)
-        finally:
-            AttentionInterface._global_mapping["expressive"] = kept
-
-
-def test_an_undone_choice_is_not_saved(tmp_path):
-    model = build("llama", torch.float32)
-    convert(model).undo()
-    model.save_pretrained(tmp_path)
-    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
-
-
-def test_single_layers_can_be_switched_saved_and_restored(tmp_path):
-    model, inputs = build("llama", torch.float32), inputs_of("llama")
-    with torch.no_grad():
-        softmax = model(**inputs)[0]
-    conversion = convert(model, layers="model.layers.1.*")
-    found = conversion.verify(**inputs)
-    assert found.calls == {"model.layers.1.self_attn": 1}
-    assert found.softmax == {"model.layers.0.self_attn": 1}
-    model.save_pretrained(tmp_path)
-    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
-    if NEW:
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-        with pytest.raises(
-            ConversionError, match=r"in some of its layers; load it with .*huggingface\.from_pretrained"
-        ):
-            plain(**inputs)
-    conversion.undo()
-    with torch.no_grad():
-        assert torch.equal(model(**inputs)[0], softmax)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.problem import check_form
 from .inspection import attention_like, names_used
-from .switching import GAIN, Switched
+from .switching import GAIN, Switched, set_attributes
 from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
@@ -65,7 +66,11 @@ class Adapter(Protocol):
         ...
 
     def switch(self, model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
-        """Switch some of them, `whole` if these are all that the adapter has found; yields what undoes each change."""
+        """Switch some of them, `whole` if these are all that the adapter has found; yields what undoes each change.
+
+        An adapter of a library that saves models may have `record(model)`, too, which is called after each change, and
+        writes down what is switched then, by whatever adapter.
+        """
         ...
 
 
@@ -132,6 +137,8 @@ class Conversion:
     def __init__(self, model: nn.Module, form: str, layers: Sequence[Layer], strict: bool, undos: list[Undo]) -> None:
         self.model, self.form, self.layers, self.strict = model, form, tuple(layers), strict
         self._undos: list[Undo] | None = undos
+        modules = dict(model.named_modules())
+        self._classes = {layer.name: type(modules[layer.name]) for layer in self.switched}
 
     @property
     def switched(self) -> list[Layer]:
@@ -170,12 +177,20 @@ class Conversion:
         """Restore the model: the same classes, attributes and outputs as before. A second call does nothing.
 
         Gains that `calibrate` gave to layers are taken away.
+
+        Raises:
+            ConversionError: A layer was given another class since, as by a parametrization. Nothing is changed.
         """
-        if self._undos is not None:
-            modules = dict(self.model.named_modules())
-            for layer in self.switched:
-                modules[layer.name]._parameters.pop(GAIN, None)
-        for undo in reversed(self._undos or []):
+        if self._undos is None:
+            return
+        modules = dict(self.model.named_modules())
+        changed = [name for name, made in self._classes.items() if type(modules.get(name)) is not made]
+        if changed:
+            raise ConversionError(
+                f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
+                f"{', '.join(changed)}; take that back first"
+            )
+        for undo in reversed(self._undos):
             undo()
         self._undos = None
 
@@ -228,7 +243,7 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_form(form)
     wanted = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    by_adapter = list(_found(model))
+    by_adapter = list(_by_adapter(model))
     everything = [found for _, each in by_adapter for found in each]
     _check_wanted(wanted, everything)
     chosen = [found for found in everything if wanted is None or _matches(found.name, wanted)]
@@ -238,21 +253,50 @@ def convert(
         raise ConversionError(f"{len(refused)} of {len(chosen)} attention layers cannot be switched: {reasons}")
     if len(refused) == len(chosen):
         raise ConversionError(f"{type(model).__name__} has no attention layer that can be switched{_reasons(refused)}")
-    rows = {id(found): _row(found, found in chosen) for found in everything}
-    undos: list[Undo] = []
+    rows = [_row(found, found in chosen) for found in everything]
+    record = partial(_record, model, [adapter for adapter, _ in by_adapter])
+    undos: list[Undo] = [record]  # when all else has been undone
     try:
         for adapter, each in by_adapter:
             taken = [found for found in each if found in chosen and not found.why_not]
+            undos.extend(_keep_gain(found.module) for found in taken)
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
+        record()
         _warn_of_zeros(found for found in chosen if not found.why_not)
     except BaseException:
         for undo in reversed(undos):
             undo()
         raise
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    ordered = sorted(everything, key=lambda found: order[found.name])
-    return Conversion(model, form, [rows[id(found)] for found in ordered], strict, undos)
+    return Conversion(model, form, _in_order(model, rows), strict, undos)
+
+
+def form_of(module: nn.Module) -> str | None:
+    """The form that a layer was switched to, if its class was; None: it was not."""
+    return module._expressive_form if isinstance(module, Switched) else None
+
+
+def attention_layers(model: nn.Module) -> list[Found]:
+    """All attention layers, switched or not, in the order of the model."""
+    return _in_order(model, [found for _, each in _by_adapter(model) for found in each])
+
+
+def _record(model: nn.Module, adapters: Sequence[Any]) -> None:
+    for adapter in adapters:
+        if hasattr(adapter, "record"):
+            adapter.record(model)
+
+
+def _keep_gain(module: nn.Module) -> Undo:
+    """What gives a layer back the gain that it has now, or none."""
+    before = module._parameters.get(GAIN)
+
+    def undo() -> None:
+        module._parameters.pop(GAIN, None)
+        if before is not None:
+            module._parameters[GAIN] = before
+
+    return undo
 
 
 # Parameters from which queries and keys come, by the names that libraries give them.
@@ -273,6 +317,11 @@ def _warn_of_zeros(switched: Iterable[Found]) -> None:
             "initialize them otherwise, or they will never learn",
             stacklevel=3,
         )
+
+
+def _in_order(model: nn.Module, named: list[Any]) -> list[Any]:
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return sorted(named, key=lambda each: order[each.name])
 
 
 def _row(found: Found, is_chosen: bool) -> Layer:
@@ -299,7 +348,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
+def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     """What each adapter finds that none before it has found, and that is not inside of such a layer."""
     done = [
         Found(name, module, why_not="it is switched already")
@@ -311,8 +360,17 @@ def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     for name, library in _ADAPTERS:
         if library is not None and library not in sys.modules:
             continue  # a model of a library that has not been imported cannot exist
-        adapter = import_module(f"{__package__}.{name}")
-        new = [found for found in adapter.find(model) if not any(_inside(found.name, other) for other in taken)]
+        try:
+            adapter = import_module(f"{__package__}.{name}")
+        except ImportError:
+            if any(type(module).__module__.split(".")[0] == library for module in model.modules()):
+                raise
+            continue  # a version that is not supported, or broken, of a library that has no part in the model
+        new = [
+            found if name == "huggingface" else _unless_replaced(found)  # which alone needs no method of ours
+            for found in adapter.find(model)
+            if not any(_inside(found.name, other) for other in taken)
+        ]
         taken += [found.name for found in new]
         yield adapter, new
     # What has an attention layer's name and is nobody's: it would go on with softmax, unseen.
@@ -320,11 +378,18 @@ def _found(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         name: module
         for name, module in model.named_modules()
         if attention_like(module)
-        and any("softmax" in used.lower() for used in names_used(type(module)))
+        and any(_FUNCTIONS.search(used.lower()) for used in names_used(type(module)))
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
     }
     innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]
     yield None, [Found(name, left[name], why_not="it computes softmax by itself") for name in innermost]
+
+
+def _unless_replaced(found: Found) -> Found:
+    """The same, refused if its forward pass is an attribute of the layer, which hides that of any class."""
+    if "forward" not in found.module.__dict__ or found.why_not:
+        return found
+    return replace(found, how="", why_not="its forward method has been replaced, as hooks of accelerate do")
 
 
 def _inside(name: str, other: str) -> bool:
@@ -334,31 +399,35 @@ def _inside(name: str, other: str) -> bool:
 
 # ---- where it ran ----
 
-_SOFTMAX = {
-    "aten::_softmax",
-    "aten::_safe_softmax",
-    "aten::_log_softmax",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_attention_math",
-    "aten::_native_multi_head_attention",
-    "aten::_transformer_encoder_layer_fwd",
-    "aten::_flash_attention_forward",
-    "aten::_efficient_attention_forward",
-}
+# Parts of the names of functions that compute softmax, of torch and of libraries of kernels (flash-attn, xformers), and
+# of operators that do.
+_FUNCTIONS = re.compile("softmax|flash_att|flex_attention|efficient_attention")
+_OPERATORS = re.compile(f"{_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
 
 
 class _Softmax(TorchDispatchMode):
     """Counts operators of softmax by the attention layer that is running; ``""``: none of them."""
 
+    supports_higher_order_operators = True  # FlexAttention is one
+
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
         self.counts: Counter[str] = Counter()
+        self._undo: Undo | None = None
+
+    def __enter__(self) -> Any:
+        # FlexAttention compiles itself even in eager mode, and the compiler does not work under a mode.
+        flex = sys.modules.get("torch.nn.attention.flex_attention")
+        self._undo = set_attributes(flex, _FLEX_ATTENTION_DISABLE_COMPILE_DEBUG=True) if flex else None
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._undo is not None:
+            self._undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in _SOFTMAX:
+        if _OPERATORS.search(getattr(func, "__name__", "")):
             self.counts[self.tracer.layer or ""] += 1
         return func(*args, **(kwargs or {}))

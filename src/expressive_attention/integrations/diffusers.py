@@ -78,4 +78,4 @@ def _described(name: str, module: nn.Module) -> Found:
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Let each of them run inside of `expressive_sdpa`, whatever processor it has or is given."""
     for found in layers:
-        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)
+        yield give_class(found.module, WithExpressiveSdpa, form)

@@ -26,4 +26,4 @@ def find(model: nn.Module) -> list[Found]:
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Let each of them run inside of `expressive_sdpa`."""
     for found in layers:
-        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)
+        yield give_class(found.module, WithExpressiveSdpa, form)

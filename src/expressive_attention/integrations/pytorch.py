@@ -19,6 +19,11 @@ class _ExpressiveHeads(Switched):
 
     forward = MultiheadAttention.forward
 
+    @property
+    def form(self) -> str:
+        """What the class of this package has as an attribute."""
+        return self._expressive_form
+
 
 def find(model: nn.Module) -> list[Found]:
     """All that are not of our class already."""
@@ -34,9 +39,9 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     for found in layers:
         if type(found.module).forward is nn.MultiheadAttention.forward:
             # Torch's layers take their fused path, which computes softmax, only where that attribute is True.
-            yield give_class(found.module, _ExpressiveHeads, form=form, _qkv_same_embed_dim=False)
+            yield give_class(found.module, _ExpressiveHeads, form, _qkv_same_embed_dim=False)
         else:
-            yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form)
+            yield give_class(found.module, WithExpressiveSdpa, form)
     modules = {found.module for found in layers}
     for holder in model.modules():
         if modules.isdisjoint(holder.modules()):

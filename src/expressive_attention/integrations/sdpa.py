@@ -73,5 +73,11 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
 
     def _attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.gain is not None:
-            query = query * self.gain[:, None, None]
+            heads = query.shape[-3] if query.ndim > 2 else 1
+            if heads != self.gain.numel():
+                raise ValueError(
+                    f"gain must have an entry for each of the {heads} heads of query, got {self.gain.numel()}; a layer "
+                    "that folds its heads into the batch cannot be calibrated"
+                )
+            query = query * self.gain[:, None, None].to(query.dtype) if query.ndim > 2 else query * self.gain
         return expressive_attention(query, *args, **kwargs, form=self.form)

@@ -21,6 +21,7 @@ class Switched:
     """What the classes that `switch` makes have in common. They have no name to import, and are made again."""
 
     _original: type
+    _expressive_form: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *rest = super().__reduce_ex__(protocol)
@@ -36,15 +37,13 @@ class Switched:
 class WithExpressiveSdpa(Switched):
     """Calls of dot-product attention in the module's forward pass compute expressive attention."""
 
-    _expressive_form: str
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before, with expressive attention."""
         with expressive_sdpa(self._expressive_form, getattr(self, GAIN, None)):
             return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def switch(module: nn.Module, mixin: type[Switched], **attributes: Any) -> Callable[[], None]:
+def switch(module: nn.Module, mixin: type[Switched], form: str, **attributes: Any) -> Callable[[], None]:
     """Put `mixin` before the class of a module, and set attributes of it.
 
     Returns:
@@ -52,7 +51,7 @@ def switch(module: nn.Module, mixin: type[Switched], **attributes: Any) -> Calla
     """
     original = type(module)
     module.__class__ = _class(mixin, original)
-    undo_attributes = set_attributes(module, **attributes)
+    undo_attributes = set_attributes(module, _expressive_form=form, **attributes)
 
     def undo() -> None:
         module.__class__ = original

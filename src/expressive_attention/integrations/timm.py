@@ -53,4 +53,4 @@ def find(model: nn.Module) -> list[Found]:
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Freeze `fused_attn` in each of them: timm's global switch does not reach models that exist."""
     for found in layers:
-        yield give_class(found.module, WithExpressiveSdpa, _expressive_form=form, fused_attn=True)
+        yield give_class(found.module, WithExpressiveSdpa, form, fused_attn=True)

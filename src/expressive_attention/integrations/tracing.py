@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ class Tracer:
 
     def __init__(self, told: Callable[[str, Call], None]) -> None:
         self.told = told
+        self.thread = get_ident()  # others may run the same model
         self.running: list[str] = []
         self.entered: Counter[str] = Counter()
 
@@ -32,11 +34,16 @@ class Tracer:
         return self.running[-1] if self.running else None
 
     def _enter(self, name: str) -> None:
-        self.running.append(name)
-        self.entered[name] += 1
+        if get_ident() == self.thread:
+            self.running.append(name)
+            self.entered[name] += 1
+
+    def _leave(self) -> None:
+        if get_ident() == self.thread:
+            self.running.pop()
 
     def _called(self, call: Call) -> None:
-        if self.layer is not None:
+        if get_ident() == self.thread and self.layer is not None:
             self.told(self.layer, call)
 
 
@@ -51,7 +58,7 @@ def traced(layers: Mapping[str, nn.Module], told: Callable[[str, Call], None]) -
             tracer._enter(name)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(lambda *_: _nothing(tracer.running.pop()), always_call=True))
+        handles.append(module.register_forward_hook(lambda *_: tracer._leave(), always_call=True))
     listeners.append(tracer._called)
     try:
         yield tracer
@@ -59,7 +66,3 @@ def traced(layers: Mapping[str, nn.Module], told: Callable[[str, Call], None]) -
         listeners.remove(tracer._called)
         for handle in handles:
             handle.remove()
-
-
-def _nothing(_: Any) -> None:
-    """A hook that returns something would replace the layer's output."""

@@ -71,8 +71,6 @@ def attn_fn(form: str = "expressive") -> Callable[[Tensor], Tensor]:
 class _ExpressiveAttend(Switched):
     """`Attend` by `expressive_attention`, biases in log-weight space; its maps of attention are not kept."""
 
-    _expressive_form: str
-
     def forward(
         self,
         q: Tensor,
@@ -154,4 +152,4 @@ def _is_plain(function: Any) -> bool:
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Replace the forward pass of each."""
     for found in layers:
-        yield give_class(found.module, _ExpressiveAttend, _expressive_form=form)
+        yield give_class(found.module, _ExpressiveAttend, form)

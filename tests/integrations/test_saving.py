@@ -1,0 +1,166 @@
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from expressive_attention.integrations import ConversionError, calibrate, convert, huggingface  # noqa: E402
+
+from .transformers_models import NEW, VIT, build, inputs_of  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
+
+
+def test_the_choice_is_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    convert(model)
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if NEW:  # it follows config.json by itself
+        assert plain.config._attn_implementation == "expressive"
+        huggingface.check(plain)
+    else:
+        with pytest.raises(ConversionError, match="expressive attention in all layers and has it in no layer"):
+            huggingface.check(plain)
+    # Without this package: nothing is registered under that name.
+    if NEW:
+        kept = AttentionInterface._global_mapping.pop("expressive")
+        try:
+            with pytest.raises(ValueError, match='attn_implementation="expressive"` is not supported'):
+                AutoModelForCausalLM.from_pretrained(tmp_path)
+        finally:
+            AttentionInterface._global_mapping["expressive"] = kept
+
+
+def test_an_undone_choice_is_not_saved(tmp_path):
+    model = build("llama", torch.float32)
+    convert(model).undo()
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_single_layers_can_be_switched_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    with torch.no_grad():
+        softmax = model(**inputs)[0]
+    conversion = convert(model, layers="model.layers.1.*")
+    found = conversion.verify(**inputs)
+    assert found.calls == {"model.layers.1.self_attn": 1}
+    assert found.softmax == {"model.layers.0.self_attn": 1}
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    if NEW:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(
+            ConversionError, match=r"in some of its layers; load it with .*huggingface\.from_pretrained"
+        ):
+            plain(**inputs)
+    conversion.undo()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], softmax)
+
+
+def test_two_forms_in_one_model_are_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    first = convert(model, layers="model.layers.0.*")
+    second = convert(model, layers="model.layers.1.*", form="squared")
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    forms = {"expressive": ["model.layers.0.self_attn"], "squared": ["model.layers.1.self_attn"]}
+    assert again.config.expressive_attention == forms
+    huggingface.check(again)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    second.undo()
+    assert model.config.expressive_attention == {"expressive": ["model.layers.0.self_attn"]}
+    first.undo()
+    assert not hasattr(model.config, "expressive_attention")
+
+
+def test_layers_switched_one_by_one_are_a_whole(tmp_path):
+    model = build("llama", torch.float32)
+    for layer in (0, 1):
+        convert(model, layers=f"model.layers.{layer}.self_attn")
+    assert model.config.expressive_attention == {"expressive": None}
+    assert model.config.attn_implementation == "expressive"
+
+
+def siglip():
+    """Its layers go through the attention interface, its pooling head is `torch.nn.MultiheadAttention`."""
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VIT)).eval()
+
+
+def test_layers_of_several_kinds_are_saved_and_restored(tmp_path):
+    model, image = siglip(), torch.randn(2, 3, 16, 16)
+    conversion = convert(model)
+    assert len({layer.how for layer in conversion.switched}) == 2
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(transformers.SiglipVisionModel, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(image).pooler_output, model(image).pooler_output)
+    if NEW:  # it could restore the first kind alone, and would leave softmax in the head
+        plain = transformers.SiglipVisionModel.from_pretrained(tmp_path)
+        with pytest.raises(ConversionError, match=r"huggingface\.from_pretrained"):
+            plain(image)
+    conversion.undo()
+    assert not hasattr(model.config, "expressive_attention")
+
+
+def test_a_model_inside_of_another_module_is_saved_and_restored(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    convert(nn.ModuleDict({"encoder": model, "head": nn.Linear(2, 2)}), layers="encoder.model.layers.1.*")
+    assert model.config.expressive_attention == {"expressive": ["model.layers.1.self_attn"]}
+    model.save_pretrained(tmp_path)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_gains_are_saved_and_restored(shards, tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    calibrate(convert(model), [inputs])
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size=size // shards + 1)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    half = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    # Without its head.
+    base = huggingface.from_pretrained(AutoModel, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(**inputs)[0], model.model(**inputs)[0])
+
+
+def test_the_loader_tells_what_it_loaded_where_asked(tmp_path):
+    model = build("llama", torch.float32)
+    convert(model)
+    model.save_pretrained(tmp_path)
+    again, told = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path, output_loading_info=True)
+    huggingface.check(again)
+    assert not told["missing_keys"]
+
+
+def test_a_change_behind_the_record_is_found():
+    model = build("llama", torch.float32)
+    convert(model)
+    huggingface.check(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConversionError, match=re.escape("in all layers and has it in no layer")):
+        huggingface.check(model)
+    convert(copy.deepcopy(model), form="squared")
+    assert model.config.expressive_attention == {"expressive": None}
