@@ -87,12 +87,13 @@ def test_the_scale_of_the_squared_form_cancels_in_the_output_but_not_in_the_norm
     torch.testing.assert_close(m / n, torch.full_like(n, (3.0 * 2.0) ** 2))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_tensors_without_numbers_give_the_shapes(is_causal):
+def test_tensors_without_numbers_give_the_shapes(is_causal, dropout):
     query, key, value = (
         torch.empty(2, 4, *size, device="meta", requires_grad=True) for size in ((5, 8), (6, 8), (6, 3))
     )
-    output, normalizer = expressive_attention(query, key, value, is_causal=is_causal, return_normalizer=True)
+    output, normalizer = expressive_attention(query, key, value, None, dropout, is_causal, return_normalizer=True)
     assert (output.shape, output.device.type) == ((2, 4, 5, 3), "meta")
     assert (normalizer.shape, normalizer.device.type) == ((2, 4, 5), "meta")
     output.sum().backward()
