@@ -130,7 +130,7 @@ def test_a_layer_that_turns_out_to_run_softmax_is_named():
     assert str(conversion.verify(X)) == "EA ran in 2/2 layers"
     conversion.undo()
     model[1].secret = True
-    assert str(convert(model, strict=False).verify(X)) == "EA ran in 1/2 layers; not in: 1"
+    assert str(convert(model, strict=False).verify(X)) == "EA ran in 1/2 layers; not in: 1; softmax ran in: 1"
 
 
 def test_layers_that_a_pass_does_not_reach_are_told():
@@ -372,3 +372,12 @@ def test_another_thread_does_not_count():
     found = conversion.verify(X)
     assert found.calls == {"0": 1}
     assert found.softmax == {"1": 1}
+
+
+def test_the_softmax_of_a_router_is_none_of_attention():
+    class Routed(Attn):
+        def forward(self, x):
+            shares = self.qkv(x).flatten(0, 1).softmax(-1)  # of experts, per token
+            return super().forward(x) * shares.unflatten(0, x.shape[:2])[..., :8]
+
+    assert str(convert(Routed()).verify(X)) == "EA ran in 1/1 layers"

@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
@@ -27,11 +27,22 @@ def dit():
     ).eval()  # fmt: skip
 
 
+def flux():
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+
+
 UNET_INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 12))
 DIT_INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([1, 2]))
+FLUX_INPUTS = (torch.randn(2, 9, 4), torch.randn(2, 5, 12), torch.randn(2, 6), torch.tensor([0.3, 0.7]),
+               torch.randn(9, 3), torch.randn(5, 3))  # fmt: skip
 
 
-@pytest.mark.parametrize(("build", "inputs", "count"), [(unet, UNET_INPUTS, 8), (dit, DIT_INPUTS, 2)])
+@pytest.mark.parametrize(
+    ("build", "inputs", "count"), [(unet, UNET_INPUTS, 8), (dit, DIT_INPUTS, 2), (flux, FLUX_INPUTS, 2)]
+)
 def test_a_model_is_switched_and_restored(build, inputs, count):
     model = build()
     with torch.no_grad():

@@ -1,4 +1,6 @@
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +277,16 @@ def test_a_model_inside_of_a_module_is_found():
 
     conversion = convert(Holder())
     assert str(conversion.verify(**inputs_of("bert"))) == "EA ran in 2/2 layers"
+
+
+def test_every_argument_that_models_give_to_attention_is_known():
+    # What it may not leave out, what it reads, and what says nothing about weights, or says it in the mask, too.
+    read = {"attention_mask", "dropout", "scaling", "is_causal", "position_bias", "output_attentions"}
+    idle = {"sliding_window", "max_length_q", "max_length_k", "position_ids", "deterministic", "query", "key", "value"}
+    given = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "attention_interface":
+                given |= {keyword.arg for keyword in call.keywords}
+    assert given > read
+    assert given - read - idle - {None} <= set(huggingface._UNDEFINED)
