@@ -42,6 +42,7 @@ def by_mechanism(rows):
     ("heading", "studies"),
     [
         ("The ladder", ["ladder"]),
+        ("Beyond the ladder", ["frontier"]),
         ("Several tasks at once", ["multitask"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
