@@ -63,8 +63,8 @@ def test_the_table_says_what_was_done_and_verify_proves_it():
     conversion = convert(model)
     assert str(conversion).splitlines() == [
         "layer  class",
-        "0      Attn   its calls of scaled_dot_product_attention are replaced",
-        "2      Attn   its calls of scaled_dot_product_attention are replaced",
+        "0      Attn   its calls of torch's attention are replaced",
+        "2      Attn   its calls of torch's attention are replaced",
         "2 of 2 attention layers switched, form 'expressive'",
     ]
     found = conversion.verify(X)

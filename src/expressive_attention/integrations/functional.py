@@ -1,4 +1,4 @@
-"""Modules of any library whose code calls `torch.nn.functional.scaled_dot_product_attention`."""
+"""Modules of any library whose code calls torch's attention functions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from .switching import switch as give_class
 
 __all__ = ["find", "switch"]
 
+_CALLS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
 
 def find(model: nn.Module) -> list[Found]:
     """Modules whose own code calls it."""
     return [
-        Found(name, module, how="its calls of scaled_dot_product_attention are replaced")
+        Found(name, module, how="its calls of torch's attention are replaced")
         for name, module in model.named_modules()
-        if "scaled_dot_product_attention" in names_used(type(module))
+        if _CALLS & names_used(type(module))
     ]
 
 
