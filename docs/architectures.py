@@ -2,8 +2,9 @@
 
     .venv/bin/python docs/architectures.py [--only TEXT] [--write]
 
-Every architecture of `AutoModel` (those that read images need torchvision) is built from a tiny configuration with random weights, converted, and verified by a
-forward pass: nothing is downloaded. `--write` puts the list into docs/architectures.md.
+Every architecture of `AutoModel` is built from a tiny configuration with random weights, converted, and verified by a
+forward pass: nothing is downloaded. Those that read images need torchvision. `--write` puts the list into
+docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -195,15 +196,15 @@ def page(results: dict[str, str]) -> str:
         "",
         f"**Expressive attention ran in every layer** ({len(groups['verified'])}): {', '.join(groups['verified'])}.",
         "",
-        "Expressive attention ran in every layer that was found, and softmax of three dimensions or more elsewhere, as of",
-        f"poolers, samplers or attention that goes unseen: {', '.join(groups['besides']) or 'none'}.",
+        "The same, with softmax of three dimensions or more elsewhere, as of samplers, poolers, or attention that goes",
+        f"unseen: {', '.join(groups['besides']) or 'none'}.",
         "",
         f"Without attention that calls torch or the attention interface: {without}.",
     ]
     for group, title in {
         "partly": "Expressive attention ran in every layer that the pass reached, of those that there are",
         "refused": "Refused by `convert` or by the model",
-        "failed": "Runs with softmax, and not with expressive attention",
+        "failed": "Not verified: an error with expressive attention, or softmax ran in the same layers",
         "not tried": "Not tried: no tiny model of it could be built and run",
     }.items():
         if groups[group]:
