@@ -252,3 +252,18 @@ def test_the_time_before_a_checkpoint_counts(tmp_path, monkeypatch):
     restore = training._State.restore
     monkeypatch.setattr(training._State, "restore", lambda *arguments: restore(*arguments) + 1000)
     assert 1000 < train_cell(one, None, checkpoint_file(tmp_path, one)).seconds < 2000
+
+
+def test_a_training_that_is_watched_is_the_same():
+    tried, seen = cell(), []
+
+    def watch(step, active, model):
+        seen.append((step, list(active), {name: x.detach().clone() for name, x in model.named_parameters()}))
+
+    watched, plain = train_cell(tried, watch=watch), train_cell(tried)
+    assert [step for step, _, _ in seen] == [0, 10, 20, 30]
+    assert seen[0][1] == [0, 1]
+    for name, value in plain.weights.items():
+        assert torch.equal(value, watched.weights[name])
+        assert torch.equal(value, seen[-1][2][name])
+        assert not torch.equal(value, seen[0][2][name]) or not value.any()

@@ -158,6 +158,7 @@ def train_cell(
     report: Callable[[int, float], None] | None = None,
     file: CheckpointFile | None = None,
     device: torch.device = CPU,
+    watch: Callable[[int, list[int], nn.Module], None] | None = None,
 ) -> CellResult:
     """Train all seeds of a cell in one program.
 
@@ -170,6 +171,8 @@ def train_cell(
         file: Where the training is kept from time to time; what it holds is gone on from, to the same bits as
             without interruption.
         device: Where it is trained. What is drawn does not depend on it, the last bits of the results do.
+        watch: Called at the start and after each evaluation with the step, the places of the seeds that are still
+            trained, and their model, ``(R, ...)`` each parameter; `member` takes one of them out.
     """
     start = time.perf_counter()
     training = cell.training
@@ -180,6 +183,8 @@ def train_cell(
     held_out = cell.task.held_out_examples(training.validation_sequences, "validation")
     validation = Prepared.of(cell.task, held_out, device)
 
+    if watch is not None:
+        watch(state.steps, state.active, model)
     losses, since = torch.zeros(len(state.active), device=device), 0
     for step in range(state.steps, training.steps):
         active = state.active
@@ -194,6 +199,8 @@ def train_cell(
         means = torch.where(finite, losses.double() / since, torch.nan).tolist()
         for index, loss, value in zip(active, means, values, strict=True):
             trajectories[index].add(step + 1, loss, value)
+        if watch is not None:
+            watch(step + 1, active, model)
         if report is not None:
             report(step + 1, float(np.mean([t.accuracies[-1] for t in trajectories])))
         going = [place for place, index in enumerate(active) if not trajectories[index].ended]
