@@ -95,6 +95,54 @@ def _benchmarks() -> Path:
     return next(folder for folder in (package / "benchmarks", package.parents[1] / "benchmarks") if folder.is_dir())
 
 
+@app.command()
+def geometry(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Folder of a study with its trained models.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PATH_OR_CONFIG", help="In its place, a model of Hugging Face transformers."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="What that model reads.")] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Of the study; by default that on which the mechanisms differ most.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the study; by default the one that DPA does worst on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to.  [default: RUN/geometry, or geometry]")
+    ] = None,
+) -> None:
+    """Show attention space: an interactive page, pictures, and a table of all heads."""
+    from ..geometry.folder import write_folder
+
+    if (directory is None) == (model is None):
+        _fail("geometry takes either the folder of a study, or --model with --text")
+    if (model is None) != (text is None):
+        _fail("--model and --text belong together")
+    with _one_line_errors():
+        if directory is not None:
+            from .geometry import look_into
+
+            look = look_into(directory, condition, seed)
+            records, title, tokens = look.records, look.title, look.tokens
+        else:
+            assert model is not None
+            assert text is not None
+            from ..geometry.text import record_text
+
+            content = text.read_text(encoding="utf-8", errors="replace")
+            try:
+                record, words = record_text(model, content)
+            except (ValueError, ImportError) as error:
+                _fail(str(error))
+            records, title, tokens = {"model": record}, f"{model} reads {text.name}", [words]
+        written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
+    for name, record in records.items():
+        typer.echo(f"{name}\n{record}\n")
+    typer.echo("\n".join(str(path) for path in written))
+
+
 @study.command()
 def run(
     config: Annotated[

@@ -156,6 +156,7 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         minimum=MINIMUM_FOR_INTERVAL,
         plotlyjs=Markup(get_plotlyjs()),
         muted=MUTED,
+        geometry=(directory / "geometry" / "geometry.html").exists(),
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.html"

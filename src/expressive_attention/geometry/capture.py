@@ -1,0 +1,166 @@
+"""Watch the attention of a model while it runs.
+
+    with capture(model) as record:
+        model(batch)
+    print(record)
+
+Expressive attention and torch's dot-product attention are seen wherever they are called: in the models of
+`expressive_attention.nn` and of the study, in models that `convert` has switched, and in models of torch, Hugging Face
+transformers (with ``attn_implementation="sdpa"``, the default), timm and others that it has not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..functional import Call
+from ..integrations.switching import set_attributes
+from ..integrations.tracing import Tracer, traced
+from .record import LayerRecord, Record
+
+__all__ = ["capture"]
+
+_sdpa = F.scaled_dot_product_attention
+_SDPA = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in {
+            "query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False,
+            "scale": None, "enable_gqa": False,
+        }.items()
+    ]
+)  # fmt: skip
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    layers: str | Iterable[str] | None = None,
+    *,
+    max_tokens: int = 512,
+    pairs: int = 32768,
+    into: Record | None = None,
+) -> Iterator[Record]:
+    """Record the attention of all forward passes inside of the block.
+
+    Statistics are sums over pairs of query and key, of random queries of each call with all their keys (of all queries,
+    where these are no more than `pairs` pairs), and over all queries and keys by themselves: memory and time do not
+    grow with the square of the length. Queries and keys of the first call are kept, up to `max_tokens` tokens per
+    layer; maps of attention are worked out from them when asked for. The outputs of the model stay what they are.
+
+    Args:
+        model: Any model that runs eagerly. It must not be compiled.
+        layers: Names of modules that attend, or patterns such as ``"encoder.*"``; None: all.
+        max_tokens: Tokens kept of each layer: examples times their length, or the start of one that is longer.
+        pairs: Of query and key that statistics look at, per call and head.
+        into: A record of this model to go on with; None: a new one.
+
+    Yields:
+        The record, complete when the block ends.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: A pattern matches no module, a number is not positive, or `into` is of another model; in the pass:
+            an empty batch, or queries or keys that are not finite; at the end: no attention was seen.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, value in (("max_tokens", max_tokens), ("pairs", pairs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    modules = dict(model.named_modules())
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise ValueError(f"layers must name modules of the model, got {pattern!r}, which matches none")
+    record = Record() if into is None else into
+    record.check(model)
+    generator = torch.Generator().manual_seed(0)
+    calls = 0
+
+    def told(layer: str, call: Call) -> None:
+        nonlocal calls
+        if any(fnmatchcase(layer, pattern) for pattern in patterns):
+            calls += 1
+            found = record.layers.setdefault(layer, LayerRecord(layer))
+            found.add(call, pairs, max_tokens, generator)
+
+    with ExitStack() as stack:
+        tracer = stack.enter_context(traced(modules, told))
+        stack.enter_context(_Sdpa(tracer))
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it computes softmax out of sight
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        yield record
+    if not calls:
+        among = "" if layers is None else f" in {', '.join(patterns)}"
+        raise ValueError(
+            f"no attention was seen{among} of {type(model).__name__}: nothing ran, or it computes softmax by itself "
+            "(transformers: load it with attn_implementation='sdpa'; timm: set fused_attn)"
+        )
+
+
+class _Sdpa(TorchFunctionMode):
+    """Tells of calls of torch's dot-product attention as of those of `expressive_attention`."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._tell(*args, **kwargs)
+        if func is not F.multi_head_attention_forward:
+            return func(*args, **kwargs)
+        # It calls torch's attention past this mode, and only if no weights are asked for.
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        undo = set_attributes(F, scaled_dot_product_attention=self._attention)
+        try:
+            if not given.arguments["need_weights"]:
+                return func(*args, **kwargs)
+            given.arguments |= {"need_weights": False, "training": False}
+            with torch.no_grad():
+                func(*given.args, **given.kwargs)
+        finally:
+            undo()
+        return func(*args, **kwargs)
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._tell(*args, **kwargs)
+        return _sdpa(*args, **kwargs)
+
+    def _tell(self, *args: Any, **kwargs: Any) -> None:
+        if self.tracer.layer is None:
+            return
+        given = _SDPA.bind(*args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        query, key, value = (_four(given[name]) for name in ("query", "key", "value"))
+        mask = given["attn_mask"]
+        scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+        call = Call(
+            query,
+            key,
+            value,
+            None if mask is None else _four(mask),
+            0 if given["is_causal"] else None,
+            scale,
+            "softmax",
+        )
+        self.tracer.told(self.tracer.layer, call)
+
+
+def _four(x: Tensor) -> Tensor:
+    """With four dimensions: ``(B, H, L, E)``."""
+    return x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x.flatten(0, -4)

@@ -1,0 +1,113 @@
+"""A page on which to look around in attention space: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+
+from .figures import NAMES
+from .record import ANGLES, MEASURES, LayerRecord, Record
+
+__all__ = ["write_page"]
+
+
+def write_page(
+    records: Record | Mapping[str, Record],
+    path: str | Path,
+    *,
+    title: str = "Attention space",
+    tokens: Sequence[Sequence[str]] | None = None,
+    megabytes: float = 5.5,
+) -> Path:
+    """Write the page: measures of all heads, angles, maps with the sign of z, and each query's keys.
+
+    Queries and keys of the kept tokens are in it, to 8 bits; maps are worked out from them in the browser, so that the
+    page of a long text stays small.
+
+    Args:
+        records: What `capture` has seen; several, such as EA and DPA of one run, by their names.
+        path: Where to write it.
+        title: Of the page.
+        tokens: Text of the tokens of each kept example; None: their positions.
+        megabytes: Of queries and keys; of longer texts, the first tokens are kept.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There is no record, or one that has seen no layer.
+    """
+    named = {"model": records} if isinstance(records, Record) else dict(records)
+    if not named or not all(record.layers for record in named.values()):
+        raise ValueError("records must hold at least one record, each with layers; got an empty one")
+    layers = [layer for record in named.values() for layer in record.layers.values()]
+    per_token = sum((layer.query.shape[1] + layer.key.shape[1]) * (layer.dim + 4) for layer in layers)
+    kept = max(1, int(megabytes * 1e6 / per_token))
+    data = {
+        "measures": MEASURES,
+        "models": [
+            {"name": name, "layers": [_layer(layer, kept) for layer in record.layers.values()]}
+            for name, record in named.items()
+        ],
+        "tokens": [list(example) for example in tokens or []],
+        "edges": ANGLES.tolist(),
+        "forms": NAMES,
+    }
+    template = Environment(loader=PackageLoader(__package__ or "", "templates"), autoescape=True).get_template(
+        "page.html"
+    )
+    # "</" would end the script; JSON reads "<\/" as the same.
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    html = template.render(title=title, plotlyjs=Markup(get_plotlyjs()), data=Markup(text))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _layer(layer: LayerRecord, kept: int) -> dict[str, Any]:
+    examples = max(1, min(len(layer.query), kept // max(layer.query.shape[2], layer.key.shape[2])))
+    query, key = layer.query[:examples, :, :kept], layer.key[:examples, :, :kept]
+    rows, keys = query.shape[2], key.shape[2]
+    keep, bias = (
+        None if mask is None else mask[:examples, :, :rows, :keys].expand(-1, -1, rows, keys)
+        for mask in (layer.keep, layer.bias)
+    )
+    return {
+        "name": layer.name,
+        "form": layer.form,
+        "scale": layer.scale,
+        "heads": layer.heads,
+        "measures": {name: _short(values) for name, values in layer.measures().items()},
+        "pairs": [_short(row) for row in layer.pairs.sum(-1)],
+        "mass": [_short(row) for row in layer.mass.sum(-1)],
+        "random": layer.random_shares() if layer.dim > 1 else None,
+        "query": _packed(query),
+        "key": _packed(key),
+        "keep": None if keep is None else {"shape": list(keep.shape), "bytes": _base64(keep.to(torch.uint8))},
+        "bias": None if bias is None else {"shape": list(bias.shape), "bytes": _base64(bias.clamp(min=-1e9).float())},
+    }
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def _packed(x: Tensor) -> dict[str, Any]:
+    """Vectors as 8-bit integers with a factor each."""
+    factor = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    whole = (x / factor).round().to(torch.int8)
+    return {"shape": list(x.shape), "bytes": _base64(whole), "factors": _base64(factor.float())}
+
+
+def _base64(x: Tensor) -> str:
+    return base64.b64encode(x.contiguous().numpy().tobytes()).decode()

@@ -1,0 +1,329 @@
+"""What `capture` has seen: statistics of each head, and queries and keys of some tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..functional import Call
+from . import measures
+
+__all__ = ["ANGLES", "MEASURES", "SIZES", "LayerRecord", "Record"]
+
+# Edges of the histograms: cos of the angle of query and key, and log2 of scale |q| |k|.
+ANGLES = torch.linspace(-1, 1, 65, dtype=torch.float64)
+SIZES = torch.linspace(-8, 8, 33, dtype=torch.float64)
+
+# Measures of a head, by the column of a table.
+MEASURES = {
+    "antiparallel": "share of attention that goes to keys with z < 0",
+    "effective_keys": "keys that a query attends to, exp of the entropy, mean over queries",
+    "evenness": "effective keys over visible keys: 1 for a head that tells no key from another",
+    "sink": "share of attention that goes to the first key",
+    "saturated": "share of pairs whose score has next to no influence on attention",
+    "score_rms": "root mean square of z",
+    "log_normalizer": "ln N, mean over queries",
+    "empty": "share of queries without any weight",
+    "query_norm": "|q|, mean over tokens",
+    "key_norm": "|k|, mean over tokens",
+    "query_dimensions": "participation ratio of queries",
+    "key_dimensions": "participation ratio of keys",
+    "query_rank": "numerical rank of queries",
+    "key_rank": "numerical rank of keys",
+    "quiet_volume": "share of directions in which a key of the usual length would have < 1/10 of its largest weight",
+}
+
+
+class LayerRecord:
+    """What was seen of one layer; tensors are in float64, sums over all calls.
+
+    Attributes:
+        name: Of the module that attends, such as ``"layers.3.attention"``.
+        form: ``"expressive"``, ``"squared"`` or ``"softmax"``.
+        scale: Factor on the dot product.
+        pairs: Pairs of query and key by cos and size ``(H, 64, 32)``: edges `ANGLES` and `SIZES`.
+        mass: Their attention, likewise.
+        sums: Other sums by name, ``(H,)`` or ``(H, E, E)``.
+        query: Queries that are kept ``(B, H, L, E)``, as the mechanism sees them: after positions and gains.
+        key: Keys ``(B, Hkv, S, E)``.
+        keep: Where a key takes part, broadcastable to ``(B, H, L, S)``, or None: everywhere.
+        bias: In log-weight space, likewise, or None.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.form, self.scale = name, "", 0.0
+        self.pairs = self.mass = torch.zeros(0)
+        self.sums: dict[str, Tensor] = {}
+        self.query = self.key = torch.zeros(0)
+        self.keep: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.pairs.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """E."""
+        return self.query.shape[-1]
+
+    def head_name(self, head: int) -> str:
+        """``"layers.3.attention.head.5"``."""
+        return f"{self.name}.head.{head}".lstrip(".")
+
+    # ---- adding to it ----
+
+    @torch.no_grad()
+    def add(self, call: Call, pairs: int, max_tokens: int, generator: torch.Generator) -> None:
+        """Add a call; arguments as in `capture`."""
+        q, k = call.query.detach(), call.key.detach()
+        if not (q.shape[0] and q.shape[2] and k.shape[2]):
+            raise ValueError(f"the batch must not be empty, but {self.name} was given queries {tuple(q.shape)}")
+        if not (torch.isfinite(q).all() and torch.isfinite(k).all()):
+            raise ValueError(f"queries or keys of {self.name} hold NaN or infinity")
+        if not self.form:
+            self.form, self.scale = call.form, call.scale
+            self.pairs = torch.zeros(q.shape[1], len(ANGLES) - 1, len(SIZES) - 1, dtype=torch.float64)
+            self.mass = torch.zeros_like(self.pairs)
+            self._keep_tokens(call, max_tokens)
+        elif (call.form, q.shape[1], q.shape[3]) != (self.form, self.heads, self.dim):
+            raise ValueError(
+                f"{self.name} was {self.form} with {self.heads} heads of {self.dim}, and is now {call.form} with "
+                f"{q.shape[1]} of {q.shape[3]}: the record is of another model"
+            )
+        self._add_vectors("query", q)
+        self._add_vectors("key", k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+        self._add_pairs(call, max(1, pairs // k.shape[2]), generator)
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        value = value.double().cpu()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _add_vectors(self, name: str, x: Tensor) -> None:
+        x = x.transpose(0, 1).flatten(1, 2).float()
+        self._sum(f"{name}_count", torch.full((len(x),), x.shape[1]))
+        self._sum(f"{name}_norm", x.norm(dim=-1).sum(-1))
+        self._sum(f"{name}_moment", x.mT @ x)
+
+    def _add_pairs(self, call: Call, queries: int, generator: torch.Generator) -> None:
+        q, k, (batch, rows) = call.query, call.key, _sample(call.query, queries, generator)
+        keep, bias = _masks(call, batch, rows)
+        q, k = q[batch][:, :, rows].float(), k[batch].float()
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        z = call.scale * q @ k.mT
+        keep = torch.ones_like(z, dtype=torch.bool) if keep is None else keep.expand_as(z)
+        a = measures.attention(z, call.form, bias, keep)
+        sizes = abs(call.scale) * q.norm(dim=-1, keepdim=True) * k.norm(dim=-1).unsqueeze(-2)
+        self._add_histograms(z, sizes, a, keep)
+        visible, weighted = keep.sum(-1), a.sum(-1) > 0
+        effective = measures.effective_keys(a)
+        logs = measures.log_normalizer(z, call.form, bias, keep)
+        for name, value in {
+            "queries": torch.ones_like(effective),
+            "weighted": weighted,
+            "visible": visible,
+            "attention": a.sum(-1),
+            "antiparallel": (a * (z < 0)).sum(-1),
+            "effective": effective * weighted,
+            "evenness": effective * weighted / visible.clamp(min=1),
+            "saturated": (measures.saturated(z, a, call.form) & keep).sum(-1),
+            "squares": (z.square() * keep).sum(-1),
+            "log_normalizer": logs.where(weighted, 0),
+        }.items():
+            self._sum(name, value.sum((0, 2)))
+        later = (rows > 0).to(a.device)
+        self._sum("sink", (a[..., 0] * later).sum((0, 2)))
+        self._sum("later", (weighted * later).sum((0, 2)))
+
+    def _add_histograms(self, z: Tensor, sizes: Tensor, a: Tensor, keep: Tensor) -> None:
+        heads, angles, steps = self.pairs.shape
+        cos = z / sizes.clamp(min=torch.finfo(z.dtype).tiny)
+        angle = ((cos + 1) * (angles / 2)).long().clamp(0, angles - 1)
+        size = ((sizes.clamp(min=1e-30).log2() + 8) * (steps / 16)).long().clamp(0, steps - 1)
+        head = torch.arange(heads, device=z.device).view(1, -1, 1, 1)
+        place = ((head * angles + angle) * steps + size).flatten()
+        for kept, value in ((self.pairs, keep.to(a.dtype)), (self.mass, a)):
+            found = torch.bincount(place, value.flatten(), kept.numel())
+            kept += found.double().cpu().view_as(kept)
+
+    def _keep_tokens(self, call: Call, max_tokens: int) -> None:
+        rows, keys = call.query.shape[2], call.key.shape[2]
+        batch = torch.arange(min(call.query.shape[0], max(1, max_tokens // max(rows, keys))))
+        rows, keys = torch.arange(min(rows, max_tokens)), min(keys, max_tokens)
+        self.query = call.query[: len(batch), :, : len(rows)].float().cpu().clone()
+        self.key = call.key[: len(batch), :, :keys].float().cpu().clone()
+        self.keep, self.bias = (
+            None if mask is None else mask[..., :keys].cpu().clone() for mask in _masks(call, batch, rows)
+        )
+
+    # ---- reading it ----
+
+    def scores(self, example: int = 0) -> Tensor:
+        """z of a kept example, ``(H, L, S)`` in float32."""
+        q, k = self.query[example], self.key[example]
+        return self.scale * q @ k.repeat_interleave(len(q) // len(k), 0).mT
+
+    def attention(self, example: int = 0) -> Tensor:
+        """a of a kept example, ``(H, L, S)`` in float32. Of a longer sequence, only kept keys count."""
+        keep, bias = (None if m is None else m[min(example, len(m) - 1)] for m in (self.keep, self.bias))
+        return measures.attention(self.scores(example), self.form, bias, keep)
+
+    def random_shares(self) -> list[float]:
+        """Share of random directions in each bin of `ANGLES`."""
+        return [measures.isotropic_share(low, high, self.dim) for low, high in pairwise(ANGLES.tolist())]
+
+    def measures(self) -> dict[str, Tensor]:
+        """All `MEASURES` of each head, ``(H,)`` each."""
+        s = self.sums
+        queries, weighted, pairs = s["queries"], s["weighted"].clamp(min=1), s["visible"].clamp(min=1)
+        found = {
+            "antiparallel": s["antiparallel"] / s["attention"].clamp(min=1e-300),
+            "effective_keys": s["effective"] / weighted,
+            "evenness": s["evenness"] / weighted,
+            "sink": s["sink"] / s["later"].clamp(min=1),
+            "saturated": s["saturated"] / pairs,
+            "score_rms": (s["squares"] / pairs).sqrt(),
+            "log_normalizer": s["log_normalizer"] / weighted,
+            "empty": 1 - s["weighted"] / queries,
+        }
+        for name in ("query", "key"):
+            moment = s[f"{name}_moment"]
+            found[f"{name}_norm"] = s[f"{name}_norm"] / s[f"{name}_count"]
+            found[f"{name}_dimensions"] = measures.participation_ratio(moment)
+            found[f"{name}_rank"] = measures.numerical_rank(moment).double()
+        usual = abs(self.scale) * found["query_norm"] * found["key_norm"]
+        found["quiet_volume"] = torch.tensor(
+            [
+                measures.quiet_volume(size, self.dim, self.form) if size > 0 and self.dim > 1 else 1.0
+                for size in usual.tolist()
+            ],
+            dtype=torch.float64,
+        )
+        return {name: found[name] for name in MEASURES}
+
+    @property
+    def dead(self) -> Tensor:
+        """Heads that tell no key from another, bool ``(H,)``: evenness above 0.99, or no weight at all."""
+        found = self.measures()
+        return (found["evenness"] > 0.99) | (found["empty"] == 1)
+
+
+class Record:
+    """What was seen of a model, by the names of its layers. Printed, it is a table of heads."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerRecord] = {}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each head: its name, layer, number, form and `MEASURES`."""
+        for layer in self.layers.values():
+            found = layer.measures()
+            for head in range(layer.heads):
+                row = {"name": layer.head_name(head), "layer": layer.name, "head": head, "form": layer.form}
+                yield row | {name: values[head].item() for name, values in found.items()}
+
+    def layer(self, name: str) -> LayerRecord:
+        """A layer by name.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        if name not in self.layers:
+            raise ValueError(f"layer must be one of {list(self.layers)}, got {name!r}")
+        return self.layers[name]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise an error if the model has not all of the layers.
+
+        Raises:
+            ValueError: The message names those that it lacks.
+        """
+        missing = sorted(set(self.layers) - {name for name, _ in model.named_modules()})
+        if missing:
+            raise ValueError(f"the record is of another model: {type(model).__name__} has no {', '.join(missing)}")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors."""
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {}
+        for number, (name, layer) in enumerate(self.layers.items()):
+            about[name] = {"form": layer.form, "scale": layer.scale}
+            parts = {each: getattr(layer, each) for each in ("pairs", "mass", "query", "key", "keep", "bias")}
+            parts |= {f"sums.{key}": value for key, value in layer.sums.items()}
+            tensors |= {f"{number}.{key}": value.contiguous() for key, value in parts.items() if value is not None}
+        save_file(tensors, str(path), {_KEY: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: The file is no record.
+        """
+        record = cls()
+        with safe_open(str(path), "pt") as file:
+            if _KEY not in (file.metadata() or {}):
+                raise ValueError(f"path must be a file that Record.save has written, got {str(path)!r}")
+            for number, (name, about) in enumerate(json.loads(file.metadata()[_KEY]).items()):
+                layer = record.layers[name] = LayerRecord(name)
+                layer.form, layer.scale = about["form"], about["scale"]
+                for key in file.keys():  # noqa: SIM118 not a mapping
+                    place, _, part = key.partition(".")
+                    if int(place) == number and part.startswith("sums."):
+                        layer.sums[part.removeprefix("sums.")] = file.get_tensor(key)
+                    elif int(place) == number:
+                        setattr(layer, part, file.get_tensor(key))
+        return record
+
+    def __str__(self) -> str:
+        shown = ("antiparallel", "effective_keys", "sink", "saturated", "score_rms", "query_dimensions", "quiet_volume")
+        table = [["head", "form", *shown]]
+        table += [[row["name"], row["form"], *(f"{row[name]:.3g}" for name in shown)] for row in self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+
+_KEY = "expressive_attention.geometry"
+
+
+def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Examples and positions of about `queries` queries, all of them where there are no more."""
+    batch, rows = query.shape[0], query.shape[2]
+    if batch * rows <= queries:
+        return torch.arange(batch), torch.arange(rows)
+    examples = min(batch, queries)
+    positions = min(rows, max(1, queries // examples))
+    return (
+        torch.randperm(batch, generator=generator)[:examples].sort().values,
+        torch.randperm(rows, generator=generator)[:positions].sort().values,
+    )
+
+
+def _masks(call: Call, batch: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where keys take part, and the bias, of these examples and rows."""
+    keep = bias = None
+    if call.diagonal is not None:
+        device = call.query.device
+        keep = torch.arange(call.key.shape[2], device=device) <= rows.to(device).unsqueeze(-1) + call.diagonal
+        keep = keep[None, None]
+    if (mask := call.attn_mask) is not None:
+        mask = mask[batch] if mask.shape[0] > 1 else mask
+        mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+        if mask.dtype == torch.bool:
+            keep = mask if keep is None else keep & mask
+        else:
+            bias = mask.detach().float()
+            seen = bias > -1e4  # finfo.min and -inf both mask
+            keep = seen if keep is None else keep & seen
+    return keep, bias

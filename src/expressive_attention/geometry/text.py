@@ -1,0 +1,56 @@
+"""What a model of Hugging Face transformers does on a text."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .capture import capture
+from .record import Record
+
+__all__ = ["record_text"]
+
+
+def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple[Record, list[str]]:
+    """Capture a model while it reads the start of a text.
+
+    Args:
+        model: A folder or name with weights, loaded with the attention that it was saved with; or a ``config.json``,
+            from which a model with random weights is made.
+        text: What it reads; by bytes, where the model is made from a configuration or has no tokenizer.
+        max_tokens: Of the text.
+
+    Returns:
+        The record, and the tokens.
+
+    Raises:
+        ValueError: The text is empty, or no attention was seen.
+        OSError: There is no such model.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from ..integrations import huggingface
+
+    if not text.strip():
+        raise ValueError("text must not be empty")
+    path = Path(model)
+    if path.suffix == ".json":
+        config: Any = AutoConfig.from_pretrained(str(path))
+        loaded: Any = AutoModel.from_config(config)
+    else:
+        loaded = huggingface.from_pretrained(AutoModel, str(model))
+    loaded.eval()
+    longest = min(max_tokens, getattr(loaded.config, "max_position_embeddings", None) or max_tokens)
+    ids = [byte % loaded.config.vocab_size for byte in text.encode()[:longest]]
+    tokens = [chr(byte) for byte in text.encode()[:longest]]
+    if path.suffix != ".json":
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it has none
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+            ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+    with torch.no_grad(), capture(loaded, max_tokens=max_tokens) as record:
+        loaded(input_ids=torch.tensor([ids]))
+    return record, tokens

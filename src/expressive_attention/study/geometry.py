@@ -1,0 +1,87 @@
+"""Attention space of the models that a study has trained: each mechanism, the same condition and seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..geometry import Record, capture
+from .layout import most_different
+from .results import Setting, StudyResults
+from .statistics import evidence, mechanism_name
+from .store import Store, StoreError, collect
+from .training import trained_model
+
+__all__ = ["Look", "look_into"]
+
+_EXAMPLES = 32
+_SEEN = ("expressive", "dot_product", "squared")  # others compute their weights where nothing can see them
+
+
+@dataclass(frozen=True)
+class Look:
+    """What trained models do on test examples.
+
+    Attributes:
+        title: The condition and the seed.
+        records: By the name of the mechanism.
+        tokens: The examples, as text.
+    """
+
+    title: str
+    records: dict[str, Record]
+    tokens: list[list[str]]
+
+
+def look_into(directory: Path, condition: str | None = None, seed: int | None = None) -> Look:
+    """Capture the trained models of a study on test examples.
+
+    Args:
+        directory: Of the study; its cells must be there.
+        condition: Label of a condition; None: the one on which the mechanisms differ most.
+        seed: A final seed; None: the one with the lowest accuracy of DPA, or of what there is.
+
+    Raises:
+        StoreError: There is no such condition or seed, or none of its cells.
+    """
+    store = Store(directory)
+    results = collect(store)
+    label = _condition(results, condition)
+    records: dict[str, Record] = {}
+    tokens: list[list[str]] = []
+    config, _ = store.config()
+    comparisons = [c for c in config.comparisons() if c.condition == label and c.mechanism in _SEEN]
+    for comparison in sorted(comparisons, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
+        rows = evidence(results.seeds, label, comparison.mechanism)
+        if rows.is_empty():
+            continue
+        setting = Setting(*rows.select(Setting._fields).row(0))
+        cells = {s: cell for cell in comparison.final_cells(setting) if store.has(cell) for s in cell.seeds}
+        if seed is None and cells:
+            seed = next(s for s in rows.sort("accuracy", "seed")["seed"] if s in cells)
+        if seed not in cells:
+            continue
+        cell = cells[seed]
+        model = trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed)).eval()
+        examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "test").inputs)
+        with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
+            model(examples)
+        records[mechanism_name(comparison.mechanism)] = record
+        if not examples.is_floating_point():
+            tokens = [[str(digit) for digit in example] for example in examples.tolist()]
+    if not records:
+        asked = "" if seed is None else f", seed {seed}"
+        raise StoreError(f"{directory} has no trained model of {label!r}{asked}")
+    return Look(f"{label}, seed {seed}", records, tokens)
+
+
+def _condition(results: StudyResults, condition: str | None) -> str:
+    labels = [each.label for each in results.conditions]
+    if condition is None:
+        found = most_different(results, 1)
+        return found[0].label if found else labels[0]
+    if condition not in labels:
+        raise StoreError(f"condition must be one of {labels}, got {condition!r}")
+    return condition

@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from expressive_attention.study.app import app
+from expressive_attention.study.geometry import look_into
+from expressive_attention.study.report import write_report
+from expressive_attention.study.store import Store, StoreError, collect
+from tests.integrations.torchvision_stub import make_importable
+
+from .report_data import trained
+
+COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "geometry"]
+
+
+def ea_geometry(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    return trained(directory), directory
+
+
+def test_both_mechanisms_are_seen_on_the_same_seed(run):
+    results, directory = run
+    look = look_into(directory)
+    assert look.title.startswith(results.conditions[0].label)
+    assert list(look.records) == ["DPA", "EA"]
+    assert [layer.form for record in look.records.values() for layer in record.layers.values()] == [
+        "softmax",
+        "expressive",
+    ]
+    assert len(look.tokens[0]) == look.records["EA"].layer("blocks.0.attention").query.shape[2]
+    finals = results.seeds.filter(mechanism="dot_product").sort("accuracy", "seed")["seed"]
+    assert look.title.endswith(f"seed {finals[0]}")
+    other = look_into(directory, results.conditions[0].label, finals[1])
+    kept = [each.records["EA"].layer("blocks.0.attention").query for each in (look, other)]
+    assert not torch.equal(*kept)
+    for arguments, words in (
+        (("basis 5",), "condition must be one of"),
+        ((None, 77), "no trained model of .*, seed 77"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            look_into(directory, *arguments)
+
+
+def test_the_command_writes_a_folder_and_the_report_links_it(run):
+    results, directory = run
+    assert "Attention space" not in write_report(results, directory).read_text()
+    done = ea_geometry(directory)
+    assert done.returncode == 0, done.stderr
+    assert "blocks.0.attention.head.0  expressive" in done.stdout
+    assert (directory / "geometry" / "geometry.html").exists()
+    link = '<a href="geometry/geometry.html">Attention space</a>'
+    assert link in write_report(collect(Store(directory)), directory).read_text()
+
+
+def test_a_model_of_transformers_reads_a_text(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    config = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 300, "n_positions": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text.txt").write_text("What is seen of attention when a model reads this?")
+    make_importable()
+    paths = [str(tmp_path / name) for name in ("config.json", "text.txt", "out")]
+    done = CliRunner().invoke(app, ["geometry", "--model", paths[0], "--text", paths[1], "--out", paths[2]])
+    assert done.exit_code == 0, done.output
+    assert "h.1.attn.head.1  softmax" in done.output
+    assert (tmp_path / "out" / "geometry.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "geometry takes either the folder of a study, or --model with --text"),
+        (("run", "--model", "m"), "geometry takes either"),
+        (("--model", "m"), "--model and --text belong together"),
+        (("nowhere",), "nowhere"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, words, tmp_path):
+    done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ea: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
