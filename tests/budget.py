@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from expressive_attention import expressive_attention
+from expressive_attention.backends import BACKENDS
 from expressive_attention.backends.cpu import library
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
 FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
+
+# All that run on the CPU; the kernels in Triton, which only an interpreter runs there, have their own tests.
+ON_CPU = tuple(name for name in BACKENDS if name != "triton")
 
 NAMES = ("output", "normalizer", "query", "key", "value", "mask")
 
@@ -59,7 +63,8 @@ class Case:
         rows = self.query.shape[:-1]
         do = torch.randn(*rows, self.value.shape[-1], generator=generator, dtype=torch.float64)
         dn = torch.randn(rows, generator=generator, dtype=torch.float64)
-        return do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
+        do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
+        return do.to(self.query.device), dn.to(self.query.device)
 
     def results(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Output, normalizer and all gradients, computed in `dtype`, or in that of the inputs."""
@@ -81,7 +86,7 @@ class Case:
             (output, normalizer), wanted, (do.to(output.dtype), dn.to(normalizer.dtype)), allow_unused=True
         )
         found = (output.detach(), normalizer.detach(), *gradients)
-        return {name: x.to(torch.float64) for name, x in zip(NAMES, found, strict=False)}
+        return {name: x.to("cpu", torch.float64) for name, x in zip(NAMES, found, strict=False)}
 
     def roundings(self) -> dict[str, float]:
         """What one rounding may change in each result.

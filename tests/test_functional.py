@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from expressive_attention import expressive_attention
-from expressive_attention.backends import BACKENDS
+from tests.budget import ON_CPU
 
 Q = torch.randn(2, 4, 5, 8)
 KV = torch.randn(2, 2, 6, 8)
@@ -18,7 +18,7 @@ def test_positional_arguments_are_those_of_torch():
     assert all(name in documented for name in [*ours[:6], "scale", "enable_gqa"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(
     ("query", "key", "value"),
     [
@@ -43,7 +43,7 @@ def test_leading_dimensions_broadcast_as_in_a_matrix_product(backend, query, key
     torch.testing.assert_close(normalizer, w.sum(-1).expand(expected.shape[:-1]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("shape", [(), (6,), (5, 1), (4, 5, 6), (2, 1, 1, 6), (3, 1, 4, 5, 6), (3, 2, 1, 1, 1)])
 def test_masks_broadcast(backend, shape):
     q, k, v = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 4, 6, 8), torch.randn(3, 2, 4, 6, 3)
@@ -58,12 +58,12 @@ def test_masks_broadcast(backend, shape):
 def test_grouped_queries_read_the_head_that_torch_gives_them():
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
     repeated = expressive_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
-    for backend in BACKENDS:
+    for backend in ON_CPU:
         torch.testing.assert_close(expressive_attention(q, k, v, enable_gqa=True, backend=backend), repeated)
 
 
 @pytest.mark.parametrize(("length", "keys"), [(5, 5), (3, 7), (7, 3)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_causal_alignments(backend, length, keys):
     q, k, v = torch.randn(2, length, 4), torch.randn(2, keys, 4), torch.randn(2, keys, 4)
     for alignment, offset in (("upper_left", 0), ("lower_right", keys - length)):
@@ -102,7 +102,7 @@ def test_tensors_without_numbers_give_the_shapes(is_causal, dropout):
 
 
 def test_no_keys_give_zeros():
-    for backend in BACKENDS:
+    for backend in ON_CPU:
         output, normalizer = expressive_attention(
             torch.randn(2, 5, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 3), return_normalizer=True, backend=backend
         )
@@ -110,7 +110,7 @@ def test_no_keys_give_zeros():
         assert torch.equal(normalizer, torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_autocast_computes_in_the_dtype_of_the_region(backend, enabled):
     q, k, v = torch.randn(3, 2, 6, 4).unbind(0)

@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, vmap
 
 from expressive_attention import expressive_attention
-from expressive_attention.backends import BACKENDS
+from tests.budget import ON_CPU
 
 CASES = {
     "plain": (None, None, "expressive"),
@@ -15,7 +15,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+@pytest.fixture(params=[name for name in ON_CPU if name != "reference"])
 def backend(request):
     """Each of the fused backends."""
     return request.param
@@ -46,7 +46,7 @@ def test_opcheck_of_the_backward(backend, name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
 def test_compiles_as_one_graph(backend, dynamic):
     def function(q, k, v, mask):
         output, normalizer = expressive_attention(

@@ -177,7 +177,8 @@ def expressive_attention(
 
     for listener in listeners:
         listener(Call(query, key, value, mask, diagonal, scale, form))
-    chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func()), backend)
+    head_dim = max(width, value.shape[-1])
+    chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
     if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
         with torch.autocast(query.device.type, enabled=False):
             results = reference.forward(query, key, value, mask, diagonal, scale, form, dropout_p)

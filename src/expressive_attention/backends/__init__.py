@@ -6,11 +6,11 @@ have ``backward`` and run behind the operators of `expressive_attention.ops`.
 
 from types import ModuleType
 
-from . import blockwise, cpu, reference
+from . import blockwise, cpu, reference, triton
 
 __all__ = ["AUTOMATIC", "BACKENDS"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "cpu": cpu, "triton": triton}
 
 # The order in which the automatic choice asks them.
-AUTOMATIC = ("cpu", "blockwise", "reference")
+AUTOMATIC = ("cpu", "triton", "blockwise", "reference")

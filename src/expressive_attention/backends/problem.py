@@ -27,12 +27,14 @@ class Problem(NamedTuple):
         dropout_p: Probability with which weights are dropped.
         differentiated_by_func: Whether a `torch.func` derivative (grad, vjp, jvp, ...) or one of forward mode is
             being taken.
+        head_dim: The larger of E and Ev.
     """
 
     device: str
     dtype: torch.dtype
     dropout_p: float = 0.0
     differentiated_by_func: bool = False
+    head_dim: int = 1
 
 
 def check_form(form: str) -> None:

@@ -1,0 +1,81 @@
+"""Expressive attention on the GPU, in Triton: one source for all GPUs since Ampere.
+
+``launch`` runs the kernels of ``forward_pass``, ``decode``, ``backward_pass`` and ``bias``; ``tiles`` has what all of
+them share. With ``TRITON_INTERPRET=1`` in the environment when they are first used, they run on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+__all__ = ["backward", "forward", "supports"]
+
+_WIDEST = 256
+
+
+def supports(problem: Problem) -> str | None:
+    """The reason why this backend declines `problem`; None: it does not."""
+    if problem.device != "cuda" and not (problem.device == "cpu" and _interpreted()):
+        return f"it runs on GPUs, not on {problem.device}"
+    if problem.dtype == torch.float64:
+        return "float64 is not implemented"
+    if problem.head_dim > _WIDEST:
+        return f"head dimensions above {_WIDEST} are not implemented, got {problem.head_dim}"
+    if problem.dropout_p:
+        return "dropout is not implemented"
+    if problem.differentiated_by_func:
+        return "torch.func and forward-mode derivatives are not implemented"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'expressive-attention[gpu]'"
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak, as `reference.forward`."""
+    from .launch import forward  # not before it is needed: importing triton takes its time
+
+    return forward(query, key, value, attn_mask, diagonal, scale, form)
+
+
+def backward(
+    grad_output: Tensor,
+    grad_normalizer: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    normalizer: Tensor,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
+    from .launch import backward
+
+    return backward(
+        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, diagonal, scale, form,
+        mask_gradient,
+    )  # fmt: skip
+
+
+def _interpreted() -> bool:
+    """Whether the kernels run on the CPU: settled when they are imported."""
+    tiles = sys.modules.get(f"{__name__}.tiles")
+    return os.environ.get("TRITON_INTERPRET") == "1" if tiles is None else tiles.INTERPRETED.value

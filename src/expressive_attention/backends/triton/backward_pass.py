@@ -1,0 +1,358 @@
+"""The backward kernels: numbers of each row, then dQ by tiles of rows, then dK and dV by tiles of keys.
+
+With c_i = 1 / N_i and shift_i = c_i dO_i . o_i - dN_i:
+
+    dv_j  = sum_i c_i w_ij dO_i
+    ds_ij = scale f'(z_ij) exp(bias_ij) (c_i dO_i . v_j - shift_i)
+    dq_i  = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i
+
+Every sum is one program's, in order: gradients are the same bits every time. Rows whose normalizer float32 lost have
+c_i = shift_i = 0 there, and their numbers in float64; the kernels run a second time for these (`WIDE`), and return
+at once where there are none.
+"""
+
+# What Triton compiles looks wrong to a checker of Python's types.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    FLOAT,
+    NO_MASK,
+    add,
+    any_of,
+    cast,
+    head_of,
+    is_lost,
+    largest,
+    load_mask,
+    load_rows,
+    mask_rows,
+    masked,
+    positions,
+    product,
+    quotient,
+    visible_keys,
+    weight_and_half_slope,
+)
+
+__all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
+
+
+@triton.jit
+def _sums(
+    q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+    scale, diagonal, keys, width, value_width,
+    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """sum_j w_ij and sum_j w_ij dO_i . v_j of rows."""
+    total = tl.full((q.shape[0],), 0.0, T)
+    mean = tl.full((q.shape[0],), 0.0, T)
+    for start in range(0, keys, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        inside = j < keys
+        k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
+        v = load_rows(
+            value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, q.dtype
+        )
+        zero = tl.full((q.shape[0], BLOCK_N), 0.0, T)
+        z = product(q, tl.trans(k), zero, PRECISION) * scale
+        weight, _ = weight_and_half_slope(z, FORM, T, True)
+        visible = exist[:, None] & inside[None, :]
+        if CAUSAL:
+            visible = visible & (j[None, :] <= position[:, None] + diagonal)
+        tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK, T)
+        weight = masked(weight, tile, peak[:, None], visible, MASK)
+        total += add(weight, 1)
+        mean += add(weight * product(do, tl.trans(v), zero, PRECISION), 1)
+    return total, mean
+
+
+@triton.jit(do_not_specialize=["mask_strides", "lowest", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+def row_kernel(
+    query, key, value, mask, peaks, grad_output, grad_normalizer, outputs, normalizers, stats, wide_stats, lost,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    scale, lowest, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Three planes of numbers per row: c for dv, c for ds, shift; in float32 and, of lost rows alone, in float64.
+
+    A row that sees one key has a = 1 and ds = 0 exactly, but for dN: its second c is 0, for f'(z) / N = 2 / z would
+    magnify the smallest difference. With `EXACT`, dO . o comes from the weights, not from the rounded output.
+    """
+    TYPE: tl.constexpr = query.dtype.element_ty
+    program = tl.program_id(0)
+    tile = program % tiles
+    batch, kv_head = head_of(program // tiles, kv_heads)
+    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    head = kv_head * GROUPS + member
+    index = (batch * kv_heads * GROUPS + head) * length + position
+    rows = mask_rows(mask, mask_strides, batch, head, position)
+    offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+    do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
+    offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+    query += batch * query_strides[0]
+    key += batch * key_strides[0] + kv_head * key_strides[1]
+    value += batch * value_strides[0] + kv_head * value_strides[1]
+    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    if MASK == FLOAT:
+        peak = tl.load(peaks + index, mask=exist, other=0.0)
+    dn = tl.full((BLOCK_M,), 0.0, tl.float32)
+    if grad_normalizer is not None:
+        dn = tl.load(grad_normalizer + index, mask=exist, other=0.0)
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
+
+    normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
+    count = visible_keys(position, rows, exist, mask_stride, diagonal, keys, CAUSAL, MASK)
+    is_wide = exist & is_lost(normalizer, lowest) & (count > 0)
+    inverse = tl.where(is_wide, 0.0, quotient(1.0, normalizer))
+    coefficient = tl.where(count > 1, inverse, 0.0)
+    if EXACT:
+        q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
+        _, mean = _sums(
+            q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+            scale, diagonal, last, width, value_width,
+            CAUSAL, FORM, MASK, PRECISION, tl.float32, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+        mean = mean * inverse
+    else:
+        column = tl.arange(0, BLOCK_EV)
+        o = tl.load(
+            outputs + index[:, None] * value_width + column[None, :],
+            mask=exist[:, None] & (column < value_width)[None, :],
+            other=0.0,
+        )
+        mean = add(cast(o, tl.float32) * cast(do, tl.float32), 1)
+    shift = tl.where(is_wide, 0.0, mean * coefficient - dn)
+    tl.store(stats + index, inverse, mask=exist)
+    tl.store(stats + plane + index, coefficient, mask=exist)
+    tl.store(stats + 2 * plane + index, shift, mask=exist)
+
+    wide_total = tl.full((BLOCK_M,), 0.0, tl.float64)
+    wide_mean = tl.full((BLOCK_M,), 0.0, tl.float64)
+    if any_of(is_wide):
+        wide_q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, tl.float64)
+        is_wide = is_wide & ((normalizer != 0.0) | (largest(tl.abs(wide_q), 1) > 0.0))
+        if any_of(is_wide):
+            tl.store(lost + batch * kv_heads + kv_head, 1)
+            wide_total, wide_mean = _sums(
+                wide_q, cast(do, tl.float64), key, value, rows, peak, position, exist, key_strides, value_strides,
+                mask_stride, scale, diagonal, last, width, value_width,
+                CAUSAL, FORM, MASK, "ieee", tl.float64, BLOCK_N, BLOCK_E, BLOCK_EV,
+            )  # fmt: skip
+    wide_inverse = tl.where(is_wide, quotient(1.0, wide_total), 0.0)
+    wide_coefficient = tl.where(count > 1, wide_inverse, 0.0)
+    wide_shift = tl.where(is_wide, wide_mean * wide_inverse * wide_coefficient - dn, 0.0)
+    tl.store(wide_stats + index, wide_inverse, mask=exist)
+    tl.store(wide_stats + plane + index, wide_coefficient, mask=exist)
+    tl.store(wide_stats + 2 * plane + index, wide_shift, mask=exist)
+
+
+@triton.jit
+def _query_tiles(
+    dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+    key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, first, last,
+    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
+    PRECISION: tl.constexpr, SLOPE: tl.constexpr, T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from `first` to `last`, as `forward_pass._add_keys`."""
+    for start in range(first, last, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        inside = j < keys
+        k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
+        v = load_rows(
+            value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, q.dtype
+        )
+        zero = tl.full((q.shape[0], BLOCK_N), 0.0, T)
+        z = product(q, tl.trans(k), zero, PRECISION) * scale
+        _, slope = weight_and_half_slope(z, FORM, T, False)
+        if BOUNDARY or MASK != NO_MASK:
+            visible = exist[:, None] & inside[None, :]
+            if BOUNDARY and CAUSAL:
+                visible = visible & (j[None, :] <= position[:, None] + diagonal)
+            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK, T)
+            slope = masked(slope, tile, peak[:, None], visible, MASK)
+        g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
+        dq = product(cast(slope * g, SLOPE), cast(k, SLOPE), dq, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+def query_kernel(
+    query, key, value, mask, peaks, grad_output, stats, lost, gradient,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and batch."""
+    T: tl.constexpr = tl.float64 if WIDE else tl.float32
+    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles
+    if WIDE:
+        if tl.load(lost + program // tiles) == 0:
+            return
+    batch, kv_head = head_of(program // tiles, kv_heads)
+    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    head = kv_head * GROUPS + member
+    index = (batch * kv_heads * GROUPS + head) * length + position
+    coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
+    shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
+    store = exist
+    if WIDE:
+        store = exist & (tl.load(stats + index, mask=exist, other=0.0) != 0.0)
+        if not any_of(store):
+            return
+    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    if MASK == FLOAT:
+        peak = tl.load(peaks + index, mask=exist, other=0.0)
+    rows = mask_rows(mask, mask_strides, batch, head, position)
+    offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+    q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
+    offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+    do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
+
+    last, whole = keys, keys
+    if CAUSAL:
+        last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
+        whole = tl.minimum(last, tile * BLOCK_M // GROUPS + diagonal + 1)
+    whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
+    dq = tl.full((BLOCK_M, BLOCK_E), 0.0, T)
+    key += batch * key_strides[0] + kv_head * key_strides[1]
+    value += batch * value_strides[0] + kv_head * value_strides[1]
+    dq = _query_tiles(
+        dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+        key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, 0, whole,
+        CAUSAL, FORM, MASK, False, PRECISION, SLOPE, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+    )  # fmt: skip
+    dq = _query_tiles(
+        dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+        key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, whole, last,
+        CAUSAL, FORM, MASK, True, PRECISION, SLOPE, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+    )  # fmt: skip
+    column = tl.arange(0, BLOCK_E)
+    tl.store(
+        gradient + index[:, None] * width + column[None, :],
+        cast(dq * (2.0 * scale), gradient.dtype.element_ty),
+        mask=store[:, None] & (column < width)[None, :],
+    )
+
+
+@triton.jit
+def _key_value_tiles(
+    dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
+    query_strides, grad_strides, mask_strides, mask_stride,
+    scale, diagonal, length, kv_heads, width, value_width, plane, first, last,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
+    PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
+    for tile in range(first, last):
+        position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+        head = kv_head * GROUPS + member
+        index = (batch * kv_heads * GROUPS + head) * length + position
+        inverse = tl.load(stats + index, mask=exist, other=0.0)
+        coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
+        shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
+        offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+        q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, k.dtype)
+        offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+        do = load_rows(
+            grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, k.dtype
+        )
+        zero = tl.full((k.shape[0], BLOCK_M), 0.0, T)
+        z = product(k, tl.trans(q), zero, PRECISION) * scale
+        weight, slope = weight_and_half_slope(z, FORM, T, False)
+        if (BOUNDARY and CAUSAL) or MASK != NO_MASK:
+            visible = exist[None, :] & inside[:, None]
+            if BOUNDARY and CAUSAL:
+                visible = visible & (j[:, None] <= position[None, :] + diagonal)
+            peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+            if MASK == FLOAT:
+                peak = tl.load(peaks + index, mask=exist, other=0.0)
+            rows = mask_rows(mask, mask_strides, batch, head, position)
+            bias = load_mask(rows[None, :], j[:, None], mask_stride, visible, MASK, T)
+            weight = masked(weight, bias, peak[None, :], visible, MASK)
+            slope = masked(slope, bias, peak[None, :], visible, MASK)
+        # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
+        attention = cast(weight * inverse[None, :] * FACTOR, WEIGHT)
+        dv = product(attention, cast(do, WEIGHT), dv, PRECISION)
+        g = product(v, tl.trans(do), zero, PRECISION) * coefficient[None, :] - shift[None, :]
+        dk = product(cast(slope * g, SLOPE), cast(q, SLOPE), dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+def key_value_kernel(
+    query, key, value, mask, peaks, grad_output, stats, lost, grad_key, grad_value,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """The gradients of key and value: one program per tile of keys, key head and batch, over all rows of its group."""
+    T: tl.constexpr = tl.float64 if WIDE else tl.float32
+    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    program = tl.program_id(0)
+    start = program % tiles * BLOCK_N  # with a causal mask, the longest first
+    if WIDE:
+        if tl.load(lost + program // tiles) == 0:
+            return
+    batch, kv_head = head_of(program // tiles, kv_heads)
+    j = start + tl.arange(0, BLOCK_N)
+    inside = j < keys
+    k = load_rows(
+        key + batch * key_strides[0] + kv_head * key_strides[1],
+        j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
+    )  # fmt: skip
+    v = load_rows(
+        value + batch * value_strides[0] + kv_head * value_strides[1],
+        j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
+    )  # fmt: skip
+
+    last = (length * GROUPS + BLOCK_M - 1) // BLOCK_M
+    first, whole = last * 0, last * 0
+    if CAUSAL:  # the first row that sees the first key, and the first that sees them all
+        first = tl.minimum(last, tl.maximum(start - diagonal, 0) * GROUPS // BLOCK_M)
+        whole = (tl.maximum(start + BLOCK_N - 1 - diagonal, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
+        whole = tl.minimum(last, whole)
+    dk = tl.full((BLOCK_N, BLOCK_E), 0.0, T)
+    dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, T)
+    dk, dv = _key_value_tiles(
+        dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
+        query_strides, grad_strides, mask_strides, mask_stride,
+        scale, diagonal, length, kv_heads, width, value_width, plane, first, whole,
+        GROUPS, CAUSAL, FORM, MASK, True, PRECISION, WEIGHT, FACTOR, SLOPE, T, BLOCK_M, BLOCK_E, BLOCK_EV,
+    )  # fmt: skip
+    dk, dv = _key_value_tiles(
+        dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
+        query_strides, grad_strides, mask_strides, mask_stride,
+        scale, diagonal, length, kv_heads, width, value_width, plane, whole, last,
+        GROUPS, CAUSAL, FORM, MASK, False, PRECISION, WEIGHT, FACTOR, SLOPE, T, BLOCK_M, BLOCK_E, BLOCK_EV,
+    )  # fmt: skip
+    dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
+    row = (batch * kv_heads + kv_head) * keys + j
+    column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
+    place = grad_key + row[:, None] * width + column[None, :]
+    value_place = grad_value + row[:, None] * value_width + value_column[None, :]
+    mask_k = inside[:, None] & (column < width)[None, :]
+    mask_v = inside[:, None] & (value_column < value_width)[None, :]
+    if WIDE:
+        dk += cast(tl.load(place, mask=mask_k, other=0.0), T)
+        dv += cast(tl.load(value_place, mask=mask_v, other=0.0), T)
+    tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
+    tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)

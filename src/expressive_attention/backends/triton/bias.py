@@ -1,0 +1,145 @@
+"""What a float mask needs beside the weights: the peaks of its rows, and its gradient."""
+
+# What Triton compiles looks wrong to a checker of Python's types.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    FLOAT,
+    add,
+    cast,
+    head_of,
+    largest,
+    load_mask,
+    load_rows,
+    mask_rows,
+    masked,
+    positions,
+    product,
+    weight_and_half_slope,
+)
+
+__all__ = ["bias_gradient_kernel", "peak_kernel"]
+
+
+@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles"])
+def peak_kernel(
+    mask, peaks, mask_strides, mask_stride, diagonal, length, keys, kv_heads, tiles,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The largest bias that each row sees, as `problem.row_peak`."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    batch, kv_head = head_of(program // tiles, kv_heads)
+    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    head = kv_head * GROUPS + member
+    rows = mask_rows(mask, mask_strides, batch, head, position)
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(keys, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for start in range(0, last, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        visible = exist[:, None] & (j < keys)
+        if CAUSAL:
+            visible = visible & (j <= position[:, None] + diagonal)
+        bias = load_mask(rows[:, None], j, mask_stride, visible, FLOAT, tl.float32)
+        peak = tl.maximum(peak, largest(bias, 1))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    tl.store(peaks + (batch * kv_heads * GROUPS + head) * length + position, peak, mask=exist)
+
+
+@triton.jit(do_not_specialize=["mask_strides", "mask_shape", "diagonal", "length", "keys", "heads", "batches", "plane"])
+def bias_gradient_kernel(
+    query, key, value, mask, peaks, grad_output, stats, lost, gradient,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
+    scale, diagonal, length, keys, heads, batches, width, value_width, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """dbias_ij = w_ij (dO_i . v_j / N_i - shift_i) of a tile of the mask, summed over all that it is repeated for.
+
+    One program per tile of the mask ``(B | 1, Hq | 1, L | 1, S | 1)``; it runs over the batches, heads, rows
+    (`ONE_ROW`) and keys (`ONE_KEY`) that share the tile, in order.
+    """
+    T: tl.constexpr = tl.float64 if WIDE else tl.float32
+    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    tile_m, tile_n = tl.program_id(1), tl.program_id(2)
+    mask_batch, mask_head = head_of(tl.program_id(0), mask_shape[1])
+    first_batch, last_batch = mask_batch, mask_batch + 1
+    if mask_shape[0] == 1:
+        last_batch = mask_batch + batches
+    first_head, last_head = mask_head, mask_head + 1
+    if mask_shape[1] == 1:
+        last_head = mask_head + heads
+    first_row, last_row = tile_m * BLOCK_M, tl.minimum((tile_m + 1) * BLOCK_M, length)
+    if ONE_ROW:
+        first_row, last_row = tile_m * 0, length
+    first_key, last_key = tile_n * BLOCK_N, tl.minimum((tile_n + 1) * BLOCK_N, keys)
+    if ONE_KEY:
+        first_key, last_key = tile_n * 0, keys
+
+    sums = tl.full((BLOCK_M, BLOCK_N), 0.0, T)
+    for batch in range(first_batch, last_batch):
+        for head in range(first_head, last_head):
+            start_row, stop_row = first_row, last_row
+            if WIDE:
+                if tl.load(lost + batch * (heads // GROUPS) + head // GROUPS) == 0:
+                    stop_row = start_row
+            for row in range(start_row, stop_row, BLOCK_M):
+                position = row + tl.arange(0, BLOCK_M)
+                exist = position < length
+                index = (batch * heads + head) * length + position
+                coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
+                shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
+                peak = tl.load(peaks + index, mask=exist, other=0.0)
+                rows = mask_rows(mask, mask_strides, batch, head, position)
+                q = load_rows(
+                    query + batch * query_strides[0] + head * query_strides[1],
+                    position.to(tl.int64) * query_strides[2], exist, query_strides[3], width, BLOCK_E, TYPE,
+                )  # fmt: skip
+                do = load_rows(
+                    grad_output + batch * grad_strides[0] + head * grad_strides[1],
+                    position.to(tl.int64) * grad_strides[2], exist, grad_strides[3], value_width, BLOCK_EV, TYPE,
+                )  # fmt: skip
+                stop_key = last_key
+                if CAUSAL:
+                    stop_key = tl.minimum(last_key, tl.minimum(row + BLOCK_M, length) + diagonal)
+                for start in range(first_key, stop_key, BLOCK_N):
+                    j = start + tl.arange(0, BLOCK_N)
+                    inside = j < keys
+                    k = load_rows(
+                        key + batch * key_strides[0] + head // GROUPS * key_strides[1],
+                        j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
+                    )  # fmt: skip
+                    v = load_rows(
+                        value + batch * value_strides[0] + head // GROUPS * value_strides[1],
+                        j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
+                    )  # fmt: skip
+                    zero = tl.full((BLOCK_M, BLOCK_N), 0.0, T)
+                    weight, _ = weight_and_half_slope(product(q, tl.trans(k), zero, PRECISION) * scale, FORM, T, False)
+                    visible = exist[:, None] & inside[None, :]
+                    if CAUSAL:
+                        visible = visible & (j[None, :] <= position[:, None] + diagonal)
+                    tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, FLOAT, T)
+                    weight = masked(weight, tile, peak[:, None], visible, FLOAT)
+                    g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
+                    sums += weight * g
+
+    place_m, place_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ONE_ROW:
+        sums = tl.broadcast_to(add(sums, 0)[None, :], (BLOCK_M, BLOCK_N))
+    if ONE_KEY:
+        sums = tl.broadcast_to(add(sums, 1)[:, None], (BLOCK_M, BLOCK_N))
+    inside = (place_m < mask_shape[2])[:, None] & (place_n < mask_shape[3])[None, :]
+    place = (mask_batch * mask_shape[1] + mask_head) * mask_shape[2] + place_m
+    place = gradient + place[:, None] * mask_shape[3] + place_n[None, :]
+    if WIDE:
+        sums += cast(tl.load(place, mask=inside, other=0.0), T)
+    tl.store(place, cast(sums, gradient.dtype.element_ty), mask=inside)

@@ -1,0 +1,270 @@
+"""Runs the kernels: chooses tiles and number formats, allocates, and says in which order."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import accumulation_dtype, empty_peak
+from . import decode
+from .backward_pass import key_value_kernel, query_kernel, row_kernel
+from .bias import bias_gradient_kernel, peak_kernel
+from .forward_pass import forward_kernel
+from .tiles import FORMS, INTERPRETED, Tile, ceil_div, padded, shapes
+
+__all__ = ["backward", "forward"]
+
+# A float32 normalizer above this lost no weight that counts to underflow.
+_LOWEST = 2.0**-80
+
+# Weights of float16 are multiplied by this, so that they are normal numbers from 2^-29 on.
+_FLOAT16_FACTOR = 2.0**15
+
+# With it, the mean weight of a row of float16 has to be this large: its rounding error is then below 2^-11.
+_FLOAT16_MEAN = 2.0**-28
+
+# None of the sizes below was measured: they fit in the shared memory of every GPU since Ampere.
+
+
+def _forward_tile(dtype: torch.dtype, width: int, rows: int) -> Tile:
+    """The tile of the forward kernel for head dimensions up to `width`, of a key head with `rows` rows."""
+    if dtype == torch.float32:
+        tile = Tile(64, 32, 4, 2) if width <= 128 else Tile(32, 16, 4, 2)
+    elif width <= 64:
+        tile = Tile(128, 64, 4, 3)
+    else:
+        tile = Tile(128, 32, 8, 3) if width <= 128 else Tile(64, 32, 4, 2)
+    return tile if rows > 16 else tile._replace(rows=16, keys=64 if width <= 64 else tile.keys, warps=4)
+
+
+def _backward_tile(dtype: torch.dtype, width: int) -> Tile:
+    """The tile of the kernels for dQ and for dK and dV."""
+    if dtype == torch.bfloat16 and width <= 128:
+        return Tile(64, 64, 4 if width <= 64 else 8, 2)
+    return Tile(32, 32, 4, 2 if width <= 64 else 1)
+
+
+def _wide_tile(width: int) -> Tile:
+    """The tile of everything in float64."""
+    return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak, as `reference.forward`."""
+    batch, heads, length, _ = query.shape
+    kv_heads, keys, value_width = value.shape[1:]
+    output = query.new_empty((batch, heads, length, value_width))
+    normalizer = query.new_empty((batch, heads, length), dtype=accumulation_dtype(query.dtype))
+    peak = empty_peak(normalizer, attn_mask)
+    if normalizer.numel() == 0:
+        return output, normalizer, peak
+
+    inputs = _Inputs(query, key, value, attn_mask, diagonal, scale, form)
+    weight, factor, lowest = query.dtype, 1.0, _LOWEST
+    if query.dtype == torch.float16 and form == "expressive":
+        factor, lowest = _FLOAT16_FACTOR, max(_LOWEST, keys * _FLOAT16_MEAN)
+    elif query.dtype == torch.float16:
+        weight = torch.float32  # these have no bound; in tf32, as exact as float16
+    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer, "lowest": lowest}
+
+    rows = length * inputs.groups
+    tile = _forward_tile(query.dtype, inputs.widest, rows)
+    tiles = ceil_div(rows, tile.rows)
+    programs = tiles * batch * kv_heads
+    span = keys if tiles > 1 else decode.part_of_keys(programs, keys, _processors(query.device))
+    parts = ceil_div(keys, span) if span < keys else 1
+    narrow = {"WIDE": False, "PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
+    with inputs.on_device():
+        inputs.find_peak(peak)
+        if parts == 1:
+            _run(
+                forward_kernel,
+                (programs, 1),
+                tile,
+                arguments,
+                tiles=tiles,
+                span=span,
+                peaks=peak,
+                SPLIT=False,
+                **narrow,
+            )
+        else:
+            sums = output.new_empty((parts, *output.shape), dtype=torch.float32)
+            totals = normalizer.new_empty((parts, *normalizer.shape))
+            _run(
+                forward_kernel, (programs, parts), tile, {**arguments, "outputs": sums, "normalizers": totals},
+                tiles=tiles, span=span, peaks=peak, SPLIT=True, **narrow,
+            )  # fmt: skip
+            few = Tile(16, 16, 4, 1)
+            merged = {"sums": sums, "totals": totals, "outputs": output, "normalizers": normalizer}
+            _run(
+                decode.merge_kernel, (ceil_div(normalizer.numel(), few.rows),), few, merged,
+                rows=normalizer.numel(), parts=parts, value_width=value_width, BLOCK_EV=padded(value_width),
+            )  # fmt: skip
+        wide = _wide_tile(inputs.widest)
+        tiles = ceil_div(rows, wide.rows)
+        _run(
+            forward_kernel, (tiles * batch * kv_heads, 1), wide, arguments, tiles=tiles, span=keys, peaks=peak,
+            SPLIT=False, WIDE=True, PRECISION="ieee", WEIGHT=tl.float64, FACTOR=1.0,
+        )  # fmt: skip
+    return output, normalizer, peak
+
+
+def backward(
+    grad_output: Tensor,
+    grad_normalizer: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    normalizer: Tensor,
+    diagonal: int | None,
+    scale: float,
+    form: str,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
+    batch, heads, length, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dmask = attn_mask.new_zeros(attn_mask.shape) if mask_gradient and attn_mask is not None else None
+    if normalizer.numel() == 0 or keys == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask
+
+    inputs = _Inputs(query, key, value, attn_mask, diagonal, scale, form)
+    peak = empty_peak(normalizer, attn_mask)
+    plane = normalizer.numel()
+    stats = normalizer.new_empty((3, plane))
+    wide_stats = normalizer.new_empty((3, plane), dtype=torch.float64)
+    lost = torch.zeros((batch, kv_heads), dtype=torch.int32, device=query.device)
+    rows = length * inputs.groups
+    wide = _wide_tile(inputs.widest)
+    tile = _backward_tile(query.dtype, inputs.widest)
+    arguments = {
+        **inputs.arguments, "grad_output": grad_output, "grad_strides": grad_output.stride(), "peaks": peak,
+        "lost": lost, "plane": plane,
+    }  # fmt: skip
+    # Weights are at most 1 here; slopes have no bound, which float16 would need.
+    half = query.dtype == torch.float16
+    narrow = {"WIDE": False, "PRECISION": inputs.precision, "stats": stats}
+    double = {"WIDE": True, "PRECISION": "ieee", "stats": wide_stats}
+    passes = (
+        (tile, narrow, _TYPES[query.dtype], _FLOAT16_FACTOR if half else 1.0, _TYPES[_slope_dtype(query.dtype)]),
+        (wide, double, tl.float64, 1.0, tl.float64),
+    )
+    with inputs.on_device():
+        inputs.find_peak(peak)
+        tiles = ceil_div(rows, wide.rows)
+        _run(
+            row_kernel, (tiles * batch * kv_heads,), wide, arguments, tiles=tiles, outputs=output.contiguous(),
+            normalizers=normalizer.contiguous(), lowest=_LOWEST, stats=stats, wide_stats=wide_stats,
+            EXACT=dmask is not None and query.dtype != torch.float32, PRECISION=inputs.precision,
+            grad_normalizer=None if grad_normalizer is None else grad_normalizer.contiguous(),
+        )  # fmt: skip
+        for size, numbers, weight, factor, slope in passes:
+            tiles = ceil_div(rows, size.rows)
+            _run(
+                query_kernel, (tiles * batch * kv_heads,), size, arguments, tiles=tiles, gradient=dq, SLOPE=slope,
+                **numbers,
+            )  # fmt: skip
+            tiles = ceil_div(keys, size.keys)
+            _run(
+                key_value_kernel, (tiles * batch * kv_heads,), size, arguments, tiles=tiles, grad_key=dk,
+                grad_value=dv, WEIGHT=weight, FACTOR=factor, SLOPE=slope, **numbers,
+            )  # fmt: skip
+            if dmask is not None:
+                b, h, m, n = dmask.shape
+                _run(
+                    bias_gradient_kernel, (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys)), size, arguments,
+                    gradient=dmask, mask_shape=(b, h, m, n), heads=heads, batches=batch, ONE_ROW=m == 1,
+                    ONE_KEY=n == 1, **numbers,
+                )  # fmt: skip
+    return dq, dk, dv, dmask
+
+
+class _Inputs:
+    """What all kernels are told about a problem."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        diagonal: int | None,
+        scale: float,
+        form: str,
+    ) -> None:
+        self.device = query.device
+        self.groups = query.shape[1] // key.shape[1]
+        self.programs = query.shape[0] * key.shape[1]
+        self.widest = max(padded(query.shape[3]), padded(value.shape[3]))
+        # Products of 16-bit numbers are exact in tf32.
+        tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+        self.precision = "tf32" if tf32 and torch.version.hip is None else "ieee"
+        self.has_bias = mask is not None and mask.dtype != torch.bool
+        kind = 0 if mask is None else 2 if self.has_bias else 1
+        # Strides that repeat the dimensions of size one. Without a mask, any pointer will do.
+        strides = (0, 0, 0, 0) if mask is None else tuple(
+            0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        )  # fmt: skip
+        self.arguments: dict[str, Any] = {
+            **shapes(query, key, value),
+            "query": query,
+            "key": key,
+            "value": value,
+            "mask": query if mask is None else mask if self.has_bias else mask.view(torch.uint8),
+            "query_strides": query.stride(),
+            "key_strides": key.stride(),
+            "value_strides": value.stride(),
+            "mask_strides": strides[:3],
+            "mask_stride": strides[3],
+            "scale": scale,
+            "diagonal": diagonal or 0,
+            "CAUSAL": diagonal is not None,
+            "FORM": FORMS[form],
+            "MASK": kind,
+        }
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def find_peak(self, peak: Tensor) -> None:
+        """Write the peaks of a float mask."""
+        if self.has_bias:
+            tile = Tile(16, 64, 4, 2)
+            tiles = ceil_div(self.arguments["length"] * self.groups, tile.rows)
+            _run(peak_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, peaks=peak)
+
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _slope_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _run(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any], **more: Any) -> None:
+    """Launch a kernel with those of the arguments that it takes."""
+    given = {**arguments, **more, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    options = {} if INTERPRETED.value else {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel[grid](**{name: given[name] for name in kernel.arg_names if name in given}, **options)

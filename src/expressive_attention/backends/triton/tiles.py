@@ -1,0 +1,279 @@
+"""What the kernels share: tiles of rows and of keys, which keys a row sees, and the weight function.
+
+Rows of a key head run over the positions of its queries and, for each position, over the query heads that share
+it: row r is head ``r % GROUPS`` of the group at position ``r // GROUPS``. So keys are read once for all of them,
+and a tile of rows is a range of positions.
+
+Arithmetic is float32, `T`; rows whose weights leave its range are computed once more with ``T = float64``.
+"""
+
+# What Triton compiles looks wrong to a checker of Python's types.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = [
+    "BOOL",
+    "EXPONENTIAL",
+    "EXPRESSIVE",
+    "FLOAT",
+    "FORMS",
+    "INTERPRETED",
+    "NO_MASK",
+    "SQUARED",
+    "Tile",
+    "add",
+    "any_of",
+    "cast",
+    "ceil_div",
+    "head_of",
+    "is_lost",
+    "largest",
+    "load_mask",
+    "load_rows",
+    "mask_rows",
+    "masked",
+    "padded",
+    "positions",
+    "product",
+    "quotient",
+    "shapes",
+    "visible_keys",
+    "weight_and_half_slope",
+]
+
+# Triton's interpreter runs the kernels on the CPU: whether it did so when this module was imported.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_PTX = tl.constexpr(torch.version.hip is None and not INTERPRETED.value)
+
+# Forms of the weight. The exponential is for the benchmark alone: what the rest of the kernel costs without f.
+EXPRESSIVE = tl.constexpr(0)
+SQUARED = tl.constexpr(1)
+EXPONENTIAL = tl.constexpr(2)
+FORMS = {"expressive": 0, "squared": 1, "exponential": 2}
+
+# Kinds of masks.
+NO_MASK = tl.constexpr(0)
+BOOL = tl.constexpr(1)
+FLOAT = tl.constexpr(2)
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile, and how a program works on it.
+
+    Attributes:
+        rows: Rows of queries.
+        keys: Keys.
+        warps: Warps of a program.
+        stages: Tiles that are being loaded at a time.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The size of a tile's dimension that holds `size`: a power of two, and as many as the tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The number of tiles of b that cover a."""
+    return -(-a // b)
+
+
+def shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
+    """The sizes of a problem as the kernels name them."""
+    return {
+        "length": query.shape[2],
+        "keys": key.shape[2],
+        "kv_heads": key.shape[1],
+        "width": query.shape[3],
+        "value_width": value.shape[3],
+        "GROUPS": query.shape[1] // key.shape[1],
+        "BLOCK_E": padded(query.shape[3]),
+        "BLOCK_EV": padded(value.shape[3]),
+    }
+
+
+# ---- arithmetic ----
+
+
+# tl.sum and tl.max, whose own decorator decides when Triton is imported whether they can be interpreted.
+@triton.jit
+def add(x, axis: tl.constexpr):
+    """The sum over an axis."""
+    return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """The maximum over an axis."""
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def any_of(flags):
+    """Whether one of a vector of flags is set."""
+    return largest(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def cast(x, TYPE: tl.constexpr):
+    """The numbers x as `TYPE`, to the nearest."""
+    if INTERPRETED:  # which neither rounds to bfloat16 nor knows its subnormal numbers, or float64 beside it
+        if x.dtype == tl.bfloat16:
+            x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        if tl.bfloat16 == TYPE:
+            bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """The sums + a @ b, where both have the same dtype."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # which the interpreter would multiply as integers
+        a, b = cast(a, tl.float32), cast(b, tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _reciprocal(x):
+    if _PTX and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
+def quotient(x, total):
+    """The ratio x / total of a row, 0 where the total is 0."""
+    return tl.where(total == 0.0, 0.0, x / tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
+def weight_and_half_slope(z, FORM: tl.constexpr, T: tl.constexpr, NAN: tl.constexpr):
+    """The weight f(z), and f'(z) / 2. With `NAN`, no score that is not a number gets lost."""
+    if FORM == EXPRESSIVE:
+        # Beyond this |z|, f is 1 and f' is 0 to the last bit, and z * z would end in inf * 0.
+        limit: tl.constexpr = 1e18 if tl.float32 == T else 1e150
+        if NAN:
+            z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            z = tl.clamp(z, -limit, limit)
+        s = z * z
+        r = _reciprocal(1.0 + s)
+        weight = s * r
+        half_slope = z * r * r
+    elif FORM == SQUARED:
+        if not NAN:
+            bound: tl.constexpr = 1.8e19 if tl.float32 == T else 1e150
+            z = tl.clamp(z, -bound, bound)
+        weight = z * z
+        half_slope = z
+    else:
+        weight = tl.exp2(z * _LOG2_E)
+        half_slope = 0.5 * weight
+    return weight, half_slope
+
+
+@triton.jit
+def is_lost(normalizer, lowest):
+    """Whether a normalizer of float32 lost weights that count to underflow, or left the range upwards."""
+    return ~((normalizer > lowest) & (normalizer < float("inf")))
+
+
+# ---- rows and keys ----
+
+
+@triton.jit
+def head_of(program, kv_heads):
+    """Batch and key head of a program, in 64 bits: what they are multiplied with may be beyond 2^31."""
+    return (program // kv_heads).to(tl.int64), (program % kv_heads).to(tl.int64)
+
+
+@triton.jit
+def positions(tile, length, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of a tile: position, head in the group, and whether they exist."""
+    row = tile * BLOCK + tl.arange(0, BLOCK)
+    position, member = row // GROUPS, row % GROUPS
+    return position, member, position < length
+
+
+@triton.jit
+def load_rows(base, offset, exist, stride, width, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    """The rows at `offset` of a tensor ``(..., width)``, padded with zeros, as `TYPE`."""
+    column = tl.arange(0, BLOCK)
+    x = tl.load(
+        base + offset[:, None] + column.to(tl.int64)[None, :] * stride,
+        mask=exist[:, None] & (column < width)[None, :],
+        other=0.0,
+    )
+    return cast(x, TYPE)
+
+
+@triton.jit
+def mask_rows(mask, strides, batch, head, position):
+    """Where the rows of the mask begin."""
+    return mask + batch * strides[0] + head * strides[1] + position.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_mask(rows, key, stride, exist, MASK: tl.constexpr, T: tl.constexpr):
+    """A tile of the mask: `rows` and `key` broadcast to its shape."""
+    if MASK == NO_MASK:
+        tile = exist
+    elif MASK == BOOL:
+        tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=0) != 0
+    else:
+        tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=float("-inf"))
+        tile = cast(tile, T)
+    return tile
+
+
+@triton.jit
+def masked(x, tile, peak, visible, MASK: tl.constexpr):
+    """Weights or slopes x where the key is visible, times exp(bias - peak); 0 elsewhere."""
+    if MASK == BOOL:
+        visible = visible & tile
+    if MASK == FLOAT:
+        x = x * tl.exp(tile - peak)
+    return tl.where(visible, x, 0.0)
+
+
+@triton.jit
+def visible_keys(position, rows, exist, stride, diagonal, keys, CAUSAL: tl.constexpr, MASK: tl.constexpr):
+    """How many keys each row sees, counted in the mask where there is one."""
+    if CAUSAL:
+        limit = tl.minimum(tl.maximum(position + diagonal + 1, 0), keys)
+    else:
+        limit = position * 0 + keys
+    if MASK == NO_MASK:
+        count = limit
+    else:
+        count = position * 0
+        for start in range(0, largest(limit, 0), 64):
+            j = start + tl.arange(0, 64)[None, :]
+            inside = exist[:, None] & (j < limit[:, None])
+            tile = load_mask(rows[:, None], j, stride, inside, MASK, tl.float32)
+            if MASK == FLOAT:
+                inside = inside & (tile != float("-inf"))
+            else:
+                inside = inside & tile
+            count += add(inside.to(tl.int32), 1)
+    return count

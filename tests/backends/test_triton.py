@@ -1,0 +1,363 @@
+"""The kernels in Triton: on a GPU where there is one, else under Triton's interpreter on the CPU."""
+
+import itertools
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from expressive_attention import expressive_attention
+from expressive_attention.backends import triton
+from expressive_attention.backends.problem import Problem
+from tests.budget import Case, assert_within_budget
+from tests.problems import problems
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Only while the kernels are imported: whatever else uses Triton in this process is compiled, as always.
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the reference to be deterministic
+    from expressive_attention.backends.triton import decode, launch
+    from expressive_attention.backends.triton.tiles import Tile
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+
+
+@contextmanager
+def tiles(forward, backward):
+    """Kernels with tiles of these sizes ``(rows, keys)``, inside of the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_forward_tile", lambda *problem: Tile(*forward, 4, 1))
+        patch.setattr(launch, "_backward_tile", lambda *problem: Tile(*backward, 4, 1))
+        yield
+
+
+@contextmanager
+def split_keys(shortest=16):
+    """Decoding in parts of at least `shortest` keys, inside of the block; the number of parts of every call."""
+    parts = []
+
+    def count(kernel, grid, tile, arguments, **more):
+        if kernel is decode.merge_kernel:
+            parts.append(more["parts"])
+        run(kernel, grid, tile, arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = launch._run
+        patch.setattr(decode, "_SHORTEST", shortest)
+        patch.setattr(launch, "_processors", lambda device: 16)
+        patch.setattr(launch, "_run", count)
+        yield parts
+
+
+def on_device(case):
+    mask = None if case.mask is None else case.mask.to(DEVICE)
+    return replace(case, query=case.query.to(DEVICE), key=case.key.to(DEVICE), value=case.value.to(DEVICE), mask=mask)
+
+
+def judge(*arguments, **more):
+    assert_within_budget(on_device(Case(*arguments, **more)), "triton")
+
+
+def tensors(dtype, *shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes]
+
+
+SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(largest=20), SIZES, SIZES)
+def test_random_problems_within_budget(case, forward, backward):
+    assume(case.query.dtype != torch.float64)
+    with tiles(forward, backward):
+        assert_within_budget(on_device(case), "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(largest=40), SIZES, SIZES)
+def test_many_random_problems_within_budget(case, forward, backward):
+    assume(case.query.dtype != torch.float64)
+    with tiles(forward, backward):
+        assert_within_budget(on_device(case), "triton")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tiles_of_users_within_budget(dtype, causal):
+    q, k, v = tensors(dtype, (1, 2, 150, 33), (1, 1, 170, 33), (1, 1, 170, 17))
+    options = {"is_causal": causal, "causal_alignment": "lower_right", "enable_gqa": True}
+    judge(q, k, v, None, options)
+    judge(q, k, v, torch.rand(150, 170) < 0.6, options)
+    judge(q, k, v, torch.randn(2, 150, 170), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("e", "ev"), [(1, 1), (64, 64), (65, 128), (200, 16), (16, 256)])
+def test_head_dimensions_within_budget(dtype, e, ev):
+    q, k, v = tensors(dtype, (1, 1, 20, e), (1, 1, 35, e), (1, 1, 35, ev))
+    judge(q, k, v, None, {"is_causal": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_decoding_adds_the_parts(dtype, form, bias):
+    """Few queries against a cache that lies in memory as (B, S, H, E)."""
+    (q,) = tensors(dtype, (2, 4, 2, 20))
+    k, v = (x.transpose(1, 2) for x in tensors(dtype, (2, 203, 2, 20), (2, 203, 2, 12), seed=1))
+    options = {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True, "form": form}
+    with split_keys() as parts:
+        judge(q, k, v, torch.randn(2, 1, 1, 203) if bias else None, options)
+    assert parts == [7]
+
+
+@pytest.mark.parametrize("programs", [1, 3, 16, 1000])
+@pytest.mark.parametrize("keys", [0, 1, 512, 1023, 1025, 100_000])
+def test_parts_cover_the_keys(programs, keys):
+    part = decode.part_of_keys(programs, keys, 128)
+    assert part == keys or (part % decode._SHORTEST == 0 and 0 < part < keys)
+    assert keys == part or -(-keys // part) * programs <= 256
+    assert programs < 256 or part == keys
+
+
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 19), (1, 21))))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_masks_of_all_shapes(shape, dtype):
+    q, k, v = tensors(dtype, (2, 4, 19, 8), (2, 2, 21, 8), (2, 2, 21, 8))
+    with tiles((16, 16), (16, 16)):
+        judge(q, k, v, torch.randn(shape), {"is_causal": True, "enable_gqa": True})
+
+
+@pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+def test_float32_scores_of_any_size(exponent, form):
+    q, k, v = tensors(torch.float32, *[(1, 2, 8, 16)] * 3, seed=1)
+    judge(q * 10.0**exponent, k, v * 1e-3, None, {"form": form}, through_normalizer=False)
+
+
+@pytest.mark.parametrize("exponent", [-38, -30, -20, -10, 10, 20, 30, 37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_of_any_size(exponent, dtype):
+    q, k, v = tensors(dtype, *[(1, 2, 8, 16)] * 3, seed=2)
+    factor = torch.tensor(10.0**exponent).to(dtype)
+    got = expressive_attention(q * factor, k * factor, v, backend="triton")
+    exact = expressive_attention((q * factor).double(), (k * factor).double(), v.double(), backend="reference")
+    assert (got.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("exponent", [-7, -5, -3, 4])
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+def test_float16_to_its_ends(exponent, form):
+    q, k, v = tensors(torch.float32, *[(1, 2, 8, 16)] * 3, seed=3)
+    q, k = ((x * 10.0**exponent).half() for x in (q, k))
+    assert q.isfinite().all()
+    got = expressive_attention(q, k, v.half(), form=form, backend="triton")
+    exact = expressive_attention(q.double(), k.double(), v.half().double(), form=form, backend="reference")
+    assert (got.double() - exact).abs().max() <= 2.0**-10 * exact.abs().max()
+
+
+def test_float16_gradients_of_small_scores_and_large_upstreams():
+    """What a loss scaler sends: f'(z) / N is 2 / z here, and leaves float16's range."""
+    q, k, v = tensors(torch.float32, *[(1, 2, 40, 16)] * 3, seed=4)
+    q, k, v = ((x * size).half().requires_grad_() for x, size in ((q, 1e-2), (k, 1e-1), (v, 1)))
+    do = 1000 * torch.randn(v.shape).half().to(DEVICE)
+    got = torch.autograd.grad(expressive_attention(q, k, v, backend="triton"), v, do)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(expressive_attention(*exact, backend="reference"), exact[2], do.double())
+    assert (got[0] - want[0]).abs().max() <= 2.0**-9 * want[0].abs().max()
+    judge(*(x.detach() for x in (q, k, v)))
+
+
+def test_rows_of_very_different_size_beside_padding():
+    q, k, v = tensors(torch.float32, *[(1, 1, 6, 8)] * 3, seed=4)
+    q[0, 0] *= torch.tensor([1e-18, 1.0, 1e18, 0.0, 1e-9, 1e9], device=DEVICE)[:, None]
+    keep = torch.ones(6, 6, dtype=torch.bool)
+    keep[:, 4:] = False
+    keep[1] = False
+    judge(q, k, v, keep, through_normalizer=False)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_nan_and_inf_show_in_the_rows_that_see_them(where, number):
+    inputs = dict(zip(("query", "key", "value"), tensors(torch.float32, *[(1, 1, 5, 4)] * 3, seed=5), strict=True))
+    inputs[where][0, 0, 2, 1] = number
+    results = [expressive_attention(**inputs, is_causal=True, backend=b) for b in ("reference", "triton")]
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_that_sees_one_key_has_no_gradient(masked):
+    q, k, v = (x.requires_grad_() for x in tensors(torch.float32, *[(1, 2, 100, 16)] * 3, seed=8))
+    keep = torch.arange(100) == torch.randint(100, (100, 1)) if masked else None
+    keep = None if keep is None else keep.to(DEVICE)
+    output = expressive_attention(q * 1e-4, k, v, keep, is_causal=not masked, backend="triton")
+    (dq,) = torch.autograd.grad(output.square().sum(), q)
+    assert (dq if masked else dq[:, :, :1]).abs().max() == 0
+    assert masked or dq[:, :, 1:].abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "bool", "bias"])
+def test_nothing_is_read_beside_the_tensors(dtype, kind):
+    """Every tensor lies in memory that is not a number, between its rows too."""
+
+    def hidden(x):
+        *leading, rows, width = x.shape
+        # True is what a mask should not be read as; its neighbors are True everywhere.
+        room = torch.full((*leading, rows + 2, width + 3), True if x.dtype == torch.bool else torch.nan, dtype=x.dtype)
+        view = room.to(DEVICE)[..., 1 : 1 + rows, 2 : 2 + width]
+        return view.copy_(x)
+
+    q, k, v = tensors(dtype, (2, 4, 21, 9), (2, 2, 19, 9), (2, 2, 19, 5), seed=6)
+    do, bias = tensors(torch.float32, (2, 4, 21, 5), (2, 4, 21, 19), seed=7)
+    mask = {"none": None, "bool": bias > 0, "bias": bias}[kind]
+
+    def run(change):
+        leaves = [change(x).requires_grad_() for x in (q, k, v)]
+        given = None if mask is None else change(mask)
+        if kind == "bias":
+            leaves.append(given.requires_grad_())
+        output, normalizer = expressive_attention(
+            *leaves[:3], given, enable_gqa=True, return_normalizer=True, backend="triton"
+        )
+        upstream = (change(do.to(dtype)), torch.ones_like(normalizer))
+        return [output, normalizer, *torch.autograd.grad((output, normalizer), leaves, upstream)]
+
+    for got, want in zip(run(hidden), run(torch.clone), strict=True):
+        assert want.isfinite().all()
+        assert torch.equal(got, want)
+
+
+def test_tensors_beyond_32_bits(tmp_path):
+    """Offsets of keys and of heads above 2^31 elements, in a file that is nearly all holes."""
+    if DEVICE == "cuda":
+        room = torch.empty(3 * 2**31, dtype=torch.float16, device=DEVICE)
+    else:
+        room = torch.from_file(str(tmp_path / "holes"), shared=True, size=3 * 2**31, dtype=torch.float16)
+    small = tensors(torch.float16, (1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8), seed=9)
+    step = 2**31 // 2 + 8
+    far = [
+        room.as_strided(x.shape, strides, offset).copy_(x)
+        for x, strides, offset in zip(
+            small, [(1, step, 8, 1), (1, 8, step, 1), (1, 2 * step, 8, 1)], [0, 1024, 2048], strict=True
+        )
+    ]
+    results = []
+    for inputs in (small, far):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = expressive_attention(*leaves, is_causal=True, backend="triton")
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_same_bits_twice():
+    q, k, v = (x.requires_grad_() for x in tensors(torch.float32, *[(2, 2, 40, 8)] * 3, seed=6))
+    (bias,) = (x.requires_grad_() for x in tensors(torch.float32, (2, 40, 40), seed=7))
+
+    def run():
+        y = expressive_attention(q, k, v, bias, is_causal=True, backend="triton")
+        return [y, *torch.autograd.grad(y.square().sum(), (q, k, v, bias))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+# ---- with the rest of the library, and of torch ----
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem("cuda", torch.bfloat16, head_dim=256), None),
+        (Problem("meta", torch.float32), "runs on GPUs, not on meta"),
+        (Problem("cuda", torch.float64), "float64"),
+        (Problem("cuda", torch.float32, head_dim=257), "head dimensions above 256 are not implemented, got 257"),
+        (Problem("cuda", torch.float32, dropout_p=0.1), "dropout"),
+        (Problem("cuda", torch.float32, differentiated_by_func=True), "torch.func"),
+    ],
+)
+def test_it_says_why_it_declines(problem, reason):
+    found = triton.supports(problem)
+    assert found is None if reason is None else reason in found
+
+
+def test_it_is_not_there_without_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "expressive-attention[gpu]" in str(triton.supports(Problem("cuda", torch.float32)))
+
+
+def test_a_call_by_name_says_why_it_declines():
+    q = torch.randn(1, 1, 2, 300, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=r"'triton' does not support this call: head dimensions above 256"):
+        expressive_attention(q, q, q, backend="triton")
+
+
+MASKS = {
+    "none": (None, None, "expressive"),
+    "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, 1, "squared"),
+    "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), 0, "expressive"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_opcheck(name):
+    mask, diagonal, form = MASKS[name]
+    mask = None if mask is None else mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
+    q, k, v = (x.requires_grad_() for x in tensors(torch.float32, (2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3)))
+    operators = torch.ops.expressive_attention
+    torch.library.opcheck(operators.attention.default, (q, k, v, mask, diagonal, 0.5, form, "triton"))
+    with torch.no_grad():
+        output, normalizer, _ = operators.attention(q, k, v, mask, diagonal, 0.5, form, "triton")
+    upstream = torch.randn_like(output), torch.randn_like(normalizer)
+    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, "triton", name == "bias")
+    torch.library.opcheck(operators.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    def function(q, k, v, mask):
+        output, normalizer = expressive_attention(
+            q, k, v, mask, is_causal=True, enable_gqa=True, return_normalizer=True, backend="triton"
+        )
+        return output.square().sum() + normalizer.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (6, 9):
+        shapes = ((2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8), (length, length))
+        leaves = [x.requires_grad_() for x in tensors(torch.float32, *shapes)]
+        results = [torch.autograd.grad(f(*leaves), leaves) for f in (compiled, function)]
+        torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_exports():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return expressive_attention(q, k, v, is_causal=True, backend="triton")
+
+    inputs = tensors(torch.float32, *[(1, 2, 7, 8)] * 3)
+    exported = torch.export.export(Module(), tuple(inputs))
+    assert torch.equal(exported.module()(*inputs), Module()(*inputs))
+
+
+def test_autocast_computes_in_the_dtype_of_the_region():
+    q, k, v = tensors(torch.float32, *[(1, 2, 7, 8)] * 3)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        output = expressive_attention(q, k, v, backend="triton")
+    assert torch.equal(output, expressive_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton"))
