@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from expressive_attention import expressive_attention
@@ -38,31 +41,76 @@ def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-def automatic(dtype: torch.dtype) -> str:
-    """The backend that expressive_attention chooses by itself for `dtype` on the CPU."""
-    return next(name for name in AUTOMATIC if why_not(name, dtype) is None)
+def prepared(attention: Attention, problem: Problem, inputs: Sequence[Tensor], upstream: Tensor | None):
+    """What is timed: the function that gives the output and the gradients of one call."""
+    if not problem.backward_alone:
+        return partial(run, attention, inputs, upstream)
+    output = attention(*inputs)
+    return lambda: [output.detach(), *torch.autograd.grad(output, inputs, upstream, retain_graph=True)]
 
 
-def why_not(backend: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` does not run `dtype` on the CPU; None: it does."""
-    return BACKENDS[backend].supports(backends_problem.Problem("cpu", dtype))
+def automatic(dtype: torch.dtype, device: str = "cpu") -> str:
+    """The backend that expressive_attention chooses by itself for `dtype`."""
+    return next(name for name in AUTOMATIC if why_not(name, dtype, device) is None)
 
 
-def ours(backend: str | None, dtype: torch.dtype) -> Contestant:
+def why_not(backend: str, dtype: torch.dtype, device: str = "cpu") -> str | None:
+    """Why `backend` does not run `dtype` on the device; None: it does."""
+    return BACKENDS[backend].supports(backends_problem.Problem(device, dtype))
+
+
+def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Contestant:
     """Expressive attention as a user calls it, or by the backend of that name."""
 
     def make(problem: Problem) -> Attention:
         return partial(expressive_attention, is_causal=problem.causal, backend=backend)
 
-    return Contestant(backend or automatic(dtype), make)
+    return Contestant(backend or automatic(dtype, device), make)
 
 
 def _sdpa(problem: Problem) -> Attention:
     return partial(F.scaled_dot_product_attention, is_causal=problem.causal)
 
 
+def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
+    """SDPA by one of its own backends and no other."""
+
+    def make(problem: Problem) -> Attention:
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=problem.causal)
+
+        return attention
+
+    return make
+
+
+def _twin(problem: Problem) -> Attention:
+    """Our own kernels with exp in the place of f, and no maximum: what f costs."""
+    from expressive_attention.backends import triton
+
+    diagonal = 0 if problem.causal else None
+    settings = (diagonal, problem.shape[-1] ** -0.5, "exponential")
+
+    class Twin(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            output, normalizer, _ = triton.forward(query, key, value, None, *settings)
+            ctx.save_for_backward(query, key, value, output, normalizer)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            query, key, value, output, normalizer = ctx.saved_tensors
+            inputs = (query, key, value, None, output, normalizer)
+            return triton.backward(gradients[0], None, *inputs, *settings, False)[:3]
+
+    return Twin.apply
+
+
 def _flex(problem: Problem) -> Attention:
     """FlexAttention: the softmax of log f(z) is f(z) over its sum."""
+    functorch_config.donated_buffer = not problem.backward_alone  # whose forward pass is kept
     torch.compiler.reset()  # one compiled function per problem, and none of them dynamic
 
     def log_weight(z: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -73,7 +121,9 @@ def _flex(problem: Problem) -> Attention:
         return i >= j
 
     length = problem.shape[2]
-    block_mask = create_block_mask(visible, None, None, length, length, device="cpu") if problem.causal else None
+    block_mask = None
+    if problem.causal:
+        block_mask = create_block_mask(visible, None, None, length, length, device=problem.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -99,3 +149,9 @@ def _formula(problem: Problem) -> Attention:
 
 SDPA = Contestant("sdpa", _sdpa, expressive=False)
 RIVALS = (SDPA, Contestant("flex", _flex), Contestant("formula", _formula))
+GPU_RIVALS = (
+    Contestant("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
+    Contestant("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
+    Contestant("flex", _flex),
+    Contestant("twin", _twin, expressive=False),
+)

@@ -1,6 +1,9 @@
 """Expressive attention against scaled_dot_product_attention, FlexAttention and the plain formula, on this machine.
 
-    python benchmarks/operator.py [--threads N ...] [--pairs N] [--only TEXT] [--backend NAME] [--json FILE]
+    python benchmarks/operator.py [--device cpu|cuda] [--threads N ...] [--pairs N] [--only TEXT] [--backend NAME]
+                                  [--json FILE]
+
+On a GPU, SDPA is forced to FlashAttention and to cuDNN, and our own kernels run with exp in the place of f ("twin").
 
 For every problem: first the error against float64, then all contestants in turn. Where a check is red there is no
 speed-up. Goals are printed as met or missed, and nothing is left out.
@@ -20,7 +23,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,9 @@ from torch import Tensor
 import memory
 import peak
 from check import Judge
-from contestants import RIVALS, SDPA, Contestant, automatic, ours, run, why_not
+from contestants import GPU_RIVALS, RIVALS, SDPA, Contestant, automatic, ours, prepared, why_not
 from expressive_attention.backends import BACKENDS
-from problems import Problem, problems
+from problems import Problem, gpu_problems, problems
 from table import HEADER, MEMORY_HEADER, MemoryRow, Row
 from timing import Ratio, in_turn
 
@@ -57,7 +60,7 @@ def measure(
         goal = problem.goal.share if contestant is own else getattr(problem.goal, name, None)
         rows[name] = {"goal": goal, "is_ours": contestant is own}
         try:
-            call = partial(run, contestant.make(problem), inputs, upstream)
+            call = prepared(contestant.make(problem), problem, inputs, upstream)
             results = call()
         except Exception as error:
             rows[name]["note"] = f"does not run: {first_line(error)}"
@@ -73,7 +76,7 @@ def measure(
         for name in calls:
             rows[name]["note"] = "ours was not timed"
         calls = {}
-    times = dict(zip(calls, in_turn(list(calls.values()), pairs), strict=True))
+    times = dict(zip(calls, in_turn(list(calls.values()), pairs, wait=problem.wait), strict=True))
     for name, seconds in times.items():
         ratio = Ratio.of(times[own.name], seconds)
         rows[name] |= {"seconds": ratio.rival, "share": problem.share(ratio.rival, peaks)}
@@ -110,6 +113,7 @@ def first_line(error: Exception) -> str:
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run; the CPU by default")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of threads")
     parser.add_argument("--pairs", type=int, default=7, metavar="N", help="pairs of runs per ratio")
     parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose name contains this")
@@ -120,15 +124,19 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--threads must be at least 1, got {min(found.threads)}")
     if found.pairs < 1:
         parser.error(f"--pairs must be at least 1, got {found.pairs}")
+    on_gpu = found.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none")
     if found.json is not None and (found.json.is_dir() or not found.json.absolute().parent.is_dir()):
         parser.error(f"--json must be a file in a folder that exists, got {found.json}")
-    found.problems = [p for p in problems(torch.cpu._is_avx512_bf16_supported()) if found.only in str(p)]
-    found.memory = {label: backward for label, backward in MEMORY.items() if found.only in label}
+    known = gpu_problems() if on_gpu else problems(torch.cpu._is_avx512_bf16_supported())
+    found.problems = [p for p in known if found.only in str(p)]
+    found.memory = {label: backward for label, backward in MEMORY.items() if found.only in label and not on_gpu}
     if not found.problems and not found.memory:
         parser.error(f"--only must be part of a problem's name, as 'forward, causal' or 'tiny', got {found.only!r}")
     if found.backend is not None:
         for dtype in {p.dtype for p in found.problems} or {torch.float32}:
-            reason = why_not(found.backend, dtype)
+            reason = why_not(found.backend, dtype, found.device)
             if reason is not None:
                 parser.error(f"--backend {found.backend} does not run here: {reason}")
     return found
@@ -142,15 +150,17 @@ def shown(rows: Sequence[Row] | Sequence[MemoryRow]) -> list[dict[str, Any]]:
 
 
 def section(options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """Everything on one number of threads, printed as it is measured."""
+    """Everything on one number of threads, or on the GPU, printed as it is measured."""
     torch.set_num_threads(threads)
-    peaks = peak.measure(threads)
-    print(f"\n{threads} thread{'s' * (threads > 1)}, {peaks}", flush=True)
+    on_gpu = options.device == "cuda"
+    peaks = peak.measure_gpu() if on_gpu else peak.measure(threads)
+    print(f"\n{'GPU' if on_gpu else f'{threads} thread' + 's' * (threads > 1)}, {peaks}", flush=True)
     rows, memory_rows = [], []
     if options.problems:
         print(HEADER, flush=True)
     for problem in options.problems:
-        rows += shown(measure(problem, ours(options.backend, problem.dtype), RIVALS, options.pairs, peaks))
+        own = ours(options.backend, problem.dtype, options.device)
+        rows += shown(measure(problem, own, GPU_RIVALS if on_gpu else RIVALS, options.pairs, peaks))
     if options.memory:
         print(f"{MEMORY_HEADER}, L = {' and '.join(map(str, memory.LENGTHS))}", flush=True)
     for label, backward in options.memory.items():
@@ -164,6 +174,9 @@ def section(options: argparse.Namespace, threads: int) -> dict[str, Any]:
 def main() -> None:
     options = arguments()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+        options.threads = [torch.get_num_threads()]
     print(f"torch {torch.__version__}, {machine}, {options.pairs} pairs")
     document: dict[str, Any] = {"torch": torch.__version__, "machine": machine, "pairs": options.pairs, "sections": []}
     for threads in options.threads:

@@ -1,4 +1,7 @@
-"""The most that this machine can do: float32 multiply-adds and bytes read per second, measured by `peak.c`."""
+"""The most that this machine can do: float32 multiply-adds and bytes read per second, measured by `peak.c`.
+
+Of a GPU: matrix products in bfloat16, and bytes copied, by torch.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from threading import Barrier
 
 import torch
 
+from timing import seconds
+
 _SOURCE = Path(__file__).with_name("peak.c")
 _BUFFER = 512 << 20  # bytes, more than any last-level cache
 _PIECE = 8 * 64  # bytes that `read_all` takes at a time, with the widest vectors
@@ -32,7 +37,7 @@ class Peaks:
     def __str__(self) -> str:
         if self.flops is None or self.bandwidth is None:
             return f"no peaks, hence no shares: {self.missing}"
-        return f"peaks: {self.flops / 1e9:.0f} GFLOP/s multiply-adds, {self.bandwidth / 1e9:.1f} GB/s read"
+        return f"peaks: {self.flops / 1e9:.0f} GFLOP/s multiply-adds, {self.bandwidth / 1e9:.1f} GB/s of memory"
 
 
 def measure(threads: int) -> Peaks:
@@ -43,6 +48,18 @@ def measure(threads: int) -> Peaks:
         except (OSError, subprocess.SubprocessError) as error:
             return Peaks(None, None, _first_line(error))
         return Peaks(_flops(library, threads), _bandwidth(library, threads))
+
+
+def measure_gpu(size: int = 8192) -> Peaks:
+    """Peaks of the current GPU: a matrix product in bfloat16, and a copy, which reads and writes."""
+    a, b = torch.randn(2, size, size, device="cuda").bfloat16().unbind(0)
+    source = torch.ones(_BUFFER, device="cuda")
+    target = torch.empty_like(source)
+
+    def best(function: Callable[[], object]) -> float:
+        return min(seconds(function, 10, torch.cuda.synchronize) for _ in range(10))
+
+    return Peaks(2 * size**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source)))
 
 
 def _compile(target: Path) -> ctypes.CDLL:

@@ -17,11 +17,18 @@ class Goal:
     sdpa: float | None = None
     formula: float | None = None
     share: float | None = None
+    flash: float | None = None
+    cudnn: float | None = None
+    flex: float | None = None
+    twin: float | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Query ``(B, H, L, E)``, key and value ``(B, H, S, E)`` of random numbers; S = L unless `keys` says otherwise."""
+    """Query ``(B, H, L, E)``, key and value ``(B, H, S, E)`` of random numbers; S = L unless `keys` says otherwise.
+
+    With `backward`, gradients are computed, too; with `backward_alone`, they are what is timed.
+    """
 
     label: str
     shape: tuple[int, int, int, int]
@@ -30,6 +37,8 @@ class Problem:
     causal: bool = False
     backward: bool = False
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    backward_alone: bool = False
 
     def __str__(self) -> str:
         b, h, length, e = self.shape
@@ -40,13 +49,18 @@ class Problem:
         b, h, length, e = self.shape
         generator = torch.Generator().manual_seed(0)
         sizes = [(b, h, rows, e) for rows in (length, self.keys or length, self.keys or length)]
-        drawn = [torch.randn(size, generator=generator).to(self.dtype) for size in sizes]
+        drawn = [torch.randn(size, generator=generator).to(self.device, self.dtype) for size in sizes]
         return [x.requires_grad_(self.backward) for x in drawn]
 
     def upstream(self) -> Tensor | None:
         """The gradient of the output, where there is a backward pass; the same at every call."""
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.shape, generator=generator).to(self.dtype) if self.backward else None
+        return torch.randn(self.shape, generator=generator).to(self.device, self.dtype) if self.backward else None
+
+    def wait(self) -> None:
+        """Until the device has done all it was asked to."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     @property
     def flops(self) -> int:
@@ -54,7 +68,8 @@ class Problem:
         b, h, length, e = self.shape
         keys = self.keys or length
         pairs = sum(min(row + 1, keys) for row in range(length)) if self.causal else length * keys
-        return (7 if self.backward else 2) * 2 * b * h * pairs * e
+        products = 5 if self.backward_alone else 7 if self.backward else 2
+        return products * 2 * b * h * pairs * e
 
     @property
     def bytes_read(self) -> int:
@@ -102,4 +117,23 @@ def problems(bfloat16_products: bool) -> list[Problem]:
     for shape in _TINY:
         found.append(Problem("tiny, forward", shape, Goal(sdpa=1.2, formula=1.2)))
         found.append(Problem("tiny, forward + backward", shape, Goal(sdpa=1.2, formula=1.2), backward=True))
+    return found
+
+
+def gpu_problems() -> list[Problem]:
+    """What is timed on a GPU, in bfloat16: 16384 tokens of 2048 numbers, and decoding from 64k keys."""
+    found = []
+    for causal in (False, True):
+        label = "causal" if causal else "full"
+        for width in (64, 128):
+            for length in (1024, 2048, 4096, 8192, 16384):
+                shape = (16384 // length, 2048 // width, length, width)
+                common = {"causal": causal, "dtype": torch.bfloat16, "device": "cuda"}
+                goal = Goal(flash=1.17, cudnn=1.0 if width == 128 else None, flex=1.3, twin=1.0)
+                found.append(Problem(f"forward, {label}", shape, goal, **common))
+                goal = Goal(flash=1.05, flex=1.5, twin=1 / 1.05)
+                found.append(Problem(f"backward, {label}", shape, goal, backward=True, backward_alone=True, **common))
+    for batch in (1, 16):
+        shape = (batch, 16, 1, 128)
+        found.append(Problem("decode", shape, Goal(share=0.85), 65536, dtype=torch.bfloat16, device="cuda"))
     return found

@@ -10,7 +10,8 @@ from timing import Ratio
 HEADER = (
     f"{'problem':45} {'':10} {'ms':>9}  {'its time / ours':21} {'of peak':>7} {'error':>6}  goal\n"
     "ms: median; its time / ours: median (least to most); error: as a share of its budget.\n"
-    "of peak: of the multiply-adds in float32, for bfloat16 too; of reading memory for decode."
+    "of peak: of the multiply-adds in float32, for bfloat16 too, on a GPU of matrix products in bfloat16; of memory's\n"
+    "rate for decode."
 )
 MEMORY_HEADER = "peak memory beyond inputs and outputs, MiB"
 

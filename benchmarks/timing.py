@@ -30,24 +30,31 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Mean seconds of one call over `repeats` calls."""
+def seconds(function: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> float:
+    """Mean seconds of one call over `repeats` calls; `wait` returns when all that was begun is done."""
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         function()
+    wait()
     return (time.perf_counter() - start) / repeats
 
 
-def in_turn(functions: Sequence[Callable[[], object]], rounds: int = 7, least: float = 0.1) -> list[list[float]]:
+def in_turn(
+    functions: Sequence[Callable[[], object]],
+    rounds: int = 7,
+    least: float = 0.1,
+    wait: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
     """Seconds of each function, once a round, each time over as many calls as take about `least` seconds."""
     repeats = []
     for function in functions:
         function()  # warm-up: first call allocates and initializes
-        repeats.append(max(1, round(least / max(seconds(function, 1), 1e-7))))
+        repeats.append(max(1, round(least / max(seconds(function, 1, wait), 1e-7))))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, number, own in zip(functions, repeats, times, strict=True):
-            own.append(seconds(function, number))
+            own.append(seconds(function, number, wait))
     return times
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "bench"]
@@ -39,6 +40,11 @@ def test_what_is_printed_is_checked_and_written(tmp_path):
         (["--only", "nothing"], "--only must be part of a problem's name"),
         (["--json", "/there/is/none.json"], "--json must be a file in a folder that exists"),
         (["--backend", "cuda"], "invalid choice: 'cuda'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda needs a GPU, and torch finds none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):

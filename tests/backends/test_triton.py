@@ -79,8 +79,8 @@ def tensors(dtype, *shapes, seed=0):
 SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(problems(largest=20), SIZES, SIZES)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(largest=16), SIZES, SIZES)
 def test_random_problems_within_budget(case, forward, backward):
     assume(case.query.dtype != torch.float64)
     with tiles(forward, backward):
@@ -97,14 +97,13 @@ def test_many_random_problems_within_budget(case, forward, backward):
         assert_within_budget(on_device(case), "triton")
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_tiles_of_users_within_budget(dtype, causal):
-    q, k, v = tensors(dtype, (1, 2, 150, 33), (1, 1, 170, 33), (1, 1, 170, 17))
-    options = {"is_causal": causal, "causal_alignment": "lower_right", "enable_gqa": True}
-    judge(q, k, v, None, options)
-    judge(q, k, v, torch.rand(150, 170) < 0.6, options)
-    judge(q, k, v, torch.randn(2, 150, 170), options)
+@pytest.mark.parametrize("kind", ["full", "causal", "bool", "bias"])
+def test_the_tiles_of_users_within_budget(dtype, kind):
+    q, k, v = tensors(dtype, (1, 2, 90, 33), (1, 1, 110, 33), (1, 1, 110, 17))
+    mask = {"bool": torch.rand(90, 110) < 0.6, "bias": torch.randn(2, 90, 110)}.get(kind)
+    options = {"is_causal": kind != "full", "causal_alignment": "lower_right", "enable_gqa": True}
+    judge(q, k, v, mask, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,12 +118,12 @@ def test_head_dimensions_within_budget(dtype, e, ev):
 @pytest.mark.parametrize("bias", [False, True])
 def test_decoding_adds_the_parts(dtype, form, bias):
     """Few queries against a cache that lies in memory as (B, S, H, E)."""
-    (q,) = tensors(dtype, (2, 4, 2, 20))
-    k, v = (x.transpose(1, 2) for x in tensors(dtype, (2, 203, 2, 20), (2, 203, 2, 12), seed=1))
+    (q,) = tensors(dtype, (1, 4, 2, 20))
+    k, v = (x.transpose(1, 2) for x in tensors(dtype, (1, 99, 2, 20), (1, 99, 2, 12), seed=1))
     options = {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True, "form": form}
     with split_keys() as parts:
-        judge(q, k, v, torch.randn(2, 1, 1, 203) if bias else None, options)
-    assert parts == [7]
+        judge(q, k, v, torch.randn(1, 1, 1, 99) if bias else None, options)
+    assert parts == [4]
 
 
 @pytest.mark.parametrize("programs", [1, 3, 16, 1000])
@@ -137,9 +136,8 @@ def test_parts_cover_the_keys(programs, keys):
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 19), (1, 21))))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_masks_of_all_shapes(shape, dtype):
-    q, k, v = tensors(dtype, (2, 4, 19, 8), (2, 2, 21, 8), (2, 2, 21, 8))
+def test_gradients_of_masks_of_all_shapes(shape):
+    q, k, v = tensors(torch.bfloat16, (2, 4, 19, 8), (2, 2, 21, 8), (2, 2, 21, 8))
     with tiles((16, 16), (16, 16)):
         judge(q, k, v, torch.randn(shape), {"is_causal": True, "enable_gqa": True})
 
@@ -309,16 +307,15 @@ def test_a_call_by_name_says_why_it_declines():
 
 
 MASKS = {
-    "none": (None, None, "expressive"),
     "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, 1, "squared"),
     "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), 0, "expressive"),
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", ["bool", "bias"])
 def test_opcheck(name):
     mask, diagonal, form = MASKS[name]
-    mask = None if mask is None else mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
+    mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, (2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3)))
     operators = torch.ops.expressive_attention
     torch.library.opcheck(operators.attention.default, (q, k, v, mask, diagonal, 0.5, form, "triton"))
@@ -361,3 +358,20 @@ def test_autocast_computes_in_the_dtype_of_the_region():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = expressive_attention(q, k, v, backend="triton")
     assert torch.equal(output, expressive_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton"))
+
+
+# ---- benchmarks ----
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_twin_of_the_benchmark_is_softmax(causal):
+    """Our kernels with exp in the place of f, over lengths that end inside of a tile."""
+    inputs = [x.requires_grad_() for x in tensors(torch.float32, (1, 2, 41, 8), (1, 2, 39, 8), (1, 2, 39, 8))]
+    (do,) = tensors(torch.float32, (1, 2, 41, 8), seed=1)
+    settings = (0 if causal else None, 0.3, "exponential")
+    with torch.no_grad():
+        output, normalizer, _ = triton.forward(*inputs, None, *settings)
+        got = triton.backward(do, None, *inputs, None, output, normalizer, *settings, False)
+    want = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal, scale=0.3)
+    torch.testing.assert_close(output, want)
+    torch.testing.assert_close(got[:3], torch.autograd.grad(want, inputs, do))

@@ -110,7 +110,8 @@ def forward_kernel(
         peak = tl.load(peaks + index, mask=exist, other=0.0)
 
     first = part * span
-    last = tl.minimum(first + span, keys)
+    keys = tl.minimum(first + span, keys)
+    last = keys
     whole = last  # tiles up to here have only keys that all rows see
     if CAUSAL:
         last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)

@@ -45,6 +45,8 @@ def _backward_tile(dtype: torch.dtype, width: int) -> Tile:
     """The tile of the kernels for dQ and for dK and dV."""
     if dtype == torch.bfloat16 and width <= 128:
         return Tile(64, 64, 4 if width <= 64 else 8, 2)
+    if dtype == torch.float32 and width > 128:
+        return Tile(16, 16, 4, 1)
     return Tile(32, 32, 4, 2 if width <= 64 else 1)
 
 
