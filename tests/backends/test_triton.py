@@ -295,7 +295,10 @@ def test_it_says_why_it_declines(problem, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_it_is_not_there_without_triton(monkeypatch):
+def test_it_is_not_there_without_a_recent_triton(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", triton._missing.__wrapped__)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.1")
+    assert triton.supports(Problem("cuda", torch.float32)) == "triton must be 3.4 or later, got 3.2.1"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "expressive-attention[gpu]" in str(triton.supports(Problem("cuda", torch.float32)))
 

@@ -6,6 +6,8 @@ them share. With ``TRITON_INTERPRET=1`` in the environment when they are first u
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -18,6 +20,7 @@ from ..problem import Problem
 __all__ = ["backward", "forward", "supports"]
 
 _WIDEST = 256
+_OLDEST = (3, 4)  # Triton
 
 
 def supports(problem: Problem) -> str | None:
@@ -32,9 +35,21 @@ def supports(problem: Problem) -> str | None:
         return "dropout is not implemented"
     if problem.differentiated_by_func:
         return "torch.func and forward-mode derivatives are not implemented"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What is wrong with the installation of Triton; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'expressive-attention[gpu]'"
-    return None
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of another name, as for AMD
+        return None
+    oldest = ".".join(map(str, _OLDEST))
+    is_old = tuple(int(part) for part in version.split(".")[:2]) < _OLDEST
+    return f"triton must be {oldest} or later, got {version}" if is_old else None
 
 
 def forward(

@@ -7,8 +7,8 @@ With c_i = 1 / N_i and shift_i = c_i dO_i . o_i - dN_i:
     dq_i  = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i
 
 Every sum is one program's, in order: gradients are the same bits every time. Rows whose normalizer float32 lost have
-c_i = shift_i = 0 there, and their numbers in float64; the kernels run a second time for these (`WIDE`), and return
-at once where there are none.
+c_i = shift_i = 0. The kernels run a second time for these (`WIDE`), with exponents as in `wide`, and return at once
+where there are none.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
@@ -28,7 +28,6 @@ from .tiles import (
     cast,
     head_of,
     is_lost,
-    largest,
     load_mask,
     load_rows,
     mask_rows,
@@ -36,23 +35,25 @@ from .tiles import (
     positions,
     product,
     quotient,
+    scaled,
+    unit,
     visible_keys,
     weight_and_half_slope,
+    wide_weight_and_half_slope,
 )
 
 __all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
 
 
 @triton.jit
-def _sums(
+def _mean(
     q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
     scale, diagonal, keys, width, value_width,
-    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr,
+    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w_ij and sum_j w_ij dO_i . v_j of rows."""
-    total = tl.full((q.shape[0],), 0.0, T)
-    mean = tl.full((q.shape[0],), 0.0, T)
+    """sum_j w_ij dO_i . v_j of rows."""
+    mean = tl.full((q.shape[0],), 0.0, tl.float32)
     for start in range(0, keys, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
@@ -60,29 +61,28 @@ def _sums(
         v = load_rows(
             value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, q.dtype
         )
-        zero = tl.full((q.shape[0], BLOCK_N), 0.0, T)
+        zero = tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32)
         z = product(q, tl.trans(k), zero, PRECISION) * scale
-        weight, _ = weight_and_half_slope(z, FORM, T, True)
+        weight, _ = weight_and_half_slope(z, FORM, True)
         visible = exist[:, None] & inside[None, :]
         if CAUSAL:
             visible = visible & (j[None, :] <= position[:, None] + diagonal)
-        tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK, T)
+        tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
         weight = masked(weight, tile, peak[:, None], visible, MASK)
-        total += add(weight, 1)
         mean += add(weight * product(do, tl.trans(v), zero, PRECISION), 1)
-    return total, mean
+    return mean
 
 
 @triton.jit(do_not_specialize=["mask_strides", "lowest", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
 def row_kernel(
-    query, key, value, mask, peaks, grad_output, grad_normalizer, outputs, normalizers, stats, wide_stats, lost,
+    query, key, value, mask, peaks, grad_output, grad_normalizer, outputs, normalizers, stats,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, lowest, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Three planes of numbers per row: c for dv, c for ds, shift; in float32 and, of lost rows alone, in float64.
+    """Three planes of numbers per row: c for dv, c for ds, shift; all of them 0 where the row is lost.
 
     A row that sees one key has a = 1 and ds = 0 exactly, but for dN: its second c is 0, for f'(z) / N = 2 / z would
     magnify the smallest difference. With `EXACT`, dO . o comes from the weights, not from the rounded output.
@@ -118,10 +118,10 @@ def row_kernel(
     coefficient = tl.where(count > 1, inverse, 0.0)
     if EXACT:
         q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
-        _, mean = _sums(
+        mean = _mean(
             q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
             scale, diagonal, last, width, value_width,
-            CAUSAL, FORM, MASK, PRECISION, tl.float32, BLOCK_N, BLOCK_E, BLOCK_EV,
+            CAUSAL, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         mean = mean * inverse
     else:
@@ -137,32 +137,14 @@ def row_kernel(
     tl.store(stats + plane + index, coefficient, mask=exist)
     tl.store(stats + 2 * plane + index, shift, mask=exist)
 
-    wide_total = tl.full((BLOCK_M,), 0.0, tl.float64)
-    wide_mean = tl.full((BLOCK_M,), 0.0, tl.float64)
-    if any_of(is_wide):
-        wide_q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, tl.float64)
-        is_wide = is_wide & ((normalizer != 0.0) | (largest(tl.abs(wide_q), 1) > 0.0))
-        if any_of(is_wide):
-            tl.store(lost + batch * kv_heads + kv_head, 1)
-            wide_total, wide_mean = _sums(
-                wide_q, cast(do, tl.float64), key, value, rows, peak, position, exist, key_strides, value_strides,
-                mask_stride, scale, diagonal, last, width, value_width,
-                CAUSAL, FORM, MASK, "ieee", tl.float64, BLOCK_N, BLOCK_E, BLOCK_EV,
-            )  # fmt: skip
-    wide_inverse = tl.where(is_wide, quotient(1.0, wide_total), 0.0)
-    wide_coefficient = tl.where(count > 1, wide_inverse, 0.0)
-    wide_shift = tl.where(is_wide, wide_mean * wide_inverse * wide_coefficient - dn, 0.0)
-    tl.store(wide_stats + index, wide_inverse, mask=exist)
-    tl.store(wide_stats + plane + index, wide_coefficient, mask=exist)
-    tl.store(wide_stats + 2 * plane + index, wide_shift, mask=exist)
-
 
 @triton.jit
 def _query_tiles(
     dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-    key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, first, last,
-    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr, SLOPE: tl.constexpr, T: tl.constexpr,
+    key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
+    width, value_width, first, last,
+    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last`, as `forward_pass._add_keys`."""
@@ -173,32 +155,40 @@ def _query_tiles(
         v = load_rows(
             value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, q.dtype
         )
-        zero = tl.full((q.shape[0], BLOCK_N), 0.0, T)
-        z = product(q, tl.trans(k), zero, PRECISION) * scale
-        _, slope = weight_and_half_slope(z, FORM, T, False)
+        zero = tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32)
+        if WIDE:
+            unit_k, k_exponent = unit(k)
+            z = product(q, tl.trans(unit_k), zero, PRECISION) * scale
+            exponent = q_exponent[:, None] + k_exponent[None, :] + scale_exponent
+            row = row_exponent[:, None]
+            _, slope = wide_weight_and_half_slope(z, exponent - row, row, FORM, False)
+        else:
+            z = product(q, tl.trans(k), zero, PRECISION) * scale
+            _, slope = weight_and_half_slope(z, FORM, False)
         if BOUNDARY or MASK != NO_MASK:
             visible = exist[:, None] & inside[None, :]
             if BOUNDARY and CAUSAL:
                 visible = visible & (j[None, :] <= position[:, None] + diagonal)
-            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK, T)
+            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
             slope = masked(slope, tile, peak[:, None], visible, MASK)
         g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
         dq = product(cast(slope * g, SLOPE), cast(k, SLOPE), dq, PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+@triton.jit(
+    do_not_specialize=["mask_strides", "scale_exponent", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"]
+)
 def query_kernel(
     query, key, value, mask, peaks, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
+    scale, scale_exponent, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and batch."""
-    T: tl.constexpr = tl.float64 if WIDE else tl.float32
-    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     if WIDE:
@@ -221,6 +211,10 @@ def query_kernel(
     rows = mask_rows(mask, mask_strides, batch, head, position)
     offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
+    q_exponent, row_exponent = position * 0, position * 0
+    if WIDE:
+        q, q_exponent = unit(q)
+        row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)
     offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
     do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
 
@@ -229,23 +223,28 @@ def query_kernel(
         last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
         whole = tl.minimum(last, tile * BLOCK_M // GROUPS + diagonal + 1)
     whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
-    dq = tl.full((BLOCK_M, BLOCK_E), 0.0, T)
+    dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
     key += batch * key_strides[0] + kv_head * key_strides[1]
     value += batch * value_strides[0] + kv_head * value_strides[1]
     dq = _query_tiles(
         dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, 0, whole,
-        CAUSAL, FORM, MASK, False, PRECISION, SLOPE, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
+        width, value_width, 0, whole,
+        CAUSAL, FORM, MASK, False, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq = _query_tiles(
         dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, diagonal, keys, width, value_width, whole, last,
-        CAUSAL, FORM, MASK, True, PRECISION, SLOPE, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
+        width, value_width, whole, last,
+        CAUSAL, FORM, MASK, True, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
+    dq = dq * (2.0 * scale)
+    if WIDE:
+        dq = scaled(dq, (scale_exponent - row_exponent)[:, None])
     column = tl.arange(0, BLOCK_E)
     tl.store(
         gradient + index[:, None] * width + column[None, :],
-        cast(dq * (2.0 * scale), gradient.dtype.element_ty),
+        cast(dq, gradient.dtype.element_ty),
         mask=store[:, None] & (column < width)[None, :],
     )
 
@@ -254,9 +253,9 @@ def query_kernel(
 def _key_value_tiles(
     dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
     query_strides, grad_strides, mask_strides, mask_stride,
-    scale, diagonal, length, kv_heads, width, value_width, plane, first, last,
+    scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, first, last,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, T: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
@@ -273,9 +272,18 @@ def _key_value_tiles(
         do = load_rows(
             grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, k.dtype
         )
-        zero = tl.full((k.shape[0], BLOCK_M), 0.0, T)
-        z = product(k, tl.trans(q), zero, PRECISION) * scale
-        weight, slope = weight_and_half_slope(z, FORM, T, False)
+        zero = tl.full((k.shape[0], BLOCK_M), 0.0, tl.float32)
+        if WIDE:
+            unit_q, q_exponent = unit(q)
+            row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)
+            z = product(k, tl.trans(unit_q), zero, PRECISION) * scale
+            exponent = q_exponent[None, :] + k_exponent[:, None] + scale_exponent
+            row = row_exponent[None, :]
+            weight, slope = wide_weight_and_half_slope(z, exponent - row, row, FORM, False)
+            q = scaled(q, (scale_exponent - row_exponent)[:, None])
+        else:
+            z = product(k, tl.trans(q), zero, PRECISION) * scale
+            weight, slope = weight_and_half_slope(z, FORM, False)
         if (BOUNDARY and CAUSAL) or MASK != NO_MASK:
             visible = exist[None, :] & inside[:, None]
             if BOUNDARY and CAUSAL:
@@ -284,7 +292,7 @@ def _key_value_tiles(
             if MASK == FLOAT:
                 peak = tl.load(peaks + index, mask=exist, other=0.0)
             rows = mask_rows(mask, mask_strides, batch, head, position)
-            bias = load_mask(rows[None, :], j[:, None], mask_stride, visible, MASK, T)
+            bias = load_mask(rows[None, :], j[:, None], mask_stride, visible, MASK)
             weight = masked(weight, bias, peak[None, :], visible, MASK)
             slope = masked(slope, bias, peak[None, :], visible, MASK)
         # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
@@ -295,18 +303,19 @@ def _key_value_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+@triton.jit(
+    do_not_specialize=["mask_strides", "scale_exponent", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"]
+)
 def key_value_kernel(
     query, key, value, mask, peaks, grad_output, stats, lost, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
+    scale, scale_exponent, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key and value: one program per tile of keys, key head and batch, over all rows of its group."""
-    T: tl.constexpr = tl.float64 if WIDE else tl.float32
-    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     start = program % tiles * BLOCK_N  # with a causal mask, the longest first
     if WIDE:
@@ -324,25 +333,28 @@ def key_value_kernel(
         j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
     )  # fmt: skip
 
+    k_exponent = j * 0
+    if WIDE:
+        k, k_exponent = unit(k)
     last = (length * GROUPS + BLOCK_M - 1) // BLOCK_M
     first, whole = last * 0, last * 0
     if CAUSAL:  # the first row that sees the first key, and the first that sees them all
         first = tl.minimum(last, tl.maximum(start - diagonal, 0) * GROUPS // BLOCK_M)
         whole = (tl.maximum(start + BLOCK_N - 1 - diagonal, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
         whole = tl.minimum(last, whole)
-    dk = tl.full((BLOCK_N, BLOCK_E), 0.0, T)
-    dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, T)
+    dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
+    dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
     dk, dv = _key_value_tiles(
         dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
         query_strides, grad_strides, mask_strides, mask_stride,
-        scale, diagonal, length, kv_heads, width, value_width, plane, first, whole,
-        GROUPS, CAUSAL, FORM, MASK, True, PRECISION, WEIGHT, FACTOR, SLOPE, T, BLOCK_M, BLOCK_E, BLOCK_EV,
+        scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, first, whole,
+        GROUPS, CAUSAL, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dk, dv = _key_value_tiles(
         dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
         query_strides, grad_strides, mask_strides, mask_stride,
-        scale, diagonal, length, kv_heads, width, value_width, plane, whole, last,
-        GROUPS, CAUSAL, FORM, MASK, False, PRECISION, WEIGHT, FACTOR, SLOPE, T, BLOCK_M, BLOCK_E, BLOCK_EV,
+        scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, whole, last,
+        GROUPS, CAUSAL, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
     row = (batch * kv_heads + kv_head) * keys + j
@@ -352,7 +364,7 @@ def key_value_kernel(
     mask_k = inside[:, None] & (column < width)[None, :]
     mask_v = inside[:, None] & (value_column < value_width)[None, :]
     if WIDE:
-        dk += cast(tl.load(place, mask=mask_k, other=0.0), T)
-        dv += cast(tl.load(value_place, mask=mask_v, other=0.0), T)
+        dk += cast(tl.load(place, mask=mask_k, other=0.0), tl.float32)
+        dv += cast(tl.load(value_place, mask=mask_v, other=0.0), tl.float32)
     tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
     tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)

@@ -21,7 +21,9 @@ from .tiles import (
     masked,
     positions,
     product,
+    unit,
     weight_and_half_slope,
+    wide_weight_and_half_slope,
 )
 
 __all__ = ["bias_gradient_kernel", "peak_kernel"]
@@ -48,17 +50,29 @@ def peak_kernel(
         visible = exist[:, None] & (j < keys)
         if CAUSAL:
             visible = visible & (j <= position[:, None] + diagonal)
-        bias = load_mask(rows[:, None], j, mask_stride, visible, FLOAT, tl.float32)
+        bias = load_mask(rows[:, None], j, mask_stride, visible, FLOAT)
         peak = tl.maximum(peak, largest(bias, 1))
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     tl.store(peaks + (batch * kv_heads * GROUPS + head) * length + position, peak, mask=exist)
 
 
-@triton.jit(do_not_specialize=["mask_strides", "mask_shape", "diagonal", "length", "keys", "heads", "batches", "plane"])
+@triton.jit(
+    do_not_specialize=[
+        "mask_strides",
+        "mask_shape",
+        "scale_exponent",
+        "diagonal",
+        "length",
+        "keys",
+        "heads",
+        "batches",
+        "plane",
+    ]
+)
 def bias_gradient_kernel(
     query, key, value, mask, peaks, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
-    scale, diagonal, length, keys, heads, batches, width, value_width, plane,
+    scale, scale_exponent, diagonal, length, keys, heads, batches, width, value_width, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -68,8 +82,7 @@ def bias_gradient_kernel(
     One program per tile of the mask ``(B | 1, Hq | 1, L | 1, S | 1)``; it runs over the batches, heads, rows
     (`ONE_ROW`) and keys (`ONE_KEY`) that share the tile, in order.
     """
-    T: tl.constexpr = tl.float64 if WIDE else tl.float32
-    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
+    TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     tile_m, tile_n = tl.program_id(1), tl.program_id(2)
     mask_batch, mask_head = head_of(tl.program_id(0), mask_shape[1])
     first_batch, last_batch = mask_batch, mask_batch + 1
@@ -85,7 +98,7 @@ def bias_gradient_kernel(
     if ONE_KEY:
         first_key, last_key = tile_n * 0, keys
 
-    sums = tl.full((BLOCK_M, BLOCK_N), 0.0, T)
+    sums = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for batch in range(first_batch, last_batch):
         for head in range(first_head, last_head):
             start_row, stop_row = first_row, last_row
@@ -122,12 +135,21 @@ def bias_gradient_kernel(
                         value + batch * value_strides[0] + head // GROUPS * value_strides[1],
                         j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
                     )  # fmt: skip
-                    zero = tl.full((BLOCK_M, BLOCK_N), 0.0, T)
-                    weight, _ = weight_and_half_slope(product(q, tl.trans(k), zero, PRECISION) * scale, FORM, T, False)
+                    zero = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+                    if WIDE:
+                        unit_q, q_exponent = unit(q)
+                        unit_k, k_exponent = unit(k)
+                        row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)[:, None]
+                        z = product(unit_q, tl.trans(unit_k), zero, PRECISION) * scale
+                        exponent = q_exponent[:, None] + k_exponent[None, :] + scale_exponent
+                        weight, _ = wide_weight_and_half_slope(z, exponent - row_exponent, row_exponent, FORM, False)
+                    else:
+                        z = product(q, tl.trans(k), zero, PRECISION) * scale
+                        weight, _ = weight_and_half_slope(z, FORM, False)
                     visible = exist[:, None] & inside[None, :]
                     if CAUSAL:
                         visible = visible & (j[None, :] <= position[:, None] + diagonal)
-                    tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, FLOAT, T)
+                    tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, FLOAT)
                     weight = masked(weight, tile, peak[:, None], visible, FLOAT)
                     g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
                     sums += weight * g
@@ -141,5 +163,5 @@ def bias_gradient_kernel(
     place = (mask_batch * mask_shape[1] + mask_head) * mask_shape[2] + place_m
     place = gradient + place[:, None] * mask_shape[3] + place_n[None, :]
     if WIDE:
-        sums += cast(tl.load(place, mask=inside, other=0.0), T)
+        sums += cast(tl.load(place, mask=inside, other=0.0), tl.float32)
     tl.store(place, cast(sums, gradient.dtype.element_ty), mask=inside)

@@ -1,7 +1,6 @@
 """The forward kernel: a tile of rows against its keys; sums are added to and never rescaled.
 
-Three ways to run it: over all keys of a row; over a part of them (`SPLIT`), whose sums `decode` adds up; and in
-float64 (`WIDE`), over the rows whose weights left float32's range.
+It runs over all keys of a row, or over a part of them (`SPLIT`), whose sums `decode` adds up.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
@@ -17,11 +16,8 @@ from .tiles import (
     FLOAT,
     NO_MASK,
     add,
-    any_of,
     cast,
     head_of,
-    is_lost,
-    largest,
     load_mask,
     load_rows,
     mask_rows,
@@ -29,7 +25,6 @@ from .tiles import (
     positions,
     product,
     quotient,
-    visible_keys,
     weight_and_half_slope,
 )
 
@@ -41,7 +36,7 @@ def _add_keys(
     output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
     scale, diagonal, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, T: tl.constexpr,
+    PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last` to the sums; at a `BOUNDARY` the rows do not see all of a tile."""
@@ -49,13 +44,13 @@ def _add_keys(
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
-        z = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, T), PRECISION) * scale
-        weight, _ = weight_and_half_slope(z, FORM, T, True)
+        z = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32), PRECISION) * scale
+        weight, _ = weight_and_half_slope(z, FORM, True)
         if BOUNDARY or MASK != NO_MASK:
             visible = exist[:, None] & inside[None, :]
             if BOUNDARY and CAUSAL:
                 visible = visible & (j[None, :] <= position[:, None] + diagonal)
-            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK, T)
+            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
             weight = masked(weight, tile, peak[:, None], visible, MASK)
         total += add(weight, 1)
         v = load_rows(value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, WEIGHT)
@@ -63,22 +58,19 @@ def _add_keys(
     return output, total
 
 
-@triton.jit(do_not_specialize=["mask_strides", "lowest", "diagonal", "length", "keys", "kv_heads", "tiles", "span"])
+@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "span"])
 def forward_kernel(
     query, key, value, mask, peaks, outputs, normalizers,
     query_strides, key_strides, value_strides, mask_strides, mask_stride,
-    scale, lowest, diagonal, length, keys, kv_heads, width, value_width, tiles, span,
+    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, span,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows, key head, batch and, with `SPLIT`, range of `span` keys.
 
-    With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32. With
-    `WIDE`, normalizers hold the result in float32, and only the rows are computed whose number there is lost.
+    With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32.
     """
-    T: tl.constexpr = tl.float64 if WIDE else tl.float32
-    TYPE: tl.constexpr = tl.float64 if WIDE else query.dtype.element_ty
     program, part = tl.program_id(0), tl.program_id(1)
     tile = tiles - 1 - program % tiles  # with a causal mask, the longest first
     batch, kv_head = head_of(program // tiles, kv_heads)
@@ -87,24 +79,10 @@ def forward_kernel(
     index = (batch * kv_heads * GROUPS + head) * length + position
     rows = mask_rows(mask, mask_strides, batch, head, position)
 
-    store = exist
-    if WIDE:
-        normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-        store = exist & is_lost(normalizer, lowest)
-        if not any_of(store):
-            return
-        # A normalizer of 0 is exact where the row sees no key.
-        count = visible_keys(position, rows, store & (normalizer == 0.0), mask_stride, diagonal, keys, CAUSAL, MASK)
-        store = store & ((normalizer != 0.0) | (count > 0))
-        if not any_of(store):
-            return
-
     offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
-    q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
-    if WIDE:
-        store = store & ((normalizer != 0.0) | (largest(tl.abs(q), 1) > 0.0))  # and where the query is 0
-        if not any_of(store):
-            return
+    q = load_rows(
+        query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, query.dtype.element_ty
+    )
     peak = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK == FLOAT:
         peak = tl.load(peaks + index, mask=exist, other=0.0)
@@ -118,19 +96,19 @@ def forward_kernel(
         whole = tl.minimum(last, tile * BLOCK_M // GROUPS + diagonal + 1)
     whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
 
-    output = tl.full((BLOCK_M, BLOCK_EV), 0.0, T)
-    total = tl.full((BLOCK_M,), 0.0, T)
+    output = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
+    total = tl.full((BLOCK_M,), 0.0, tl.float32)
     key += batch * key_strides[0] + kv_head * key_strides[1]
     value += batch * value_strides[0] + kv_head * value_strides[1]
     output, total = _add_keys(
         output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
         scale, diagonal, keys, width, value_width, first, whole,
-        CAUSAL, FORM, MASK, False, PRECISION, WEIGHT, FACTOR, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, FORM, MASK, False, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     output, total = _add_keys(
         output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
         scale, diagonal, keys, width, value_width, whole, last,
-        CAUSAL, FORM, MASK, True, PRECISION, WEIGHT, FACTOR, T, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, FORM, MASK, True, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
 
     if SPLIT:
@@ -142,6 +120,6 @@ def forward_kernel(
     tl.store(
         outputs + index[:, None] * value_width + column[None, :],
         cast(output, outputs.dtype.element_ty),
-        mask=store[:, None] & (column < value_width)[None, :],
+        mask=exist[:, None] & (column < value_width)[None, :],
     )
-    tl.store(normalizers + index, total.to(tl.float32), mask=store)
+    tl.store(normalizers + index, total, mask=exist)

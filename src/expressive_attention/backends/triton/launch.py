@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .backward_pass import key_value_kernel, query_kernel, row_kernel
 from .bias import bias_gradient_kernel, peak_kernel
 from .forward_pass import forward_kernel
 from .tiles import FORMS, INTERPRETED, Tile, ceil_div, padded, shapes
+from .wide import wide_kernel
 
 __all__ = ["backward", "forward"]
 
@@ -51,7 +53,7 @@ def _backward_tile(dtype: torch.dtype, width: int) -> Tile:
 
 
 def _wide_tile(width: int) -> Tile:
-    """The tile of everything in float64."""
+    """The tile of kernels with `WIDE`, whose numbers are float32."""
     return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
 
 
@@ -79,7 +81,7 @@ def forward(
         factor, lowest = _FLOAT16_FACTOR, max(_LOWEST, keys * _FLOAT16_MEAN)
     elif query.dtype == torch.float16:
         weight = torch.float32  # these have no bound; in tf32, as exact as float16
-    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer, "lowest": lowest}
+    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer}
 
     rows = length * inputs.groups
     tile = _forward_tile(query.dtype, inputs.widest, rows)
@@ -87,7 +89,7 @@ def forward(
     programs = tiles * batch * kv_heads
     span = keys if tiles > 1 else decode.part_of_keys(programs, keys, _processors(query.device))
     parts = ceil_div(keys, span) if span < keys else 1
-    narrow = {"WIDE": False, "PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
+    narrow = {"PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
     with inputs.on_device():
         inputs.find_peak(peak)
         if parts == 1:
@@ -118,8 +120,9 @@ def forward(
         wide = _wide_tile(inputs.widest)
         tiles = ceil_div(rows, wide.rows)
         _run(
-            forward_kernel, (tiles * batch * kv_heads, 1), wide, arguments, tiles=tiles, span=keys, peaks=peak,
-            SPLIT=False, WIDE=True, PRECISION="ieee", WEIGHT=tl.float64, FACTOR=1.0,
+            wide_kernel, (tiles * batch * kv_heads,), wide, {**arguments, **inputs.wide}, tiles=tiles, peaks=peak,
+            lowest=lowest, BACKWARD=False, stats=None, lost=None, plane=0, grad_output=None, grad_normalizer=None,
+            grad_strides=(0, 0, 0, 0),
         )  # fmt: skip
     return output, normalizer, peak
 
@@ -150,49 +153,53 @@ def backward(
     peak = empty_peak(normalizer, attn_mask)
     plane = normalizer.numel()
     stats = normalizer.new_empty((3, plane))
-    wide_stats = normalizer.new_empty((3, plane), dtype=torch.float64)
+    wide_stats = normalizer.new_empty((4, plane))
     lost = torch.zeros((batch, kv_heads), dtype=torch.int32, device=query.device)
-    rows = length * inputs.groups
-    wide = _wide_tile(inputs.widest)
-    tile = _backward_tile(query.dtype, inputs.widest)
     arguments = {
-        **inputs.arguments, "grad_output": grad_output, "grad_strides": grad_output.stride(), "peaks": peak,
-        "lost": lost, "plane": plane,
-    }  # fmt: skip
-    # Weights are at most 1 here; slopes have no bound, which float16 would need.
+        **inputs.arguments,
+        "grad_output": grad_output,
+        "grad_strides": grad_output.stride(),
+        "grad_normalizer": None if grad_normalizer is None else grad_normalizer.contiguous(),
+        "outputs": output.contiguous(),
+        "normalizers": normalizer.contiguous(),
+        "peaks": peak,
+        "lowest": _LOWEST,
+        "lost": lost,
+        "plane": plane,
+    }
+    rows = length * inputs.groups
+    tile, wide = _backward_tile(query.dtype, inputs.widest), _wide_tile(inputs.widest)
+    # Weights are at most 1 here; slopes have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
-    narrow = {"WIDE": False, "PRECISION": inputs.precision, "stats": stats}
-    double = {"WIDE": True, "PRECISION": "ieee", "stats": wide_stats}
-    passes = (
-        (tile, narrow, _TYPES[query.dtype], _FLOAT16_FACTOR if half else 1.0, _TYPES[_slope_dtype(query.dtype)]),
-        (wide, double, tl.float64, 1.0, tl.float64),
-    )
+    narrow = {
+        "WIDE": False,
+        "stats": stats,
+        "PRECISION": inputs.precision,
+        "WEIGHT": _TYPES[query.dtype],
+        "FACTOR": _FLOAT16_FACTOR if half else 1.0,
+        "SLOPE": _TYPES[torch.float32 if half else query.dtype],
+    }
+    widened = {**inputs.wide, "WIDE": True, "stats": wide_stats, "FACTOR": 1.0, "SLOPE": tl.float32}
     with inputs.on_device():
         inputs.find_peak(peak)
+        # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
+        exact = dmask is not None and query.dtype != torch.float32
+        tiles = ceil_div(rows, tile.rows)
+        _run(row_kernel, (tiles * batch * kv_heads,), tile, {**arguments, **narrow}, tiles=tiles, EXACT=exact)
         tiles = ceil_div(rows, wide.rows)
-        _run(
-            row_kernel, (tiles * batch * kv_heads,), wide, arguments, tiles=tiles, outputs=output.contiguous(),
-            normalizers=normalizer.contiguous(), lowest=_LOWEST, stats=stats, wide_stats=wide_stats,
-            EXACT=dmask is not None and query.dtype != torch.float32, PRECISION=inputs.precision,
-            grad_normalizer=None if grad_normalizer is None else grad_normalizer.contiguous(),
-        )  # fmt: skip
-        for size, numbers, weight, factor, slope in passes:
+        _run(wide_kernel, (tiles * batch * kv_heads,), wide, {**arguments, **widened}, tiles=tiles, BACKWARD=True)
+        for size, numbers in ((tile, narrow), (wide, widened)):
+            given = {**arguments, **numbers}
             tiles = ceil_div(rows, size.rows)
-            _run(
-                query_kernel, (tiles * batch * kv_heads,), size, arguments, tiles=tiles, gradient=dq, SLOPE=slope,
-                **numbers,
-            )  # fmt: skip
+            _run(query_kernel, (tiles * batch * kv_heads,), size, given, tiles=tiles, gradient=dq)
             tiles = ceil_div(keys, size.keys)
-            _run(
-                key_value_kernel, (tiles * batch * kv_heads,), size, arguments, tiles=tiles, grad_key=dk,
-                grad_value=dv, WEIGHT=weight, FACTOR=factor, SLOPE=slope, **numbers,
-            )  # fmt: skip
+            _run(key_value_kernel, (tiles * batch * kv_heads,), size, given, tiles=tiles, grad_key=dk, grad_value=dv)
             if dmask is not None:
                 b, h, m, n = dmask.shape
+                grid = (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys))
                 _run(
-                    bias_gradient_kernel, (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys)), size, arguments,
-                    gradient=dmask, mask_shape=(b, h, m, n), heads=heads, batches=batch, ONE_ROW=m == 1,
-                    ONE_KEY=n == 1, **numbers,
+                    bias_gradient_kernel, grid, size, given, gradient=dmask, mask_shape=(b, h, m, n), heads=heads,
+                    batches=batch, ONE_ROW=m == 1, ONE_KEY=n == 1,
                 )  # fmt: skip
     return dq, dk, dv, dmask
 
@@ -235,11 +242,18 @@ class _Inputs:
             "mask_strides": strides[:3],
             "mask_stride": strides[3],
             "scale": scale,
+            "scale_exponent": 0,
             "diagonal": diagonal or 0,
             "CAUSAL": diagonal is not None,
             "FORM": FORMS[form],
             "MASK": kind,
         }
+
+        mantissa, exponent = math.frexp(scale)
+        # What is different for the kernels that compute lost rows.
+        self.wide = {
+            "scale": mantissa, "scale_exponent": exponent, "PRECISION": self.precision, "WEIGHT": tl.float32,
+        }  # fmt: skip
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device."""
@@ -254,10 +268,6 @@ class _Inputs:
 
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def _slope_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _processors(device: torch.device) -> int:

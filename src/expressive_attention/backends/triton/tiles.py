@@ -4,7 +4,9 @@ Rows of a key head run over the positions of its queries and, for each position,
 it: row r is head ``r % GROUPS`` of the group at position ``r // GROUPS``. So keys are read once for all of them,
 and a tile of rows is a range of positions.
 
-Arithmetic is float32, `T`; rows whose weights leave its range are computed once more with ``T = float64``.
+Arithmetic is float32. Rows whose weights leave its range are computed once more, by kernels with `WIDE`, on which
+`unit`, `wide_weight_and_half_slope` and `scaled` have the last word: there a score is ``z = 2^r y`` with an exponent r
+for each row, as in `reference`.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
@@ -34,6 +36,7 @@ __all__ = [
     "any_of",
     "cast",
     "ceil_div",
+    "exponent_of",
     "head_of",
     "is_lost",
     "largest",
@@ -45,9 +48,12 @@ __all__ = [
     "positions",
     "product",
     "quotient",
+    "scaled",
     "shapes",
+    "unit",
     "visible_keys",
     "weight_and_half_slope",
+    "wide_weight_and_half_slope",
 ]
 
 # Triton's interpreter runs the kernels on the CPU: whether it did so when this module was imported.
@@ -133,7 +139,7 @@ def any_of(flags):
 @triton.jit
 def cast(x, TYPE: tl.constexpr):
     """The numbers x as `TYPE`, to the nearest."""
-    if INTERPRETED:  # which neither rounds to bfloat16 nor knows its subnormal numbers, or float64 beside it
+    if INTERPRETED:  # which neither rounds to bfloat16 nor knows its subnormal numbers
         if x.dtype == tl.bfloat16:
             x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         if tl.bfloat16 == TYPE:
@@ -167,29 +173,74 @@ def quotient(x, total):
 
 
 @triton.jit
-def weight_and_half_slope(z, FORM: tl.constexpr, T: tl.constexpr, NAN: tl.constexpr):
+def _clamped(z, limit, NAN: tl.constexpr):
+    """The score within limits; with `NAN`, one that is not a number stays as it is."""
+    if NAN:
+        z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        z = tl.clamp(z, -limit, limit)
+    return z
+
+
+@triton.jit
+def weight_and_half_slope(z, FORM: tl.constexpr, NAN: tl.constexpr):
     """The weight f(z), and f'(z) / 2. With `NAN`, no score that is not a number gets lost."""
     if FORM == EXPRESSIVE:
         # Beyond this |z|, f is 1 and f' is 0 to the last bit, and z * z would end in inf * 0.
-        limit: tl.constexpr = 1e18 if tl.float32 == T else 1e150
-        if NAN:
-            z = tl.clamp(z, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        else:
-            z = tl.clamp(z, -limit, limit)
+        z = _clamped(z, 1e18, NAN)
         s = z * z
         r = _reciprocal(1.0 + s)
         weight = s * r
         half_slope = z * r * r
     elif FORM == SQUARED:
         if not NAN:
-            bound: tl.constexpr = 1.8e19 if tl.float32 == T else 1e150
-            z = tl.clamp(z, -bound, bound)
+            z = _clamped(z, 1.8e19, NAN)
         weight = z * z
         half_slope = z
     else:
         weight = tl.exp2(z * _LOG2_E)
         half_slope = 0.5 * weight
     return weight, half_slope
+
+
+@triton.jit
+def wide_weight_and_half_slope(y, shift, row_exponent, FORM: tl.constexpr, NAN: tl.constexpr):
+    """The weight f(z) / 4^r and half its derivative by z / 2^r, where z = 2^(r + shift) y.
+
+    With `row_exponent` r at most 0 for the expressive form: y^2 / (1 + 4^r y^2).
+    """
+    y = _clamped(scaled(y, shift), 1e18, NAN)
+    s = y * y
+    weight, half_slope = s, y
+    if FORM == EXPRESSIVE:
+        r = 1.0 / (1.0 + scaled(1.0, 2 * row_exponent) * s)
+        weight = s * r
+        half_slope = y * r * r
+    return weight, half_slope
+
+
+@triton.jit
+def exponent_of(x):
+    """The integer e with 2^e <= x < 2^(e + 1), for a positive x of float32."""
+    small = x < 1e-19
+    bits = tl.where(small, x * 2.0**80, x).to(tl.int32, bitcast=True)
+    return ((bits >> 23) & 255) - tl.where(small, 127 + 80, 127)
+
+
+@triton.jit
+def scaled(x, exponent):
+    """The product x * 2^exponent, in two steps: one factor may be beyond float32."""
+    exponent = tl.minimum(tl.maximum(exponent, -252), 254)
+    half = exponent >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return x * first * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit(x):
+    """The rows x / 2^e, whose largest entry lies between 1 and 2, and e."""
+    exponent = exponent_of(largest(tl.abs(x), 1))
+    return scaled(x, -exponent[:, None]), exponent
 
 
 @triton.jit
@@ -234,7 +285,7 @@ def mask_rows(mask, strides, batch, head, position):
 
 
 @triton.jit
-def load_mask(rows, key, stride, exist, MASK: tl.constexpr, T: tl.constexpr):
+def load_mask(rows, key, stride, exist, MASK: tl.constexpr):
     """A tile of the mask: `rows` and `key` broadcast to its shape."""
     if MASK == NO_MASK:
         tile = exist
@@ -242,7 +293,7 @@ def load_mask(rows, key, stride, exist, MASK: tl.constexpr, T: tl.constexpr):
         tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=0) != 0
     else:
         tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=float("-inf"))
-        tile = cast(tile, T)
+        tile = cast(tile, tl.float32)
     return tile
 
 
@@ -270,7 +321,7 @@ def visible_keys(position, rows, exist, stride, diagonal, keys, CAUSAL: tl.const
         for start in range(0, largest(limit, 0), 64):
             j = start + tl.arange(0, 64)[None, :]
             inside = exist[:, None] & (j < limit[:, None])
-            tile = load_mask(rows[:, None], j, stride, inside, MASK, tl.float32)
+            tile = load_mask(rows[:, None], j, stride, inside, MASK)
             if MASK == FLOAT:
                 inside = inside & (tile != float("-inf"))
             else:
