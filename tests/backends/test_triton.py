@@ -182,13 +182,20 @@ def test_float16_gradients_of_small_scores_and_large_upstreams():
     judge(*(x.detach() for x in (q, k, v)))
 
 
-def test_rows_of_very_different_size_beside_padding():
-    q, k, v = tensors(torch.float32, *[(1, 1, 6, 8)] * 3, seed=4)
-    q[0, 0] *= torch.tensor([1e-18, 1.0, 1e18, 0.0, 1e-9, 1e9], device=DEVICE)[:, None]
-    keep = torch.ones(6, 6, dtype=torch.bool)
-    keep[:, 4:] = False
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "bool", "bias"])
+def test_rows_of_very_different_size_beside_padding(kind, dtype, form):
+    """Most of these rows are lost to float32, in one head and not in another."""
+    q, k, v = tensors(torch.float32, (1, 4, 6, 8), (1, 2, 20, 8), (1, 2, 20, 5), seed=4)
+    q[0, 1:] *= torch.tensor([1e-18, 1.0, 1e18, 0.0, 1e-9, 1e9], device=DEVICE)[:, None]
+    keep = torch.ones(6, 20, dtype=torch.bool)
+    keep[:, 14:] = False
     keep[1] = False
-    judge(q, k, v, keep, through_normalizer=False)
+    mask = {"none": None, "bool": keep, "bias": torch.randn(1, 1, 6, 20).masked_fill(~keep, -torch.inf)}[kind]
+    options = {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True, "form": form}
+    with tiles((16, 16), (16, 16)):
+        judge(q.to(dtype), k.to(dtype), v.to(dtype), mask, options, through_normalizer=False)
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
