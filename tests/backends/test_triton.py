@@ -79,7 +79,7 @@ def tensors(dtype, *shapes, seed=0):
 SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problems(largest=16), SIZES, SIZES)
 def test_random_problems_within_budget(case, forward, backward):
     assume(case.query.dtype != torch.float64)
@@ -138,7 +138,7 @@ def test_parts_cover_the_keys(programs, keys):
 @pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 19), (1, 21))))
 def test_gradients_of_masks_of_all_shapes(shape):
     q, k, v = tensors(torch.bfloat16, (2, 4, 19, 8), (2, 2, 21, 8), (2, 2, 21, 8))
-    with tiles((16, 16), (16, 16)):
+    with tiles((32, 32), (16, 16)):
         judge(q, k, v, torch.randn(shape), {"is_causal": True, "enable_gqa": True})
 
 
@@ -303,10 +303,10 @@ def test_it_says_why_it_declines(problem, reason):
 
 
 def test_it_is_not_there_without_a_recent_triton(monkeypatch):
-    monkeypatch.setattr(triton, "_missing", triton._missing.__wrapped__)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.1")
-    assert triton.supports(Problem("cuda", torch.float32)) == "triton must be 3.4 or later, got 3.2.1"
+    assert triton._missing() == "triton must be 3.4 or later, got 3.2.1"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "_MISSING", triton._missing())
     assert "expressive-attention[gpu]" in str(triton.supports(Problem("cuda", torch.float32)))
 
 
@@ -322,7 +322,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", ["bool", "bias"])
+@pytest.mark.parametrize("name", list(MASKS))
 def test_opcheck(name):
     mask, diagonal, form = MASKS[name]
     mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)

@@ -6,7 +6,6 @@ them share. With ``TRITON_INTERPRET=1`` in the environment when they are first u
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -35,10 +34,9 @@ def supports(problem: Problem) -> str | None:
         return "dropout is not implemented"
     if problem.differentiated_by_func:
         return "torch.func and forward-mode derivatives are not implemented"
-    return _missing()
+    return _MISSING
 
 
-@functools.cache
 def _missing() -> str | None:
     """What is wrong with the installation of Triton; None: nothing."""
     if importlib.util.find_spec("triton") is None:
@@ -50,6 +48,9 @@ def _missing() -> str | None:
     oldest = ".".join(map(str, _OLDEST))
     is_old = tuple(int(part) for part in version.split(".")[:2]) < _OLDEST
     return f"triton must be {oldest} or later, got {version}" if is_old else None
+
+
+_MISSING = _missing()  # found out with the package, so that a call, and what compiles it, need not
 
 
 def forward(
