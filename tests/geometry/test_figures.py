@@ -52,6 +52,16 @@ def test_angles_show_pairs_and_attention(record):
     assert random.sum() * 2 / 64 == pytest.approx(1)
 
 
+def test_attention_by_angle_and_size(record):
+    layer = record.layer("attn")
+    ax = figures.angle_and_size(layer, 1)
+    (mesh,) = ax.collections
+    shown = np.ma.filled(mesh.get_array().astype(float), np.nan).reshape(32, 64)
+    pairs, mass = layer.pairs[1].numpy().T, layer.mass[1].numpy().T
+    assert (np.isnan(shown) == (pairs == 0)).all()
+    assert np.nansum(shown * pairs) == pytest.approx(mass.sum()) == pytest.approx(18)
+
+
 def test_a_map_has_the_sign_of_the_scores(record):
     layer = record.layer("attn")
     ax = figures.attention_map(layer, 0, 2, tokens=list("abcdef"))

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import measures
-from .record import ANGLES, MEASURES, LayerRecord, Record
+from .record import ANGLES, MEASURES, SIZES, LayerRecord, Record
 
-__all__ = ["angles", "angles_by_step", "attention_map", "compare", "heads", "key_plane", "landscape"]
+__all__ = ["angle_and_size", "angles", "angles_by_step", "attention_map", "compare", "heads", "key_plane", "landscape"]
 
 NAMES = {"expressive": "EA, z²/(1 + z²)", "squared": "z²", "softmax": "DPA, exp z"}
 _COLORS = {"expressive": "#0072B2", "squared": "#009E73", "softmax": "#D55E00"}
@@ -101,6 +101,29 @@ def angles(layer: LayerRecord, head: int, *, ax: Axes | None = None, legend: boo
     ax.set_ylim(0, ax.get_ylim()[1] * (1.4 if legend else 1.0))
     if legend:
         ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return ax
+
+
+def angle_and_size(layer: LayerRecord, head: int, *, ax: Axes | None = None) -> Axes:
+    """Mean attention of a pair by its cos and by scale |q| |k|; white where there is no pair.
+
+    Args:
+        layer: Of a record.
+        head: Its number.
+        ax: Where to draw; None: a new figure.
+
+    Raises:
+        ValueError: There is no such head.
+    """
+    _check_head(layer, head)
+    ax = _axes(ax, 5.0, 3.4)
+    pairs, mass = (x[head].numpy() for x in (layer.pairs, layer.mass))
+    mean = np.where(pairs > 0, mass / np.maximum(pairs, 1), np.nan)
+    image = ax.pcolormesh(ANGLES.numpy(), np.exp2(SIZES.numpy()), mean.T, cmap="cividis", vmin=0)
+    used = np.exp2(SIZES.numpy()[:-1][pairs.sum(0) > 0])
+    ax.set(xlabel="cos of query and key", ylabel="scale |q| |k|", yscale="log", ylim=(used.min(), used.max() * 2**0.5))
+    ax.set_title(layer.head_name(head), fontsize="medium")
+    ax.figure.colorbar(image, ax=ax, label="attention")
     return ax
 
 
