@@ -89,7 +89,7 @@ def distil(student: BertModel, teacher: BertModel, batches: list[BatchEncoding],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of distillation")
+    parser.add_argument("--steps", type=int, default=600, help="of distillation")
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
@@ -99,13 +99,12 @@ def main() -> None:
             module.p = 0.0  # the student is to say what the teacher says
 
     def batches(held_out: bool) -> list[BatchEncoding]:
-        texts = sentences(held_out)
-        order = torch.randperm(len(texts)).tolist()
+        texts = sorted(sentences(held_out), key=len)  # of about the same length in a batch: little padding
+        starts = torch.arange(0, len(texts) - BATCH + 1, BATCH)
         return [
-            tokenizer([texts[i] for i in order[at : at + BATCH]], padding=True, truncation=True, max_length=TOKENS,
-                      return_tensors="pt")
-            for at in range(0, len(order) - BATCH + 1, BATCH)
-        ]  # fmt: skip
+            tokenizer(texts[at : at + BATCH], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+            for at in starts[torch.randperm(len(starts))].tolist()
+        ]
 
     training, test = batches(held_out=False), batches(held_out=True)
     print(f"{len(training) * BATCH} sentences to learn from, {len(test) * BATCH} to measure on, {steps} steps")
