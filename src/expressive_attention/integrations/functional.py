@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from ..nn import MultiheadAttention
 from .conversion import Found, Undo
 from .inspection import names_used
 from .switching import WithExpressiveSdpa
@@ -21,7 +22,7 @@ def find(model: nn.Module) -> list[Found]:
     return [
         Found(name, module, how="its calls of torch's attention are replaced")
         for name, module in model.named_modules()
-        if _CALLS & names_used(type(module))
+        if _CALLS & names_used(type(module)) and not isinstance(module, MultiheadAttention)
     ]
 
 
