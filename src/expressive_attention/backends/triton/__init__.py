@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,42 +54,18 @@ def _missing() -> str | None:
 _MISSING = _missing()  # found out with the package, so that a call, and what compiles it, need not
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, as `reference.forward`."""
-    from .launch import forward  # not before it is needed: importing triton takes its time
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak, of the arguments of `reference.forward`."""
+    from . import launch  # not before it is needed: importing triton takes its time
 
-    return forward(query, key, value, attn_mask, diagonal, scale, form)
+    return launch.forward(*arguments)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    output: Tensor,
-    normalizer: Tensor,
-    diagonal: int | None,
-    scale: float,
-    form: str,
-    mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
-    from .launch import backward
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `blockwise.backward`."""
+    from . import launch
 
-    return backward(
-        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, diagonal, scale, form,
-        mask_gradient,
-    )  # fmt: skip
+    return launch.backward(*arguments)
 
 
 def _interpreted() -> bool:
