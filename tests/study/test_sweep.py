@@ -265,7 +265,8 @@ def test_a_second_run_changes_nothing_while_the_first_is_at_work(tmp_path):
     assert store.config()[1] == tiny()
 
 
-def test_ctrl_c_while_the_workers_start_ends_with_one_line(tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 0.5])  # they are being spawned; they are importing
+def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
     command = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "study", "run"]
     run = subprocess.Popen(
         [*command, written(tmp_path, steps="20000"), "--out", tmp_path / "run"],
@@ -275,7 +276,7 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(tmp_path):
     try:
         assert run.stdout is not None
         assert run.stdout.readline() == "6 cells, 0 finished before\n"
-        time.sleep(0.5)  # the workers are importing
+        time.sleep(seconds)
         os.killpg(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     finally:

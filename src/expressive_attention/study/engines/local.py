@@ -14,6 +14,7 @@ from itertools import cycle
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import cast
 
 import torch
@@ -116,16 +117,27 @@ class LocalEngine(Engine):
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Block SIGINT: a process that is started meanwhile inherits that, and leaves Ctrl-C to its parent."""
+    """Block SIGINT: a process that is started meanwhile inherits that, and leaves Ctrl-C to its parent.
+
+    Another thread may take the signal, and Python tells the main one of it: the handler waits, too, so that no process
+    is left half started.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()  # the first process starts it, which would let SIGINT through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[FrameType | None] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda _, frame: came.append(frame)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(signal.SIGINT, came[0])
 
 
 # ---- in the workers ----
