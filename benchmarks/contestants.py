@@ -88,9 +88,9 @@ def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
 def _twin(problem: Problem) -> Attention:
     """Our own kernels with exp in the place of f, and no maximum: what f costs."""
     from expressive_attention.backends import triton
+    from expressive_attention.backends.pattern import Pattern
 
-    diagonal = 0 if problem.causal else None
-    settings = (diagonal, problem.shape[-1] ** -0.5, "exponential")
+    settings = (Pattern(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
 
     class Twin(torch.autograd.Function):
         @staticmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS
 from expressive_attention.backends.cpu import library
+from expressive_attention.backends.problem import accumulation_dtype
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
 FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
@@ -66,8 +67,42 @@ class Case:
         do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
         return do.to(self.query.device), dn.to(self.query.device)
 
-    def results(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Output, normalizer and all gradients, computed in `dtype`, or in that of the inputs."""
+    def log_factor(self) -> Tensor | None:
+        """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined.
+
+        None: no more than `is_causal` says.
+        """
+        window = self.settings.get("window_size", (-1, -1))
+        lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
+        if window == (-1, -1) and lengths is None and slopes is None:
+            return None
+        (batch, heads, rows), keys = self.query.shape[:3], self.key.shape[2]
+        factor = torch.zeros(batch, heads, rows, keys, dtype=torch.float64, device=self.query.device)
+        for b in range(batch):
+            own = keys if lengths is None else int(lengths[b])
+            place = torch.arange(rows, device=factor.device)[:, None]
+            if self.settings.get("causal_alignment") == "lower_right":
+                place = place + own - rows
+            key = torch.arange(keys, device=factor.device)
+            hidden = (key >= own).expand(rows, keys)
+            left, right = window
+            if left >= 0:
+                hidden = hidden | (key < place - left)
+            if right >= 0:
+                hidden = hidden | (key > place + right)
+            if self.settings.get("is_causal"):
+                hidden = hidden | (key > place)
+            if slopes is not None:
+                own_slopes = slopes.double() if slopes.ndim == 1 else slopes[b].double()
+                factor[b] -= own_slopes[:, None, None] * (place - key).abs()
+            factor[b].masked_fill_(hidden, -torch.inf)
+        return factor
+
+    def results(self, backend: str, dtype: torch.dtype | None = None, *, explicit: bool = False) -> dict[str, Tensor]:
+        """Output, normalizer and all gradients, computed in `dtype`, or in that of the inputs.
+
+        With `explicit`, the keys that the settings hide, and how far they are, are in a mask.
+        """
 
         def leaf(x: Tensor) -> Tensor:
             if not x.is_floating_point():
@@ -77,8 +112,17 @@ class Case:
 
         tensors = [leaf(x) for x in (self.query, self.key, self.value)]
         mask = None if self.mask is None else leaf(self.mask)
+        settings, whole_mask = self.settings, mask
+        factor = self.log_factor() if explicit else None
+        if factor is not None:
+            settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale")}
+            whole_mask = factor.to(accumulation_dtype(tensors[0].dtype))
+            if mask is not None and mask.is_floating_point():
+                whole_mask = whole_mask + mask
+            elif mask is not None:
+                whole_mask = whole_mask.masked_fill(~mask, -torch.inf)
         output, normalizer = expressive_attention(
-            *tensors, mask, return_normalizer=True, backend=backend, **self.settings
+            *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
         )
         wanted = [*tensors, *([mask] if mask is not None and mask.requires_grad else [])]
         do, dn = self.upstream()
@@ -108,7 +152,10 @@ class Case:
         factor = torch.ones_like(z)
         if self.mask is not None:
             factor = factor * (self.mask.double().exp() if self.mask.is_floating_point() else self.mask)
-        if self.settings.get("is_causal"):
+        log_factor = self.log_factor()
+        if log_factor is not None:
+            factor = factor * log_factor.exp()
+        elif self.settings.get("is_causal"):
             lower_right = self.settings.get("causal_alignment") == "lower_right"
             factor = factor.tril(z.shape[-1] - z.shape[-2] if lower_right else 0)
 
@@ -154,8 +201,8 @@ class Case:
 
 def assert_within_budget(case: Case, *backends: str) -> None:
     """Each of `FUSED`: at most twice the error of the reference in the same dtype, plus one rounding."""
-    exact = case.results("reference", torch.float64)
-    plain = case.results("reference")
+    exact = case.results("reference", torch.float64, explicit=True)
+    plain = case.results("reference", explicit=True)
     roundings = case.roundings()
     for name in backends:
         with fused(name) as backend:

@@ -53,4 +53,21 @@ def problems(draw, largest=40):
         "form": draw(st.sampled_from(["expressive", "squared"])),
         "scale": draw(st.sampled_from([None, 1.0, 0.03, -2.5])),
     }
+    if draw(st.booleans()):
+        options |= draw(patterns(batch, heads, keys))
     return Case(query, key, value, mask, options, through_normalizer=draw(st.booleans()))
+
+
+@st.composite
+def patterns(draw, batch, heads, keys):
+    """Settings that say which keys are seen and how far they are, each of them or not."""
+    options = {}
+    if draw(st.booleans()):
+        options["window_size"] = draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9)))
+    if draw(st.booleans()):
+        options["key_lengths"] = torch.tensor([draw(st.integers(0, keys)) for _ in range(batch)], dtype=torch.int32)
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        shape = draw(st.sampled_from([(heads,), (batch, heads)]))
+        options["alibi_slopes"] = 2 * torch.rand(shape, generator=generator)
+    return options

@@ -5,13 +5,17 @@ import torch
 from torch.func import grad, vmap
 
 from expressive_attention import expressive_attention
+from expressive_attention.backends.pattern import Pattern
 from tests.budget import ON_CPU
 
+LENGTHS = {"key_lengths": torch.tensor([3, 6]), "slopes": torch.rand(1, 4)}
 CASES = {
-    "plain": (None, None, "expressive"),
-    "causal": (None, 0, "squared"),
-    "bool mask": (torch.rand(2, 1, 5, 6) < 0.7, 1, "expressive"),
-    "bias": (torch.randn(1, 4, 1, 6, requires_grad=True), None, "expressive"),
+    "plain": (None, Pattern(), "expressive"),
+    "causal": (None, Pattern(right=0), "squared"),
+    "bool mask": (torch.rand(2, 1, 5, 6) < 0.7, Pattern(right=1), "expressive"),
+    "bias": (torch.randn(1, 4, 1, 6, requires_grad=True), Pattern(), "expressive"),
+    "pattern": (None, Pattern(left=3, right=1, lower_right=True, **LENGTHS), "expressive"),
+    "bias and window": (torch.randn(2, 1, 5, 1, requires_grad=True), Pattern(left=2), "expressive"),
 }
 
 
@@ -28,20 +32,20 @@ def tensors(dtype=torch.float32):
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend, name):
-    mask, diagonal, form = CASES[name]
-    arguments = (*tensors(), mask, diagonal, 0.5, form, backend)
+    mask, pattern, form = CASES[name]
+    arguments = (*tensors(), mask, *pattern, 0.5, form, backend)
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_the_backward(backend, name):
-    mask, diagonal, form = CASES[name]
+    mask, pattern, form = CASES[name]
     q, k, v = tensors()
     with torch.no_grad():
-        output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, mask, diagonal, 0.5, form, backend)
+        output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, mask, *pattern, 0.5, form, backend)
     upstream = torch.randn_like(output), torch.randn_like(normalizer)
     bias = mask is not None and mask.requires_grad
-    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, backend, bias)
+    arguments = (*upstream, q, k, v, mask, output, normalizer, *pattern, 0.5, form, backend, bias)
     torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
 
 
@@ -131,7 +135,7 @@ def test_second_derivatives_with_parts_left_out(backend):
 
 def test_the_autocast_rule_of_the_operator(backend):
     q, k, v = (x.detach() for x in tensors())
-    arguments = (None, None, 0.5, "expressive", backend)
+    arguments = (None, *Pattern(), 0.5, "expressive", backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, *arguments)
     expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)

@@ -4,7 +4,8 @@ from importlib.metadata import version as _version
 
 from . import nn
 from .functional import expressive_attention
+from .varlen import expressive_attention_varlen
 
-__all__ = ["expressive_attention", "nn"]
+__all__ = ["expressive_attention", "expressive_attention_varlen", "nn"]
 
 __version__ = _version("expressive-attention")

@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, brings them to one shape, picks a backend, explains errors."""
+"""The public function: checks its arguments, brings them to one shape, picks a backend and runs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .backends import AUTOMATIC, BACKENDS, reference
-from .backends.problem import Problem, check_form
+from .backends.pattern import Pattern
+from .backends.problem import Problem
+from .checks import (
+    check_lengths,
+    check_mask,
+    check_settings,
+    check_slopes,
+    check_tensors,
+    check_tracing,
+    check_types,
+    check_window,
+)
 
-__all__ = ["expressive_attention"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ALIGNMENTS = ("upper_left", "lower_right")
+__all__ = ["expressive_attention", "run"]
 
 
 class Call(NamedTuple):
@@ -60,6 +68,9 @@ def expressive_attention(
     enable_gqa: bool = False,
     form: str = "expressive",
     causal_alignment: str = "upper_left",
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     return_normalizer: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -78,6 +89,9 @@ def expressive_attention(
     enable_gqa: bool = False,
     form: str = "expressive",
     causal_alignment: str = "upper_left",
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     return_normalizer: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -95,6 +109,9 @@ def expressive_attention(
     enable_gqa: bool = False,
     form: str = "expressive",
     causal_alignment: str = "upper_left",
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     return_normalizer: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -124,7 +141,14 @@ def expressive_attention(
         enable_gqa: Let ``Hq`` be a multiple of ``Hkv``: query head h reads key head ``h // (Hq // Hkv)``.
         form: ``"expressive"`` for f above, ``"squared"`` for its leading order f(z) = z^2.
         causal_alignment: With `is_causal`, ``"upper_left"``: query i sees keys j <= i, as in torch;
-            ``"lower_right"``: j <= i + S - L, for queries that continue a cache.
+            ``"lower_right"``: j <= i + S - L, for queries that continue a cache. It also says what the place p_i of
+            query i is among the keys for the two arguments that follow: i, or i + S - L.
+        window_size: ``(left, right)``: query i sees the keys ``p_i - left <= j <= p_i + right``; -1 is no limit. With
+            `is_causal`, none after its place.
+        alibi_slopes: ALiBi (Press et al., arXiv 2108.12409): weights are multiplied by ``exp(-slope |p_i - j|)``.
+            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0.
+        key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
+            ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
             ``o = (N1 * o1 + N2 * o2) / (N1 + N2)``.
         backend: Name of the backend; None picks the first that supports the call. One asked for by name is
@@ -144,16 +168,11 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            "torch.jit.trace cannot record expressive attention; use torch.compile or torch.export"
-        )
-    _check_types(query=query, key=key, value=value)
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # of which "meta" has none
-        query, key, value = ops.autocast_inputs(query, key, value)
-    _check_tensors(query, key, value)
-    _check_settings(dropout_p, scale, form, causal_alignment, backend)
+    check_tracing()
+    check_types(query=query, key=key, value=value)
+    query, key, value = cast_for_autocast(query, key, value)
+    check_tensors(query, key, value)
+    check_settings(dropout_p, scale, form, causal_alignment, backend)
 
     (rows, width), keys = query.shape[-2:], key.shape[-2]
     dims = max(query.ndim, key.ndim, value.ndim)
@@ -168,97 +187,75 @@ def expressive_attention(
         key, value = _fold_batch(key, batch, kv_heads), _fold_batch(value, batch, kv_heads)
     mask = None
     if attn_mask is not None:
-        _check_mask(attn_mask, query, (*batch, heads, rows, keys))
+        check_mask(attn_mask, query, (*batch, heads, rows, keys))
         mask = _fold_mask(_with_dims(attn_mask, max(dims, 3)), batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    diagonal = None
-    if is_causal:
-        diagonal = keys - rows if causal_alignment == "lower_right" else 0
+    pattern = Pattern(None, 0 if is_causal else None, causal_alignment == "lower_right")
+    if window_size != (-1, -1):
+        check_window(window_size)
+        pattern = with_window(pattern, window_size)
+    if key_lengths is not None:
+        check_lengths("key_lengths", key_lengths, query, keys)
+        pattern = pattern._replace(key_lengths=_expanded("key_lengths", key_lengths, batch).reshape(-1))
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, query, heads)
+        slopes = alibi_slopes.unsqueeze(0)
+        if alibi_slopes.ndim > 1:
+            slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
+        pattern = pattern._replace(slopes=slopes)
+        if mask is not None or slopes.requires_grad:  # no kernel has both, or gradients of slopes
+            mask, _ = pattern._replace(left=None, right=None).as_mask(mask, query, key)
+            pattern = pattern._replace(slopes=None)
 
-    for listener in listeners:
-        listener(Call(query, key, value, mask, diagonal, scale, form))
-    head_dim = max(width, value.shape[-1])
-    chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
-    if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
-        with torch.autocast(query.device.type, enabled=False):
-            results = reference.forward(query, key, value, mask, diagonal, scale, form, dropout_p)
-    else:
-        results = ops.attention(query, key, value, mask, diagonal, scale, form, chosen)
-
+    results = run(query, key, value, mask, pattern, scale, form, dropout_p, backend)
     output, normalizer, peak = results
     shape = (*batch, heads, rows) if dims > 2 else (rows,)
     if dims != 4:
         output = output.reshape(*shape, value.shape[-1])
     if not return_normalizer:
         return output
-    if mask is not None and mask.is_floating_point():
-        normalizer = normalizer * torch.exp(peak)
-    return output, normalizer.reshape(shape)
+    return output, unscaled(normalizer, peak).reshape(shape)
 
 
-# ---- checks ----
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    pattern: Pattern,
+    scale: float,
+    form: str,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak of a call in the shapes of `backends.problem`, by the backend that it takes."""
+    if listeners:
+        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        for listener in listeners:
+            listener(Call(query, key, value, mask, diagonal, scale, form))
+    head_dim = max(query.shape[-1], value.shape[-1])
+    chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
+    if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
+        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.forward(query, key, value, mask, diagonal, scale, form, dropout_p)
+    return ops.attention(query, key, value, attn_mask, pattern, scale, form, chosen)
 
 
-def _check_types(**tensors: object) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value in the dtype of the autocast region, if they are in one."""
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # of which "meta" has none
+        query, key, value = ops.autocast_inputs(query, key, value)
+    return query, key, value
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
-        if x.ndim < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
-    if query.shape[-1] == 0:
-        raise ValueError(f"query must have a head dimension E of at least 1, got shape {tuple(query.shape)}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"key must have the head dimension E = {query.shape[-1]} of query, got shape {tuple(key.shape)}"
-        )
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have the length S = {key.shape[-2]} of key, got shape {tuple(value.shape)}")
+def unscaled(normalizer: Tensor, peak: Tensor) -> Tensor:
+    """The normalizer N of weights with their whole bias; backends leave out its peak."""
+    return normalizer * torch.exp(peak) if peak.shape == normalizer.shape else normalizer
 
 
-def _check_settings(
-    dropout_p: float, scale: float | None, form: str, causal_alignment: str, backend: str | None
-) -> None:
-    if not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    check_form(form)
-    if causal_alignment not in _ALIGNMENTS:
-        raise ValueError(f"causal_alignment must be one of {_ALIGNMENTS}, got {causal_alignment!r}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}")
-
-
-def _check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> None:
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
-        raise ValueError(
-            f"attn_mask must be bool (True: the key takes part) or floating (a bias in log-weight space), "
-            f"got {attn_mask.dtype}"
-        )
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
-    shape = tuple(attn_mask.shape)
-    fits = len(shape) <= len(scores) and all(
-        size in (1, wanted) for size, wanted in zip(shape[::-1], scores[::-1], strict=False)
-    )
-    if not fits:
-        raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
+# ---- shapes ----
 
 
 def _batch_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -316,6 +313,21 @@ def _fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
     if all(size == 1 for size in leading):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.expand(*batch, -1, -1, -1).reshape(math.prod(batch), *mask.shape[-3:])
+
+
+def with_window(pattern: Pattern, window_size: tuple[int, int]) -> Pattern:
+    """The pattern with the limits of the window, within a causal mask, if it has one."""
+    left, right = (None if size == -1 else size for size in window_size)
+    if pattern.right is not None or right is not None:
+        right = min(size for size in (pattern.right, right) if size is not None)
+    return pattern._replace(left=left, right=right)
+
+
+def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:
+        return x.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} must be broadcastable to {shape}, got shape {tuple(x.shape)}") from None
 
 
 # ---- choice of the backend ----

@@ -7,12 +7,16 @@ schema, shapes for tracing (fake), autograd (twice), vmap and autocast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, reference, triton
+from .backends import pattern as patterns
+from .backends.pattern import Pattern
 from .backends.problem import accumulation_dtype, empty_peak
 
 __all__ = ["attention", "autocast_inputs"]
@@ -20,16 +24,23 @@ __all__ = ["attention", "autocast_inputs"]
 _ATTENTION = "expressive_attention::attention"
 _BACKWARD = "expressive_attention::attention_backward"
 
+# The members of a `Pattern`, in their order.
+_PATTERN = (
+    "SymInt? left, SymInt? right, bool lower_right, Tensor? slopes, Tensor? key_lengths, Tensor? query_starts, "
+    "Tensor? key_starts, SymInt longest_query, SymInt longest_key"
+)
+_SIZE = len(Pattern._fields)
+
 torch.library.define(
     _ATTENTION,
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, SymInt? diagonal, float scale, str form, "
+    f"(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, {_PATTERN}, float scale, str form, "
     "str backend) -> (Tensor output, Tensor normalizer, Tensor peak)",
 )
 # The last result is the gradient of the mask, without elements where `mask_gradient` is false.
 torch.library.define(
     _BACKWARD,
     "(Tensor grad_output, Tensor? grad_normalizer, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-    "Tensor output, Tensor normalizer, SymInt? diagonal, float scale, str form, str backend, "
+    f"Tensor output, Tensor normalizer, {_PATTERN}, float scale, str form, str backend, "
     "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -39,25 +50,24 @@ def attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak of one call, by the fused backend of that name."""
-    arguments = (query, key, value, attn_mask, diagonal, scale, form, backend)
+    arguments = (query, key, value, attn_mask, pattern, scale, form, backend)
     if not _is_eager(query, key, value, attn_mask):
-        return torch.ops.expressive_attention.attention(*arguments)
+        return torch.ops.expressive_attention.attention(*arguments[:4], *pattern, *arguments[5:])
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:4] if x is not None):
         return _Attention.apply(*arguments)
     return _run(*arguments)
 
 
-def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors = arguments[:8]
+def _attention_backward(tensors: tuple[Tensor | None, ...], pattern: Pattern, *rest: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() or not _is_eager(*tensors):
-        return torch.ops.expressive_attention.attention_backward(*arguments)
-    return _run_backward(*arguments)
+        return torch.ops.expressive_attention.attention_backward(*tensors, *pattern, *rest)
+    return _run_backward(*tensors, pattern, *rest)
 
 
 def _plain_keys() -> frozenset[int]:
@@ -85,31 +95,51 @@ def _is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
-def _run(query, key, value, attn_mask, diagonal, scale, form, backend):
-    return BACKENDS[backend].forward(query, key, value, attn_mask, diagonal, scale, form)
+def _run(query, key, value, attn_mask, pattern, scale, form, backend):
+    module = BACKENDS[backend]
+    forward = module.forward if module is triton else partial(patterns.forward, module)
+    return forward(query, key, value, attn_mask, pattern, scale, form)
 
 
-def _run_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
-    diagonal, scale, form, backend, mask_gradient = rest
-    dq, dk, dv, dmask = BACKENDS[backend].backward(
-        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, diagonal, scale, form,
+def _run_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, pattern, *rest):
+    scale, form, backend, mask_gradient = rest
+    module = BACKENDS[backend]
+    backward = module.backward if module is triton else partial(patterns.backward, module)
+    dq, dk, dv, dmask = backward(
+        grad_output,
+        grad_normalizer,
+        query,
+        key,
+        value,
+        attn_mask,
+        output,
+        normalizer,
+        pattern,
+        scale,
+        form,
         mask_gradient,
-    )  # fmt: skip
+    )
     return dq, dk, dv, query.new_empty(0) if dmask is None else dmask
 
 
-torch.library.impl(_ATTENTION, "CompositeExplicitAutograd", _run)
-torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _run_backward)
+def _of_operator(run: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable[..., tuple[Tensor, ...]]:
+    """`run` with the arguments of the operator: the members of the pattern come after so many tensors."""
+    return lambda *x: run(*x[:tensors], Pattern(*x[tensors : tensors + _SIZE]), *x[tensors + _SIZE :])
+
+
+torch.library.impl(_ATTENTION, "CompositeExplicitAutograd", _of_operator(_run, 4))
+torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _of_operator(_run_backward, 8))
 
 
 # ---- shapes ----
 
 
 @torch.library.register_fake(_ATTENTION)
-def _(query, key, value, attn_mask, diagonal, scale, form, backend):
+def _(query, key, value, attn_mask, *rest):
     rows = query.shape[:-1]
     normalizer = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
-    return query.new_empty((*rows, value.shape[-1])), normalizer, empty_peak(normalizer, attn_mask)
+    peak = empty_peak(normalizer, attn_mask, Pattern(*rest[:_SIZE]).slopes)
+    return query.new_empty((*rows, value.shape[-1])), normalizer, peak
 
 
 @torch.library.register_fake(_BACKWARD)
@@ -123,22 +153,26 @@ def _(grad_output, grad_normalizer, query, key, value, attn_mask, output, normal
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, diagonal, scale, form, backend = inputs
+    tensors, pattern, settings = inputs[:4], Pattern(*inputs[4 : 4 + _SIZE]), inputs[4 + _SIZE :]
+    _save(ctx, tensors, pattern, settings, output)
+
+
+def _save(
+    ctx: Any, tensors: tuple[Any, ...], pattern: Pattern, settings: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
     ctx.save_for_backward(*tensors, output[0], output[1])
-    ctx.settings = (diagonal, scale, form, backend)
+    ctx.pattern, ctx.settings = pattern, settings
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
-    query, key, value, attn_mask, output, normalizer = ctx.saved_tensors
     mask_gradient = ctx.needs_input_grad[3]
     if grad_output is None:
-        grad_output = torch.zeros_like(output)
+        grad_output = torch.zeros_like(ctx.saved_tensors[4])
     dq, dk, dv, dmask = _attention_backward(
-        grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *ctx.settings,
-        mask_gradient,
-    )  # fmt: skip
-    return dq, dk, dv, dmask if mask_gradient else None, None, None, None, None
+        (grad_output, grad_normalizer, *ctx.saved_tensors), ctx.pattern, *ctx.settings, mask_gradient
+    )
+    return dq, dk, dv, dmask if mask_gradient else None, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 torch.library.register_autograd(_ATTENTION, _backward, setup_context=_setup)
@@ -151,7 +185,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not by setup_context, for which torch binds the arguments to a signature at every call.
         results = _run(*arguments)
-        _setup(ctx, arguments, results)
+        _save(ctx, arguments[:4], arguments[4], arguments[5:], results)
         return results
 
     @staticmethod
@@ -161,24 +195,25 @@ class _Attention(torch.autograd.Function):
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[8:]
+    ctx.pattern, ctx.settings = Pattern(*inputs[8 : 8 + _SIZE]), inputs[8 + _SIZE :]
     ctx.set_materialize_grads(False)
 
 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
-    diagonal, scale, form, _, mask_gradient = ctx.settings
+    scale, form, _, mask_gradient = ctx.settings
     names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
-        output, normalizer, _ = reference.forward(
-            leaves["query"], leaves["key"], leaves["value"], leaves.get("attn_mask"), diagonal, scale, form
-        )
+        inputs = (leaves["query"], leaves["key"], leaves["value"])
+        mask, diagonal = ctx.pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
+        output, normalizer, _ = reference.forward(*inputs, mask, diagonal, scale, form)
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
-        inputs = [leaves[name] for name in ("query", "key", "value", *(["attn_mask"] if mask_gradient else []))]
+        if mask_gradient:
+            inputs = (*inputs, leaves["attn_mask"])
         first = torch.autograd.grad(outputs, inputs, grads, create_graph=True)
         pairs = [(y, g) for y, g in zip(first, upstream, strict=False) if g is not None]
         wanted = [name for name, x in leaves.items() if x.requires_grad]
@@ -186,7 +221,7 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
             [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
         )
     by_name = dict(zip(wanted, second, strict=True))
-    return *(by_name.get(name) for name in names), *(None,) * 7
+    return *(by_name.get(name) for name in names), *(None,) * (len(ctx.needs_input_grad) - len(names))
 
 
 torch.library.register_autograd(_BACKWARD, _backward_twice, setup_context=_setup_twice)
@@ -198,7 +233,7 @@ torch.library.register_autograd(_BACKWARD, _backward_twice, setup_context=_setup
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any):
     operator = torch.ops.expressive_attention.attention
     folded, size = _fold(info.batch_size, in_dims, args, tensors=4)
-    return _unfold(operator(*folded, *args[4:]), info.batch_size, size), (0, 0, 0)
+    return _unfold(operator(*folded), info.batch_size, size), (0, 0, 0)
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
@@ -212,7 +247,7 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
         args = (*args[:5], rows, *args[6:])
         in_dims = (*in_dims[:5], 0, *in_dims[6:])
     folded, size = _fold(info.batch_size, in_dims, args, tensors=8)
-    *gradients, dmask = operator(*folded, *args[8:])
+    *gradients, dmask = operator(*folded)
     gradients = _unfold(gradients, info.batch_size, size)
     if not mask_gradient:
         return (*gradients, dmask), (0, 0, 0, None)
@@ -225,13 +260,20 @@ def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], tensors: int) -> tuple[list[Any], int]:
-    """The first `tensors` arguments with the mapped dimension folded into dimension 0, and that one's size."""
-    fronts = [
-        None if x is None else _to_front(x, dim, size) for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
-    ]
-    batch = max(x.shape[1] for x in fronts if x is not None)
-    # Only a mask can have a batch dimension of one beside others: it is broadcast.
-    return [None if x is None else x.expand(-1, batch, *x.shape[2:]).flatten(0, 1) for x in fronts], batch
+    """The arguments with the mapped dimension folded into dimension 0, and that one's size.
+
+    Those with such a dimension are the first `tensors`, slopes and key lengths.
+    """
+    if args[tensors + Pattern._fields.index("query_starts")] is not None:
+        raise NotImplementedError("torch.vmap over sequences of variable length is not implemented")
+    places = [*range(tensors), *(tensors + Pattern._fields.index(name) for name in ("slopes", "key_lengths"))]
+    fronts = {i: _to_front(args[i], in_dims[i], size) for i in places if args[i] is not None}
+    batch = max(x.shape[1] for x in fronts.values())
+    folded = list(args)
+    for i, x in fronts.items():
+        # Only a mask and slopes can have a batch dimension of one beside others: they are broadcast.
+        folded[i] = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
+    return folded, batch
 
 
 def _unfold(results: Any, size: int, batch: int) -> tuple[Tensor, ...]:
@@ -254,7 +296,7 @@ def autocast_inputs(*tensors: Tensor) -> list[Tensor]:
 def _autocast(query, key, value, *rest):
     query, key, value = autocast_inputs(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
-        return attention(query, key, value, *rest)
+        return torch.ops.expressive_attention.attention(query, key, value, *rest)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):

@@ -10,11 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from expressive_attention.backends.pattern import Pattern
 from expressive_attention.backends.triton import launch
 
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
+CAUSAL = Pattern(right=0)
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 done = set()
 
@@ -53,11 +56,11 @@ def compile_only(kernel, grid, tile, arguments, **more):
     sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared}\n")
 
 
-def attend(dtype, width, mask=None, diagonal=None, length=512, form="expressive"):
-    """Forward and backward, for two query heads that share a key head."""
-    query = torch.empty(1, 2, length, width, dtype=dtype)
+def attend(dtype, width, mask=None, pattern=CAUSAL, length=512, form="expressive", groups=2):
+    """Forward and backward, for query heads that share a key head."""
+    query = torch.empty(1, groups, length, width, dtype=dtype)
     key = value = torch.empty(1, 1, 512, width, dtype=dtype)
-    settings = (diagonal, 0.125, form)
+    settings = (pattern, 0.125, form)
     output, normalizer, _ = launch.forward(query, key, value, mask, *settings)
     has_bias = mask is not None and mask.dtype != torch.bool
     launch.backward(output, normalizer, query, key, value, mask, output, normalizer, *settings, has_bias)
@@ -66,10 +69,19 @@ def attend(dtype, width, mask=None, diagonal=None, length=512, form="expressive"
 launch._run = compile_only
 launch._processors = lambda device: 128  # as many as let decoding split the keys
 BIAS = torch.zeros(1, 2, 512, 512)
-attend(torch.bfloat16, 64, None, 0)
-attend(torch.bfloat16, 128, BIAS > 0, form="squared")
-attend(torch.bfloat16, 64, length=1)
-attend(torch.float16, 128, BIAS, 0)
-attend(torch.float32, 64, None, 0)
-attend(torch.bfloat16, 256, BIAS, 0)
-attend(torch.float32, 256, BIAS)
+SLOPES = torch.ones(1, 2)
+STARTS = torch.tensor([0, 200, 512], dtype=torch.int32)
+PACKED = {"query_starts": STARTS, "key_starts": STARTS, "longest_query": 312, "longest_key": 312}
+LENGTHS = torch.tensor([300])
+attend(torch.bfloat16, 64)
+attend(torch.bfloat16, 128, BIAS > 0, Pattern(), form="squared")
+attend(torch.bfloat16, 64, pattern=Pattern(), length=1)
+attend(torch.float16, 128, BIAS)
+attend(torch.float32, 64)
+attend(torch.bfloat16, 256, BIAS)
+attend(torch.float32, 256, BIAS, Pattern())
+attend(torch.bfloat16, 128, pattern=Pattern(right=0, lower_right=True, **PACKED))
+attend(torch.bfloat16, 128, pattern=Pattern(left=128, right=0, slopes=SLOPES[:, :1]), groups=1)
+attend(torch.float16, 64, pattern=Pattern(slopes=SLOPES, **PACKED))
+attend(torch.bfloat16, 64, BIAS, Pattern(left=128, key_lengths=LENGTHS))
+attend(torch.bfloat16, 128, pattern=Pattern(right=0, lower_right=True, key_lengths=LENGTHS), length=1)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from expressive_attention import expressive_attention
+from expressive_attention import expressive_attention, expressive_attention_varlen
 from expressive_attention.backends import triton
+from expressive_attention.backends.pattern import Pattern
 from expressive_attention.backends.problem import Problem
 from tests.budget import Case, assert_within_budget
 from tests.problems import problems
@@ -63,8 +64,10 @@ def split_keys(shortest=16):
 
 
 def on_device(case):
+    moved = {name: getattr(case, name).to(DEVICE) for name in ("query", "key", "value")}
     mask = None if case.mask is None else case.mask.to(DEVICE)
-    return replace(case, query=case.query.to(DEVICE), key=case.key.to(DEVICE), value=case.value.to(DEVICE), mask=mask)
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.settings.items()}
+    return replace(case, **moved, mask=mask, settings=options)
 
 
 def judge(*arguments, **more):
@@ -79,7 +82,7 @@ def tensors(dtype, *shapes, seed=0):
 SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problems(largest=16), SIZES, SIZES)
 def test_random_problems_within_budget(case, forward, backward):
     assume(case.query.dtype != torch.float64)
@@ -126,6 +129,19 @@ def test_decoding_adds_the_parts(dtype, form, bias):
     assert parts == [4]
 
 
+@pytest.mark.parametrize("lengths", [[0, 99], [60, 33]])
+@pytest.mark.parametrize("slopes", [False, True])
+def test_decoding_against_a_cache_that_is_filled_in_part(lengths, slopes):
+    """With a window, which hides whole parts of it."""
+    q, k, v = tensors(torch.bfloat16, (2, 4, 2, 20), (2, 2, 99, 20), (2, 2, 99, 12))
+    options = {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True, "window_size": (40, -1)}
+    options["key_lengths"] = torch.tensor(lengths)
+    options |= {"alibi_slopes": torch.tensor([0.1, 0.5, 1.0, 3.0])} if slopes else {}
+    with split_keys() as parts:
+        judge(q, k, v, None, options)
+    assert parts == [4]
+
+
 @pytest.mark.parametrize("programs", [1, 3, 16, 1000])
 @pytest.mark.parametrize("keys", [0, 1, 512, 1023, 1025, 100_000])
 def test_parts_cover_the_keys(programs, keys):
@@ -140,6 +156,68 @@ def test_gradients_of_masks_of_all_shapes(shape):
     q, k, v = tensors(torch.bfloat16, (2, 4, 19, 8), (2, 2, 21, 8), (2, 2, 21, 8))
     with tiles((32, 32), (16, 16)):
         judge(q, k, v, torch.randn(shape), {"is_causal": True, "enable_gqa": True})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("window", [(-1, -1), (30, 20), (-1, 0)])
+def test_slopes_in_tiles_of_all_kinds(window, heads, dtype):
+    """Tiles before the places of all of their rows, among them and after them; heads that share keys or do not."""
+    q, k, v = tensors(dtype, (1, heads, 70, 16), (1, 2, 90, 16), (1, 2, 90, 16))
+    options = {"window_size": window, "alibi_slopes": torch.tensor([0.01, 0.2, 1.0, 40.0][:heads]), "enable_gqa": True}
+    with tiles((16, 16), (16, 16)):
+        judge(q, k, v, None, {**options, "causal_alignment": "lower_right"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": (9, 2)}, {"slopes": True}, {"used": True}])
+def test_packed_sequences_have_the_bits_of_each_alone(options, dtype):
+    lengths = [(40, 33), (0, 7), (1, 50), (18, 0), (17, 17)]
+    cu_q, cu_k = (torch.tensor([0, *(pair[i] for pair in lengths)], device=DEVICE).cumsum(0) for i in (0, 1))
+    q, k, v, do = (x.requires_grad_() for x in tensors(dtype, (80, 4, 16), (110, 2, 16), (110, 2, 8), (80, 4, 8)))
+    own = {name: x for name, x in options.items() if name == "window_size"}
+    causal, slopes, used = options.get("causal", False), None, None
+    if options.get("slopes"):
+        slopes = torch.linspace(0.1, 2, 20, device=DEVICE).view(5, 4)
+    if options.get("used"):
+        used = torch.tensor([20, 7, 60, 0, 3], device=DEVICE, dtype=torch.int32)
+    with tiles((16, 32), (32, 16)):
+        output, normalizer = expressive_attention_varlen(
+            q, k, v, cu_q, cu_k, 40, 50, causal=causal, alibi_slopes=slopes, seqused_k=used, return_normalizer=True,
+            backend="triton", **own,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output, (q, k, v), do)
+        for b, (length, keys) in enumerate(lengths):
+            rows, columns = slice(cu_q[b], cu_q[b] + length), slice(cu_k[b], cu_k[b] + keys)
+            leaves = [x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, columns), (v, columns))]
+            alone, total = expressive_attention(
+                *leaves, is_causal=causal, causal_alignment="lower_right", enable_gqa=True, return_normalizer=True,
+                alibi_slopes=None if slopes is None else slopes[b],
+                key_lengths=None if used is None else used[b : b + 1].clamp(max=keys), backend="triton", **own,
+            )  # fmt: skip
+            wanted = torch.autograd.grad(alone, leaves, do[rows].transpose(0, 1)[None])
+            assert torch.equal(output[rows], alone[0].transpose(0, 1))
+            assert torch.equal(normalizer[:, rows], total[0])
+            for whole, part, want in zip(gradients, (rows, columns, columns), wanted, strict=True):
+                assert torch.equal(whole[part], want[0].transpose(0, 1))
+    beside = [whole[end:] for whole, end in zip((output, *gradients), (76, 76, 107, 107), strict=True)]
+    assert all(x.numel() and x.abs().max() == 0 for x in beside)
+
+
+@pytest.mark.parametrize("kind", ["slopes", "window", "lengths"])
+def test_lost_rows_of_patterns(kind):
+    """Rows that are computed once more see the same keys, at the same distance."""
+    q, k, v = tensors(torch.float32, (2, 4, 6, 8), (2, 2, 20, 8), (2, 2, 20, 5), seed=4)
+    q[0, 1:] *= torch.tensor([1e-18, 1.0, 1e18, 0.0, 1e-9, 1e9], device=DEVICE)[:, None]
+    options = {
+        "slopes": {"alibi_slopes": torch.tensor([0.1, 0.5, 1.0, 3.0])},
+        "window": {"window_size": (5, 1)},
+        "lengths": {"key_lengths": torch.tensor([7, 20]), "is_causal": True},
+    }[kind]
+    with tiles((16, 16), (16, 16)):
+        judge(
+            q, k, v, None, {**options, "enable_gqa": True, "causal_alignment": "lower_right"}, through_normalizer=False
+        )
 
 
 @pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])
@@ -317,22 +395,24 @@ def test_a_call_by_name_says_why_it_declines():
 
 
 MASKS = {
-    "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, 1, "squared"),
-    "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), 0, "expressive"),
+    "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, Pattern(right=1), "squared"),
+    "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), Pattern(right=0), "expressive"),
+    "slopes": (None, Pattern(left=3, lower_right=True, slopes=torch.rand(1, 4, device=DEVICE)), "expressive"),
 }
 
 
 @pytest.mark.parametrize("name", list(MASKS))
 def test_opcheck(name):
-    mask, diagonal, form = MASKS[name]
-    mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
+    mask, pattern, form = MASKS[name]
+    if mask is not None:
+        mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, (2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3)))
     operators = torch.ops.expressive_attention
-    torch.library.opcheck(operators.attention.default, (q, k, v, mask, diagonal, 0.5, form, "triton"))
+    torch.library.opcheck(operators.attention.default, (q, k, v, mask, *pattern, 0.5, form, "triton"))
     with torch.no_grad():
-        output, normalizer, _ = operators.attention(q, k, v, mask, diagonal, 0.5, form, "triton")
+        output, normalizer, _ = operators.attention(q, k, v, mask, *pattern, 0.5, form, "triton")
     upstream = torch.randn_like(output), torch.randn_like(normalizer)
-    arguments = (*upstream, q, k, v, mask, output, normalizer, diagonal, 0.5, form, "triton", name == "bias")
+    arguments = (*upstream, q, k, v, mask, output, normalizer, *pattern, 0.5, form, "triton", name == "bias")
     torch.library.opcheck(operators.attention_backward.default, arguments)
 
 
@@ -378,7 +458,7 @@ def test_the_twin_of_the_benchmark_is_softmax(causal):
     """Our kernels with exp in the place of f, over lengths that end inside of a tile."""
     inputs = [x.requires_grad_() for x in tensors(torch.float32, (1, 2, 41, 8), (1, 2, 39, 8), (1, 2, 39, 8))]
     (do,) = tensors(torch.float32, (1, 2, 41, 8), seed=1)
-    settings = (0 if causal else None, 0.3, "exponential")
+    settings = (Pattern(right=0 if causal else None), 0.3, "exponential")
     with torch.no_grad():
         output, normalizer, _ = triton.forward(*inputs, None, *settings)
         got = triton.backward(do, None, *inputs, None, output, normalizer, *settings, False)

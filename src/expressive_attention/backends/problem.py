@@ -3,7 +3,7 @@
 Inside the library every call has one shape: query ``(B, Hq, L, E)``, key ``(B, Hkv, S, E)``, value
 ``(B, Hkv, S, Ev)`` with ``Hq % Hkv == 0``, and a mask ``(B | 1, Hq | 1, L | 1, S | 1)`` or None. Causality is
 one integer, `diagonal`: query i sees key j if and only if ``j <= i + diagonal`` (0: aligned to the upper
-left, ``S - L``: to the lower right, None: not causal).
+left, ``S - L``: to the lower right, None: not causal). A `pattern.Pattern` says more.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_peak(normalizer: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Memory for the peaks ``(B, Hq, L)`` of rows; without a float mask there are none, ``(B, Hq, 0)``."""
-    has_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+def empty_peak(normalizer: Tensor, attn_mask: Tensor | None, slopes: Tensor | None = None) -> Tensor:
+    """Memory for the peaks ``(B, Hq, L)`` of rows; without a float mask or slopes there are none, ``(B, Hq, 0)``."""
+    has_bias = slopes is not None or (attn_mask is not None and attn_mask.dtype != torch.bool)
     return normalizer.new_empty(normalizer.shape if has_bias else (*normalizer.shape[:-1], 0))
 
 

@@ -55,14 +55,14 @@ _MISSING = _missing()  # found out with the package, so that a call, and what co
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, of the arguments of `reference.forward`."""
+    """Output, normalizer and peak, of the arguments of `pattern.forward` after the first."""
     from . import launch  # not before it is needed: importing triton takes its time
 
     return launch.forward(*arguments)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `blockwise.backward`."""
+    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `pattern.backward`."""
     from . import launch
 
     return launch.backward(*arguments)

@@ -21,13 +21,17 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    ALIBI,
     FLOAT,
     NO_MASK,
     add,
     any_of,
     cast,
+    decay,
     head_of,
     is_lost,
+    key_ranges,
+    largest,
     load_mask,
     load_rows,
     mask_rows,
@@ -36,6 +40,8 @@ from .tiles import (
     product,
     quotient,
     scaled,
+    sees,
+    sequence_of,
     unit,
     visible_keys,
     weight_and_half_slope,
@@ -48,13 +54,13 @@ __all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
 @triton.jit
 def _mean(
     q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
-    scale, diagonal, keys, width, value_width,
-    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    scale, band, keys, width, value_width, first, last,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w_ij dO_i . v_j of rows."""
+    """sum_j w_ij dO_i . v_j of rows, over the keys from `first` to `last`."""
     mean = tl.full((q.shape[0],), 0.0, tl.float32)
-    for start in range(0, keys, BLOCK_N):
+    for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
@@ -64,21 +70,24 @@ def _mean(
         zero = tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32)
         z = product(q, tl.trans(k), zero, PRECISION) * scale
         weight, _ = weight_and_half_slope(z, FORM, True)
-        visible = exist[:, None] & inside[None, :]
-        if CAUSAL:
-            visible = visible & (j[None, :] <= position[:, None] + diagonal)
-        tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
+        visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
+        tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
         weight = masked(weight, tile, peak[:, None], visible, MASK)
         mean += add(weight * product(do, tl.trans(v), zero, PRECISION), 1)
     return mean
 
 
-@triton.jit(do_not_specialize=["mask_strides", "lowest", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"])
+@triton.jit(
+    do_not_specialize=[
+        "mask_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "plane",
+    ]
+)  # fmt: skip
 def row_kernel(
-    query, key, value, mask, peaks, grad_output, grad_normalizer, outputs, normalizers, stats,
+    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    grad_output, grad_normalizer, outputs, normalizers, stats,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, lowest, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
@@ -90,38 +99,45 @@ def row_kernel(
     TYPE: tl.constexpr = query.dtype.element_ty
     program = tl.program_id(0)
     tile = program % tiles
-    batch, kv_head = head_of(program // tiles, kv_heads)
-    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    sequence, kv_head = head_of(program // tiles, kv_heads)
+    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    if query_starts is not None:
+        if tile * BLOCK_M >= own_length * GROUPS:
+            return
+    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + position
-    rows = mask_rows(mask, mask_strides, batch, head, position)
-    offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+    rows = mask_rows(mask, mask_strides, sequence, head, position)
+    offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
     do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
-    offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+    offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     query += batch * query_strides[0]
-    key += batch * key_strides[0] + kv_head * key_strides[1]
-    value += batch * value_strides[0] + kv_head * value_strides[1]
+    key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
+    value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     peak = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MASK == FLOAT:
+    if MASK >= FLOAT:
         peak = tl.load(peaks + index, mask=exist, other=0.0)
     dn = tl.full((BLOCK_M,), 0.0, tl.float32)
     if grad_normalizer is not None:
         dn = tl.load(grad_normalizer + index, mask=exist, other=0.0)
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
 
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    count = visible_keys(position, rows, exist, mask_stride, diagonal, keys, CAUSAL, MASK)
+    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, CAUSAL, WINDOW, MASK)
     is_wide = exist & is_lost(normalizer, lowest) & (count > 0)
     inverse = tl.where(is_wide, 0.0, quotient(1.0, normalizer))
     coefficient = tl.where(count > 1, inverse, 0.0)
     if EXACT:
         q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
+        last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
+        first, _whole, _end, last = key_ranges(
+            0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
+        )
         mean = _mean(
             q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
-            scale, diagonal, last, width, value_width,
-            CAUSAL, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
+            scale, band, own_keys, width, value_width, first, last,
+            CAUSAL, WINDOW, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         mean = mean * inverse
     else:
@@ -141,10 +157,10 @@ def row_kernel(
 @triton.jit
 def _query_tiles(
     dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-    key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
+    key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, keys,
     width, value_width, first, last,
-    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last`, as `forward_pass._add_keys`."""
@@ -165,11 +181,14 @@ def _query_tiles(
         else:
             z = product(q, tl.trans(k), zero, PRECISION) * scale
             _, slope = weight_and_half_slope(z, FORM, False)
-        if BOUNDARY or MASK != NO_MASK:
+        if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
+            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
+            slope = slope * by_row[:, None] * by_key[None, :]
+        elif BOUNDARY or MASK != NO_MASK:
             visible = exist[:, None] & inside[None, :]
-            if BOUNDARY and CAUSAL:
-                visible = visible & (j[None, :] <= position[:, None] + diagonal)
-            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
+            if BOUNDARY:
+                visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
+            tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             slope = masked(slope, tile, peak[:, None], visible, MASK)
         g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
         dq = product(cast(slope * g, SLOPE), cast(k, SLOPE), dq, PRECISION)
@@ -177,27 +196,36 @@ def _query_tiles(
 
 
 @triton.jit(
-    do_not_specialize=["mask_strides", "scale_exponent", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"]
-)
+    do_not_specialize=[
+        "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
+        "plane",
+    ]
+)  # fmt: skip
 def query_kernel(
-    query, key, value, mask, peaks, grad_output, stats, lost, gradient,
+    query, key, value, mask, peaks, query_starts, key_starts, key_lengths, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and batch."""
+    """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and sequence."""
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     if WIDE:
         if tl.load(lost + program // tiles) == 0:
             return
-    batch, kv_head = head_of(program // tiles, kv_heads)
-    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    sequence, kv_head = head_of(program // tiles, kv_heads)
+    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    if query_starts is not None:
+        if tile * BLOCK_M >= own_length * GROUPS:
+            return
+    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + position
+    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
     coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
     shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
     store = exist
@@ -206,37 +234,43 @@ def query_kernel(
         if not any_of(store):
             return
     peak = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MASK == FLOAT:
+    if MASK >= FLOAT:
         peak = tl.load(peaks + index, mask=exist, other=0.0)
-    rows = mask_rows(mask, mask_strides, batch, head, position)
-    offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+    rows = mask_rows(mask, mask_strides, sequence, head, position)
+    offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
     q_exponent, row_exponent = position * 0, position * 0
     if WIDE:
         q, q_exponent = unit(q)
         row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)
-    offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+    offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
     do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
 
-    last, whole = keys, keys
-    if CAUSAL:
-        last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
-        whole = tl.minimum(last, tile * BLOCK_M // GROUPS + diagonal + 1)
-    whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
+    last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
+    first, whole, whole_last, last = key_ranges(
+        0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
+    )
     dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
-    key += batch * key_strides[0] + kv_head * key_strides[1]
-    value += batch * value_strides[0] + kv_head * value_strides[1]
+    key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
+    value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
+    if WINDOW:
+        dq = _query_tiles(
+            dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+            key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
+            width, value_width, first, whole,
+            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
     dq = _query_tiles(
         dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
-        width, value_width, 0, whole,
-        CAUSAL, FORM, MASK, False, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
+        width, value_width, whole, whole_last,
+        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq = _query_tiles(
         dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, diagonal, keys,
-        width, value_width, whole, last,
-        CAUSAL, FORM, MASK, True, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
+        width, value_width, whole_last, last,
+        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq = dq * (2.0 * scale)
     if WIDE:
@@ -251,24 +285,24 @@ def query_kernel(
 
 @triton.jit
 def _key_value_tiles(
-    dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
+    dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
     query_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, first, last,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width, plane, first, last,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    BOUNDARY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
     for tile in range(first, last):
-        position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+        position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
         head = kv_head * GROUPS + member
-        index = (batch * kv_heads * GROUPS + head) * length + position
+        index = (batch * kv_heads * GROUPS + head) * length + first_row + position
         inverse = tl.load(stats + index, mask=exist, other=0.0)
         coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
         shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-        offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+        offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
         q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, k.dtype)
-        offset = head * grad_strides[1] + position.to(tl.int64) * grad_strides[2]
+        offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
         do = load_rows(
             grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, k.dtype
         )
@@ -284,15 +318,19 @@ def _key_value_tiles(
         else:
             z = product(k, tl.trans(q), zero, PRECISION) * scale
             weight, slope = weight_and_half_slope(z, FORM, False)
-        if (BOUNDARY and CAUSAL) or MASK != NO_MASK:
-            visible = exist[None, :] & inside[:, None]
-            if BOUNDARY and CAUSAL:
-                visible = visible & (j[:, None] <= position[None, :] + diagonal)
-            peak = tl.full((BLOCK_M,), 0.0, tl.float32)
-            if MASK == FLOAT:
-                peak = tl.load(peaks + index, mask=exist, other=0.0)
-            rows = mask_rows(mask, mask_strides, batch, head, position)
-            bias = load_mask(rows[None, :], j[:, None], mask_stride, visible, MASK)
+        rows = mask_rows(mask, mask_strides, sequence, head, position)
+        peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+        if MASK >= FLOAT:
+            peak = tl.load(peaks + index, mask=exist, other=0.0)
+        if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
+            by_row, by_key = decay(rows, position + band[0], j, peak, largest(j, 0))
+            factor = by_row[None, :] * by_key[:, None]
+            weight, slope = weight * factor, slope * factor
+        elif BOUNDARY or MASK != NO_MASK:
+            visible = exist[None, :] & (j < keys)[:, None]
+            if BOUNDARY:
+                visible = sees(j[:, None], position[None, :], exist[None, :], keys, band, CAUSAL, WINDOW)
+            bias = load_mask(rows[None, :], position[None, :] + band[0], j[:, None], mask_stride, visible, MASK)
             weight = masked(weight, bias, peak[None, :], visible, MASK)
             slope = masked(slope, bias, peak[None, :], visible, MASK)
         # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
@@ -304,63 +342,95 @@ def _key_value_tiles(
 
 
 @triton.jit(
-    do_not_specialize=["mask_strides", "scale_exponent", "diagonal", "length", "keys", "kv_heads", "tiles", "plane"]
-)
+    do_not_specialize=[
+        "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
+        "plane",
+    ]
+)  # fmt: skip
 def key_value_kernel(
-    query, key, value, mask, peaks, grad_output, stats, lost, grad_key, grad_value,
+    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    grad_output, stats, lost, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, diagonal, length, keys, kv_heads, width, value_width, tiles, plane,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of key and value: one program per tile of keys, key head and batch, over all rows of its group."""
+    """The gradients of key and value: one program per tile of keys, key head and sequence, over all of its rows."""
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     start = program % tiles * BLOCK_N  # with a causal mask, the longest first
     if WIDE:
         if tl.load(lost + program // tiles) == 0:
             return
-    batch, kv_head = head_of(program // tiles, kv_heads)
+    sequence, kv_head = head_of(program // tiles, kv_heads)
+    batch, first_row, first_key, own_length, room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    if query_starts is not None:
+        if start >= room:
+            return
     j = start + tl.arange(0, BLOCK_N)
-    inside = j < keys
+    inside = j < own_keys
+    row = (first_key + j).to(tl.int64)
     k = load_rows(
         key + batch * key_strides[0] + kv_head * key_strides[1],
-        j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
+        row * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
     )  # fmt: skip
     v = load_rows(
         value + batch * value_strides[0] + kv_head * value_strides[1],
-        j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
+        row * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
     )  # fmt: skip
 
     k_exponent = j * 0
     if WIDE:
         k, k_exponent = unit(k)
-    last = (length * GROUPS + BLOCK_M - 1) // BLOCK_M
+    # Tiles of rows: the first that has a row that sees one of the keys, those whose rows see them all, and the last.
+    last = (own_length * GROUPS + BLOCK_M - 1) // BLOCK_M
+    if start >= own_keys:
+        last = last * 0
     first, whole = last * 0, last * 0
-    if CAUSAL:  # the first row that sees the first key, and the first that sees them all
-        first = tl.minimum(last, tl.maximum(start - diagonal, 0) * GROUPS // BLOCK_M)
-        whole = (tl.maximum(start + BLOCK_N - 1 - diagonal, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
-        whole = tl.minimum(last, whole)
+    end = start + BLOCK_N - 1
+    if CAUSAL:
+        first = tl.maximum(start - band[1], 0) * GROUPS // BLOCK_M
+        whole = (tl.maximum(end - band[1], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
+    if MASK == ALIBI:
+        whole = tl.maximum(whole, (tl.maximum(end - band[0], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
+    whole_last = last
+    if WINDOW:
+        whole_last = tl.minimum(last, tl.maximum(start - band[2] + 1, 0) * GROUPS // BLOCK_M)
+        last = tl.minimum(last, (tl.maximum(end - band[2] + 1, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
+    first = tl.minimum(first, last)
+    whole = tl.minimum(tl.maximum(first, whole), last)
+    whole_last = tl.maximum(whole, whole_last)
     dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
     dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
-        query_strides, grad_strides, mask_strides, mask_stride,
-        scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, first, whole,
-        GROUPS, CAUSAL, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
+        dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
+        query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+        length, own_length, kv_heads, width, value_width, plane, first, whole,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, peaks, grad_output, stats, batch, kv_head, j, inside,
-        query_strides, grad_strides, mask_strides, mask_stride,
-        scale, scale_exponent, k_exponent, diagonal, length, kv_heads, width, value_width, plane, whole, last,
-        GROUPS, CAUSAL, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
+        dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
+        query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+        length, own_length, kv_heads, width, value_width, plane, whole, whole_last,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
+    if WINDOW:
+        dk, dv = _key_value_tiles(
+            dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
+            query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+            length, own_length, kv_heads, width, value_width, plane, whole_last, last,
+            GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE,
+            BLOCK_M, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
     dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
-    row = (batch * kv_heads + kv_head) * keys + j
+    row += (batch * kv_heads + kv_head) * keys
     column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
     place = grad_key + row[:, None] * width + column[None, :]
     value_place = grad_value + row[:, None] * value_width + value_column[None, :]
+    inside = j < room
     mask_k = inside[:, None] & (column < width)[None, :]
     mask_v = inside[:, None] & (value_column < value_width)[None, :]
     if WIDE:

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    ALIBI,
     FLOAT,
     add,
     cast,
     head_of,
+    key_ranges,
     largest,
     load_mask,
     load_rows,
@@ -21,6 +23,8 @@ from .tiles import (
     masked,
     positions,
     product,
+    sees,
+    sequence_of,
     unit,
     weight_and_half_slope,
     wide_weight_and_half_slope,
@@ -29,31 +33,45 @@ from .tiles import (
 __all__ = ["bias_gradient_kernel", "peak_kernel"]
 
 
-@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles"])
+@triton.jit(do_not_specialize=["mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles"])
 def peak_kernel(
-    mask, peaks, mask_strides, mask_stride, diagonal, length, keys, kv_heads, tiles,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    mask, peaks, query_starts, key_starts, key_lengths, mask_strides, mask_stride,
+    right, left, lower_right, length, keys, kv_heads, tiles,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The largest bias that each row sees, as `problem.row_peak`."""
     program = tl.program_id(0)
     tile = program % tiles
-    batch, kv_head = head_of(program // tiles, kv_heads)
-    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    sequence, kv_head = head_of(program // tiles, kv_heads)
+    batch, first_row, _first_key, own_length, _room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
-    rows = mask_rows(mask, mask_strides, batch, head, position)
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for start in range(0, last, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)[None, :]
-        visible = exist[:, None] & (j < keys)
+    rows = mask_rows(mask, mask_strides, sequence, head, position)
+    if MASK == ALIBI:
+        place = position + band[0]
+        lowest, highest = position * 0, position * 0 + own_keys - 1
         if CAUSAL:
-            visible = visible & (j <= position[:, None] + diagonal)
-        bias = load_mask(rows[:, None], j, mask_stride, visible, FLOAT)
-        peak = tl.maximum(peak, largest(bias, 1))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    tl.store(peaks + (batch * kv_heads * GROUPS + head) * length + position, peak, mask=exist)
+            highest = tl.minimum(highest, position + band[1])
+        if WINDOW:
+            lowest = tl.maximum(lowest, position + band[2])
+        nearest = tl.minimum(tl.maximum(place, lowest), highest)
+        peak = tl.where(lowest <= highest, -tl.load(rows) * tl.abs(place - nearest).to(tl.float32), 0.0)
+    else:
+        last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
+        first, _whole, _end, last = key_ranges(
+            0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
+        )
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        for start in range(first, last, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)[None, :]
+            visible = sees(j, position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
+            bias = load_mask(rows[:, None], j, j, mask_stride, visible, FLOAT)
+            peak = tl.maximum(peak, largest(bias, 1))
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+    tl.store(peaks + (batch * kv_heads * GROUPS + head) * length + first_row + position, peak, mask=exist)
 
 
 @triton.jit(
@@ -61,7 +79,9 @@ def peak_kernel(
         "mask_strides",
         "mask_shape",
         "scale_exponent",
-        "diagonal",
+        "right",
+        "left",
+        "lower_right",
         "length",
         "keys",
         "heads",
@@ -70,11 +90,11 @@ def peak_kernel(
     ]
 )
 def bias_gradient_kernel(
-    query, key, value, mask, peaks, grad_output, stats, lost, gradient,
+    query, key, value, mask, peaks, key_lengths, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
-    scale, scale_exponent, diagonal, length, keys, heads, batches, width, value_width, plane,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
+    scale, scale_exponent, right, left, lower_right, length, keys, heads, batches, width, value_width, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """dbias_ij = w_ij (dO_i . v_j / N_i - shift_i) of a tile of the mask, summed over all that it is repeated for.
@@ -100,6 +120,9 @@ def bias_gradient_kernel(
 
     sums = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for batch in range(first_batch, last_batch):
+        _batch, _row, _key, _length, _room, own_keys, band = sequence_of(
+            batch, length, keys, right, left, lower_right, None, None, key_lengths, CAUSAL, WINDOW
+        )
         for head in range(first_head, last_head):
             start_row, stop_row = first_row, last_row
             if WIDE:
@@ -121,12 +144,14 @@ def bias_gradient_kernel(
                     grad_output + batch * grad_strides[0] + head * grad_strides[1],
                     position.to(tl.int64) * grad_strides[2], exist, grad_strides[3], value_width, BLOCK_EV, TYPE,
                 )  # fmt: skip
-                stop_key = last_key
+                start_key, stop_key = first_key, tl.minimum(last_key, own_keys)
                 if CAUSAL:
-                    stop_key = tl.minimum(last_key, tl.minimum(row + BLOCK_M, length) + diagonal)
-                for start in range(first_key, stop_key, BLOCK_N):
+                    stop_key = tl.minimum(stop_key, tl.minimum(row + BLOCK_M, length) + band[1])
+                if WINDOW:
+                    start_key += tl.maximum(row + band[2] - first_key, 0) // BLOCK_N * BLOCK_N
+                for start in range(start_key, stop_key, BLOCK_N):
                     j = start + tl.arange(0, BLOCK_N)
-                    inside = j < keys
+                    inside = j < own_keys
                     k = load_rows(
                         key + batch * key_strides[0] + head // GROUPS * key_strides[1],
                         j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
@@ -146,10 +171,8 @@ def bias_gradient_kernel(
                     else:
                         z = product(q, tl.trans(k), zero, PRECISION) * scale
                         weight, _ = weight_and_half_slope(z, FORM, False)
-                    visible = exist[:, None] & inside[None, :]
-                    if CAUSAL:
-                        visible = visible & (j[None, :] <= position[:, None] + diagonal)
-                    tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, FLOAT)
+                    visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
+                    tile = load_mask(rows[:, None], j[None, :], j[None, :], mask_stride, visible, FLOAT)
                     weight = masked(weight, tile, peak[:, None], visible, FLOAT)
                     g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
                     sums += weight * g

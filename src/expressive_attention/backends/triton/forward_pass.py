@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    ALIBI,
     FLOAT,
     NO_MASK,
     add,
     cast,
+    decay,
     head_of,
+    key_ranges,
     load_mask,
     load_rows,
     mask_rows,
@@ -25,6 +28,8 @@ from .tiles import (
     positions,
     product,
     quotient,
+    sees,
+    sequence_of,
     weight_and_half_slope,
 )
 
@@ -34,9 +39,9 @@ __all__ = ["forward_kernel"]
 @triton.jit
 def _add_keys(
     output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
-    scale, diagonal, keys, width, value_width, first, last,
-    CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    scale, band, keys, width, value_width, first, last,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last` to the sums; at a `BOUNDARY` the rows do not see all of a tile."""
@@ -46,11 +51,14 @@ def _add_keys(
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
         z = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32), PRECISION) * scale
         weight, _ = weight_and_half_slope(z, FORM, True)
-        if BOUNDARY or MASK != NO_MASK:
+        if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
+            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
+            weight = weight * by_row[:, None] * by_key[None, :]
+        elif BOUNDARY or MASK != NO_MASK:
             visible = exist[:, None] & inside[None, :]
-            if BOUNDARY and CAUSAL:
-                visible = visible & (j[None, :] <= position[:, None] + diagonal)
-            tile = load_mask(rows[:, None], j[None, :], mask_stride, visible, MASK)
+            if BOUNDARY:
+                visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
+            tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             weight = masked(weight, tile, peak[:, None], visible, MASK)
         total += add(weight, 1)
         v = load_rows(value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, WEIGHT)
@@ -58,62 +66,76 @@ def _add_keys(
     return output, total
 
 
-@triton.jit(do_not_specialize=["mask_strides", "diagonal", "length", "keys", "kv_heads", "tiles", "span"])
+@triton.jit(
+    do_not_specialize=[
+        "mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "span", "plane",
+    ]
+)  # fmt: skip
 def forward_kernel(
-    query, key, value, mask, peaks, outputs, normalizers,
+    query, key, value, mask, peaks, query_starts, key_starts, key_lengths, outputs, normalizers,
     query_strides, key_strides, value_strides, mask_strides, mask_stride,
-    scale, diagonal, length, keys, kv_heads, width, value_width, tiles, span,
-    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
+    scale, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, span, plane,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of rows, key head, batch and, with `SPLIT`, range of `span` keys.
+    """One program per tile of rows, key head, sequence and, with `SPLIT`, range of `span` keys.
 
-    With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32.
+    With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32, of
+    which a part has `plane` rows.
     """
     program, part = tl.program_id(0), tl.program_id(1)
     tile = tiles - 1 - program % tiles  # with a causal mask, the longest first
-    batch, kv_head = head_of(program // tiles, kv_heads)
-    position, member, exist = positions(tile, length, GROUPS, BLOCK_M)
+    sequence, kv_head = head_of(program // tiles, kv_heads)
+    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    if query_starts is not None:
+        if tile * BLOCK_M >= own_length * GROUPS:
+            return
+    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + position
-    rows = mask_rows(mask, mask_strides, batch, head, position)
+    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+    rows = mask_rows(mask, mask_strides, sequence, head, position)
 
-    offset = head * query_strides[1] + position.to(tl.int64) * query_strides[2]
+    offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(
         query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, query.dtype.element_ty
     )
     peak = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MASK == FLOAT:
+    if MASK >= FLOAT:
         peak = tl.load(peaks + index, mask=exist, other=0.0)
 
-    first = part * span
-    keys = tl.minimum(first + span, keys)
-    last = keys
-    whole = last  # tiles up to here have only keys that all rows see
-    if CAUSAL:
-        last = tl.minimum(last, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, length - 1) + diagonal + 1)
-        whole = tl.minimum(last, tile * BLOCK_M // GROUPS + diagonal + 1)
-    whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
-
+    start = part * span
+    own_keys = tl.minimum(start + span, own_keys)
+    last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
+    first, whole, whole_last, last = key_ranges(
+        start, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
+    )
     output = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
-    key += batch * key_strides[0] + kv_head * key_strides[1]
-    value += batch * value_strides[0] + kv_head * value_strides[1]
+    key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
+    value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
+    if WINDOW:
+        output, total = _add_keys(
+            output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+            scale, band, own_keys, width, value_width, first, whole,
+            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
     output, total = _add_keys(
         output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
-        scale, diagonal, keys, width, value_width, first, whole,
-        CAUSAL, FORM, MASK, False, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+        scale, band, own_keys, width, value_width, whole, whole_last,
+        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     output, total = _add_keys(
         output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
-        scale, diagonal, keys, width, value_width, whole, last,
-        CAUSAL, FORM, MASK, True, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+        scale, band, own_keys, width, value_width, whole_last, last,
+        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
 
     if SPLIT:
         output = output * (1.0 / FACTOR)
-        index += part.to(tl.int64) * (tl.num_programs(0) // tiles) * GROUPS * length
+        index += part.to(tl.int64) * plane
     else:
         output = quotient(output, (total * FACTOR)[:, None])
     column = tl.arange(0, BLOCK_EV)

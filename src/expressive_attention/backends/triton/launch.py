@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..pattern import Pattern
 from ..problem import accumulation_dtype, empty_peak
 from . import decode
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
@@ -32,12 +33,15 @@ _FLOAT16_MEAN = 2.0**-28
 # None of the sizes below was measured: they fit in the shared memory of every GPU since Ampere.
 
 
-def _forward_tile(dtype: torch.dtype, width: int, rows: int) -> Tile:
-    """The tile of the forward kernel for head dimensions up to `width`, of a key head with `rows` rows."""
+def _forward_tile(dtype: torch.dtype, width: int, rows: int, biased: bool) -> Tile:
+    """The tile of the forward kernel for head dimensions up to `width`, of a key head with `rows` rows.
+
+    A bias is loaded in tiles, too.
+    """
     if dtype == torch.float32:
         tile = Tile(64, 32, 4, 2) if width <= 128 else Tile(32, 16, 4, 2)
     elif width <= 64:
-        tile = Tile(128, 64, 4, 3)
+        tile = Tile(128, 64, 4, 2 if biased else 3)
     else:
         tile = Tile(128, 32, 8, 3) if width <= 128 else Tile(64, 32, 4, 2)
     return tile if rows > 16 else tile._replace(rows=16, keys=64 if width <= 64 else tile.keys, warps=4)
@@ -62,66 +66,60 @@ def forward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak, as `reference.forward`."""
     batch, heads, length, _ = query.shape
-    kv_heads, keys, value_width = value.shape[1:]
-    output = query.new_empty((batch, heads, length, value_width))
-    normalizer = query.new_empty((batch, heads, length), dtype=accumulation_dtype(query.dtype))
-    peak = empty_peak(normalizer, attn_mask)
-    if normalizer.numel() == 0:
+    value_width = value.shape[3]
+    new = query.new_empty if pattern.query_starts is None else query.new_zeros  # there are rows of no sequence
+    output = new((batch, heads, length, value_width))
+    normalizer = new((batch, heads, length), dtype=accumulation_dtype(query.dtype))
+    peak = empty_peak(normalizer, attn_mask, pattern.slopes)
+    if pattern.query_starts is not None:
+        peak.zero_()
+    inputs = _Inputs(query, key, value, attn_mask, pattern, scale, form)
+    if normalizer.numel() == 0 or inputs.longest_query == 0:
         return output, normalizer, peak
 
-    inputs = _Inputs(query, key, value, attn_mask, diagonal, scale, form)
     weight, factor, lowest = query.dtype, 1.0, _LOWEST
     if query.dtype == torch.float16 and form == "expressive":
-        factor, lowest = _FLOAT16_FACTOR, max(_LOWEST, keys * _FLOAT16_MEAN)
+        factor, lowest = _FLOAT16_FACTOR, max(_LOWEST, inputs.longest_key * _FLOAT16_MEAN)
     elif query.dtype == torch.float16:
         weight = torch.float32  # these have no bound; in tf32, as exact as float16
-    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer}
+    plane = normalizer.numel()
+    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer, "plane": plane}
 
-    rows = length * inputs.groups
-    tile = _forward_tile(query.dtype, inputs.widest, rows)
-    tiles = ceil_div(rows, tile.rows)
-    programs = tiles * batch * kv_heads
-    span = keys if tiles > 1 else decode.part_of_keys(programs, keys, _processors(query.device))
-    parts = ceil_div(keys, span) if span < keys else 1
+    tile = _forward_tile(query.dtype, inputs.widest, inputs.longest_query * inputs.groups, inputs.biased)
+    tiles = inputs.tiles(tile)
+    programs = tiles * inputs.programs
+    span = inputs.longest_key
+    if tiles == 1:
+        span = decode.part_of_keys(programs, span, _processors(query.device))
+    parts = ceil_div(inputs.longest_key, span) if span < inputs.longest_key else 1
     narrow = {"PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
+    narrow |= {"tiles": tiles, "span": span, "peaks": peak}
     with inputs.on_device():
         inputs.find_peak(peak)
         if parts == 1:
-            _run(
-                forward_kernel,
-                (programs, 1),
-                tile,
-                arguments,
-                tiles=tiles,
-                span=span,
-                peaks=peak,
-                SPLIT=False,
-                **narrow,
-            )
+            _run(forward_kernel, (programs, 1), tile, arguments, SPLIT=False, **narrow)
         else:
-            sums = output.new_empty((parts, *output.shape), dtype=torch.float32)
-            totals = normalizer.new_empty((parts, *normalizer.shape))
-            _run(
-                forward_kernel, (programs, parts), tile, {**arguments, "outputs": sums, "normalizers": totals},
-                tiles=tiles, span=span, peaks=peak, SPLIT=True, **narrow,
-            )  # fmt: skip
+            sums = new((parts, *output.shape), dtype=torch.float32)
+            totals = new((parts, *normalizer.shape), dtype=normalizer.dtype)
+            split = {**arguments, "outputs": sums, "normalizers": totals}
+            _run(forward_kernel, (programs, parts), tile, split, SPLIT=True, **narrow)
             few = Tile(16, 16, 4, 1)
             merged = {"sums": sums, "totals": totals, "outputs": output, "normalizers": normalizer}
             _run(
-                decode.merge_kernel, (ceil_div(normalizer.numel(), few.rows),), few, merged,
-                rows=normalizer.numel(), parts=parts, value_width=value_width, BLOCK_EV=padded(value_width),
+                decode.merge_kernel, (ceil_div(plane, few.rows),), few, merged,
+                rows=plane, parts=parts, value_width=value_width, BLOCK_EV=padded(value_width),
             )  # fmt: skip
         wide = _wide_tile(inputs.widest)
-        tiles = ceil_div(rows, wide.rows)
+        tiles = inputs.tiles(wide)
         _run(
-            wide_kernel, (tiles * batch * kv_heads,), wide, {**arguments, **inputs.wide}, tiles=tiles, peaks=peak,
-            lowest=lowest, BACKWARD=False, stats=None, lost=None, plane=0, grad_output=None, grad_normalizer=None,
+            wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **inputs.wide}, tiles=tiles, peaks=peak,
+            lowest=lowest, BACKWARD=False, stats=None, lost=None, grad_output=None, grad_normalizer=None,
             grad_strides=(0, 0, 0, 0),
         )  # fmt: skip
     return output, normalizer, peak
@@ -136,25 +134,25 @@ def backward(
     attn_mask: Tensor | None,
     output: Tensor,
     normalizer: Tensor,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
-    batch, heads, length, _ = query.shape
-    kv_heads, keys = key.shape[1:3]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dq, dk, dv = (
+        x.new_empty(x.shape) if pattern.query_starts is None else x.new_zeros(x.shape) for x in (query, key, value)
+    )
     dmask = attn_mask.new_zeros(attn_mask.shape) if mask_gradient and attn_mask is not None else None
-    if normalizer.numel() == 0 or keys == 0:
+    inputs = _Inputs(query, key, value, attn_mask, pattern, scale, form)
+    if normalizer.numel() == 0 or inputs.longest_query == 0 or inputs.longest_key == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask
 
-    inputs = _Inputs(query, key, value, attn_mask, diagonal, scale, form)
-    peak = empty_peak(normalizer, attn_mask)
+    peak = empty_peak(normalizer, attn_mask, pattern.slopes)
     plane = normalizer.numel()
     stats = normalizer.new_empty((3, plane))
     wide_stats = normalizer.new_empty((4, plane))
-    lost = torch.zeros((batch, kv_heads), dtype=torch.int32, device=query.device)
+    lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
     arguments = {
         **inputs.arguments,
         "grad_output": grad_output,
@@ -167,7 +165,6 @@ def backward(
         "lost": lost,
         "plane": plane,
     }
-    rows = length * inputs.groups
     tile, wide = _backward_tile(query.dtype, inputs.widest), _wide_tile(inputs.widest)
     # Weights are at most 1 here; slopes have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
@@ -184,22 +181,22 @@ def backward(
         inputs.find_peak(peak)
         # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
         exact = dmask is not None and query.dtype != torch.float32
-        tiles = ceil_div(rows, tile.rows)
-        _run(row_kernel, (tiles * batch * kv_heads,), tile, {**arguments, **narrow}, tiles=tiles, EXACT=exact)
-        tiles = ceil_div(rows, wide.rows)
-        _run(wide_kernel, (tiles * batch * kv_heads,), wide, {**arguments, **widened}, tiles=tiles, BACKWARD=True)
+        tiles = inputs.tiles(tile)
+        _run(row_kernel, (tiles * inputs.programs,), tile, {**arguments, **narrow}, tiles=tiles, EXACT=exact)
+        tiles = inputs.tiles(wide)
+        _run(wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **widened}, tiles=tiles, BACKWARD=True)
         for size, numbers in ((tile, narrow), (wide, widened)):
             given = {**arguments, **numbers}
-            tiles = ceil_div(rows, size.rows)
-            _run(query_kernel, (tiles * batch * kv_heads,), size, given, tiles=tiles, gradient=dq)
-            tiles = ceil_div(keys, size.keys)
-            _run(key_value_kernel, (tiles * batch * kv_heads,), size, given, tiles=tiles, grad_key=dk, grad_value=dv)
+            tiles = inputs.tiles(size)
+            _run(query_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, gradient=dq)
+            tiles = ceil_div(inputs.longest_key, size.keys)
+            _run(key_value_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, grad_key=dk, grad_value=dv)
             if dmask is not None:
                 b, h, m, n = dmask.shape
                 grid = (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys))
                 _run(
-                    bias_gradient_kernel, grid, size, given, gradient=dmask, mask_shape=(b, h, m, n), heads=heads,
-                    batches=batch, ONE_ROW=m == 1, ONE_KEY=n == 1,
+                    bias_gradient_kernel, grid, size, given, gradient=dmask, mask_shape=(b, h, m, n),
+                    heads=query.shape[1], batches=query.shape[0], ONE_ROW=m == 1, ONE_KEY=n == 1,
                 )  # fmt: skip
     return dq, dk, dv, dmask
 
@@ -212,30 +209,40 @@ class _Inputs:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
-        diagonal: int | None,
+        attn_mask: Tensor | None,
+        pattern: Pattern,
         scale: float,
         form: str,
     ) -> None:
         self.device = query.device
         self.groups = query.shape[1] // key.shape[1]
-        self.programs = query.shape[0] * key.shape[1]
+        sequences, self.longest_query, self.longest_key = query.shape[0], query.shape[2], key.shape[2]
+        if pattern.query_starts is not None:
+            sequences = pattern.query_starts.numel() - 1
+            self.longest_query = min(self.longest_query, pattern.longest_query)
+            self.longest_key = min(self.longest_key, pattern.longest_key)
+        self.programs = sequences * key.shape[1]
         self.widest = max(padded(query.shape[3]), padded(value.shape[3]))
         # Products of 16-bit numbers are exact in tf32.
         tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
         self.precision = "tf32" if tf32 and torch.version.hip is None else "ieee"
-        self.has_bias = mask is not None and mask.dtype != torch.bool
-        kind = 0 if mask is None else 2 if self.has_bias else 1
-        # Strides that repeat the dimensions of size one. Without a mask, any pointer will do.
-        strides = (0, 0, 0, 0) if mask is None else tuple(
-            0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-        )  # fmt: skip
+        self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
+        # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
+        kind, weights, strides = 0, query, (0, 0, 0, 0)
+        if pattern.slopes is not None:
+            kind, weights, strides = 3, pattern.slopes, (*_repeated_strides(pattern.slopes), 0, 0)
+        elif attn_mask is not None:
+            kind, strides = 1 + self.biased, _repeated_strides(attn_mask)
+            weights = attn_mask if self.biased else attn_mask.view(torch.uint8)
         self.arguments: dict[str, Any] = {
             **shapes(query, key, value),
             "query": query,
             "key": key,
             "value": value,
-            "mask": query if mask is None else mask if self.has_bias else mask.view(torch.uint8),
+            "mask": weights,
+            "query_starts": pattern.query_starts,
+            "key_starts": pattern.key_starts,
+            "key_lengths": pattern.key_lengths,
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "value_strides": value.stride(),
@@ -243,8 +250,11 @@ class _Inputs:
             "mask_stride": strides[3],
             "scale": scale,
             "scale_exponent": 0,
-            "diagonal": diagonal or 0,
-            "CAUSAL": diagonal is not None,
+            "right": pattern.right or 0,
+            "left": pattern.left or 0,
+            "lower_right": int(pattern.lower_right),
+            "CAUSAL": pattern.right is not None,
+            "WINDOW": pattern.left is not None,
             "FORM": FORMS[form],
             "MASK": kind,
         }
@@ -259,12 +269,21 @@ class _Inputs:
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
+    def tiles(self, tile: Tile) -> int:
+        """How many tiles of rows the longest sequence has for each of its key heads."""
+        return ceil_div(self.longest_query * self.groups, tile.rows)
+
     def find_peak(self, peak: Tensor) -> None:
-        """Write the peaks of a float mask."""
-        if self.has_bias:
+        """Write the peaks of a float mask, or of slopes."""
+        if peak.numel():
             tile = Tile(16, 64, 4, 2)
-            tiles = ceil_div(self.arguments["length"] * self.groups, tile.rows)
+            tiles = self.tiles(tile)
             _run(peak_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, peaks=peak)
+
+
+def _repeated_strides(mask: Tensor) -> tuple[int, ...]:
+    """Strides that repeat the dimensions of size one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

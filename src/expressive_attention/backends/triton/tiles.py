@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "ALIBI",
     "BOOL",
     "EXPONENTIAL",
     "EXPRESSIVE",
@@ -36,9 +37,11 @@ __all__ = [
     "any_of",
     "cast",
     "ceil_div",
+    "decay",
     "exponent_of",
     "head_of",
     "is_lost",
+    "key_ranges",
     "largest",
     "load_mask",
     "load_rows",
@@ -49,6 +52,8 @@ __all__ = [
     "product",
     "quotient",
     "scaled",
+    "sees",
+    "sequence_of",
     "shapes",
     "unit",
     "visible_keys",
@@ -66,10 +71,11 @@ SQUARED = tl.constexpr(1)
 EXPONENTIAL = tl.constexpr(2)
 FORMS = {"expressive": 0, "squared": 1, "exponential": 2}
 
-# Kinds of masks.
+# Kinds of masks; from FLOAT on, weights are multiplied by exp(bias - peak).
 NO_MASK = tl.constexpr(0)
 BOOL = tl.constexpr(1)
 FLOAT = tl.constexpr(2)
+ALIBI = tl.constexpr(3)  # the mask is a slope for each head
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -254,8 +260,38 @@ def is_lost(normalizer, lowest):
 
 @triton.jit
 def head_of(program, kv_heads):
-    """Batch and key head of a program, in 64 bits: what they are multiplied with may be beyond 2^31."""
+    """Sequence and key head of a program, in 64 bits: what they are multiplied with may be beyond 2^31."""
     return (program // kv_heads).to(tl.int64), (program % kv_heads).to(tl.int64)
+
+
+@triton.jit
+def sequence_of(
+    sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Where a sequence lies in the tensors, and what its queries see.
+
+    Its place in the batch, its first row and its first key; how many rows it has, how many keys, and how many of these
+    exist; and a band (corner, diagonal, lower): query i is at place ``i + corner`` and sees the keys from
+    ``i + lower`` to ``i + diagonal``.
+    """
+    batch, first_row, first_key = sequence, length * 0, keys * 0
+    if query_starts is not None:
+        batch = sequence * 0
+        first_row = tl.minimum(tl.load(query_starts + sequence).to(tl.int32), length)
+        length = tl.minimum(tl.load(query_starts + sequence + 1).to(tl.int32), length) - first_row
+        first_key = tl.minimum(tl.load(key_starts + sequence).to(tl.int32), keys)
+        keys = tl.minimum(tl.load(key_starts + sequence + 1).to(tl.int32), keys) - first_key
+    existing = keys
+    if key_lengths is not None:
+        existing = tl.minimum(keys, tl.maximum(tl.load(key_lengths + sequence).to(tl.int32), 0))
+    corner = (existing - length) * lower_right
+    diagonal, lower = corner, corner
+    if CAUSAL:
+        diagonal = corner + right
+    if WINDOW:
+        lower = corner - left
+    return batch, first_row, first_key, length, keys, existing, (corner, diagonal, lower)
 
 
 @triton.jit
@@ -285,15 +321,51 @@ def mask_rows(mask, strides, batch, head, position):
 
 
 @triton.jit
-def load_mask(rows, key, stride, exist, MASK: tl.constexpr):
-    """A tile of the mask: `rows` and `key` broadcast to its shape."""
+def sees(key, position, exist, keys, band, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether the query at a position, if it exists, sees a key, masks aside; to broadcast."""
+    visible = exist & (key < keys)
+    if CAUSAL:
+        visible = visible & (key <= position + band[1])
+    if WINDOW:
+        visible = visible & (key >= position + band[2])
+    return visible
+
+
+@triton.jit
+def key_ranges(
+    start, keys, first_position, last_position, band,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first of the keys from `start` that one of some rows sees, the first and the last that all see, the last.
+
+    The first three are whole tiles away from `start`. With ALiBi, those that all see are at or before their places.
+    """
+    first, last, whole = start, keys, start
+    whole_last = last
+    if CAUSAL:
+        last = tl.minimum(last, last_position + band[1] + 1)
+        whole_last = tl.minimum(last, first_position + band[1] + 1)
+    if MASK == ALIBI:
+        whole_last = tl.minimum(whole_last, first_position + band[0] + 1)
+    if WINDOW:
+        first = start + tl.maximum(first_position + band[2] - start, 0) // BLOCK * BLOCK
+        whole = start + (tl.maximum(last_position + band[2] - start, 0) + BLOCK - 1) // BLOCK * BLOCK
+    whole_last = tl.maximum(first, start + tl.maximum(whole_last - start, 0) // BLOCK * BLOCK)
+    return first, tl.minimum(whole, whole_last), whole_last, last
+
+
+@triton.jit
+def load_mask(rows, place, key, stride, exist, MASK: tl.constexpr):
+    """A tile of the mask: `rows`, the places of these, and `key` broadcast to its shape."""
     if MASK == NO_MASK:
         tile = exist
     elif MASK == BOOL:
         tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=0) != 0
-    else:
+    elif MASK == FLOAT:
         tile = tl.load(rows + key.to(tl.int64) * stride, mask=exist, other=float("-inf"))
         tile = cast(tile, tl.float32)
+    else:
+        tile = tl.where(exist, -tl.load(rows) * tl.abs(place - key).to(tl.float32), float("-inf"))
     return tile
 
 
@@ -302,26 +374,41 @@ def masked(x, tile, peak, visible, MASK: tl.constexpr):
     """Weights or slopes x where the key is visible, times exp(bias - peak); 0 elsewhere."""
     if MASK == BOOL:
         visible = visible & tile
-    if MASK == FLOAT:
+    if MASK >= FLOAT:
         x = x * tl.exp(tile - peak)
     return tl.where(visible, x, 0.0)
 
 
 @triton.jit
-def visible_keys(position, rows, exist, stride, diagonal, keys, CAUSAL: tl.constexpr, MASK: tl.constexpr):
+def decay(rows, place, key, peak, last_key):
+    """What ALiBi makes of weights, exp(bias - peak), as a factor of each row and one of each key: none is above 1.
+
+    For keys up to `last_key` which is at or before the places of all rows; rows share a slope, that of one head.
+    """
+    slope = tl.load(rows)
+    by_row = tl.exp(-slope * (place - last_key).to(tl.float32) - peak)
+    by_key = tl.exp(-largest(slope, 0) * (last_key - key).to(tl.float32))
+    return by_row, by_key
+
+
+@triton.jit
+def visible_keys(
+    position, rows, exist, stride, keys, band, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
+):
     """How many keys each row sees, counted in the mask where there is one."""
+    first, last = position * 0, position * 0 + keys
     if CAUSAL:
-        limit = tl.minimum(tl.maximum(position + diagonal + 1, 0), keys)
-    else:
-        limit = position * 0 + keys
-    if MASK == NO_MASK:
-        count = limit
+        last = tl.minimum(last, position + band[1] + 1)
+    if WINDOW:
+        first = tl.maximum(first, position + band[2])
+    if MASK == NO_MASK or MASK == ALIBI:  # noqa: SIM109, not in Triton
+        count = tl.maximum(last - first, 0)
     else:
         count = position * 0
-        for start in range(0, largest(limit, 0), 64):
+        for start in range(0, largest(last, 0), 64):
             j = start + tl.arange(0, 64)[None, :]
-            inside = exist[:, None] & (j < limit[:, None])
-            tile = load_mask(rows[:, None], j, stride, inside, MASK)
+            inside = exist[:, None] & (j < last[:, None]) & (j >= first[:, None])
+            tile = load_mask(rows[:, None], j, j, stride, inside, MASK)
             if MASK == FLOAT:
                 inside = inside & (tile != float("-inf"))
             else:

@@ -1,0 +1,200 @@
+"""Which keys each query sees and how far they are: windows, ALiBi, caches filled in part, packed sequences.
+
+A kernel may know all of it, as those in Triton do. For the others, `forward` and `backward` here say it by masks, and
+run packed sequences one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import accumulation_dtype, empty_peak
+
+__all__ = ["Pattern", "backward", "forward"]
+
+
+class Pattern(NamedTuple):
+    """Which keys a query sees.
+
+    In a sequence of L queries and S keys, query i is at place ``p_i = i``, or, with `lower_right`, ``i + S - L``, and
+    sees key j if and only if ``p_i - left <= j <= p_i + right``.
+
+    Attributes:
+        left: How many keys before its place a query sees; None: all.
+        right: How many after it; None: all. A causal mask is `right` = 0.
+        lower_right: Whether the last query is at the place of the last key.
+        slopes: ALiBi: weights are multiplied by ``exp(-slope |p_i - j|)``, ``(B | 1, Hq)`` of float32; None: they
+            are not.
+        key_lengths: The first keys of each sequence that exist, ``(B,)`` of integers; None: all do.
+        query_starts: Where each sequence begins in tensors that hold all of them, batch dimension 1, one after the
+            other, and where the last ends, ``(B + 1,)`` of integers; None: each has its place in the batch.
+        key_starts: The same of keys.
+        longest_query: With `query_starts`, a bound on L.
+        longest_key: With `query_starts`, a bound on S.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    lower_right: bool = False
+    slopes: Tensor | None = None
+    key_lengths: Tensor | None = None
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    longest_query: int = 0
+    longest_key: int = 0
+
+    def as_mask(self, attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, int | None]:
+        """The pattern joined to a mask, and what is left of it: `diagonal`, as in `backends.problem`.
+
+        Where the pattern is more than a diagonal, the mask is as large as ``(B | 1, Hq | 1, L, S)``.
+
+        Args:
+            attn_mask: ``(B | 1, Hq | 1, L | 1, S | 1)`` or None.
+            query: ``(B, Hq, L, E)``.
+            key: ``(B, Hkv, S, E)``.
+        """
+        length, keys = query.shape[2], key.shape[2]
+        same_for_all = self.key_lengths is None and self.query_starts is None
+        diagonal = None
+        if self.right is not None and same_for_all:
+            diagonal = self.right + (keys - length if self.lower_right else 0)
+            if self.left is None and self.slopes is None:
+                return attn_mask, diagonal
+        if self.right is None and self.left is None and self.slopes is None and same_for_all:
+            return attn_mask, None
+
+        place, column, keep, slopes = self._places(length, keys, query.device)
+        if self.right is not None and diagonal is None:
+            keep = keep & (column <= place + self.right)
+        if self.left is not None:
+            keep = keep & (column >= place - self.left)
+        if slopes is not None:
+            bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()
+            mask = bias.masked_fill(~keep, -torch.inf)
+            return mask if attn_mask is None else _joined(attn_mask, mask), diagonal
+        if attn_mask is None:
+            return keep, diagonal
+        if attn_mask.dtype == torch.bool:
+            return attn_mask & keep, diagonal
+        # Not in 16 bits: its gradient is summed to the one of attn_mask.
+        return attn_mask.to(accumulation_dtype(query.dtype)).masked_fill(~keep, -torch.inf), diagonal
+
+    def _places(self, length: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Places of queries, those of keys, whether they are of one sequence, and the slopes of queries.
+
+        Each of them broadcasts to ``(B | 1, Hq | 1, L, S)``.
+        """
+        row = torch.arange(length, device=device).view(1, 1, -1, 1)
+        column = torch.arange(keys, device=device).view(1, 1, 1, -1)
+        slopes = None if self.slopes is None else self.slopes[:, :, None, None]
+        if self.query_starts is None or self.key_starts is None:
+            own_length, own_keys = length, keys
+            if self.key_lengths is not None:
+                own_keys = self.key_lengths.clamp(0, keys).view(-1, 1, 1, 1)
+            keep = column < own_keys
+        else:
+            last = self.query_starts.numel() - 2
+            row_sequence, row, own_length = _local(row, self.query_starts)
+            key_sequence, column, _ = _local(column, self.key_starts)
+            sizes = self.key_starts.diff()
+            if self.key_lengths is not None:
+                sizes = sizes.minimum(self.key_lengths.clamp(min=0))
+            keep = (row_sequence == key_sequence) & (row_sequence <= last)
+            keep = keep & (column < sizes[key_sequence.clamp(max=last)])
+            row_sequence = row_sequence.clamp(max=last)
+            own_keys = sizes[row_sequence]
+            if self.slopes is not None and slopes is not None and len(slopes) > 1:
+                slopes = self.slopes[row_sequence[0, 0, :, 0]].T[None, :, :, None]
+        place = row + (own_keys - own_length) if self.lower_right else row
+        return place, column, keep, slopes
+
+    def sequences(self) -> Iterator[tuple[slice, slice, Pattern]]:
+        """The rows, the keys and the pattern of each of the packed sequences."""
+        rows, columns = ([] if starts is None else starts.tolist() for starts in (self.query_starts, self.key_starts))
+        for i in range(len(rows) - 1):
+            slopes = self.slopes if self.slopes is None or self.slopes.shape[0] == 1 else self.slopes[i : i + 1]
+            lengths = None if self.key_lengths is None else self.key_lengths[i : i + 1]
+            own = Pattern(self.left, self.right, self.lower_right, slopes, lengths)
+            yield slice(rows[i], rows[i + 1]), slice(columns[i], columns[i + 1]), own
+
+
+def _local(row: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence in which each row lies (their number: in none), its index there, and the length of that one."""
+    starts = starts.to(row.dtype)
+    sequence = torch.searchsorted(starts, row, right=True) - 1
+    inside = sequence.clamp(max=starts.numel() - 2)
+    return sequence, row - starts[inside], starts.diff()[inside]
+
+
+def _joined(attn_mask: Tensor, bias: Tensor) -> Tensor:
+    """A mask, bool or floating, and a bias in one."""
+    if attn_mask.dtype == torch.bool:
+        return bias.masked_fill(~attn_mask, -torch.inf)
+    return bias + attn_mask
+
+
+def forward(
+    backend: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    pattern: Pattern,
+    scale: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and peak by a backend that knows masks and diagonals alone."""
+    if pattern.query_starts is None:
+        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        return backend.forward(query, key, value, mask, diagonal, scale, form)
+    output = query.new_zeros((*query.shape[:3], value.shape[3]))
+    normalizer = query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    peak = empty_peak(normalizer, attn_mask, pattern.slopes).zero_()
+    for rows, columns, own in pattern.sequences():
+        inputs = (query[:, :, rows], key[:, :, columns], value[:, :, columns])
+        parts = forward(backend, *inputs, None, own, scale, form)
+        for whole, part in zip((output, normalizer, peak), parts, strict=True):
+            if part.numel():
+                whole[:, :, rows] = part
+    return output, normalizer, peak
+
+
+def backward(
+    backend: ModuleType,
+    grad_output: Tensor,
+    grad_normalizer: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    normalizer: Tensor,
+    pattern: Pattern,
+    scale: float,
+    form: str,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, by such a backend."""
+    if pattern.query_starts is None:
+        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        *gradients, dmask = backend.backward(
+            grad_output, grad_normalizer, query, key, value, mask, output, normalizer, diagonal, scale, form,
+            mask_gradient,
+        )  # fmt: skip
+        if dmask is not None and attn_mask is not None and dmask.shape != attn_mask.shape:
+            dmask = dmask.sum_to_size(attn_mask.shape)
+        return *gradients, dmask if dmask is None or attn_mask is None else dmask.to(attn_mask.dtype)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
+    for rows, columns, own in pattern.sequences():
+        dn = None if grad_normalizer is None else grad_normalizer[:, :, rows]
+        parts = backward(
+            backend, grad_output[:, :, rows], dn, query[:, :, rows], key[:, :, columns], value[:, :, columns], None,
+            output[:, :, rows], normalizer[:, :, rows], own, scale, form, False,
+        )  # fmt: skip
+        dq[:, :, rows], dk[:, :, columns], dv[:, :, columns] = parts[:3]
+    return dq, dk, dv, None

@@ -1,0 +1,184 @@
+"""Checks of arguments, before any work: each error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .backends.problem import check_form
+
+__all__ = [
+    "check_lengths",
+    "check_mask",
+    "check_settings",
+    "check_slopes",
+    "check_starts",
+    "check_tensors",
+    "check_tracing",
+    "check_types",
+    "check_window",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ALIGNMENTS = ("upper_left", "lower_right")
+
+
+def check_tracing() -> None:
+    """Raise NotImplementedError within torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace cannot record expressive attention; use torch.compile or torch.export"
+        )
+
+
+def check_types(**tensors: object) -> None:
+    """All of the arguments are tensors."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str] = ("query", "key", "value"), rows: int = -2
+) -> None:
+    """Query, key and value, of these names, fit; `rows` is the dimension that counts them."""
+    q, k, v = names
+    for name, x in zip(names, (query, key, value), strict=True):
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} must have the dtype of {q}, {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on the device of {q}, {query.device}, got {x.device}")
+        if x.ndim < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"{q} must have a head dimension E of at least 1, got shape {tuple(query.shape)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{k} must have the head dimension E = {query.shape[-1]} of {q}, got shape {tuple(key.shape)}")
+    if value.shape[rows] != key.shape[rows]:
+        raise ValueError(f"{v} must have the length S = {key.shape[rows]} of {k}, got shape {tuple(value.shape)}")
+
+
+def check_settings(
+    dropout_p: float,
+    scale: float | None,
+    form: str,
+    causal_alignment: str,
+    backend: str | None,
+    scale_name: str = "scale",
+) -> None:
+    """The numbers and names of a call."""
+    if not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"{scale_name} must be a float or None, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{scale_name} must be finite, got {scale}")
+    check_form(form)
+    if causal_alignment not in _ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be one of {_ALIGNMENTS}, got {causal_alignment!r}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}")
+
+
+def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> None:
+    """A mask, for scores of that shape."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
+        raise ValueError(
+            f"attn_mask must be bool (True: the key takes part) or floating (a bias in log-weight space), "
+            f"got {attn_mask.dtype}"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+    shape = tuple(attn_mask.shape)
+    fits = len(shape) <= len(scores) and all(
+        size in (1, wanted) for size, wanted in zip(shape[::-1], scores[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
+
+
+def check_window(window_size: tuple[int, int]) -> None:
+    """A pair of sizes, -1 for no limit."""
+    try:
+        left, right = window_size
+        fits = all(isinstance(size, int) and size >= -1 for size in (left, right))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"window_size must be two integers (left, right), each at least 0, or -1 for no limit, got {window_size!r}"
+        )
+
+
+def check_slopes(alibi_slopes: Tensor, query: Tensor, heads: int) -> None:
+    """Slopes of ALiBi, of so many heads in their last dimension."""
+    check_types(alibi_slopes=alibi_slopes)
+    if alibi_slopes.dtype != torch.float32:
+        raise ValueError(f"alibi_slopes must be float32, got {alibi_slopes.dtype}")
+    if alibi_slopes.device != query.device:
+        raise ValueError(
+            f"alibi_slopes must be on the device of the queries, {query.device}, got {alibi_slopes.device}"
+        )
+    if alibi_slopes.ndim == 0 or alibi_slopes.shape[-1] != heads:
+        raise ValueError(
+            f"alibi_slopes must have the {heads} heads of the queries in its last dimension, got shape "
+            f"{tuple(alibi_slopes.shape)}"
+        )
+    if _is_readable(alibi_slopes) and bool((alibi_slopes < 0).any()):
+        raise ValueError(f"alibi_slopes must be at least 0, got {float(alibi_slopes.min())}")
+
+
+def check_lengths(name: str, lengths: Tensor, query: Tensor, most: int) -> None:
+    """Numbers of keys that exist, from 0 to `most`."""
+    _check_integers(name, lengths, query)
+    if _is_readable(lengths) and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= most:
+        raise ValueError(
+            f"{name} must be from 0 to the {most} keys there are, got {int(lengths.min())} to {int(lengths.max())}"
+        )
+
+
+def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_name: str, longest: int) -> None:
+    """Where sequences start, of `rows` vectors that hold them, of which none is longer than `longest`."""
+    _check_integers(name, starts, query)
+    if starts.ndim != 1 or len(starts) < 2:
+        raise ValueError(f"{name} must have shape (B + 1,) for B >= 1 sequences, got {tuple(starts.shape)}")
+    if not isinstance(longest, int | torch.SymInt):
+        raise TypeError(f"{longest_name} must be an int, got {type(longest).__name__}")
+    if not _is_readable(starts):
+        return
+    numbers = starts.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(numbers)]
+    if numbers[0] != 0 or min(lengths) < 0 or numbers[-1] > rows:
+        raise ValueError(
+            f"{name} must start at 0, never fall, and end at the {rows} rows there are or before, got {numbers}"
+        )
+    if max(lengths) > longest:
+        raise ValueError(f"{longest_name} must be at least the {max(lengths)} of the longest sequence, got {longest}")
+
+
+def _check_integers(name: str, x: Tensor, query: Tensor) -> None:
+    check_types(**{name: x})
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on the device of the queries, {query.device}, got {x.device}")
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether its numbers are at hand: reading those of a GPU would wait for it, and a traced tensor has none."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )

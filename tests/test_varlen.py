@@ -1,0 +1,181 @@
+"""Packed sequences: what each backend makes of them, and what the function refuses."""
+
+import inspect
+
+import pytest
+import torch
+
+from expressive_attention import expressive_attention, expressive_attention_varlen
+from tests.budget import ON_CPU
+
+LENGTHS = [(4, 6), (0, 3), (7, 7), (5, 0), (1, 9)]  # of queries and of keys
+
+
+def starts(lengths, dtype=torch.int32):
+    return torch.tensor([0, *lengths], dtype=dtype).cumsum(0, dtype=dtype)
+
+
+CU_Q, CU_K = (starts([pair[i] for pair in LENGTHS]) for i in range(2))
+ROWS, KEYS = int(CU_Q[-1]), int(CU_K[-1])
+
+
+def packed(dtype=torch.float32, groups=2, rest=0):
+    """Queries, keys and values, with so many rows after the last sequence."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((ROWS + rest, 2 * groups, 8), (KEYS + rest, 2, 8), (KEYS + rest, 2, 5))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def one_by_one(q, k, v, *, causal=False, alibi_slopes=None, seqused_k=None, causal_alignment="lower_right", **options):
+    """Output and normalizer of each sequence by the reference, in a batch of its own."""
+    outputs, normalizers = [], []
+    for b in range(len(LENGTHS)):
+        rows, keys = slice(CU_Q[b], CU_Q[b + 1]), slice(CU_K[b], CU_K[b + 1])
+        if seqused_k is not None:
+            keys = slice(CU_K[b], CU_K[b] + min(int(seqused_k[b]), LENGTHS[b][1]))
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b]
+        output, normalizer = expressive_attention(
+            *(x[part].transpose(0, 1) for x, part in ((q, rows), (k, keys), (v, keys))), is_causal=causal,
+            alibi_slopes=slopes, causal_alignment=causal_alignment, enable_gqa=True, return_normalizer=True,
+            backend="reference", **options,
+        )  # fmt: skip
+        outputs.append(output.transpose(0, 1))
+        normalizers.append(normalizer)
+    return torch.cat(outputs), torch.cat(normalizers, 1)
+
+
+SETTINGS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "upper left": {"causal": True, "causal_alignment": "upper_left"},
+    "window": {"window_size": (2, 1)},
+    "causal window": {"causal": True, "window_size": (3, 5)},
+    "slopes": {"alibi_slopes": torch.tensor([0.1, 0.5, 1.0, 3.0])},
+    "slopes of each": {"alibi_slopes": torch.rand(len(LENGTHS), 4), "causal": True},
+    "used": {"seqused_k": torch.tensor([3, 3, 0, 9, 8], dtype=torch.int32), "causal": True},
+}
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sequences_do_not_see_one_another(backend, name):
+    arguments = packed(torch.float64)
+    options = SETTINGS[name]
+    results = [
+        expressive_attention_varlen(*arguments, CU_Q, CU_K, 7, 9, return_normalizer=True, backend=backend, **options),
+        one_by_one(*arguments, **options),
+    ]
+    torch.testing.assert_close(*results)
+    upstream = [torch.randn_like(x) for x in results[0]]
+    gradients = [torch.autograd.grad(found, arguments, upstream) for found in results]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_rows_of_no_sequence_are_zero(backend):
+    q, k, v = packed(rest=3)
+    output, normalizer = expressive_attention_varlen(
+        q, k, v, CU_Q, CU_K, 7, 9, return_normalizer=True, alibi_slopes=torch.ones(4), backend=backend
+    )
+    gradients = torch.autograd.grad(output.square().sum() + normalizer.sum(), (q, k, v))
+    assert output[ROWS:].abs().max() == 0
+    assert normalizer[:, ROWS:].abs().max() == 0
+    for x, rows in zip(gradients, (ROWS, KEYS, KEYS), strict=True):
+        assert x[rows:].abs().max() == 0
+        assert x[:rows].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_second_derivatives(backend):
+    leaves = [x[:6] for x in packed(torch.float64)]
+    cu = starts([2, 4])
+
+    def function(q, k, v):
+        return expressive_attention_varlen(q, k, v, cu, cu, 4, 4, causal=True, backend=backend)
+
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_compiles_as_one_graph():
+    def function(q, k, v):
+        return expressive_attention_varlen(q, k, v, CU_Q, CU_K, 7, 9, causal=True).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    arguments = packed()
+    torch.testing.assert_close(*(torch.autograd.grad(f(*arguments), arguments) for f in (compiled, function)))
+    torch._dynamo.reset()
+
+
+def test_dropout_drops_weights():
+    q, k, v = packed()
+    torch.manual_seed(0)
+    outputs = [expressive_attention_varlen(q, k, v, CU_Q, CU_K, 7, 9, 0.5) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    assert expressive_attention_varlen(q, k, v, CU_Q, CU_K, 7, 9, 1.0).abs().max() == 0
+
+
+def test_the_arguments_are_those_of_flash_attn_varlen_func():
+    """Of flash-attn 2.8, as far as they make sense here."""
+    ours = list(inspect.signature(expressive_attention_varlen).parameters)
+    assert ours[:11] == [
+        "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale",
+        "causal", "window_size",
+    ]  # fmt: skip
+    assert {"alibi_slopes", "seqused_k"} < set(ours)
+
+
+GOOD = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_seqlen_q": 7, "max_seqlen_k": 9}
+BAD = [
+    ({"q": torch.randn(2, 3, 4, 8)}, ValueError, r"q must have three dimensions, .* got shape \(2, 3, 4, 8\)"),
+    ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+    ({"v": torch.randn(KEYS + 1, 2, 5)}, ValueError, r"v must have the length S = 25 of k"),
+    ({"k": torch.randn(KEYS, 2, 7)}, ValueError, r"k must have the head dimension E = 8 of q, got shape \(25, 2, 7\)"),
+    (
+        {"k": torch.randn(KEYS, 2, 8).double()},
+        ValueError,
+        "k must have the dtype of q, torch.float32, got torch.float64",
+    ),
+    ({"v": torch.randn(KEYS, 1, 5)}, ValueError, "v must have the 2 heads of k, got 1"),
+    ({"q": torch.randn(ROWS, 3, 8)}, ValueError, "q must have a multiple of the 2 heads of k, at least one, got 3"),
+    ({"cu_seqlens_q": CU_Q.float()}, ValueError, "cu_seqlens_q must be int32 or int64, got torch.float32"),
+    ({"cu_seqlens_q": CU_Q + 1}, ValueError, "cu_seqlens_q must start at 0, never fall, and end at the 17 rows"),
+    ({"cu_seqlens_k": CU_K * 2}, ValueError, "cu_seqlens_k must start at 0, never fall, and end at the 25 rows"),
+    ({"cu_seqlens_k": CU_K.flip(0)}, ValueError, "cu_seqlens_k must start at 0"),
+    ({"cu_seqlens_k": CU_K[:-1]}, ValueError, r"cu_seqlens_k must have the shape \(6,\) of cu_seqlens_q, got \(5,\)"),
+    ({"cu_seqlens_q": CU_Q[:1]}, ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\) for B >= 1"),
+    ({"max_seqlen_q": 6}, ValueError, "max_seqlen_q must be at least the 7 of the longest sequence, got 6"),
+    ({"max_seqlen_k": 9.0}, TypeError, "max_seqlen_k must be an int, got float"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"window_size": (-2, 0)}, ValueError, r"window_size must be two integers .* got \(-2, 0\)"),
+    ({"window_size": 4}, ValueError, r"window_size must be two integers .* got 4"),
+    ({"seqused_k": torch.ones(4, dtype=torch.int32)}, ValueError, r"seqused_k must have shape \(5,\), got \(4,\)"),
+    (
+        {"seqused_k": torch.full((5,), 26)},
+        ValueError,
+        "seqused_k must be from 0 to the 25 keys there are, got 26 to 26",
+    ),
+    (
+        {"alibi_slopes": torch.ones(3)},
+        ValueError,
+        r"alibi_slopes must have the 4 heads of the queries .* got shape \(3,\)",
+    ),
+    ({"alibi_slopes": torch.ones(2, 4)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(5, 4\), got \(2, 4\)"),
+    ({"alibi_slopes": -torch.ones(4)}, ValueError, "alibi_slopes must be at least 0, got -1.0"),
+    ({"alibi_slopes": torch.ones(4).double()}, ValueError, "alibi_slopes must be float32, got torch.float64"),
+    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes must not require a gradient"),
+    ({"backend": "flash"}, ValueError, "backend must be one of"),
+    ({"causal_alignment": "left"}, ValueError, "causal_alignment must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = dict(zip("qkv", packed(), strict=True)) | GOOD | change
+    with pytest.raises(error, match=message):
+        expressive_attention_varlen(**arguments)
+
+
+def test_vmap_is_refused():
+    q, k, v = (torch.stack([x, x]) for x in packed())
+    with pytest.raises(NotImplementedError, match="vmap over sequences of variable length"):
+        torch.vmap(lambda *x: expressive_attention_varlen(*x, CU_Q, CU_K, 7, 9))(q, k, v)
