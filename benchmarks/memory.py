@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py BACKEND|sdpa|automatic LENGTH forward|backward THREADS
 
-prints it in bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget.
+prints it in bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget. On a GPU
+`measured_on_gpu` counts what torch allocates there, for ``(1, 16, LENGTH, 64)``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from check import Judge
 from contestants import SDPA, Contestant, ours, run
@@ -51,6 +53,19 @@ def measured(contestant: str, length: int, backward: bool, threads: int) -> Usag
     return Usage(**json.loads(done.stdout))
 
 
+def measured_on_gpu(contestant: Contestant, length: int, backward: bool) -> Usage:
+    """`Usage` of one call on the current GPU, in bfloat16; kernels are compiled before."""
+    problem = Problem("memory", (1, 16, length, 64), backward=backward, dtype=torch.bfloat16, device="cuda")
+    inputs, upstream, attention = problem.inputs(), problem.upstream(), contestant.make(problem)
+    results = run(attention, inputs, upstream)
+    del results
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run(attention, inputs, upstream)
+    beyond = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+    return Usage(beyond, _error(inputs, results) if contestant.expressive else None)
+
+
 def is_linear(shorter: int, longer: int) -> bool:
     """Whether memory at twice the length is at most twice as much, to the resolution of the measurement."""
     return longer <= 2 * max(shorter, 0) + _RESOLUTION
@@ -66,11 +81,14 @@ def usage(contestant: Contestant, length: int, backward: bool) -> Usage:
     before = _status("VmRSS")
     results = run(attention, inputs, upstream)
     beyond = _status("VmHWM") - before - sum(x.nbytes for x in results)
-    if not contestant.expressive:
-        return Usage(beyond, None)
+    return Usage(beyond, _error(inputs, results) if contestant.expressive else None)
+
+
+def _error(inputs: list[Tensor], results: list[Tensor]) -> float:
+    """The error of the last rows of the output, as a share of its budget."""
     query, key, value = inputs
     judge = Judge([query[..., -_CHECKED_ROWS:, :], key, value], None, causal=False)
-    return Usage(beyond, judge.error([results[0][..., -_CHECKED_ROWS:, :]]))
+    return judge.error([results[0][..., -_CHECKED_ROWS:, :]])
 
 
 def _status(name: str) -> int:

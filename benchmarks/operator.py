@@ -23,7 +23,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ from table import HEADER, MEMORY_HEADER, MemoryRow, Row
 from timing import Ratio, in_turn
 
 RED = "error over budget: no speed-up"
-MEMORY = {"memory, forward, (1, 1, L, 64)": False, "memory, forward + backward, (1, 1, L, 64)": True}
+MEMORY = {  # of the CPU and of the GPU; whether with gradients
+    "cpu": {"memory, forward, (1, 1, L, 64)": False, "memory, forward + backward, (1, 1, L, 64)": True},
+    "cuda": {"memory, forward, (1, 16, L, 64)": False, "memory, forward + backward, (1, 16, L, 64)": True},
+}
 
 
 @cache
@@ -85,24 +88,24 @@ def measure(
     return [Row(str(problem), name, **row) for name, row in rows.items()]
 
 
-def measure_memory(label: str, backward: bool, backend: str, threads: int) -> list[MemoryRow]:
-    """The rows of peak memory: ours, then SDPA."""
+def measure_memory(
+    label: str, own: str, rival: str, slack: float, usage: Callable[[str, int], memory.Usage]
+) -> list[MemoryRow]:
+    """The rows of peak memory: ours, to be within the rival's, then the rival; by `usage` of a name at a length."""
+    limit = rival + (f" + {slack:.0%}" if slack else "")
     try:
-        mine, sdpa = (
-            [memory.measured(name, length, backward, threads) for length in memory.LENGTHS]
-            for name in (backend, SDPA.name)
-        )
+        mine, theirs = ([usage(name, length) for length in memory.LENGTHS] for name in (own, rival))
     except RuntimeError as error:
-        return [MemoryRow(label, backend, is_ours=True, note=str(error))]
-    row = MemoryRow(label, SDPA.name, sdpa[0].bytes, sdpa[1].bytes)
+        return [MemoryRow(label, own, is_ours=True, note=first_line(error), limit=limit)]
+    row = MemoryRow(label, rival, theirs[0].bytes, theirs[1].bytes)
     errors = [use.error for use in mine if use.error is not None]
     if not all(error <= 1 for error in errors):
-        return [MemoryRow(label, backend, is_ours=True, note="error over budget"), row]
+        return [MemoryRow(label, own, is_ours=True, note="error over budget", limit=limit), row]
     linear = memory.is_linear(mine[0].bytes, mine[1].bytes)
-    own = MemoryRow(
-        label, backend, mine[0].bytes, mine[1].bytes, max(errors), goal=sdpa[1].bytes, linear=linear, is_ours=True
-    )
-    return [own, row]
+    goal = int(theirs[1].bytes * (1 + slack))
+    return [
+        MemoryRow(label, own, mine[0].bytes, mine[1].bytes, max(errors), goal, linear, is_ours=True, limit=limit), row
+    ]  # fmt: skip
 
 
 def first_line(error: Exception) -> str:
@@ -131,7 +134,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--json must be a file in a folder that exists, got {found.json}")
     known = gpu_problems() if on_gpu else problems(torch.cpu._is_avx512_bf16_supported())
     found.problems = [p for p in known if found.only in str(p)]
-    found.memory = {label: backward for label, backward in MEMORY.items() if found.only in label and not on_gpu}
+    found.memory = {label: backward for label, backward in MEMORY[found.device].items() if found.only in label}
     if not found.problems and not found.memory:
         parser.error(f"--only must be part of a problem's name, as 'forward, causal' or 'tiny', got {found.only!r}")
     if found.backend is not None:
@@ -163,9 +166,19 @@ def section(options: argparse.Namespace, threads: int) -> dict[str, Any]:
         rows += shown(measure(problem, own, GPU_RIVALS if on_gpu else RIVALS, options.pairs, peaks))
     if options.memory:
         print(f"{MEMORY_HEADER}, L = {' and '.join(map(str, memory.LENGTHS))}", flush=True)
+    own, rival, slack = options.backend or automatic(torch.float32, options.device), SDPA.name, 0.0
+    on_gpu_by_name = {}
+    if on_gpu:
+        rival, slack = "flash", 0.01
+        on_gpu_by_name = {c.name: c for c in (ours(own, torch.bfloat16, "cuda"), *GPU_RIVALS)}
+
+    def usage(backward: bool, name: str, length: int) -> memory.Usage:
+        if on_gpu:
+            return memory.measured_on_gpu(on_gpu_by_name[name], length, backward)
+        return memory.measured(name, length, backward, threads)
+
     for label, backward in options.memory.items():
-        backend = options.backend or automatic(torch.float32)
-        memory_rows += shown(measure_memory(label, backward, backend, threads))
+        memory_rows += shown(measure_memory(label, own, rival, slack, partial(usage, backward)))
     verdicts = Counter(row["verdict"] for row in rows + memory_rows if row["verdict"])
     print("goals: " + ", ".join(f"{verdicts[v]} {v}" for v in ("met", "missed", "not measured")), flush=True)
     return {"threads": threads, "peaks": asdict(peaks), "rows": rows, "memory": memory_rows}

@@ -75,7 +75,8 @@ class MemoryRow:
     Attributes:
         shorter: Bytes beyond inputs and outputs at the shorter length.
         longer: Bytes at twice that length.
-        goal: The bytes of SDPA at the longer length; None for SDPA itself.
+        goal: The most bytes at the longer length; None for the rival itself.
+        limit: What the goal is, in words.
         linear: Whether bytes grow at most like the length.
     """
 
@@ -88,10 +89,11 @@ class MemoryRow:
     linear: bool | None = None
     is_ours: bool = False
     note: str = ""
+    limit: str = ""
 
     @property
     def verdict(self) -> str:
-        """``met`` (at most SDPA's and linear), ``missed``, ``not measured``; nothing for SDPA."""
+        """``met`` (within the goal and linear), ``missed``, ``not measured``; nothing for the rival."""
         if not self.is_ours:
             return ""
         if self.longer is None or self.goal is None:
@@ -105,6 +107,6 @@ class MemoryRow:
         """As `Row.line`."""
         sizes = " ".join(f"{'-' if x is None else f'{x / 2**20:.2f}':>9}" for x in (self.shorter, self.longer))
         error = "-" if self.error is None else f"{self.error:.2f}"
-        goal = f"<= sdpa, linear {self.verdict}" if self.is_ours else ""
+        goal = f"<= {self.limit}, linear {self.verdict}" if self.is_ours else ""
         columns = f"{self.problem if first else '':45} {self.contestant:10} {sizes} {'':19} {error:>6}"
         return f"{columns}  {'; '.join(filter(None, (goal, self.note)))}".rstrip()

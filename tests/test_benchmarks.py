@@ -9,6 +9,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "bench"]
 
 
@@ -40,11 +41,7 @@ def test_what_is_printed_is_checked_and_written(tmp_path):
         (["--only", "nothing"], "--only must be part of a problem's name"),
         (["--json", "/there/is/none.json"], "--json must be a file in a folder that exists"),
         (["--backend", "cuda"], "invalid choice: 'cuda'"),
-        pytest.param(
-            ["--device", "cuda"],
-            "--device cuda needs a GPU, and torch finds none",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
+        pytest.param(["--device", "cuda"], "--device cuda needs a GPU, and torch finds none", marks=NO_GPU),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):
@@ -76,3 +73,33 @@ for off in (1.0, 1.001, float("nan")):
     assert right == "[(False, True, ''), (False, False, '')]"
     assert wrong == "[(True, True, 'error over budget: no speed-up'), (True, True, 'ours was not timed')]"
     assert nothing == wrong
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+
+
+def test_errors_of_long_problems():
+    done = script("large.py", "--device", "cpu", "--backend", "blockwise", "--lengths", 301)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shares = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(shares) == 12
+    assert all(0 < share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("large.py", ["--lengths", "1"], "--lengths must be at least 2, got 1"),
+        ("large.py", ["--device", "cpu"], "--backend triton does not run here: it runs on GPUs, not on cpu"),
+        ("gpu.py", ["tests", "speed"], "STEP must be one of tests, large, sanitizer, cold, timing, got speed"),
+        pytest.param("gpu.py", [], "a GPU is needed, and torch finds none", marks=NO_GPU),
+        pytest.param("cold_start.py", [], "a GPU is needed, and torch finds none", marks=NO_GPU),
+    ],
+)
+def test_wrong_arguments_of_the_scripts_are_named(name, arguments, words):
+    done = script(name, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert not done.stdout

@@ -1,0 +1,100 @@
+"""All that there is to do on a GPU, in one go: are the kernels right, and how fast are they?
+
+    python benchmarks/gpu.py [STEP ...] [--out FOLDER]
+
+tests       the tests of the kernels, on the device
+large       errors of problems up to 65536 keys, in three dtypes
+sanitizer   reads and writes beside tensors, and races, at small sizes, by NVIDIA's compute-sanitizer
+cold        seconds of a first call
+timing      the table of `operator.py --device cuda`, with the errors of every problem
+
+All steps run, also after one that failed; what each prints is in FOLDER/STEP.log too. Exit status: 0 all passed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.pop(0)  # this folder, which has a file with the name of a module of the standard library
+
+import argparse
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
+SMALL = ["-q", "-x", "-k", "tiles_of_users or packed or filled or slopes_in or masks_of_all_shapes"]
+
+
+def commands(folder: Path) -> dict[str, list[list[str]]]:
+    """What each step runs."""
+    python = sys.executable
+    kernels = str(TESTS / "backends" / "test_triton.py")
+    sanitizer = [
+        ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, python, "-m", "pytest", kernels, *SMALL]
+        for tool in ("memcheck", "racecheck")
+    ]
+    return {
+        "tests": [[python, "-m", "pytest", "-q", kernels]],
+        "large": [[python, str(HERE / "large.py")]],
+        "sanitizer": sanitizer,
+        "cold": [[python, str(HERE / "cold_start.py")]],
+        "timing": [[python, str(HERE / "operator.py"), "--device", "cuda", "--json", str(folder / "timing.json")]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="these steps; without any, all of them")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="where to write")
+    options = parser.parse_args()
+    known = commands(options.out)
+    for step in options.steps:
+        if step not in known:
+            parser.error(f"STEP must be one of {', '.join(known)}, got {step}")
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed, and torch finds none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for step in options.steps or known:
+        start = time.perf_counter()
+        results = [run(command, options.out / f"{step}.log") for command in known[step]]
+        if not all(results):
+            failed.append(step)
+        print(
+            f"---- {step}: {'failed' if step in failed else 'passed'} in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+    sys.exit(bool(failed))
+
+
+def run(command: list[str], log: Path) -> bool:
+    """Run a command, its output shown and added to a file; whether it succeeded."""
+    if shutil.which(command[0]) is None:
+        print(f"{command[0]} is not installed", flush=True)
+        return False
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE.parent)}
+    environment.pop("TRITON_INTERPRET", None)
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+    return process.returncode == 0
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
