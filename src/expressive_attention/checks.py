@@ -12,6 +12,7 @@ from .backends import BACKENDS
 from .backends.problem import check_form
 
 __all__ = [
+    "ALIGNMENTS",
     "check_lengths",
     "check_mask",
     "check_settings",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ALIGNMENTS = ("upper_left", "lower_right")
+ALIGNMENTS = ("upper_left", "lower_right")
 
 
 def check_tracing() -> None:
@@ -82,8 +83,8 @@ def check_settings(
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{scale_name} must be finite, got {scale}")
     check_form(form)
-    if causal_alignment not in _ALIGNMENTS:
-        raise ValueError(f"causal_alignment must be one of {_ALIGNMENTS}, got {causal_alignment!r}")
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {causal_alignment!r}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}")
 

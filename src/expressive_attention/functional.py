@@ -16,6 +16,7 @@ from .backends import AUTOMATIC, BACKENDS, reference
 from .backends.pattern import Pattern
 from .backends.problem import Problem
 from .checks import (
+    ALIGNMENTS,
     check_lengths,
     check_mask,
     check_settings,
@@ -50,6 +51,13 @@ class Call(NamedTuple):
     scale: float
     form: str
 
+
+# Those of calls without a window: made once, since a small call takes not much longer than they do.
+_PATTERNS = {
+    (causal, alignment): Pattern(None, 0 if causal else None, alignment == "lower_right")
+    for causal in (False, True)
+    for alignment in ALIGNMENTS
+}
 
 # Told of every call.
 listeners: list[Callable[[Call], None]] = []
@@ -190,7 +198,7 @@ def expressive_attention(
         check_mask(attn_mask, query, (*batch, heads, rows, keys))
         mask = _fold_mask(_with_dims(attn_mask, max(dims, 3)), batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    pattern = Pattern(None, 0 if is_causal else None, causal_alignment == "lower_right")
+    pattern = _PATTERNS[bool(is_causal), causal_alignment]
     if window_size != (-1, -1):
         check_window(window_size)
         pattern = with_window(pattern, window_size)

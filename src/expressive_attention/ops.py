@@ -8,7 +8,6 @@ schema, shapes for tracing (fake), autograd (twice), vmap and autocast.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,13 +60,13 @@ def attention(
         return torch.ops.expressive_attention.attention(*arguments[:4], *pattern, *arguments[5:])
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:4] if x is not None):
         return _Attention.apply(*arguments)
-    return _run(*arguments)
+    return _run(arguments[:4], *arguments[4:])
 
 
 def _attention_backward(tensors: tuple[Tensor | None, ...], pattern: Pattern, *rest: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() or not _is_eager(*tensors):
         return torch.ops.expressive_attention.attention_backward(*tensors, *pattern, *rest)
-    return _run_backward(*tensors, pattern, *rest)
+    return _run_backward(tensors, pattern, *rest)
 
 
 def _plain_keys() -> frozenset[int]:
@@ -95,36 +94,25 @@ def _is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
-def _run(query, key, value, attn_mask, pattern, scale, form, backend):
-    module = BACKENDS[backend]
-    forward = module.forward if module is triton else partial(patterns.forward, module)
-    return forward(query, key, value, attn_mask, pattern, scale, form)
+def _run(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str):
+    arguments: Any = (*tensors, pattern, scale, form)
+    if backend == "triton":
+        return triton.forward(*arguments)
+    return patterns.forward(BACKENDS[backend], *arguments)
 
 
-def _run_backward(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, pattern, *rest):
-    scale, form, backend, mask_gradient = rest
-    module = BACKENDS[backend]
-    backward = module.backward if module is triton else partial(patterns.backward, module)
-    dq, dk, dv, dmask = backward(
-        grad_output,
-        grad_normalizer,
-        query,
-        key,
-        value,
-        attn_mask,
-        output,
-        normalizer,
-        pattern,
-        scale,
-        form,
-        mask_gradient,
-    )
-    return dq, dk, dv, query.new_empty(0) if dmask is None else dmask
+def _run_backward(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str, mask_gradient: bool):
+    arguments: Any = (*tensors, pattern, scale, form, mask_gradient)
+    if backend == "triton":
+        dq, dk, dv, dmask = triton.backward(*arguments)
+    else:
+        dq, dk, dv, dmask = patterns.backward(BACKENDS[backend], *arguments)
+    return dq, dk, dv, dq.new_empty(0) if dmask is None else dmask
 
 
 def _of_operator(run: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable[..., tuple[Tensor, ...]]:
     """`run` with the arguments of the operator: the members of the pattern come after so many tensors."""
-    return lambda *x: run(*x[:tensors], Pattern(*x[tensors : tensors + _SIZE]), *x[tensors + _SIZE :])
+    return lambda *x: run(x[:tensors], Pattern(*x[tensors : tensors + _SIZE]), *x[tensors + _SIZE :])
 
 
 torch.library.impl(_ATTENTION, "CompositeExplicitAutograd", _of_operator(_run, 4))
@@ -153,25 +141,21 @@ def _(grad_output, grad_normalizer, query, key, value, attn_mask, output, normal
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, pattern, settings = inputs[:4], Pattern(*inputs[4 : 4 + _SIZE]), inputs[4 + _SIZE :]
-    _save(ctx, tensors, pattern, settings, output)
+    _save(ctx, inputs[:4], (Pattern(*inputs[4 : 4 + _SIZE]), *inputs[4 + _SIZE :]), output)
 
 
-def _save(
-    ctx: Any, tensors: tuple[Any, ...], pattern: Pattern, settings: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
+def _save(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*tensors, output[0], output[1])
-    ctx.pattern, ctx.settings = pattern, settings
+    ctx.settings = settings
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
+    saved = ctx.saved_tensors
     mask_gradient = ctx.needs_input_grad[3]
     if grad_output is None:
-        grad_output = torch.zeros_like(ctx.saved_tensors[4])
-    dq, dk, dv, dmask = _attention_backward(
-        (grad_output, grad_normalizer, *ctx.saved_tensors), ctx.pattern, *ctx.settings, mask_gradient
-    )
+        grad_output = torch.zeros_like(saved[4])
+    dq, dk, dv, dmask = _attention_backward((grad_output, grad_normalizer, *saved), *ctx.settings, mask_gradient)
     return dq, dk, dv, dmask if mask_gradient else None, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
@@ -184,8 +168,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not by setup_context, for which torch binds the arguments to a signature at every call.
-        results = _run(*arguments)
-        _save(ctx, arguments[:4], arguments[4], arguments[5:], results)
+        results = _run(arguments[:4], *arguments[4:])
+        _save(ctx, arguments[:4], arguments[4:], results)
         return results
 
     @staticmethod
@@ -195,19 +179,19 @@ class _Attention(torch.autograd.Function):
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.pattern, ctx.settings = Pattern(*inputs[8 : 8 + _SIZE]), inputs[8 + _SIZE :]
+    ctx.settings = (Pattern(*inputs[8 : 8 + _SIZE]), *inputs[8 + _SIZE :])
     ctx.set_materialize_grads(False)
 
 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
-    scale, form, _, mask_gradient = ctx.settings
+    pattern, scale, form, _, mask_gradient = ctx.settings
     names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        mask, diagonal = ctx.pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
+        mask, diagonal = pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
         output, normalizer, _ = reference.forward(*inputs, mask, diagonal, scale, form)
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:

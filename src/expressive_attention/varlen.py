@@ -132,6 +132,7 @@ def expressive_attention_varlen(
         NotImplementedError: The backend asked for does not support the call.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 9, 2, 8).unbind(0)  # sequences of 4 and of 5
         >>> starts = torch.tensor([0, 4, 9], dtype=torch.int32)
         >>> expressive_attention_varlen(q, k, v, starts, starts, 5, 5, causal=True).shape

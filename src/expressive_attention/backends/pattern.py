@@ -58,17 +58,16 @@ class Pattern(NamedTuple):
             query: ``(B, Hq, L, E)``.
             key: ``(B, Hkv, S, E)``.
         """
-        length, keys = query.shape[2], key.shape[2]
-        same_for_all = self.key_lengths is None and self.query_starts is None
-        diagonal = None
-        if self.right is not None and same_for_all:
-            diagonal = self.right + (keys - length if self.lower_right else 0)
+        if self.key_lengths is None and self.query_starts is None:
+            diagonal = self.right
+            if diagonal is not None and self.lower_right:
+                diagonal += key.shape[2] - query.shape[2]
             if self.left is None and self.slopes is None:
                 return attn_mask, diagonal
-        if self.right is None and self.left is None and self.slopes is None and same_for_all:
-            return attn_mask, None
+        else:
+            diagonal = None
 
-        place, column, keep, slopes = self._places(length, keys, query.device)
+        place, column, keep, slopes = self._places(query.shape[2], key.shape[2], query.device)
         if self.right is not None and diagonal is None:
             keep = keep & (column <= place + self.right)
         if self.left is not None:
