@@ -150,6 +150,17 @@ def test_autocast_computes_in_the_dtype_of_the_region(backend, enabled):
         ({"scale": "auto"}, TypeError, ["scale", "str"]),
         ({"form": "softmax"}, ValueError, ["form", "expressive", "'softmax'"]),
         ({"causal_alignment": "left"}, ValueError, ["causal_alignment", "lower_right", "'left'"]),
+        ({"window_size": (3,)}, ValueError, ["window_size", "(left, right)", "(3,)"]),
+        ({"window_size": (1.5, 0)}, ValueError, ["window_size", "two integers", "(1.5, 0)"]),
+        ({"alibi_slopes": torch.ones(2)}, ValueError, ["alibi_slopes", "4 heads", "(2,)"]),
+        ({"alibi_slopes": torch.ones(3, 4)}, ValueError, ["alibi_slopes", "(2, 4)", "(3, 4)"]),
+        ({"alibi_slopes": torch.ones(4).half()}, ValueError, ["alibi_slopes", "float32", "torch.float16"]),
+        ({"alibi_slopes": [1.0]}, TypeError, ["alibi_slopes", "list"]),
+        ({"alibi_slopes": torch.tensor([0.0, 1.0, -2.0, 1.0])}, ValueError, ["alibi_slopes", "at least 0", "-2.0"]),
+        ({"key_lengths": torch.tensor([6, 7])}, ValueError, ["key_lengths", "0 to the 6 keys", "6 to 7"]),
+        ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, ["key_lengths", "(2,)", "(3,)"]),
+        ({"key_lengths": torch.ones(2)}, ValueError, ["key_lengths", "int32 or int64", "torch.float32"]),
+        ({"key_lengths": torch.ones(2, device="meta").int()}, ValueError, ["key_lengths", "cpu", "meta"]),
         ({"backend": "cuda"}, ValueError, ["backend", "blockwise", "'cuda'"]),
         ({"backend": "blockwise", "dropout_p": 0.1}, NotImplementedError, ["'blockwise'", "dropout"]),
     ],
@@ -159,6 +170,39 @@ def test_wrong_arguments_are_named(change, error, words):
     with pytest.raises(error) as caught:
         expressive_attention(**arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_lengths_and_slopes_have_the_leading_dimensions(backend):
+    q, k, v = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 1, 4, 6, 8), torch.randn(4, 6, 3)
+    lengths, slopes = torch.tensor([[6], [2], [0]]), torch.rand(3, 2, 4)
+    j = torch.arange(6)
+    bias = -slopes[..., None, None] * (torch.arange(5)[:, None] - j).abs()
+    bias = bias.masked_fill(j >= lengths[..., None, None, None], -torch.inf)
+    got = expressive_attention(q, k, v, key_lengths=lengths, alibi_slopes=slopes, backend=backend)
+    torch.testing.assert_close(got, expressive_attention(q, k, v, bias, backend="reference"))
+    one_head = expressive_attention(q[0, 0, 0], k[0, 0, 0], v[0], key_lengths=torch.tensor(4), backend=backend)
+    torch.testing.assert_close(one_head, expressive_attention(q[0, 0, 0], k[0, 0, 0, :4], v[0, :4]))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_slopes_can_be_learned(backend):
+    slopes = torch.rand(4, requires_grad=True)
+    distance = (torch.arange(5)[:, None] - torch.arange(6)).abs()
+
+    def gradient(bias, **options):
+        output = expressive_attention(Q, KV, KV, bias, enable_gqa=True, backend=backend, **options)
+        return torch.autograd.grad(output.square().sum(), slopes)
+
+    torch.testing.assert_close(gradient(None, alibi_slopes=slopes), gradient(-slopes[:, None, None] * distance))
+
+
+def test_a_window_is_what_a_cache_keeps():
+    """The last of many queries, and alone against the keys of its window."""
+    q, k, v = torch.randn(3, 2, 4, 50, 8).unbind(0)
+    whole = expressive_attention(q, k, v, is_causal=True, window_size=(9, -1))
+    alone = expressive_attention(q[..., -1:, :], k[..., -10:, :], v[..., -10:, :])
+    torch.testing.assert_close(whole[..., -1:, :], alone)
 
 
 def test_dropout_is_left_to_the_reference_by_the_automatic_choice():

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 from expressive_attention import expressive_attention
 from expressive_attention.backends.pattern import Pattern
@@ -170,3 +171,30 @@ def test_forward_mode_derivatives_choose_the_reference(backend):
             call(dual, backend=backend)
         got = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
     torch.testing.assert_close(got, torch.func.jvp(call, (q,), (torch.ones_like(q),))[1])
+
+
+def test_activation_checkpointing_recomputes_the_same_bits(backend):
+    leaves = tensors()
+
+    def function(q, k, v):
+        return expressive_attention(q, k, v, is_causal=True, enable_gqa=True, window_size=(3, -1), backend=backend)
+
+    results = [f(*leaves) for f in (function, partial(checkpoint, function, use_reentrant=False))]
+    gradients = [torch.autograd.grad(output.square().sum(), leaves) for output in results]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_vmap_of_patterns(backend):
+    q, k, v = (torch.randn(3, *x.shape) for x in tensors())
+    lengths, slopes = torch.tensor([[1, 6], [0, 4], [5, 3]]), torch.rand(3, 4)
+
+    def function(q, k, v, lengths, slopes):
+        return expressive_attention(
+            q, k, v, enable_gqa=True, key_lengths=lengths, alibi_slopes=slopes, window_size=(2, 1), backend=backend
+        )
+
+    expected = torch.stack([function(*x) for x in zip(q, k, v, lengths, slopes, strict=True)])
+    torch.testing.assert_close(vmap(function)(q, k, v, lengths, slopes), expected)
+    shared = torch.stack([function(*x, lengths[0], slopes[0]) for x in zip(q, k, v, strict=True)])
+    mapped = vmap(function, in_dims=(0, 0, 0, None, None))(q, k, v, lengths[0], slopes[0])
+    torch.testing.assert_close(mapped, shared)

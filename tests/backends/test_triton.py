@@ -443,6 +443,27 @@ def test_exports():
     assert torch.equal(exported.module()(*inputs), Module()(*inputs))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_a_cuda_graph_replays_a_training_step():
+    leaves = [x.requires_grad_() for x in tensors(torch.bfloat16, *[(2, 2, 70, 16)] * 3)]
+
+    def step():
+        return torch.autograd.grad(expressive_attention(*leaves, is_causal=True).float().square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for x in leaves:
+            x.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
 def test_autocast_computes_in_the_dtype_of_the_region():
     q, k, v = tensors(torch.float32, *[(1, 2, 7, 8)] * 3)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
