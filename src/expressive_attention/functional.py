@@ -59,6 +59,9 @@ _PATTERNS = {
     for alignment in ALIGNMENTS
 }
 
+# No sequence is as long.
+_LONGEST = 2**30
+
 # Told of every call.
 listeners: list[Callable[[Call], None]] = []
 
@@ -238,15 +241,15 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak of a call in the shapes of `backends.problem`, by the backend that it takes."""
     if listeners:
-        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        mask, rest = pattern.as_mask(attn_mask, query, key)
         for listener in listeners:
-            listener(Call(query, key, value, mask, diagonal, scale, form))
+            listener(Call(query, key, value, mask, rest.diagonal(query, key), scale, form))
     head_dim = max(query.shape[-1], value.shape[-1])
     chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
     if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
-        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        mask, rest = pattern.as_mask(attn_mask, query, key)
         with torch.autocast(query.device.type, enabled=False):
-            return reference.forward(query, key, value, mask, diagonal, scale, form, dropout_p)
+            return reference.forward(query, key, value, mask, rest, scale, form, dropout_p)
     return ops.attention(query, key, value, attn_mask, pattern, scale, form, chosen)
 
 
@@ -325,7 +328,7 @@ def _fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def with_window(pattern: Pattern, window_size: tuple[int, int]) -> Pattern:
     """The pattern with the limits of the window, within a causal mask, if it has one."""
-    left, right = (None if size == -1 else size for size in window_size)
+    left, right = (None if size == -1 or size >= _LONGEST else size for size in window_size)
     if pattern.right is not None or right is not None:
         right = min(size for size in (pattern.right, right) if size is not None)
     return pattern._replace(left=left, right=right)

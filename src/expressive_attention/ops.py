@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, reference, triton
+from .backends import BACKENDS, reference
 from .backends import pattern as patterns
 from .backends.pattern import Pattern
 from .backends.problem import accumulation_dtype, empty_peak
@@ -96,17 +96,12 @@ def _is_eager(*tensors: Tensor | None) -> bool:
 
 def _run(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str):
     arguments: Any = (*tensors, pattern, scale, form)
-    if backend == "triton":
-        return triton.forward(*arguments)
     return patterns.forward(BACKENDS[backend], *arguments)
 
 
 def _run_backward(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str, mask_gradient: bool):
     arguments: Any = (*tensors, pattern, scale, form, mask_gradient)
-    if backend == "triton":
-        dq, dk, dv, dmask = triton.backward(*arguments)
-    else:
-        dq, dk, dv, dmask = patterns.backward(BACKENDS[backend], *arguments)
+    dq, dk, dv, dmask = patterns.backward(BACKENDS[backend], *arguments)
     return dq, dk, dv, dq.new_empty(0) if dmask is None else dmask
 
 
@@ -191,8 +186,8 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        mask, diagonal = pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
-        output, normalizer, _ = reference.forward(*inputs, mask, diagonal, scale, form)
+        mask, rest = pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
+        output, normalizer, _ = reference.forward(*inputs, mask, rest, scale, form)
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]

@@ -150,11 +150,12 @@ def test_a_forked_process_computes_the_same():
     code = """
 import os, torch
 from expressive_attention.backends import cpu
+from expressive_attention.backends.pattern import Pattern
 torch.set_num_threads(2)
 q, k, v, g = torch.randn(4, 2, 4, 300, 32).unbind(0)
 def run():
-    output, normalizer, _ = cpu.forward(q, k, v, None, None, 0.2, "expressive")
-    gradients = cpu.backward(g, None, q, k, v, None, output, normalizer, None, 0.2, "expressive", False)
+    output, normalizer, _ = cpu.forward(q, k, v, None, Pattern(), 0.2, "expressive")
+    gradients = cpu.backward(g, None, q, k, v, None, output, normalizer, Pattern(), 0.2, "expressive", False)
     return [x.numpy().tobytes() for x in (output, normalizer, *gradients[:3])]
 before = run()
 if pid := os.fork():

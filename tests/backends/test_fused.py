@@ -47,6 +47,19 @@ def test_long_problems_within_budget(length, keys, causal, threads):
         assert_within_budget(Case(q, k, v, torch.randn(length, keys) > 0, options), *FUSED)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [(300, -1), (90, 20), (-1, 100)])
+@pytest.mark.parametrize(("length", "keys"), [(700, 700), (3, 1500)])
+def test_long_windows_within_budget(length, keys, window, dtype):
+    """Whole blocks of keys are outside of them, or beyond those that exist."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, length, 17), torch.randn(2, 1, keys, 17), torch.randn(2, 1, keys, 9)
+    options = {"window_size": window, "causal_alignment": "lower_right", "enable_gqa": True}
+    options["key_lengths"] = torch.tensor([keys, keys // 3])
+    with threads_of_torch(2):
+        assert_within_budget(Case(*(x.to(dtype) for x in (q, k, v)), None, options), *FUSED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("e", "ev"), [(64, 64), (128, 128), (96, 80), (130, 256), (300, 1), (512, 512)])
 def test_head_dimensions_within_budget(dtype, e, ev):

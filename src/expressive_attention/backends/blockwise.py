@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pattern import Pattern
 from .problem import Problem, accumulation_dtype, empty_peak, row_peak
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "supports", "takes"]
 
 # Scores in a tile and keys in a tile, found with benchmarks/operator.py.
 _TILE = 1 << 18
@@ -38,16 +39,22 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def takes(pattern: Pattern) -> bool:
+    """Whether this backend knows all that a pattern asks for."""
+    return pattern.is_diagonal
+
+
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak, as `reference.forward`."""
+    diagonal = pattern.diagonal(query, key)
     dtype = accumulation_dtype(query.dtype)
     results = _forward(query, key, value, attn_mask, diagonal, scale, form, dtype)
     if _exceeds_float32(results[1], query, key, scale):
@@ -99,7 +106,7 @@ def backward(
     attn_mask: Tensor | None,
     output: Tensor,
     normalizer: Tensor,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
     mask_gradient: bool,
@@ -110,6 +117,7 @@ def backward(
 
         dv_j = sum_i w_ij u_i,   ds_ij = scale f'(z_ij) exp(bias_ij) g_ij,   dbias_ij = w_ij g_ij
     """
+    diagonal = pattern.diagonal(query, key)
     dtype = torch.float64 if _exceeds_float32(normalizer, query, key, scale) else normalizer.dtype
     if dtype != query.dtype:
         # What was stored is rounded to 16 bits (the output) or may have left float32's range (the normalizer).

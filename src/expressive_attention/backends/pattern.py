@@ -1,7 +1,7 @@
 """Which keys each query sees and how far they are: windows, ALiBi, caches filled in part, packed sequences.
 
-A kernel may know all of it, as those in Triton do. For the others, `forward` and `backward` here say it by masks, and
-run packed sequences one after the other.
+A backend says by ``takes(pattern)`` whether it knows all that a pattern asks for. Where it does not, `forward` and
+`backward` here say it by a mask, and run packed sequences one after the other.
 """
 
 from __future__ import annotations
@@ -48,40 +48,44 @@ class Pattern(NamedTuple):
     longest_query: int = 0
     longest_key: int = 0
 
-    def as_mask(self, attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, int | None]:
-        """The pattern joined to a mask, and what is left of it: `diagonal`, as in `backends.problem`.
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all that it says is how far right a query sees: every backend knows that much."""
+        return self.left is None and self.slopes is None and self.key_lengths is None and self.query_starts is None
 
-        Where the pattern is more than a diagonal, the mask is as large as ``(B | 1, Hq | 1, L, S)``.
+    def diagonal(self, query: Tensor, key: Tensor) -> int | None:
+        """Where that is all, the last key that query 0 sees, as `backends.problem` has it."""
+        if self.right is None:
+            return None
+        return self.right + key.shape[2] - query.shape[2] if self.lower_right else self.right
+
+    def as_mask(self, attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Pattern]:
+        """The pattern joined to a mask, as large as ``(B | 1, Hq | 1, L, S)``, and a diagonal one, which is left of it.
 
         Args:
             attn_mask: ``(B | 1, Hq | 1, L | 1, S | 1)`` or None.
             query: ``(B, Hq, L, E)``.
             key: ``(B, Hkv, S, E)``.
         """
-        if self.key_lengths is None and self.query_starts is None:
-            diagonal = self.right
-            if diagonal is not None and self.lower_right:
-                diagonal += key.shape[2] - query.shape[2]
-            if self.left is None and self.slopes is None:
-                return attn_mask, diagonal
-        else:
-            diagonal = None
-
+        if self.is_diagonal:
+            return attn_mask, self
+        same_for_all = self.key_lengths is None and self.query_starts is None
+        rest = Pattern(right=self.right, lower_right=self.lower_right) if same_for_all else Pattern()
         place, column, keep, slopes = self._places(query.shape[2], key.shape[2], query.device)
-        if self.right is not None and diagonal is None:
+        if self.right is not None and not same_for_all:
             keep = keep & (column <= place + self.right)
         if self.left is not None:
             keep = keep & (column >= place - self.left)
         if slopes is not None:
             bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()
             mask = bias.masked_fill(~keep, -torch.inf)
-            return mask if attn_mask is None else _joined(attn_mask, mask), diagonal
+            return mask if attn_mask is None else _joined(attn_mask, mask), rest
         if attn_mask is None:
-            return keep, diagonal
+            return keep, rest
         if attn_mask.dtype == torch.bool:
-            return attn_mask & keep, diagonal
+            return attn_mask & keep, rest
         # Not in 16 bits: its gradient is summed to the one of attn_mask.
-        return attn_mask.to(accumulation_dtype(query.dtype)).masked_fill(~keep, -torch.inf), diagonal
+        return attn_mask.to(accumulation_dtype(query.dtype)).masked_fill(~keep, -torch.inf), rest
 
     def _places(self, length: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Places of queries, those of keys, whether they are of one sequence, and the slopes of queries.
@@ -147,10 +151,12 @@ def forward(
     scale: float,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak by a backend that knows masks and diagonals alone."""
+    """Output, normalizer and peak by a backend, whatever it knows of patterns."""
+    if backend.takes(pattern):
+        return backend.forward(query, key, value, attn_mask, pattern, scale, form)
     if pattern.query_starts is None:
-        mask, diagonal = pattern.as_mask(attn_mask, query, key)
-        return backend.forward(query, key, value, mask, diagonal, scale, form)
+        mask, rest = pattern.as_mask(attn_mask, query, key)
+        return backend.forward(query, key, value, mask, rest, scale, form)
     output = query.new_zeros((*query.shape[:3], value.shape[3]))
     normalizer = query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     peak = empty_peak(normalizer, attn_mask, pattern.slopes).zero_()
@@ -179,10 +185,15 @@ def backward(
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, by such a backend."""
+    if backend.takes(pattern):
+        return backend.backward(
+            grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, pattern, scale, form,
+            mask_gradient,
+        )  # fmt: skip
     if pattern.query_starts is None:
-        mask, diagonal = pattern.as_mask(attn_mask, query, key)
+        mask, rest = pattern.as_mask(attn_mask, query, key)
         *gradients, dmask = backend.backward(
-            grad_output, grad_normalizer, query, key, value, mask, output, normalizer, diagonal, scale, form,
+            grad_output, grad_normalizer, query, key, value, mask, output, normalizer, rest, scale, form,
             mask_gradient,
         )  # fmt: skip
         if dmask is not None and attn_mask is not None and dmask.shape != attn_mask.shape:

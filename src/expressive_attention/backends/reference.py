@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pattern import Pattern
 from .problem import Problem, accumulation_dtype, empty_peak, row_peak
 
-__all__ = ["forward", "supports"]
+__all__ = ["forward", "supports", "takes"]
 
 # Beyond this |z|, f(z) is 1 and f'(z) is 0 in every dtype; z^2 is still finite in float32.
 _SATURATED = 2.0**60
@@ -36,19 +37,25 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def takes(pattern: Pattern) -> bool:
+    """Whether this backend knows all that a pattern asks for."""
+    return pattern.is_diagonal
+
+
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``(B, Hq, L, Ev)``, normalizer and peak ``(B, Hq, L)``, where N_i = normalizer_i * exp(peak_i).
 
-    Without a float mask the peak is `empty_peak`, and means 0. Arguments are as in `backends.problem`.
+    Without a float mask the peak is `empty_peak`, and means 0. Arguments are as in `backends.problem`; the
+    pattern is one that it `takes`.
     Differentiable with respect to query, key, value and a float mask, any number of times.
     """
     dtype = accumulation_dtype(query.dtype)
@@ -58,7 +65,7 @@ def forward(
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
-    keep = None
+    keep, diagonal = None, pattern.diagonal(query, key)
     if diagonal is not None:
         keep = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(diagonal)
     bias = None

@@ -10,16 +10,17 @@ import struct
 import torch
 from torch import Tensor
 
+from ..pattern import Pattern
 from ..problem import Problem, accumulation_dtype, empty_peak
 from . import library
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "supports", "takes"]
 
 # As in kernels/problem.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 _NO_MASK = 5
-_FORWARD = struct.Struct("13qd23q112x")
-_BACKWARD = struct.Struct("13qd37q")
+_FORWARD = struct.Struct("16qd24q112x")
+_BACKWARD = struct.Struct("16qd38q")
 _NOTHING = (0, 0, 0, 0, 0)
 
 
@@ -34,12 +35,17 @@ def supports(problem: Problem) -> str | None:
     return library.MISSING
 
 
+def takes(pattern: Pattern) -> bool:
+    """Whether this backend knows all that a pattern asks for."""
+    return pattern.slopes is None and pattern.query_starts is None
+
+
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,10 +54,11 @@ def forward(
     output = torch.empty((batch, heads, rows, value.shape[-1]), dtype=query.dtype, device="cpu")
     normalizer = torch.empty((batch, heads, rows), dtype=accumulation_dtype(query.dtype), device="cpu")
     peak = empty_peak(normalizer, attn_mask)
+    lengths = _lengths(pattern)
     _run(
         library.chosen().forward,
         _FORWARD.pack(
-            *_inputs(query, key, value, attn_mask, diagonal, scale, form),
+            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
             output.data_ptr(),
             normalizer.data_ptr(),
             peak.data_ptr(),
@@ -69,7 +76,7 @@ def backward(
     attn_mask: Tensor | None,
     output: Tensor,
     normalizer: Tensor,
-    diagonal: int | None,
+    pattern: Pattern,
     scale: float,
     form: str,
     mask_gradient: bool,
@@ -79,10 +86,11 @@ def backward(
     dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else None
     output, normalizer = output.contiguous(), normalizer.contiguous()
     grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
+    lengths = _lengths(pattern)
     _run(
         library.chosen().backward,
         _BACKWARD.pack(
-            *_inputs(query, key, value, attn_mask, diagonal, scale, form),
+            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
             output.data_ptr(),
             normalizer.data_ptr(),
             0,
@@ -100,9 +108,16 @@ def backward(
 
 
 def _inputs(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, diagonal: int | None, scale: float, form: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    pattern: Pattern,
+    scale: float,
+    form: str,
+    lengths: Tensor | None,
 ) -> tuple[float, ...]:
-    """The members of ``ea_problem`` from the first to the mask."""
+    """The members of ``ea_problem`` from the first to the mask; `lengths` are `_lengths`, which the caller keeps."""
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
     return (
@@ -110,8 +125,11 @@ def _inputs(
         _DTYPES[query.dtype],
         _NO_MASK if mask is None else _DTYPES[mask.dtype],
         form == "squared",
-        diagonal is not None,
-        diagonal or 0,
+        pattern.right is not None,
+        pattern.right or 0,
+        pattern.left is not None,
+        pattern.left or 0,
+        pattern.lower_right,
         batch,
         heads,
         kv_heads,
@@ -120,6 +138,7 @@ def _inputs(
         width,
         value_width,
         scale,
+        0 if lengths is None else lengths.data_ptr(),
         query.data_ptr(),
         *query.stride(),
         key.data_ptr(),
@@ -128,6 +147,11 @@ def _inputs(
         *value.stride(),
         *(_NOTHING if mask is None else (mask.data_ptr(), *_mask_strides(mask))),
     )
+
+
+def _lengths(pattern: Pattern) -> Tensor | None:
+    """The lengths of keys as the library reads them."""
+    return None if pattern.key_lengths is None else pattern.key_lengths.to(torch.int64).contiguous()
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, ...]:

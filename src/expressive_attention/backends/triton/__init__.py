@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pattern import Pattern
 from ..problem import Problem
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "supports", "takes"]
 
 _WIDEST = 256
 _OLDEST = (3, 4)  # Triton
@@ -54,15 +55,20 @@ def _missing() -> str | None:
 _MISSING = _missing()  # found out with the package, so that a call, and what compiles it, need not
 
 
+def takes(pattern: Pattern) -> bool:
+    """Whether this backend knows all that a pattern asks for."""
+    return True
+
+
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, of the arguments of `pattern.forward` after the first."""
+    """Output, normalizer and peak, of the arguments of `reference.forward`."""
     from . import launch  # not before it is needed: importing triton takes its time
 
     return launch.forward(*arguments)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `pattern.backward`."""
+    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `blockwise.backward`."""
     from . import launch
 
     return launch.backward(*arguments)

@@ -124,7 +124,7 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
     int64_t ld = panel_width(start, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
-      int64_t columns = least(n, range_of(room->rows + r, mr).last - key) - start;
+      int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start;
       if (columns <= 0) continue;
       slopes(mr, columns >= PANEL ? NR : tile_vectors(columns), p->width, room->query + r * plan->columns,
              plan->columns, room->keys_transposed + start * p->width, ld, room->weights + r * ldw + start,
@@ -173,19 +173,20 @@ static void group_products(const ea_problem *p, const backward_plan *plan, backw
 static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t b, int64_t kv_head, int64_t count) {
   const ea_problem *p = run->p;
   const backward_plan *plan = &run->plan;
-  int64_t ldw = leading(plan->block_keys), end = range_of(room->rows, count).last;
+  int64_t ldw = leading(plan->block_keys), end = range_of(room->rows, count).end;
+  int64_t begin = range_of(room->rows, count).begin / plan->block_keys * plan->block_keys;
   for (int64_t r = 0; r < count; r++) {
     int64_t index = index_of(p, room->rows + r);
     run->numbers.normalizer[index] = run->numbers.mean[index] = 0;
   }
   pack_row_block(p, plan, room, count, NULL);
-  for (int64_t key = 0; key < end; key += plan->block_keys) {
+  for (int64_t key = begin; key < end; key += plan->block_keys) {
     int64_t n = least(plan->block_keys, end - key);
     pack_key_block(p, room, b, kv_head, key, n);
     backward_weights(p, plan, room, count, key, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
-      int64_t columns = least(n, range_of(room->rows + r, mr).last - key);
+      int64_t columns = least(n, range_of(room->rows + r, mr).end - key);
       group_products(p, plan, room, r, mr, n, columns);
       for (int i = 0; i < mr; i++) {
         int64_t index = index_of(p, room->rows + r + i);
@@ -267,10 +268,10 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys);
   visible_range seen = range_of(room->rows + r, mr);
-  int64_t columns = least(n, seen.last - key);
+  int64_t columns = least(n, seen.end - key);
   if (columns <= 0) return;
   group_products(p, plan, room, r, mr, n, columns);
-  int complete = key == 0 && seen.last <= n;
+  int complete = key <= seen.begin && seen.end <= key + n;
   for (int i = 0; i < mr; i++) {
     const row_place *row = room->rows + r + i;
     int64_t index = index_of(p, row);
@@ -300,7 +301,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
     int nr = (int)(panel_width(c, columns) / V);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
-      int64_t seen = least(n, range_of(room->rows + r, mr).last - key);
+      int64_t seen = least(n, range_of(room->rows + r, mr).end - key);
       add(mr, nr, seen, room->slopes + r * ldw, ldw, 0, room->keys + c, columns, grad_query + r * columns + c, columns);
     }
   }
@@ -308,7 +309,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
   for (int64_t c = 0; c < most(columns, value_columns); c += PANEL) {
     for (int64_t j = 0, first = 0; j < n; j += MR) {
       int mr = (int)least(MR, n - j);
-      while (first < count && range_of(room->rows + first, least(MR, count - first)).last <= key + j) first += MR;
+      while (first < count && range_of(room->rows + first, least(MR, count - first)).end <= key + j) first += MR;
       if (first >= count) break;
       int64_t at = first * ldw + j;
       if (c < value_columns) {
@@ -343,7 +344,8 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
     for (int64_t first = 0; first < head_rows; first += plan->block_rows) {
       int64_t count = least(plan->block_rows, head_rows - first);
       locate_rows(p, b, kv_head, first, count, room->rows);
-      if (range_of(room->rows, count).last <= key) continue;
+      visible_range seen = range_of(room->rows, count);
+      if (seen.end <= key || seen.begin >= key + n) continue;
       if (has_bias(p)) {
         for (int64_t r = 0; r < count; r++) room->rows[r].peak = run->numbers.peak[index_of(p, room->rows + r)];
       }

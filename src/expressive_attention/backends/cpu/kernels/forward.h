@@ -69,7 +69,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
 // Whether rows that see `seen` need no mask on the n keys from `key` on. (In double, numbers may be infinite:
 // then what lies past the last key in its vector is not 0.)
 INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_t n) {
-  return p->mask_dtype == EA_NONE && seen.first >= key + n && !(REAL_IS_DOUBLE && n % V);
+  return p->mask_dtype == EA_NONE && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
 // Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum.
@@ -96,7 +96,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       visible_range seen = range_of(room->rows + r, mr);
-      int64_t columns = least(n, seen.last - key) - start;
+      int64_t columns = least(n, seen.end - key) - start;
       if (columns <= 0) continue;
       if (ahead < next) {
         int64_t rows = least(step, next - ahead);
@@ -115,7 +115,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
   for (int64_t r = 0; r < count; r += MR) {
     int mr = (int)least(MR, count - r);
     visible_range seen = range_of(room->rows + r, mr);
-    int64_t columns = least(n, seen.last - key);
+    int64_t columns = least(n, seen.end - key);
     if (columns <= 0 || is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
       REAL *w = (plan->pairs ? room->wide_weights : room->weights) + (r + i) * ldw;
@@ -129,7 +129,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     int nr = (int)(panel_width(c, plan->value_columns) / V);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
-      int64_t columns = least(n, range_of(room->rows + r, mr).last - key);
+      int64_t columns = least(n, range_of(room->rows + r, mr).end - key);
       const REAL *w = room->weights + r * ldw;
       REAL *output = room->output + r * plan->value_columns + c;
       if (plan->pairs) {
@@ -162,7 +162,9 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
   memset(room->output, 0, (size_t)(count * value_columns) * sizeof(REAL));
   memset(room->sums, 0, (size_t)count * sizeof(vec));
   room->mask.from = NULL;
-  end = least(end, range_of(room->rows, count).last);
+  visible_range seen = range_of(room->rows, count);
+  if (seen.begin > begin) begin += (seen.begin - begin) / plan->block_keys * plan->block_keys;
+  end = least(end, seen.end);
   // Values in their place, where panels of them can be read from there.
   int in_place = p->dtype == REAL_DTYPE && p->value.stride[3] == 1 && p->value_width == value_columns &&
                  p->value.stride[2] == value_columns;

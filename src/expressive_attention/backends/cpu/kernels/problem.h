@@ -20,10 +20,12 @@ typedef struct {
   int64_t dtype;       // of query, key, value, output and their gradients
   int64_t mask_dtype;  // EA_NONE: there is no mask
   int64_t squared;     // f(z) = z^2 instead of z^2 / (1 + z^2)
-  int64_t causal;      // query i sees key j if and only if j <= i + diagonal
-  int64_t diagonal;
+  // Query i is at place p = i, or, with lower_right, i + S - L, and sees key j if and only if j <= p + right, with
+  // `causal`, and j >= p - left, with `window`.
+  int64_t causal, right, window, left, lower_right;
   int64_t batch, heads, kv_heads, rows, keys, width, value_width;  // B, Hq, Hkv, L, S, E, Ev
   double scale;
+  const int64_t *key_lengths;  // of each batch: how many keys exist, which is S then; or NULL
   ea_tensor query, key, value, mask;
   // Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64.
   void *output, *normalizer, *peak;

@@ -1,9 +1,9 @@
-// Which keys a row sees, and with what factor: causality and masks.
+// Which keys a row sees, and with what factor: causality, windows, lengths and masks.
 
 // A row of queries of one key head: rows run over the query heads that share it, and over the queries of each.
 typedef struct {
   int64_t batch, head, query;
-  int64_t limit;  // it sees the keys before this one
+  int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
   REAL peak;      // its largest visible bias; 0 without a float mask
 } row_place;
 
@@ -19,10 +19,11 @@ typedef struct {
 
 static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t room_size) {
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  int64_t stride = p->mask.stride[3], keys = stride ? row->limit : least(row->limit, 1);
+  int64_t stride = p->mask.stride[3], start = stride ? row->start : 0;
+  int64_t end = stride ? row->limit : row->start < row->limit;
   REAL peak = (REAL)-INFINITY;
-  for (int64_t j = 0; j < keys; j += room_size) {
-    int64_t n = least(room_size, keys - j);
+  for (int64_t j = start; j < end; j += room_size) {
+    int64_t n = least(room_size, end - j);
     read_row(room, from + j * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
     for (int64_t i = 0; i < n; i++) peak = room[i] > peak || room[i] != room[i] ? room[i] : peak;
   }
@@ -33,9 +34,12 @@ static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t r
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                         row_place *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
+  int64_t keys = p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
+  int64_t corner = p->lower_right ? keys - p->rows : 0;
   for (int64_t r = 0; r < count; r++) {
-    int64_t limit = p->causal ? most(0, least(p->keys, query + p->diagonal + 1)) : p->keys;
-    rows[r] = (row_place){batch, head, query, limit, 0};
+    int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
+    int64_t start = p->window ? most(0, least(limit, query + corner - p->left)) : 0;
+    rows[r] = (row_place){batch, head, query, start, limit, 0};
     if (++query == p->rows) head++, query = 0;
   }
 }
@@ -47,7 +51,8 @@ static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int6
   if (!has_bias(p)) return;
   for (int64_t r = 0; r < count; r++) {
     const row_place *before = rows + r - 1;
-    if (r > 0 && before->limit == rows[r].limit && before->head == rows[r].head && p->mask.stride[2] == 0) {
+    if (r > 0 && before->start == rows[r].start && before->limit == rows[r].limit && before->head == rows[r].head &&
+        p->mask.stride[2] == 0) {
       rows[r].peak = before->peak;
     } else {
       read_peak(p, rows + r, room, room_size);
@@ -64,16 +69,19 @@ static void pack_places(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype,
   }
 }
 
-// The keys that all of some rows see, and those that any of them sees.
+// Any of some rows sees keys from `begin` to the one before `end` alone; all of them see those from `all_begin` to the
+// one before `all_end`.
 typedef struct {
-  int64_t first, last;
+  int64_t begin, end, all_begin, all_end;
 } visible_range;
 
 INLINE visible_range range_of(const row_place *rows, int64_t count) {
-  visible_range range = {rows[0].limit, rows[0].limit};
+  visible_range range = {rows[0].start, rows[0].limit, rows[0].start, rows[0].limit};
   for (int64_t r = 1; r < count; r++) {
-    range.first = least(range.first, rows[r].limit);
-    range.last = most(range.last, rows[r].limit);
+    range.begin = least(range.begin, rows[r].start);
+    range.end = most(range.end, rows[r].limit);
+    range.all_begin = most(range.all_begin, rows[r].start);
+    range.all_end = least(range.all_end, rows[r].limit);
   }
   return range;
 }
@@ -90,7 +98,7 @@ static void read_bias(const ea_problem *p, const row_place *row, int64_t key, in
   *room = (mask_room){room->factor, from, row->peak, n};
 }
 
-// Apply mask and causality to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
+// Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
 // multiplied by exp(bias - peak).
 static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room) {
   int64_t visible = most(0, least(n, row->limit - key));
@@ -108,6 +116,9 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
       for (int64_t j = 0; j < visible; j++) x[j] = keep[j * stride] ? x[j] : 0;
     }
   }
+  // At last: what a mask makes of keys before the window may not be finite.
+  int64_t hidden = most(0, least(n, row->start - key));
+  for (int64_t j = 0; j < hidden; j++) x[j] = 0;
 }
 
 #if !REAL_IS_DOUBLE
@@ -117,9 +128,9 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
   int zero = 1;
   for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
   if (zero) return 0;
-  if (p->mask_dtype == EA_NONE) return row->limit > 0;
+  if (p->mask_dtype == EA_NONE) return row->limit > row->start;
   const char *mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  for (int64_t j = 0; j < row->limit; j++) {
+  for (int64_t j = row->start; j < row->limit; j++) {
     int64_t at = j * p->mask.stride[3];
     if (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : ((const uint8_t *)mask)[at]) return 1;
   }
