@@ -38,7 +38,7 @@ class Call(NamedTuple):
         key: ``(B, Hkv, S, E)``.
         value: ``(B, Hkv, S, Ev)``.
         attn_mask: Broadcastable to ``(B, Hq, L, S)``, bool or floating, or None.
-        diagonal: With a causal mask, query i sees keys up to i + diagonal.
+        pattern: Which keys a query sees, masks aside, and how far they are.
         scale: Of the dot product.
         form: ``"expressive"`` or ``"squared"``.
     """
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None
-    diagonal: int | None
+    pattern: Pattern
     scale: float
     form: str
 
@@ -191,15 +191,15 @@ def expressive_attention(
     if len(leading) == 2 and leading[1] and leading == key.shape[:-2] == value.shape[:-2]:
         batch, heads = leading[:1], leading[1]  # as nearly always; what follows would change nothing
     else:
-        query, key, value = (_with_dims(x, max(dims, 3)) for x in (query, key, value))
+        query, key, value = (with_dims(x, max(dims, 3)) for x in (query, key, value))
         batch = _batch_shape(query, key, value)
         heads, kv_heads = _heads(query, key, value, enable_gqa)
-        query = _fold_batch(query, batch, heads)
-        key, value = _fold_batch(key, batch, kv_heads), _fold_batch(value, batch, kv_heads)
+        query = fold_batch(query, batch, heads)
+        key, value = fold_batch(key, batch, kv_heads), fold_batch(value, batch, kv_heads)
     mask = None
     if attn_mask is not None:
         check_mask(attn_mask, query, (*batch, heads, rows, keys))
-        mask = _fold_mask(_with_dims(attn_mask, max(dims, 3)), batch)
+        mask = fold_mask(with_dims(attn_mask, max(dims, 3)), batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     pattern = _PATTERNS[bool(is_causal), causal_alignment]
     if window_size != (-1, -1):
@@ -240,10 +240,8 @@ def run(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak of a call in the shapes of `backends.problem`, by the backend that it takes."""
-    if listeners:
-        mask, rest = pattern.as_mask(attn_mask, query, key)
-        for listener in listeners:
-            listener(Call(query, key, value, mask, rest.diagonal(query, key), scale, form))
+    for listener in listeners:
+        listener(Call(query, key, value, attn_mask, pattern, scale, form))
     head_dim = max(query.shape[-1], value.shape[-1])
     chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
     if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
@@ -305,18 +303,19 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
 # ---- one shape: the one of backends.problem ----
 
 
-def _with_dims(x: Tensor, dims: int) -> Tensor:
+def with_dims(x: Tensor, dims: int) -> Tensor:
+    """With leading dimensions of one, so that there are `dims`."""
     return x if x.ndim >= dims else x.reshape((1,) * (dims - x.ndim) + tuple(x.shape))
 
 
-def _fold_batch(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
+def fold_batch(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
     """``(..., H, L, E)`` as ``(B, H, L, E)``, broadcast without a copy where strides allow it."""
     if x.shape[:-2] != (*batch, heads):
         x = x.expand(*batch, heads, -1, -1)
     return x if x.ndim == 4 else x.reshape(math.prod(batch), *x.shape[-3:])
 
 
-def _fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+def fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
     """``(..., Hq | 1, L | 1, S | 1)`` as ``(B | 1, ...)``: only its batch dimensions are ever expanded."""
     if mask.ndim == 4:
         return mask

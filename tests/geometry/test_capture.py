@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expressive_attention import expressive_attention
+from expressive_attention import expressive_attention, expressive_attention_varlen
 from expressive_attention.geometry import MEASURES, Record, capture, measures
 from expressive_attention.geometry.record import ANGLES
 from expressive_attention.integrations import convert
@@ -226,7 +226,10 @@ def test_bad_input_is_named(tmp_path):
     model = model_of("expressive")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"), capture(3):
         pass
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"), capture(model, max_tokens=0):
+    with (
+        pytest.raises(ValueError, match="max_tokens must be an integer of at least 1, got 0"),
+        capture(model, max_tokens=0),
+    ):
         pass
     with (
         pytest.raises(ValueError, match=r"layers must name modules of the model, got 'blokcs\.0'"),
@@ -234,10 +237,16 @@ def test_bad_input_is_named(tmp_path):
     ):
         model(IDS)
     with (
-        pytest.raises(ValueError, match=r"no attention was seen in blocks\.0 of Transformer"),
+        pytest.raises(
+            ValueError, match=r"modules that attend, blocks\.0\.attention, blocks\.1\.attention, got blocks\.0"
+        ),
         capture(model, "blocks.0"),
     ):
         model(IDS)
+    with pytest.raises(TypeError, match="layers must be names of modules, got 3"), capture(model, [3]):
+        pass
+    with pytest.raises(TypeError, match="into must be a Record or None, got dict"), capture(model, into={}):
+        pass
     with pytest.raises(ValueError, match="no attention was seen of Linear"), capture(nn.Linear(2, 2)):
         pass
     with (
@@ -254,17 +263,25 @@ def test_bad_input_is_named(tmp_path):
     ):
         pass
     with (
-        pytest.raises(ValueError, match="was expressive with 2 heads of 8, and is now softmax with 2 of 8"),
+        pytest.raises(
+            ValueError, match=r"was expressive with 2 heads of 8 and scale 0\.3536, and is now softmax with 2 of 8"
+        ),
         torch.no_grad(),
         capture(other := model_of("dot_product"), into=record),
     ):
         other(IDS)
+    deeper = Transformer(8, 12, 16, 3, 2, "expressive", position="rope")
+    with (
+        pytest.raises(ValueError, match="the record is of another model: this Transformer has other modules"),
+        capture(deeper, into=record),
+    ):
+        pass
     with pytest.raises(ValueError, match=r"layer must be one of \['blocks\.0"):
         record.layer("head")
     with torch.no_grad():
         model.blocks[1].attention.qkv.weight.fill_(torch.nan)
     with (
-        pytest.raises(ValueError, match=r"queries or keys of blocks\.1\.attention hold NaN"),
+        pytest.raises(ValueError, match=r"queries of blocks\.1\.attention hold NaN"),
         torch.no_grad(),
         capture(model),
     ):
@@ -274,3 +291,112 @@ def test_bad_input_is_named(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="path must be a file that Record"):
         Record.load(tmp_path / "other.safetensors")
+    (tmp_path / "notes.txt").write_text("no tensors here")
+    with pytest.raises(ValueError, match=r"path must be a file that Record.* got .*notes\.txt"):
+        Record.load(tmp_path / "notes.txt")
+
+
+class Calls(nn.Module):
+    """Passes its arguments on to a function that attends."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+def test_the_sink_of_a_decoding_step():
+    model = Calls(F.scaled_dot_product_attention)
+    key = torch.randn(1, 1, 50, 8)
+    key[:, :, 0] = 10
+    with capture(model) as record:
+        model(torch.ones(1, 1, 1, 8), key, key)
+    layer = record.layer("")
+    torch.testing.assert_close(layer.measures()["sink"][0].float(), layer.attention()[0, 0, 0])
+    assert layer.measures()["sink"][0] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "mask"),
+    [
+        ((4, 2, 5, 8), (1, 2, 5, 8), None),
+        ((2, 3, 2, 5, 8), (2, 3, 2, 5, 8), (1, 3, 1, 5, 5)),
+        ((2, 5, 8), (2, 6, 8), (5, 6)),
+        ((4, 2, 5, 8), (4, 2, 5, 8), (1, 5)),
+    ],
+)
+def test_shapes_that_torch_broadcasts(query, key, mask):
+    q, k = torch.randn(query), torch.randn(key)
+    keep = None if mask is None else torch.rand(mask) > 0.3
+    model = Calls(F.scaled_dot_product_attention)
+    with capture(model) as record:
+        model(q, k, k, keep)
+    z = q @ k.mT * 8**-0.5
+    a = z.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num() if mask else z.softmax(-1)
+    shown = torch.stack([record.layer("").attention(i) for i in range(len(record.layer("").query))])
+    torch.testing.assert_close(shown, a.reshape(shown.shape))
+
+
+def test_keys_that_nothing_sees_do_not_count():
+    q, k = torch.randn(2, 3, 2, 5, 8).unbind(0)
+    k[:, :, 3:] = 100.0
+    model = Calls(F.scaled_dot_product_attention)
+    keep = (torch.arange(5) < 3)[None, None, None]
+    with capture(model) as padded, torch.no_grad():
+        model(q, k, k, keep.expand(3, 1, 5, 5))
+    lengths = Calls(expressive_attention)
+    with capture(lengths) as filled:
+        lengths(q, k, k, key_lengths=torch.full((3,), 3))
+    with capture(model) as short:
+        model(q, k[:, :, :3], k[:, :, :3])
+    wanted = short.layer("").measures()
+    for record in (padded, filled):
+        found = record.layer("").measures()
+        for name in ("key_norm", "key_rank", "key_dimensions"):
+            torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_windows_slopes_and_packed_sequences_are_seen():
+    """Their masks are made for the queries that are looked at alone."""
+    q, k = torch.randn(2, 1, 2, 9, 8).unbind(0)
+    slopes, starts = torch.tensor([0.2, 1.0]), torch.tensor([0, 4, 9])
+    one = {"window_size": (3, 0), "alibi_slopes": slopes}
+    model = Calls(expressive_attention)
+    with capture(model) as record:
+        model(q, k, k, **one)
+    i = torch.arange(9)
+    distance = i[:, None] - i
+    bias = (-slopes[:, None, None] * distance).masked_fill((distance < 0) | (distance > 3), -torch.inf)
+
+    def weights(bias):
+        w = measures.weight(q[0] @ k[0].mT * 8**-0.5, "expressive") * bias.exp()
+        return w / w.sum(-1, keepdim=True)
+
+    torch.testing.assert_close(record.layer("").attention(), weights(bias))
+    expected = measures.log_normalizer(q[0] @ k[0].mT * 8**-0.5, "expressive", bias, bias > -torch.inf)
+    torch.testing.assert_close(record.layer("").log_normalizer(), expected)
+    packed = Calls(expressive_attention_varlen)
+    with capture(packed) as record:
+        packed(*(x[0].transpose(0, 1) for x in (q, k, k)), starts, starts, 5, 5, causal=True)
+    apart = (i[:, None] < 4) != (i < 4)
+    bias = torch.zeros(2, 9, 9).masked_fill(apart | (distance < 0), -torch.inf)
+    torch.testing.assert_close(record.layer("").attention(), weights(bias))
+
+
+def test_similarity_of_the_heads_of_two_models():
+    records = []
+    for mechanism in ("expressive", "dot_product"):
+        model = model_of(mechanism)
+        with torch.no_grad(), capture(model) as record:
+            model(IDS)
+        records.append(record.layer(NAMES[0]))
+    same, other = records[0].similarity(records[0]), records[0].similarity(records[1])
+    torch.testing.assert_close(same.diagonal(), torch.ones(2))
+    a, b = (torch.stack([layer.attention(i) for i in range(5)]) for layer in records)
+    torch.testing.assert_close(other, measures.head_similarity(a, b))
+    with torch.no_grad(), capture(model) as record:
+        model(IDS[:, :7])
+    with pytest.raises(ValueError, match="attention to the same tokens"):
+        records[0].similarity(record.layer(NAMES[0]))

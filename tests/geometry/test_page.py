@@ -43,7 +43,14 @@ def masks(kind):
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(2, 1, 7, 7, generator=generator) > 0.3
     keep[0, 0, 3] = False
-    return {"none": None, "bool": keep, "bias": torch.randn(1, 4, 7, 7, generator=generator)}[kind]
+    distance = (torch.arange(7)[:, None] - torch.arange(7)).float()
+    return {
+        "none": None,
+        "bool": keep,
+        "bias": torch.randn(1, 4, 7, 7, generator=generator),
+        "padding": (torch.arange(7) < 5).expand(2, 1, 7, 7),
+        "diagonals": (-0.3 * distance.abs()).masked_fill(distance < 0, -torch.inf)[None, None],
+    }[kind]
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
@@ -71,10 +78,12 @@ def test_nothing_to_show_is_an_error(tmp_path):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("kind", ["none", "bool", "bias"])
-def test_the_browser_works_out_the_same_attention(browser, kind, tmp_path):
+@pytest.mark.parametrize("megabytes", [5.5, 0.008])
+@pytest.mark.parametrize("kind", ["none", "bool", "bias", "padding", "diagonals"])
+def test_the_browser_works_out_the_same_attention(browser, kind, megabytes, tmp_path):
     records = {"EA": recorded(False, masks(kind)), "DPA": recorded(True, masks(kind))}
-    path = write_page(records, tmp_path / "page.html")
+    path = write_page(records, tmp_path / "page.html", megabytes=megabytes)
+    rounded = megabytes < 1  # to 8 bits
     browser.get("about:blank")
     browser.get_log("browser")
     browser.get(path.as_uri())
@@ -87,9 +96,11 @@ def test_the_browser_works_out_the_same_attention(browser, kind, tmp_path):
                 )
                 found = browser.execute_script(f"{choose} draw(); return [now.a, now.z, now.cos]")
                 a, z, cos = np.array(found)
-                np.testing.assert_allclose(a, layer.attention(example)[head].numpy(), atol=0.03)
-                np.testing.assert_allclose(z, layer.scores(example)[head].numpy(), atol=0.05)
+                np.testing.assert_allclose(a, layer.attention(example)[head].numpy(), atol=0.03 if rounded else 1e-5)
+                np.testing.assert_allclose(z, layer.scores(example)[head].numpy(), atol=0.05 if rounded else 1e-5)
                 assert np.abs(cos).max() <= 1.0001
+    about = browser.execute_script("return document.getElementById('about').textContent")
+    assert ("vectors to 8 bits" in about) == rounded
     assert browser.get_log("browser") == []
 
 
@@ -131,18 +142,28 @@ def test_the_controls_change_the_pictures(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_a_large_page_is_small_and_opens_fast(browser, tmp_path):
+@pytest.mark.parametrize("kind", ["alibi", "any bias"])
+def test_a_large_page_is_small_and_opens_fast(browser, kind, tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleList(Attention(True) for _ in range(12))
+    distance = (torch.arange(512)[:, None] - torch.arange(512)).float()
+    mask = {
+        "alibi": (-torch.rand(12, 1, 1) * distance).masked_fill(distance < 0, -torch.inf)[None],
+        "any bias": torch.randn(1, 12, 512, 512),
+    }[kind]
     with capture(model) as record:
         for layer in model:
             q, k = torch.randn(2, 1, 12, 512, 64)
-            layer(q, k, None)
+            layer(q, k, mask)
     path = write_page(record, tmp_path / "page.html", tokens=[[f"token{i}" for i in range(512)]])
     assert path.stat().st_size < 15e6
     start = time.perf_counter()
     browser.get(path.as_uri())
     assert browser.execute_script("return document.querySelectorAll('.main-svg').length") >= 4
+    about = browser.execute_script("return document.getElementById('about').textContent")
+    kept = embedded(path)["models"][0]["layers"][0]["query"]["shape"][2]
+    assert f"of 512 tokens, maps show the first {kept}" in about
+    assert kept >= (75 if kind == "any bias" else 250)
     assert time.perf_counter() - start < 30  # some 2 seconds where nothing else runs
 
 

@@ -71,29 +71,31 @@ class Pattern(NamedTuple):
             return attn_mask, self
         same_for_all = self.key_lengths is None and self.query_starts is None
         rest = Pattern(right=self.right, lower_right=self.lower_right) if same_for_all else Pattern()
-        place, column, keep, slopes = self._places(query.shape[2], key.shape[2], query.device)
-        if self.right is not None and not same_for_all:
+        inside = self._replace(right=None) if same_for_all else self
+        mask = inside.mask_of(torch.arange(query.shape[2], device=query.device), query, key)
+        if attn_mask is not None:
+            mask = _joined(attn_mask, mask, accumulation_dtype(query.dtype))
+        return mask, rest
+
+    def mask_of(self, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """All of the pattern as a mask for the queries `rows`, ``(B | 1, Hq | 1, len(rows), S)``: bool, or a bias."""
+        place, column, keep, slopes = self._places(rows, query.shape[2], key.shape[2])
+        if self.right is not None:
             keep = keep & (column <= place + self.right)
         if self.left is not None:
             keep = keep & (column >= place - self.left)
-        if slopes is not None:
-            bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()
-            mask = bias.masked_fill(~keep, -torch.inf)
-            return mask if attn_mask is None else _joined(attn_mask, mask), rest
-        if attn_mask is None:
-            return keep, rest
-        if attn_mask.dtype == torch.bool:
-            return attn_mask & keep, rest
-        # Not in 16 bits: its gradient is summed to the one of attn_mask.
-        return attn_mask.to(accumulation_dtype(query.dtype)).masked_fill(~keep, -torch.inf), rest
+        if slopes is None:
+            return keep.expand(-1, -1, len(rows), -1)
+        bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()
+        return bias.masked_fill(~keep, -torch.inf)
 
-    def _places(self, length: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _places(self, rows: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Places of queries, those of keys, whether they are of one sequence, and the slopes of queries.
 
-        Each of them broadcasts to ``(B | 1, Hq | 1, L, S)``.
+        Each of them broadcasts to ``(B | 1, Hq | 1, len(rows), S)``.
         """
-        row = torch.arange(length, device=device).view(1, 1, -1, 1)
-        column = torch.arange(keys, device=device).view(1, 1, 1, -1)
+        row = rows.view(1, 1, -1, 1)
+        column = torch.arange(keys, device=rows.device).view(1, 1, 1, -1)
         slopes = None if self.slopes is None else self.slopes[:, :, None, None]
         if self.query_starts is None or self.key_starts is None:
             own_length, own_keys = length, keys
@@ -134,11 +136,15 @@ def _local(row: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sequence, row - starts[inside], starts.diff()[inside]
 
 
-def _joined(attn_mask: Tensor, bias: Tensor) -> Tensor:
-    """A mask, bool or floating, and a bias in one."""
+def _joined(attn_mask: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two masks in one. A float mask leaves 16 bits: its gradient is summed to the one of attn_mask."""
+    if attn_mask.dtype == mask.dtype == torch.bool:
+        return attn_mask & mask
     if attn_mask.dtype == torch.bool:
-        return bias.masked_fill(~attn_mask, -torch.inf)
-    return bias + attn_mask
+        return mask.masked_fill(~attn_mask, -torch.inf)
+    if mask.dtype == torch.bool:
+        return attn_mask.to(dtype).masked_fill(~mask, -torch.inf)
+    return mask + attn_mask
 
 
 def forward(

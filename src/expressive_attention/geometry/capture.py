@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..functional import Call
+from ..backends.pattern import Pattern
+from ..functional import Call, fold_batch, fold_mask, with_dims
 from ..integrations.switching import set_attributes
 from ..integrations.tracing import Tracer, traced
 from .record import LayerRecord, Record
@@ -68,28 +69,33 @@ def capture(
         The record, complete when the block ends.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, a pattern no string, or `into` no record.
         ValueError: A pattern matches no module, a number is not positive, or `into` is of another model; in the pass:
             an empty batch, or queries or keys that are not finite; at the end: no attention was seen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, value in (("max_tokens", max_tokens), ("pairs", pairs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if into is not None and not isinstance(into, Record):
+        raise TypeError(f"into must be a Record or None, got {type(into).__name__}")
     modules = dict(model.named_modules())
     patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"layers must be names of modules, got {pattern!r}")
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise ValueError(f"layers must name modules of the model, got {pattern!r}, which matches none")
-    record = Record() if into is None else into
-    record.check(model)
+    record = (Record() if into is None else into).of(model)
     generator = torch.Generator().manual_seed(0)
-    calls = 0
+    calls, others = 0, set()
 
     def told(layer: str, call: Call) -> None:
         nonlocal calls
-        if any(fnmatchcase(layer, pattern) for pattern in patterns):
+        if not any(fnmatchcase(layer, pattern) for pattern in patterns):
+            others.add(layer)
+        else:
             calls += 1
             found = record.layers.setdefault(layer, LayerRecord(layer))
             found.add(call, pairs, max_tokens, generator)
@@ -101,11 +107,16 @@ def capture(
         torch.backends.mha.set_fastpath_enabled(False)  # it computes softmax out of sight
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         yield record
+    if not calls and others:
+        raise ValueError(
+            f"layers must name modules that attend, {', '.join(sorted(others))}, got {', '.join(patterns)}"
+        )
     if not calls:
         among = "" if layers is None else f" in {', '.join(patterns)}"
         raise ValueError(
             f"no attention was seen{among} of {type(model).__name__}: nothing ran, or it computes softmax by itself "
-            "(transformers: load it with attn_implementation='sdpa'; timm: set fused_attn)"
+            "(transformers: load it with attn_implementation='sdpa'; timm: set the fused_attn of its attention modules "
+            "to True)"
         )
 
 
@@ -146,21 +157,18 @@ class _Sdpa(TorchFunctionMode):
         given = _SDPA.bind(*args, **kwargs)
         given.apply_defaults()
         given = given.arguments
-        query, key, value = (_four(given[name]) for name in ("query", "key", "value"))
-        mask = given["attn_mask"]
+        query, key, value, mask = _four(given["query"], given["key"], given["value"], given["attn_mask"])
         scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        call = Call(
-            query,
-            key,
-            value,
-            None if mask is None else _four(mask),
-            0 if given["is_causal"] else None,
-            scale,
-            "softmax",
-        )
-        self.tracer.told(self.tracer.layer, call)
+        pattern = Pattern(right=0 if given["is_causal"] else None)
+        self.tracer.told(self.tracer.layer, Call(query, key, value, mask, pattern, scale, "softmax"))
 
 
-def _four(x: Tensor) -> Tensor:
-    """With four dimensions: ``(B, H, L, E)``."""
-    return x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x.flatten(0, -4)
+def _four(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All with four dimensions, ``(B, H, L, E)``, leading ones broadcast."""
+    dims = max(4, query.ndim, key.ndim, value.ndim)
+    query, key, value = (with_dims(x, dims) for x in (query, key, value))
+    batch = tuple(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))
+    query, key, value = (fold_batch(x, batch, x.shape[-3]) for x in (query, key, value))
+    return query, key, value, None if attn_mask is None else fold_mask(with_dims(attn_mask, dims), batch)

@@ -20,14 +20,33 @@ from matplotlib.ticker import MaxNLocator
 from . import measures
 from .record import ANGLES, MEASURES, SIZES, LayerRecord, Record
 
-__all__ = ["angle_and_size", "angles", "angles_by_step", "attention_map", "compare", "heads", "key_plane", "landscape"]
+__all__ = [
+    "angle_and_size",
+    "angles",
+    "angles_by_step",
+    "attention_map",
+    "compare",
+    "heads",
+    "key_plane",
+    "landscape",
+    "similarity",
+]
 
 NAMES = {"expressive": "EA, z²/(1 + z²)", "squared": "z²", "softmax": "DPA, exp z"}
 _COLORS = {"expressive": "#0072B2", "squared": "#009E73", "softmax": "#D55E00"}
 _LINES = {"expressive": "-", "squared": "-.", "softmax": "--"}
 
-# Blue: antiparallel; white: nothing; orange: parallel. Blue is the darker, in grey, too.
-SIGNED = LinearSegmentedColormap.from_list("signed", ["#00304f", "#56B4E9", "#ffffff", "#E69F00", "#a04000"])
+# Blue: antiparallel; white: nothing; orange: parallel. Blue is the darker of the same size everywhere, in grey, too.
+SIGNED = LinearSegmentedColormap.from_list(
+    "signed",
+    list(
+        zip(
+            (0, 0.15, 0.35, 0.5, 0.65, 0.85, 1),
+            ("#00182b", "#004d80", "#3f9bd6", "#ffffff", "#ffe3a3", "#f5b32c", "#d98200"),
+            strict=True,
+        )
+    ),
+)
 
 
 def landscape(size: float = 4.0, *, ax: Axes | None = None) -> Axes:
@@ -151,18 +170,25 @@ def angles_by_step(records: Mapping[int, Record], layer: str, head: int) -> Figu
 
 
 def attention_map(
-    layer: LayerRecord, head: int, example: int = 0, *, ax: Axes | None = None, tokens: list[str] | None = None
+    layer: LayerRecord,
+    head: int,
+    example: int = 0,
+    *,
+    ax: Axes | None = None,
+    tokens: list[str] | None = None,
+    relative: bool = False,
 ) -> Axes:
     """Attention of a head on kept tokens, a row per query, with the sign of z in colour.
 
-    Orange: to a parallel key, z > 0. Blue, and a minus where there is room: to an antiparallel one.
+    Orange: to a parallel key, z > 0. Blue, the darker, and a minus where there is room: to an antiparallel one.
 
     Args:
         layer: Of a record.
         head: Its number.
         example: Which of the kept examples.
         ax: Where to draw; None: a new figure.
-        tokens: Names of the positions.
+        tokens: Names of the positions; those after them keep their numbers.
+        relative: As a share of the largest of each query: for heads that look at many keys.
 
     Raises:
         ValueError: There is no such head or example.
@@ -172,8 +198,12 @@ def attention_map(
         raise ValueError(f"example must be from 0 to {len(layer.query) - 1}, got {example}")
     ax = _axes(ax, 4.2, 4.0)
     a, z = layer.attention(example)[head], layer.scores(example)[head]
+    if relative:
+        a = a / a.amax(-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
     signed = (a * z.sign()).numpy()
-    ax.imshow(signed, cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest")
+    image = ax.imshow(signed, cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest")
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["1, z < 0", "0", "1, z > 0"], fontsize="small")
     if signed.size <= 1600:
         for i, j in zip(*np.nonzero(signed < -0.15), strict=True):
             ax.text(j, i, "\N{MINUS SIGN}", ha="center", va="center", color="white", fontsize="small")
@@ -181,8 +211,9 @@ def attention_map(
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     if tokens is not None:
-        ax.set_xticks(range(signed.shape[1]), tokens[: signed.shape[1]], rotation=90, fontsize="small")
-        ax.set_yticks(range(signed.shape[0]), tokens[: signed.shape[0]], fontsize="small")
+        names = [*tokens, *map(str, range(len(tokens), max(signed.shape)))]
+        ax.set_xticks(range(signed.shape[1]), names[: signed.shape[1]], rotation=90, fontsize="small")
+        ax.set_yticks(range(signed.shape[0]), names[: signed.shape[0]], fontsize="small")
     ax.set_title(layer.head_name(head), fontsize="medium")
     return ax
 
@@ -196,8 +227,10 @@ def heads(record: Record, measure: str, *, ax: Axes | None = None) -> Axes:
         ax: Where to draw; None: a new figure.
 
     Raises:
-        ValueError: There is no such measure.
+        ValueError: There is no such measure, or the record has seen no layer.
     """
+    if not record.layers:
+        raise ValueError("record must have seen at least one layer, got an empty one")
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {list(MEASURES)}, got {measure!r}")
     names = list(record.layers)
@@ -210,6 +243,28 @@ def heads(record: Record, measure: str, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(names)), names, fontsize="small")
     ax.set_title(f"{measure}: {MEASURES[measure]}", fontsize="small")
     ax.figure.colorbar(image, ax=ax)
+    return ax
+
+
+def similarity(first: LayerRecord, second: LayerRecord, *, ax: Axes | None = None) -> Axes:
+    """How alike each head of a layer attends to each of another, of this model or of one that read the same tokens.
+
+    1 (Bhattacharyya): the same attention; 0: to different keys. `LayerRecord.similarity`.
+
+    Args:
+        first: A row for each of its heads.
+        second: A column for each of its heads.
+        ax: Where to draw; None: a new figure.
+
+    Raises:
+        ValueError: They were not given the same number of tokens.
+    """
+    values = first.similarity(second).numpy()
+    ax = _axes(ax, 4.4, 3.8)
+    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    ax.set(xlabel=f"head of {second.name or 'the model'}", ylabel=f"head of {first.name or 'the model'}")
+    ax.set(xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    ax.figure.colorbar(image, ax=ax, label="similarity")
     return ax
 
 

@@ -19,7 +19,10 @@ __all__ = ["landscape_figure", "write_folder"]
 def write_folder(
     records: Mapping[str, Record], folder: str | Path, *, title: str, tokens: Sequence[Sequence[str]] | None = None
 ) -> list[Path]:
-    """Write ``geometry.html``, ``heads.csv`` and PNGs: the landscape, two measures of all heads, and heads compared.
+    """Write ``geometry.html``, ``heads.csv`` and PNGs.
+
+    These show the landscape, two measures of all heads, and, of the first head of up to four layers, angles and
+    attention compared, attention by angle and size, and how alike the heads of two models are.
 
     Args:
         records: By name; pictures that compare need the same layers in each.
@@ -44,7 +47,14 @@ def write_folder(
             drawn[f"{measure}_{name}".replace(" ", "_")] = _figure(figures.heads(record, measure))
     shared = {name: record for name, record in records.items() if record.layers.keys() == first.layers.keys()}
     for layer in list(first.layers)[:4]:  # of deep models, the page has the rest
-        drawn[f"compare_{layer or 'model'}_head_0"] = figures.compare(shared, layer, 0)
+        shown = layer or "model"
+        drawn[f"compare_{shown}_head_0"] = figures.compare(shared, layer, 0)
+        for name, record in shared.items():
+            by_size = figures.angle_and_size(record.layer(layer), 0)
+            drawn[f"angle_and_size_{shown}_head_0_{name}".replace(" ", "_")] = _figure(by_size)
+        for name, record in list(shared.items())[1:]:
+            alike = figures.similarity(first.layer(layer), record.layer(layer))
+            drawn[f"similarity_{shown}_{name}".replace(" ", "_")] = _figure(alike)
     for name, figure in drawn.items():
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=150)

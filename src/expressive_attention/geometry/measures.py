@@ -22,8 +22,10 @@ __all__ = [
     "antiparallel_share",
     "attention",
     "cosine",
+    "dead",
     "effective_keys",
     "entropy",
+    "evenness",
     "head_similarity",
     "isotropic_density",
     "isotropic_share",
@@ -177,6 +179,16 @@ def entropy(a: Tensor) -> Tensor:
 def effective_keys(a: Tensor) -> Tensor:
     """exp of the entropy ``(..., L)``: as many keys, all with equal weight, would have it."""
     return entropy(a).exp()
+
+
+def evenness(effective: Tensor, visible: Tensor) -> Tensor:
+    """Effective keys over visible keys: 1 where all have equal weight, 1 / visible where one has it all; 0 for none."""
+    return effective / visible.clamp(min=1)
+
+
+def dead(evenness: Tensor, empty: Tensor) -> Tensor:
+    """Whether heads ``(H,)`` tell no key from another: mean `evenness` above 0.99, or all queries `empty`."""
+    return (evenness > 0.99) | (empty == 1)
 
 
 def sink_share(a: Tensor) -> Tensor:

@@ -30,15 +30,15 @@ def write_page(
 ) -> Path:
     """Write the page: measures of all heads, angles, maps with the sign of z, and each query's keys.
 
-    Queries and keys of the kept tokens are in it, to 8 bits; maps are worked out from them in the browser, so that the
-    page of a long text stays small.
+    Queries and keys of the kept tokens are in it, to 8 bits where all of them to 32 would be too much; maps are worked
+    out from them in the browser, so that the page of a long text stays small.
 
     Args:
         records: What `capture` has seen; several, such as EA and DPA of one run, by their names.
         path: Where to write it.
         title: Of the page.
         tokens: Text of the tokens of each kept example; None: their positions.
-        megabytes: Of queries and keys; of longer texts, the first tokens are kept.
+        megabytes: Of queries, keys and masks; of longer texts, the first tokens are kept, which the page says.
 
     Returns:
         The path.
@@ -50,12 +50,14 @@ def write_page(
     if not named or not all(record.layers for record in named.values()):
         raise ValueError("records must hold at least one record, each with layers; got an empty one")
     layers = [layer for record in named.values() for layer in record.layers.values()]
-    per_token = sum((layer.query.shape[1] + layer.key.shape[1]) * (layer.dim + 4) for layer in layers)
-    kept = max(1, int(megabytes * 1e6 / per_token))
+    tokens_kept = max(len(layer.query) * max(layer.query.shape[2], layer.key.shape[2]) for layer in layers)
+    exact = _bytes(layers, tokens_kept, 4) <= megabytes * 1e6
+    while _bytes(layers, tokens_kept, 4 if exact else 1) > megabytes * 1e6 and tokens_kept > 1:
+        tokens_kept = int(tokens_kept * 0.97)
     data = {
         "measures": MEASURES,
         "models": [
-            {"name": name, "layers": [_layer(layer, kept) for layer in record.layers.values()]}
+            {"name": name, "layers": [_layer(layer, tokens_kept, exact) for layer in record.layers.values()]}
             for name, record in named.items()
         ],
         "tokens": [list(example) for example in tokens or []],
@@ -74,12 +76,23 @@ def write_page(
     return path
 
 
-def _layer(layer: LayerRecord, kept: int) -> dict[str, Any]:
+def _bytes(layers: Sequence[LayerRecord], tokens: int, width: int) -> int:
+    """How much the vectors of so many tokens take, at `width` bytes a number, and their masks."""
+    total = 0
+    for layer in layers:
+        total += tokens * (layer.query.shape[1] + layer.key.shape[1]) * (layer.dim * width + 4)
+        for mask, size in ((layer.keep, 1), (layer.bias, 4)):
+            if mask is not None and _diagonals(mask) is None:
+                b, h, rows, keys = _once(mask).shape
+                total += size * b * h * min(tokens, rows) * min(tokens, keys)
+    return total
+
+
+def _layer(layer: LayerRecord, kept: int, exact: bool) -> dict[str, Any]:
     examples = max(1, min(len(layer.query), kept // max(layer.query.shape[2], layer.key.shape[2])))
     query, key = layer.query[:examples, :, :kept], layer.key[:examples, :, :kept]
-    rows, keys = query.shape[2], key.shape[2]
     keep, bias = (
-        None if mask is None else mask[:examples, :, :rows, :keys].expand(-1, -1, rows, keys)
+        None if mask is None else mask[:examples, :, : query.shape[2], : key.shape[2]]
         for mask in (layer.keep, layer.bias)
     )
     return {
@@ -91,19 +104,42 @@ def _layer(layer: LayerRecord, kept: int) -> dict[str, Any]:
         "pairs": [_short(row) for row in layer.pairs.sum(-1)],
         "mass": [_short(row) for row in layer.mass.sum(-1)],
         "random": layer.random_shares() if layer.dim > 1 else None,
-        "query": _packed(query),
-        "key": _packed(key),
-        "keep": None if keep is None else {"shape": list(keep.shape), "bytes": _base64(keep.to(torch.uint8))},
-        "bias": None if bias is None else {"shape": list(bias.shape), "bytes": _base64(bias.clamp(min=-1e9).float())},
+        "seen": max(layer.query.shape[2], layer.key.shape[2]),
+        "query": _packed(query, exact),
+        "key": _packed(key, exact),
+        "keep": None if keep is None else _packed_mask(keep.to(torch.uint8)),
+        "bias": None if bias is None else _packed_mask(bias.clamp(min=-1e9).float()),
     }
+
+
+def _packed_mask(mask: Tensor) -> dict[str, Any]:
+    """The numbers of a mask ``(B, H, L | 1, S | 1)``, or those of its diagonals, where that is all."""
+    mask = _once(mask)
+    diagonals = _diagonals(mask)
+    numbers = mask if diagonals is None else diagonals
+    return {"shape": list(mask.shape), "diagonals": diagonals is not None, "bytes": _base64(numbers)}
+
+
+def _once(mask: Tensor) -> Tensor:
+    """A mask with one row, where all its rows are the same."""
+    return mask[..., :1, :] if torch.equal(mask[..., 1:, :], mask[..., :-1, :]) else mask
+
+
+def _diagonals(mask: Tensor) -> Tensor | None:
+    """Of a mask that depends on j - i alone, its values ``(B, H, L + S - 1)`` from j - i = 1 - L on; else None."""
+    if not torch.equal(mask[..., 1:, 1:], mask[..., :-1, :-1]):
+        return None
+    return torch.cat([mask[..., :, 0].flip(-1), mask[..., 0, 1:]], -1)
 
 
 def _short(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 
-def _packed(x: Tensor) -> dict[str, Any]:
-    """Vectors as 8-bit integers with a factor each."""
+def _packed(x: Tensor, exact: bool) -> dict[str, Any]:
+    """Vectors as they are, or as 8-bit integers with a factor each."""
+    if exact:
+        return {"shape": list(x.shape), "bytes": _base64(x), "factors": None}
     factor = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     whole = (x / factor).round().to(torch.int8)
     return {"shape": list(x.shape), "bytes": _base64(whole), "factors": _base64(factor.float())}

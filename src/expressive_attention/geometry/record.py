@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,11 +29,12 @@ MEASURES = {
     "antiparallel": "share of attention that goes to keys with z < 0",
     "effective_keys": "keys that a query attends to, exp of the entropy, mean over queries",
     "evenness": "effective keys over visible keys: 1 for a head that tells no key from another",
-    "sink": "share of attention that goes to the first key",
+    "sink": "share of attention that goes to the first key, of queries that see others",
     "saturated": "share of pairs whose score has next to no influence on attention",
     "score_rms": "root mean square of z",
     "log_normalizer": "ln N, mean over queries",
     "empty": "share of queries without any weight",
+    "dead": "1 for a head that tells no key from another: evenness above 0.99, or no weight at all",
     "query_norm": "|q|, mean over tokens",
     "key_norm": "|k|, mean over tokens",
     "query_dimensions": "participation ratio of queries",
@@ -67,6 +70,10 @@ class LayerRecord:
         self.bias: Tensor | None = None
 
     @property
+    def _shown(self) -> str:
+        return self.name or "the model itself"
+
+    @property
     def heads(self) -> int:
         """H."""
         return self.pairs.shape[0]
@@ -87,30 +94,39 @@ class LayerRecord:
         """Add a call; arguments as in `capture`."""
         q, k = call.query.detach(), call.key.detach()
         if not (q.shape[0] and q.shape[2] and k.shape[2]):
-            raise ValueError(f"the batch must not be empty, but {self.name} was given queries {tuple(q.shape)}")
-        if not (torch.isfinite(q).all() and torch.isfinite(k).all()):
-            raise ValueError(f"queries or keys of {self.name} hold NaN or infinity")
+            raise ValueError(
+                f"the batch must not be empty, but {self._shown} was given queries {tuple(q.shape)} and keys "
+                f"{tuple(k.shape)}"
+            )
+        for name, x in (("queries", q), ("keys", k), ("values", call.value)):
+            if not torch.isfinite(x).all():
+                raise ValueError(f"{name} of {self._shown} hold NaN or infinity")
         if not self.form:
             self.form, self.scale = call.form, call.scale
             self.pairs = torch.zeros(q.shape[1], len(ANGLES) - 1, len(SIZES) - 1, dtype=torch.float64)
             self.mass = torch.zeros_like(self.pairs)
             self._keep_tokens(call, max_tokens)
-        elif (call.form, q.shape[1], q.shape[3]) != (self.form, self.heads, self.dim):
+        elif (call.form, call.scale, q.shape[1], q.shape[3]) != (self.form, self.scale, self.heads, self.dim):
             raise ValueError(
-                f"{self.name} was {self.form} with {self.heads} heads of {self.dim}, and is now {call.form} with "
-                f"{q.shape[1]} of {q.shape[3]}: the record is of another model"
+                f"{self._shown} was {self.form} with {self.heads} heads of {self.dim} and scale {self.scale:.4g}, and "
+                f"is now {call.form} with {q.shape[1]} of {q.shape[3]} and scale {call.scale:.4g}: the record is of "
+                "another model, or the layer makes calls of several kinds"
             )
-        self._add_vectors("query", q)
-        self._add_vectors("key", k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+        self._add_vectors("query", q, None)
+        self._add_vectors("key", k.repeat_interleave(q.shape[1] // k.shape[1], 1), _existing_keys(call))
         self._add_pairs(call, max(1, pairs // k.shape[2]), generator)
 
     def _sum(self, name: str, value: Tensor) -> None:
         value = value.double().cpu()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _add_vectors(self, name: str, x: Tensor) -> None:
+    def _add_vectors(self, name: str, x: Tensor, exist: Tensor | None) -> None:
+        count = torch.full((x.shape[1],), x.shape[0] * x.shape[2])
+        if exist is not None:
+            exist = exist.expand(x.shape[:-1])
+            x, count = x * exist.unsqueeze(-1), exist.sum((0, 2))
         x = x.transpose(0, 1).flatten(1, 2).float()
-        self._sum(f"{name}_count", torch.full((len(x),), x.shape[1]))
+        self._sum(f"{name}_count", count)
         self._sum(f"{name}_norm", x.norm(dim=-1).sum(-1))
         self._sum(f"{name}_moment", x.mT @ x)
 
@@ -134,15 +150,15 @@ class LayerRecord:
             "attention": a.sum(-1),
             "antiparallel": (a * (z < 0)).sum(-1),
             "effective": effective * weighted,
-            "evenness": effective * weighted / visible.clamp(min=1),
+            "evenness": measures.evenness(effective, visible) * weighted,
             "saturated": (measures.saturated(z, a, call.form) & keep).sum(-1),
             "squares": (z.square() * keep).sum(-1),
             "log_normalizer": logs.where(weighted, 0),
         }.items():
             self._sum(name, value.sum((0, 2)))
-        later = (rows > 0).to(a.device)
-        self._sum("sink", (a[..., 0] * later).sum((0, 2)))
-        self._sum("later", (weighted * later).sum((0, 2)))
+        choose = weighted & (visible > 1)  # what sees one key has no other to look at
+        self._sum("sink", (a[..., 0] * choose).sum((0, 2)))
+        self._sum("later", choose.sum((0, 2)))
 
     def _add_histograms(self, z: Tensor, sizes: Tensor, a: Tensor, keep: Tensor) -> None:
         heads, angles, steps = self.pairs.shape
@@ -177,6 +193,11 @@ class LayerRecord:
         keep, bias = (None if m is None else m[min(example, len(m) - 1)] for m in (self.keep, self.bias))
         return measures.attention(self.scores(example), self.form, bias, keep)
 
+    def log_normalizer(self, example: int = 0) -> Tensor:
+        """ln N of each query of a kept example, ``(H, L)`` in float32; as `attention`."""
+        keep, bias = (None if m is None else m[min(example, len(m) - 1)] for m in (self.keep, self.bias))
+        return measures.log_normalizer(self.scores(example), self.form, bias, keep)
+
     def random_shares(self) -> list[float]:
         """Share of random directions in each bin of `ANGLES`."""
         return [measures.isotropic_share(low, high, self.dim) for low, high in pairwise(ANGLES.tolist())]
@@ -197,7 +218,7 @@ class LayerRecord:
         }
         for name in ("query", "key"):
             moment = s[f"{name}_moment"]
-            found[f"{name}_norm"] = s[f"{name}_norm"] / s[f"{name}_count"]
+            found[f"{name}_norm"] = s[f"{name}_norm"] / s[f"{name}_count"].clamp(min=1)
             found[f"{name}_dimensions"] = measures.participation_ratio(moment)
             found[f"{name}_rank"] = measures.numerical_rank(moment).double()
         usual = abs(self.scale) * found["query_norm"] * found["key_norm"]
@@ -208,13 +229,22 @@ class LayerRecord:
             ],
             dtype=torch.float64,
         )
+        found["dead"] = measures.dead(found["evenness"], found["empty"]).double()
         return {name: found[name] for name in MEASURES}
 
     @property
     def dead(self) -> Tensor:
-        """Heads that tell no key from another, bool ``(H,)``: evenness above 0.99, or no weight at all."""
-        found = self.measures()
-        return (found["evenness"] > 0.99) | (found["empty"] == 1)
+        """Heads that tell no key from another, bool ``(H,)``, as `measures.dead`."""
+        return self.measures()["dead"] > 0
+
+    def similarity(self, other: LayerRecord) -> Tensor:
+        """How alike its heads attend to those of another layer, ``(H, H')``: `measures.head_similarity` of kept tokens.
+
+        Raises:
+            ValueError: The layers were not given the same number of tokens.
+        """
+        examples = range(min(len(self.query), len(other.query)))
+        return measures.head_similarity(*(torch.stack([x.attention(i) for i in examples]) for x in (self, other)))
 
 
 class Record:
@@ -222,6 +252,7 @@ class Record:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerRecord] = {}
+        self.model = ""  # a fingerprint of it
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each head: its name, layer, number, form and `MEASURES`."""
@@ -242,14 +273,29 @@ class Record:
         return self.layers[name]
 
     def check(self, model: nn.Module) -> None:
-        """Raise an error if the model has not all of the layers.
+        """Raise an error if the record is of a model with other modules or shapes.
 
         Raises:
-            ValueError: The message names those that it lacks.
+            ValueError: The message names the layers that the model lacks, if it does.
         """
         missing = sorted(set(self.layers) - {name for name, _ in model.named_modules()})
         if missing:
             raise ValueError(f"the record is of another model: {type(model).__name__} has no {', '.join(missing)}")
+        if self.model and self.model != _fingerprint(model):
+            raise ValueError(
+                f"the record is of another model: this {type(model).__name__} has other modules, or other shapes of "
+                "parameters"
+            )
+
+    def of(self, model: nn.Module) -> Record:
+        """The record as one of this model.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        self.check(model)
+        self.model = _fingerprint(model)
+        return self
 
     def save(self, path: str | Path) -> None:
         """Write it as safetensors."""
@@ -260,7 +306,7 @@ class Record:
             parts = {each: getattr(layer, each) for each in ("pairs", "mass", "query", "key", "keep", "bias")}
             parts |= {f"sums.{key}": value for key, value in layer.sums.items()}
             tensors |= {f"{number}.{key}": value.contiguous() for key, value in parts.items() if value is not None}
-        save_file(tensors, str(path), {_KEY: json.dumps(about)})
+        save_file(tensors, str(path), {_KEY: json.dumps(about), _MODEL: self.model})
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
@@ -270,10 +316,17 @@ class Record:
             ValueError: The file is no record.
         """
         record = cls()
-        with safe_open(str(path), "pt") as file:
-            if _KEY not in (file.metadata() or {}):
-                raise ValueError(f"path must be a file that Record.save has written, got {str(path)!r}")
-            for number, (name, about) in enumerate(json.loads(file.metadata()[_KEY]).items()):
+        wrong = f"path must be a file that Record.save has written, got {str(path)!r}"
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(safe_open(str(path), "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{wrong}: {error}") from None
+            about_all = (file.metadata() or {}).get(_KEY)
+            if about_all is None:
+                raise ValueError(wrong)
+            record.model = file.metadata()[_MODEL]
+            for number, (name, about) in enumerate(json.loads(about_all).items()):
                 layer = record.layers[name] = LayerRecord(name)
                 layer.form, layer.scale = about["form"], about["scale"]
                 for key in file.keys():  # noqa: SIM118 not a mapping
@@ -295,6 +348,14 @@ class Record:
 
 
 _KEY = "expressive_attention.geometry"
+_MODEL = "expressive_attention.geometry.model"
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """The same for models with the same modules and shapes of parameters, whatever their values."""
+    parts = [name for name, _ in model.named_modules()]
+    parts += [f"{name} {tuple(x.shape)}" for name, x in model.named_parameters()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -312,18 +373,33 @@ def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Te
 
 def _masks(call: Call, batch: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Where keys take part, and the bias, of these examples and rows."""
-    keep = bias = None
-    if call.diagonal is not None:
-        device = call.query.device
-        keep = torch.arange(call.key.shape[2], device=device) <= rows.to(device).unsqueeze(-1) + call.diagonal
-        keep = keep[None, None]
+    pattern = call.pattern.mask_of(rows.to(call.query.device), call.query, call.key)
+    pattern = pattern[batch] if len(pattern) > 1 else pattern
+    keep = pattern if pattern.dtype == torch.bool else pattern > -torch.inf
+    bias = None if pattern.dtype == torch.bool else pattern.float()
     if (mask := call.attn_mask) is not None:
         mask = mask[batch] if mask.shape[0] > 1 else mask
         mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
         if mask.dtype == torch.bool:
-            keep = mask if keep is None else keep & mask
+            keep = keep & mask
         else:
-            bias = mask.detach().float()
-            seen = bias > -1e4  # finfo.min and -inf both mask
-            keep = seen if keep is None else keep & seen
-    return keep, bias
+            bias = mask.detach().float() if bias is None else bias + mask.detach()
+            keep = keep & _seen(mask)
+    return None if keep.all() else keep, bias
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Where a mask lets keys take part: finfo.min and -inf both mask."""
+    return mask if mask.dtype == torch.bool else mask > -1e4
+
+
+def _existing_keys(call: Call) -> Tensor | None:
+    """The keys that some query sees, ``(B | 1, H | 1, S)``, or None: all, as far as masks and lengths say."""
+    keys = call.key.shape[2]
+    found = None
+    if call.attn_mask is not None:
+        found = _seen(call.attn_mask).any(2).expand(-1, -1, keys)
+    if call.pattern.key_lengths is not None and call.pattern.query_starts is None:
+        existing = torch.arange(keys, device=call.key.device) < call.pattern.key_lengths[:, None, None]
+        found = existing if found is None else found & existing
+    return found

@@ -27,7 +27,7 @@ def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple
         The record, and the tokens.
 
     Raises:
-        ValueError: The text is empty, or no attention was seen.
+        ValueError: The text is empty, the model reads no text, or no attention was seen.
         OSError: There is no such model.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -38,11 +38,15 @@ def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple
         raise ValueError("text must not be empty")
     path = Path(model)
     if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"model must be a folder, a name or a config.json, and there is no file {path}")
         config: Any = AutoConfig.from_pretrained(str(path))
         loaded: Any = AutoModel.from_config(config)
     else:
         loaded = huggingface.from_pretrained(AutoModel, str(model))
     loaded.eval()
+    if not getattr(loaded.config, "vocab_size", None):
+        raise ValueError(f"model must be one that reads text, got {type(loaded).__name__}, which has no vocabulary")
     longest = min(max_tokens, getattr(loaded.config, "max_position_embeddings", None) or max_tokens)
     ids = [byte % loaded.config.vocab_size for byte in text.encode()[:longest]]
     tokens = [chr(byte) for byte in text.encode()[:longest]]
@@ -52,5 +56,8 @@ def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple
             ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
             tokens = tokenizer.convert_ids_to_tokens(ids)
     with torch.no_grad(), capture(loaded, max_tokens=max_tokens) as record:
-        loaded(input_ids=torch.tensor([ids]))
+        given = {"input_ids": torch.tensor([ids])}
+        if loaded.config.is_encoder_decoder:  # the decoder reads it, too
+            given["decoder_input_ids"] = given["input_ids"]
+        loaded(**given)
     return record, tokens

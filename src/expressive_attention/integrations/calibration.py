@@ -177,9 +177,8 @@ def _sums(call: Call) -> Tensor:
     """Sum of z^2, number of |z| > 3, and number of pairs that the mask leaves, ``(3, H)`` in float64."""
     query, key = call.query.double(), call.key.double()
     z = call.scale * query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    keep = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device)
-    if call.diagonal is not None:
-        keep = keep.tril(call.diagonal)
+    mask = call.pattern.mask_of(torch.arange(query.shape[2], device=z.device), query, key)
+    keep = mask if mask.dtype == torch.bool else mask > -torch.inf
     if call.attn_mask is not None:
         # finfo.min and -inf both mask
         seen = call.attn_mask if call.attn_mask.dtype == torch.bool else call.attn_mask > -1e4

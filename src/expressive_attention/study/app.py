@@ -120,12 +120,14 @@ def geometry(
         _fail("geometry takes either the folder of a study, or --model with --text")
     if (model is None) != (text is None):
         _fail("--model and --text belong together")
+    if model is not None and (condition is not None or seed is not None):
+        _fail("--condition and --seed are of a study, and do not go with --model")
     with _one_line_errors():
         if directory is not None:
             from .geometry import look_into
 
             look = look_into(directory, condition, seed)
-            records, title, tokens = look.records, look.title, look.tokens
+            records, title, tokens, unseen = look.records, look.title, look.tokens, look.unseen
         else:
             assert model is not None
             assert text is not None
@@ -136,8 +138,12 @@ def geometry(
                 record, words = record_text(model, content)
             except (ValueError, ImportError) as error:
                 _fail(str(error))
-            records, title, tokens = {"model": record}, f"{model} reads {text.name}", [words]
+            records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
+        if directory is not None and out is None and (directory / "report.html").exists():
+            _write_report(collect(Store(directory)), directory)  # which links the page now
+    if unseen:
+        typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
     for name, record in records.items():
         typer.echo(f"{name}\n{record}\n")
     typer.echo("\n".join(str(path) for path in written))

@@ -28,11 +28,13 @@ class Look:
         title: The condition and the seed.
         records: By the name of the mechanism.
         tokens: The examples, as text.
+        unseen: Names of mechanisms that were trained, and cannot be watched.
     """
 
     title: str
     records: dict[str, Record]
     tokens: list[list[str]]
+    unseen: list[str]
 
 
 def look_into(directory: Path, condition: str | None = None, seed: int | None = None) -> Look:
@@ -52,7 +54,9 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     records: dict[str, Record] = {}
     tokens: list[list[str]] = []
     config, _ = store.config()
-    comparisons = [c for c in config.comparisons() if c.condition == label and c.mechanism in _SEEN]
+    comparisons = [c for c in config.comparisons() if c.condition == label]
+    unseen = sorted({mechanism_name(c.mechanism) for c in comparisons if c.mechanism not in _SEEN})
+    comparisons = [c for c in comparisons if c.mechanism in _SEEN]
     for comparison in sorted(comparisons, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
         rows = evidence(results.seeds, label, comparison.mechanism)
         if rows.is_empty():
@@ -73,8 +77,9 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
             tokens = [[str(digit) for digit in example] for example in examples.tolist()]
     if not records:
         asked = "" if seed is None else f", seed {seed}"
-        raise StoreError(f"{directory} has no trained model of {label!r}{asked}")
-    return Look(f"{label}, seed {seed}", records, tokens)
+        watched = f", of a mechanism that can be watched, which {', '.join(unseen)} cannot" if unseen else ""
+        raise StoreError(f"{directory} has no trained model of {label!r}{asked}{watched}")
+    return Look(f"{label}, seed {seed}", records, tokens, unseen)
 
 
 def _condition(results: StudyResults, condition: str | None) -> str:
