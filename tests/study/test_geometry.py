@@ -58,20 +58,42 @@ def test_the_command_writes_a_folder_and_the_report_links_it(run):
     assert "blocks.0.attention.head.0  expressive" in done.stdout
     assert (directory / "geometry" / "geometry.html").exists()
     link = '<a href="geometry/geometry.html">Attention space</a>'
+    assert link in (directory / "report.html").read_text()  # written once more
     assert link in write_report(collect(Store(directory)), directory).read_text()
 
 
-def test_a_model_of_transformers_reads_a_text(tmp_path):
-    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
-    config = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 300, "n_positions": 32}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "text.txt").write_text("What is seen of attention when a model reads this?")
+SMALL = {
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 300, "n_positions": 32},
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1, "vocab_size": 300},
+    "vit": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
+}
+
+
+def read_by(kind, folder):
+    """The command, with a model of this kind and random weights."""
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, **SMALL[kind]}))
+    (folder / "text.txt").write_text("What is seen of attention when a model reads this?")
     make_importable()
-    paths = [str(tmp_path / name) for name in ("config.json", "text.txt", "out")]
-    done = CliRunner().invoke(app, ["geometry", "--model", paths[0], "--text", paths[1], "--out", paths[2]])
+    paths = [str(folder / name) for name in ("config.json", "text.txt", "out")]
+    return CliRunner().invoke(app, ["geometry", "--model", paths[0], "--text", paths[1], "--out", paths[2]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("gpt2", "h.1.attn.head.1"), ("t5", "decoder.block.0.layer.1.EncDecAttention.head.0")]
+)
+def test_a_model_of_transformers_reads_a_text(kind, head, tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    done = read_by(kind, tmp_path)
     assert done.exit_code == 0, done.output
-    assert "h.1.attn.head.1  softmax" in done.output
+    assert f"{head}  softmax" in done.output
     assert (tmp_path / "out" / "geometry.html").exists()
+
+
+def test_a_model_that_reads_no_text_is_named(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    done = read_by("vit", tmp_path)
+    assert done.exit_code == 2
+    assert "model must be one that reads text, got ViTModel, which has no vocabulary" in done.output
 
 
 @pytest.mark.parametrize(
@@ -81,6 +103,7 @@ def test_a_model_of_transformers_reads_a_text(tmp_path):
         (("run", "--model", "m"), "geometry takes either"),
         (("--model", "m"), "--model and --text belong together"),
         (("nowhere",), "nowhere"),
+        (("--model", "m", "--text", "t", "--seed", "1"), "--condition and --seed are of a study"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(arguments, words, tmp_path):
