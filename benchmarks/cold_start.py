@@ -29,7 +29,7 @@ PROBLEM = Problem("cold start", (1, 16, 4096, 128), causal=True, backward=True, 
 
 
 def first_call(name: str) -> float:
-    """Seconds of the first call in this process, after one of SDPA's has woken the GPU up."""
+    """Seconds of the first call in this process, on a GPU that has been woken up."""
     contestant = SDPA if name == SDPA.name else ours(None, PROBLEM.dtype, "cuda")
     inputs, upstream = PROBLEM.inputs(), PROBLEM.upstream()
     torch.ones(1, device="cuda").sum().item()

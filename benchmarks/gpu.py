@@ -4,7 +4,8 @@
 
 tests       the tests of the kernels, on the device
 large       errors of problems up to 65536 keys, in three dtypes
-sanitizer   reads and writes beside tensors, and races, at small sizes, by NVIDIA's compute-sanitizer
+sanitizer   reads and writes beside tensors, reads of what was never written, and races, at small sizes, by NVIDIA's
+            compute-sanitizer
 cold        seconds of a first call
 timing      the table of `operator.py --device cuda`, with the errors of every problem
 
@@ -28,7 +29,8 @@ import torch
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
-SMALL = ["-q", "-x", "-k", "tiles_of_users or packed or filled or slopes_in or masks_of_all_shapes"]
+PYTEST = ["-m", "pytest", "-q", "-o", "timeout=0"]  # compiling takes its time
+SMALL = ["-x", "-k", "tiles_of_users or packed or filled or slopes_in or masks_of_all_shapes"]
 
 
 def commands(folder: Path) -> dict[str, list[list[str]]]:
@@ -36,11 +38,11 @@ def commands(folder: Path) -> dict[str, list[list[str]]]:
     python = sys.executable
     kernels = str(TESTS / "backends" / "test_triton.py")
     sanitizer = [
-        ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, python, "-m", "pytest", kernels, *SMALL]
-        for tool in ("memcheck", "racecheck")
+        ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, python, *PYTEST, kernels, *SMALL]
+        for tool in ("memcheck", "initcheck", "racecheck")
     ]
     return {
-        "tests": [[python, "-m", "pytest", "-q", kernels]],
+        "tests": [[python, *PYTEST, kernels]],
         "large": [[python, str(HERE / "large.py")]],
         "sanitizer": sanitizer,
         "cold": [[python, str(HERE / "cold_start.py")]],
@@ -78,8 +80,11 @@ def run(command: list[str], log: Path) -> bool:
     if shutil.which(command[0]) is None:
         print(f"{command[0]} is not installed", flush=True)
         return False
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE.parent)}
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
+    if command[0] == "compute-sanitizer":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a block holds many tensors, and hides their ends
     with (
         log.open("a") as file,
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The errors of long problems, against float64: the last rows of each, as a share of their budget.
+"""The errors of long problems, against float64: of some rows of each, as a share of their budget.
 
     python benchmarks/large.py [--device cpu|cuda] [--lengths N ...] [--backend NAME]
 
@@ -42,10 +42,10 @@ def error(problem: Problem, backend: str) -> float:
     (output,) = run(attention, [query, key, value], None)
     if not problem.causal:
         return Judge([query[..., -_ROWS:, :], key, value], None, causal=False).error([output[..., -_ROWS:, :]])
-    # Rows in the middle see the keys up to them alone.
-    middle = problem.shape[2] // 2
+    # Rows see the keys up to them alone.
+    length = problem.shape[2]
     shares = []
-    for stop in (min(_ROWS, problem.shape[2]), middle):
+    for stop in (min(_ROWS, length), length // 2, length):
         row = [query[..., stop - 1 : stop, :], key[..., :stop, :], value[..., :stop, :]]
         shares.append(Judge(row, None, causal=False).error([output[..., stop - 1 : stop, :]]))
     return math.nan if any(map(math.isnan, shares)) else max(shares)

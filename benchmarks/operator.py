@@ -95,7 +95,7 @@ def measure_memory(
     limit = rival + (f" + {slack:.0%}" if slack else "")
     try:
         mine, theirs = ([usage(name, length) for length in memory.LENGTHS] for name in (own, rival))
-    except RuntimeError as error:
+    except Exception as error:
         return [MemoryRow(label, own, is_ours=True, note=first_line(error), limit=limit)]
     row = MemoryRow(label, rival, theirs[0].bytes, theirs[1].bytes)
     errors = [use.error for use in mine if use.error is not None]

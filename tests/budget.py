@@ -152,9 +152,12 @@ class Case:
         factor = torch.ones_like(z)
         if self.mask is not None:
             factor = factor * (self.mask.double().exp() if self.mask.is_floating_point() else self.mask)
-        log_factor = self.log_factor()
+        log_factor, peak = self.log_factor(), torch.zeros(())
         if log_factor is not None:
-            factor = factor * log_factor.exp()
+            # Rows far from their keys have small weights, of which all but the normalizer leaves out a common factor.
+            peak = log_factor.amax(-1, keepdim=True) if log_factor.numel() else log_factor
+            peak = torch.where(peak == -torch.inf, 0, peak)
+            factor = factor * (log_factor - peak).exp()
         elif self.settings.get("is_causal"):
             lower_right = self.settings.get("causal_alignment") == "lower_right"
             factor = factor.tril(z.shape[-1] - z.shape[-2] if lower_right else 0)
@@ -176,7 +179,7 @@ class Case:
         def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
             results = {
                 "output": a @ v.abs(),
-                "normalizer": total,
+                "normalizer": total * peak.exp(),
                 "query": ds @ k.abs(),
                 "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
                 "value": (a.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),

@@ -197,6 +197,18 @@ def test_slopes_can_be_learned(backend):
     torch.testing.assert_close(gradient(None, alibi_slopes=slopes), gradient(-slopes[:, None, None] * distance))
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_windows_that_are_wider_than_everything(backend):
+    q, k = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 7, 8)
+    options = {"enable_gqa": True, "key_lengths": torch.tensor([7, 3]), "backend": backend}
+    for alignment in ("upper_left", "lower_right"):
+        whole = expressive_attention(q, k, k, causal_alignment=alignment, **options)
+        for size in (2**28, 2**30, 2**31 - 1, 2**40, 2**63 - 1):
+            for window in ((size, -1), (-1, size), (size, size)):
+                got = expressive_attention(q, k, k, causal_alignment=alignment, window_size=window, **options)
+                torch.testing.assert_close(got, whole)
+
+
 def test_a_window_is_what_a_cache_keeps():
     """The last of many queries, and alone against the keys of its window."""
     q, k, v = torch.randn(3, 2, 4, 50, 8).unbind(0)

@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from expressive_attention import expressive_attention
+from expressive_attention import expressive_attention, ops
 from expressive_attention.backends.pattern import Pattern
 from tests.budget import ON_CPU
 
@@ -198,3 +198,36 @@ def test_vmap_of_patterns(backend):
     shared = torch.stack([function(*x, lengths[0], slopes[0]) for x in zip(q, k, v, strict=True)])
     mapped = vmap(function, in_dims=(0, 0, 0, None, None))(q, k, v, lengths[0], slopes[0])
     torch.testing.assert_close(mapped, shared)
+
+
+def test_lengths_that_change_before_the_backward_pass_are_an_error(backend):
+    q, k, v = tensors()
+    lengths = torch.tensor([3, 6])
+    output = expressive_attention(q, k, v, key_lengths=lengths, enable_gqa=True, backend=backend)
+    lengths.sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_gradients_of_slopes_through_vmap(backend):
+    q, k, v = (x.detach() for x in tensors())
+    slopes = torch.rand(3, 4, requires_grad=True)
+
+    def function(slopes):
+        return expressive_attention(q, k, v, alibi_slopes=slopes, enable_gqa=True, backend=backend).square().sum()
+
+    mapped = torch.autograd.grad(vmap(function)(slopes).sum(), slopes)
+    looped = torch.autograd.grad(sum(function(each) for each in slopes), slopes)
+    torch.testing.assert_close(mapped, looped)
+
+
+def test_slopes_of_a_model_make_no_mask_where_no_gradient_is_wanted(backend, monkeypatch):
+    q, k, v = tensors()
+    slopes = torch.nn.Parameter(torch.rand(4))
+    seen = []
+    run = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *arguments: seen.append(arguments[3]) or run(*arguments))
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            expressive_attention(q, k, v, alibi_slopes=slopes, enable_gqa=True, backend=backend)
+    assert [mask is None for mask in seen] == [False, True]

@@ -144,9 +144,11 @@ BAD = [
     ({"cu_seqlens_k": CU_K[:-1]}, ValueError, r"cu_seqlens_k must have the shape \(6,\) of cu_seqlens_q, got \(5,\)"),
     ({"cu_seqlens_q": CU_Q[:1]}, ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\) for B >= 1"),
     ({"max_seqlen_q": 6}, ValueError, "max_seqlen_q must be at least the 7 of the longest sequence, got 6"),
+    ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
     ({"max_seqlen_k": 9.0}, TypeError, "max_seqlen_k must be an int, got float"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
     ({"window_size": (-2, 0)}, ValueError, r"window_size must be two integers .* got \(-2, 0\)"),
+    ({"window_size": (True, 0)}, ValueError, r"window_size must be two integers .* got \(True, 0\)"),
     ({"window_size": 4}, ValueError, r"window_size must be two integers .* got 4"),
     ({"seqused_k": torch.ones(4, dtype=torch.int32)}, ValueError, r"seqused_k must have shape \(5,\), got \(4,\)"),
     (
@@ -173,6 +175,18 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = dict(zip("qkv", packed(), strict=True)) | GOOD | change
     with pytest.raises(error, match=message):
         expressive_attention_varlen(**arguments)
+
+
+def test_the_output_is_contiguous():
+    q, k, v = packed()
+    assert expressive_attention_varlen(q, k, v, CU_Q, CU_K, 7, 9).view(ROWS, -1).shape == (ROWS, 20)
+
+
+def test_slopes_of_a_model_are_welcome_without_a_gradient():
+    slopes = torch.nn.Parameter(torch.rand(4))
+    with torch.no_grad():
+        output = expressive_attention_varlen(*packed(), CU_Q, CU_K, 7, 9, alibi_slopes=slopes)
+    torch.testing.assert_close(output, one_by_one(*packed(), alibi_slopes=slopes.detach())[0])
 
 
 def test_vmap_is_refused():

@@ -112,7 +112,7 @@ def check_window(window_size: tuple[int, int]) -> None:
     """A pair of sizes, -1 for no limit."""
     try:
         left, right = window_size
-        fits = all(isinstance(size, int) and size >= -1 for size in (left, right))
+        fits = all(isinstance(size, int) and not isinstance(size, bool) and size >= -1 for size in (left, right))
     except (TypeError, ValueError):
         fits = False
     if not fits:
@@ -155,6 +155,8 @@ def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_na
         raise ValueError(f"{name} must have shape (B + 1,) for B >= 1 sequences, got {tuple(starts.shape)}")
     if not isinstance(longest, int | torch.SymInt):
         raise TypeError(f"{longest_name} must be an int, got {type(longest).__name__}")
+    if isinstance(longest, int) and longest < 0:
+        raise ValueError(f"{longest_name} must be at least 0, got {longest}")
     if not _is_readable(starts):
         return
     numbers = starts.tolist()
@@ -179,6 +181,7 @@ def _is_readable(x: Tensor) -> bool:
     """Whether its numbers are at hand: reading those of a GPU would wait for it, and a traced tensor has none."""
     return (
         x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()

@@ -59,6 +59,8 @@ _PATTERNS = {
     for alignment in ALIGNMENTS
 }
 
+_NO_WINDOW = (-1, -1)
+
 # No sequence is as long.
 _LONGEST = 2**30
 
@@ -120,7 +122,7 @@ def expressive_attention(
     enable_gqa: bool = False,
     form: str = "expressive",
     causal_alignment: str = "upper_left",
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     return_normalizer: bool = False,
@@ -202,7 +204,7 @@ def expressive_attention(
         mask = fold_mask(with_dims(attn_mask, max(dims, 3)), batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     pattern = _PATTERNS[bool(is_causal), causal_alignment]
-    if window_size != (-1, -1):
+    if window_size is not _NO_WINDOW:
         check_window(window_size)
         pattern = with_window(pattern, window_size)
     if key_lengths is not None:
@@ -214,7 +216,7 @@ def expressive_attention(
         if alibi_slopes.ndim > 1:
             slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
         pattern = pattern._replace(slopes=slopes)
-        if mask is not None or slopes.requires_grad:  # no kernel has both, or gradients of slopes
+        if mask is not None or _may_need_gradient(slopes):  # no kernel has both, or gradients of slopes
             mask, _ = pattern._replace(left=None, right=None).as_mask(mask, query, key)
             pattern = pattern._replace(slopes=None)
 
@@ -323,6 +325,13 @@ def fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
     if all(size == 1 for size in leading):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.expand(*batch, -1, -1, -1).reshape(math.prod(batch), *mask.shape[-3:])
+
+
+def _may_need_gradient(x: Tensor) -> bool:
+    """Whether there may be a gradient of x to compute; tensors inside of torch.func and vmap do not tell."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def with_window(pattern: Pattern, window_size: tuple[int, int]) -> Pattern:

@@ -29,6 +29,7 @@ _PATTERN = (
     "Tensor? key_starts, SymInt longest_query, SymInt longest_key"
 )
 _SIZE = len(Pattern._fields)
+_TENSORS = slice(3, 7)  # those of them that are tensors
 
 torch.library.define(
     _ATTENTION,
@@ -140,17 +141,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _save(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*tensors, output[0], output[1])
+    ctx.save_for_backward(*tensors, output[0], output[1], *settings[0][_TENSORS])
     ctx.settings = settings
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors  # which also says if one of them was changed in place
     mask_gradient = ctx.needs_input_grad[3]
     if grad_output is None:
         grad_output = torch.zeros_like(saved[4])
-    dq, dk, dv, dmask = _attention_backward((grad_output, grad_normalizer, *saved), *ctx.settings, mask_gradient)
+    dq, dk, dv, dmask = _attention_backward((grad_output, grad_normalizer, *saved[:6]), *ctx.settings, mask_gradient)
     return dq, dk, dv, dmask if mask_gradient else None, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from .backends.pattern import Pattern
@@ -121,8 +122,8 @@ def expressive_attention_varlen(
             once; the other ones run them one after the other, `reference` as one with a mask of T x U.
 
     Returns:
-        Output ``(T, Hq, Ev)`` in the dtype of q. With `return_normalizer` also N ``(Hq, T)`` in float32 (float64 for
-        float64 inputs); both are differentiable.
+        Output ``(T, Hq, Ev)``, contiguous, in the dtype of q. With `return_normalizer` also N ``(Hq, T)`` in float32
+        (float64 for float64 inputs); both are differentiable.
 
     Raises:
         TypeError: An argument is not of the type above.
@@ -172,7 +173,7 @@ def expressive_attention_varlen(
             raise ValueError(
                 f"alibi_slopes must have shape {(heads,)} or {(batch, heads)}, got {tuple(alibi_slopes.shape)}"
             )
-        if alibi_slopes.requires_grad:
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError("alibi_slopes must not require a gradient: there is none for packed sequences")
         alibi_slopes = alibi_slopes.reshape(-1, heads)
     pattern = pattern._replace(
@@ -182,5 +183,5 @@ def expressive_attention_varlen(
     scale = 1.0 / math.sqrt(width) if softmax_scale is None else float(softmax_scale)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     output, normalizer, peak = run(query, key, value, None, pattern, scale, form, dropout_p, backend)
-    output = output.squeeze(0).transpose(0, 1)
+    output = output.squeeze(0).transpose(0, 1).contiguous()
     return (output, unscaled(normalizer, peak).squeeze(0)) if return_normalizer else output

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from expressive_attention import expressive_attention, expressive_attention_varlen
+from expressive_attention import checks, expressive_attention, expressive_attention_varlen
 from expressive_attention.backends import triton
 from expressive_attention.backends.pattern import Pattern
 from expressive_attention.backends.problem import Problem
@@ -204,6 +204,53 @@ def test_packed_sequences_have_the_bits_of_each_alone(options, dtype):
     assert all(x.numel() and x.abs().max() == 0 for x in beside)
 
 
+@pytest.mark.parametrize("size", [2**28, 2**30 - 1, 2**31 - 1, 2**62])
+@pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
+def test_windows_that_are_wider_than_everything(size, alignment):
+    q, k, v = tensors(torch.float32, (1, 4, 20, 8), (1, 2, 50, 8), (1, 2, 50, 8))
+    for window in ((size, -1), (-1, size)):
+        judge(q, k, v, None, {"enable_gqa": True, "causal_alignment": alignment, "window_size": window})
+
+
+def test_lengths_and_starts_lie_in_memory_in_any_way():
+    q, k, v = tensors(torch.float32, (2, 2, 5, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+    for lengths in (
+        torch.tensor(4),
+        torch.tensor([4]),
+        torch.tensor([4, 9, 7, 0])[::2],
+        torch.tensor([[3, 0], [8, 0]])[:, 0],
+    ):
+        judge(q, k, v, None, {"key_lengths": lengths.to(DEVICE).expand(2)})
+        got = expressive_attention(q, k, v, key_lengths=lengths.to(DEVICE), backend="triton")
+        torch.testing.assert_close(
+            got, expressive_attention(q, k, v, key_lengths=lengths.to(DEVICE), backend="reference")
+        )
+    x = tensors(torch.float32, (9, 2, 8))[0].requires_grad_()
+    starts = torch.tensor([0, -1, 4, -1, 9, -1], device=DEVICE)[::2]
+    outputs = [
+        expressive_attention_varlen(x, x, x, s, s, 5, 5, backend="triton") for s in (starts, starts.contiguous())
+    ]
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
+
+
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([-8, 10, 30], 30), ([0, 40, 30], 40), ([0, 2**40, 30], 30), ([0, 10, 30], 7), ([5, 3, 2], 9)],
+)
+def test_starts_that_nobody_has_looked_at_touch_nothing_else(starts, longest, monkeypatch):
+    """As on a GPU, where to read them is to wait."""
+    monkeypatch.setattr(checks, "_is_readable", lambda x: False)
+    room = torch.full((90, 2, 8), torch.nan, device=DEVICE)
+    x = room[30:60].copy_(tensors(torch.float32, (30, 2, 8))[0]).requires_grad_()
+    starts = torch.tensor(starts, device=DEVICE)
+    output = expressive_attention_varlen(x, x, x, starts, starts, longest, longest, causal=True, backend="triton")
+    (gradient,) = torch.autograd.grad(output.square().sum(), x)
+    assert output.isfinite().all()
+    assert gradient.isfinite().all()
+    assert room[:30].isnan().all()
+    assert room[60:].isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["slopes", "window", "lengths"])
 def test_lost_rows_of_patterns(kind):
     """Rows that are computed once more see the same keys, at the same distance."""
@@ -218,6 +265,14 @@ def test_lost_rows_of_patterns(kind):
         judge(
             q, k, v, None, {**options, "enable_gqa": True, "causal_alignment": "lower_right"}, through_normalizer=False
         )
+
+
+@pytest.mark.parametrize("keys", [5, 35])
+def test_steep_slopes_far_behind_the_last_key(keys):
+    """Of the last tile of keys, some do not exist: how far the rows are from those must not count."""
+    q, k, v = tensors(torch.float32, (1, 2, 60, 16), (1, 2, keys, 16), (1, 2, keys, 16))
+    with tiles((16, 16), (16, 16)):
+        judge(q, k, v, None, {"alibi_slopes": torch.tensor([2.0, 30.0])}, through_normalizer=False)
 
 
 @pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])

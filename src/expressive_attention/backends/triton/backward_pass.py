@@ -323,7 +323,7 @@ def _key_value_tiles(
         if MASK >= FLOAT:
             peak = tl.load(peaks + index, mask=exist, other=0.0)
         if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
-            by_row, by_key = decay(rows, position + band[0], j, peak, largest(j, 0))
+            by_row, by_key = decay(rows, position + band[0], j, peak, tl.minimum(largest(j, 0), keys - 1))
             factor = by_row[None, :] * by_key[:, None]
             weight, slope = weight * factor, slope * factor
         elif BOUNDARY or MASK != NO_MASK:

@@ -140,9 +140,9 @@ def backward(
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
-    dq, dk, dv = (
-        x.new_empty(x.shape) if pattern.query_starts is None else x.new_zeros(x.shape) for x in (query, key, value)
-    )
+    # In packed tensors there are rows of no sequence.
+    new = torch.empty if pattern.query_starts is None else torch.zeros
+    dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     dmask = attn_mask.new_zeros(attn_mask.shape) if mask_gradient and attn_mask is not None else None
     inputs = _Inputs(query, key, value, attn_mask, pattern, scale, form)
     if normalizer.numel() == 0 or inputs.longest_query == 0 or inputs.longest_key == 0:
@@ -150,8 +150,8 @@ def backward(
 
     peak = empty_peak(normalizer, attn_mask, pattern.slopes)
     plane = normalizer.numel()
-    stats = normalizer.new_empty((3, plane))
-    wide_stats = normalizer.new_empty((4, plane))
+    stats = new((3, plane), dtype=normalizer.dtype, device=query.device)
+    wide_stats = new((4, plane), dtype=normalizer.dtype, device=query.device)
     lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
     arguments = {
         **inputs.arguments,
@@ -240,9 +240,9 @@ class _Inputs:
             "key": key,
             "value": value,
             "mask": weights,
-            "query_starts": pattern.query_starts,
-            "key_starts": pattern.key_starts,
-            "key_lengths": pattern.key_lengths,
+            "query_starts": _contiguous(pattern.query_starts),
+            "key_starts": _contiguous(pattern.key_starts),
+            "key_lengths": _contiguous(pattern.key_lengths),
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "value_strides": value.stride(),
@@ -250,8 +250,9 @@ class _Inputs:
             "mask_stride": strides[3],
             "scale": scale,
             "scale_exponent": 0,
-            "right": pattern.right or 0,
-            "left": pattern.left or 0,
+            # No further than all there is, so that no place leaves 32 bits.
+            "right": min(pattern.right or 0, self.longest_query + self.longest_key),
+            "left": min(pattern.left or 0, self.longest_query + self.longest_key),
             "lower_right": int(pattern.lower_right),
             "CAUSAL": pattern.right is not None,
             "WINDOW": pattern.left is not None,
@@ -279,6 +280,10 @@ class _Inputs:
             tile = Tile(16, 64, 4, 2)
             tiles = self.tiles(tile)
             _run(peak_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, peaks=peak)
+
+
+def _contiguous(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.contiguous()
 
 
 def _repeated_strides(mask: Tensor) -> tuple[int, ...]:

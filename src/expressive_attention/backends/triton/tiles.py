@@ -265,6 +265,12 @@ def head_of(program, kv_heads):
 
 
 @triton.jit
+def _within(place, most):
+    """A number from memory, brought to the range from 0 to `most`: nobody has looked at it."""
+    return tl.minimum(tl.maximum(tl.load(place).to(tl.int64), 0), most).to(tl.int32)
+
+
+@triton.jit
 def sequence_of(
     sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -278,13 +284,13 @@ def sequence_of(
     batch, first_row, first_key = sequence, length * 0, keys * 0
     if query_starts is not None:
         batch = sequence * 0
-        first_row = tl.minimum(tl.load(query_starts + sequence).to(tl.int32), length)
-        length = tl.minimum(tl.load(query_starts + sequence + 1).to(tl.int32), length) - first_row
-        first_key = tl.minimum(tl.load(key_starts + sequence).to(tl.int32), keys)
-        keys = tl.minimum(tl.load(key_starts + sequence + 1).to(tl.int32), keys) - first_key
+        first_row, end = _within(query_starts + sequence, length), _within(query_starts + sequence + 1, length)
+        length = tl.maximum(end - first_row, 0)
+        first_key, end = _within(key_starts + sequence, keys), _within(key_starts + sequence + 1, keys)
+        keys = tl.maximum(end - first_key, 0)
     existing = keys
     if key_lengths is not None:
-        existing = tl.minimum(keys, tl.maximum(tl.load(key_lengths + sequence).to(tl.int32), 0))
+        existing = _within(key_lengths + sequence, keys)
     corner = (existing - length) * lower_right
     diagonal, lower = corner, corner
     if CAUSAL:
@@ -383,11 +389,12 @@ def masked(x, tile, peak, visible, MASK: tl.constexpr):
 def decay(rows, place, key, peak, last_key):
     """What ALiBi makes of weights, exp(bias - peak), as a factor of each row and one of each key: none is above 1.
 
-    For keys up to `last_key` which is at or before the places of all rows; rows share a slope, that of one head.
+    For keys up to `last_key`, which exists and is at or before the places of all rows, and any after it of which the
+    weights are 0. Rows share a slope, that of one head.
     """
     slope = tl.load(rows)
     by_row = tl.exp(-slope * (place - last_key).to(tl.float32) - peak)
-    by_key = tl.exp(-largest(slope, 0) * (last_key - key).to(tl.float32))
+    by_key = tl.exp(-largest(slope, 0) * tl.maximum(last_key - key, 0).to(tl.float32))
     return by_row, by_key
 
 
