@@ -159,7 +159,8 @@ def expressive_attention(
         window_size: ``(left, right)``: query i sees the keys ``p_i - left <= j <= p_i + right``; -1 is no limit. With
             `is_causal`, none after its place.
         alibi_slopes: ALiBi (Press et al., arXiv 2108.12409): weights are multiplied by ``exp(-slope |p_i - j|)``.
-            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0.
+            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. On the CPU, with a mask, or where they
+            are learned, they are a float mask of L x S.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
