@@ -1,10 +1,15 @@
 """What all tests share."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
