@@ -50,6 +50,17 @@ def test_both_mechanisms_are_seen_on_the_same_seed(run):
             look_into(directory, *arguments)
 
 
+def test_mechanisms_that_cannot_be_watched_are_named(run, monkeypatch):
+    _, directory = run
+    assert look_into(directory).unseen == []
+    monkeypatch.setattr("expressive_attention.study.geometry._SEEN", ("expressive",))
+    look = look_into(directory)
+    assert (list(look.records), look.unseen) == (["EA"], ["DPA"])
+    monkeypatch.setattr("expressive_attention.study.geometry._SEEN", ())
+    with pytest.raises(StoreError, match="of a mechanism that can be watched, which DPA, EA cannot"):
+        look_into(directory)
+
+
 def test_the_command_writes_a_folder_and_the_report_links_it(run):
     results, directory = run
     assert "Attention space" not in write_report(results, directory).read_text()

@@ -16,7 +16,7 @@ from . import decode
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
 from .bias import bias_gradient_kernel, peak_kernel
 from .forward_pass import forward_kernel
-from .tiles import FORMS, INTERPRETED, Tile, ceil_div, padded, shapes
+from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, Tile, ceil_div, padded, shapes
 from .wide import wide_kernel
 
 __all__ = ["backward", "forward"]
@@ -228,11 +228,11 @@ class _Inputs:
         self.precision = "tf32" if tf32 and torch.version.hip is None else "ieee"
         self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
         # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
-        kind, weights, strides = 0, query, (0, 0, 0, 0)
+        kind, weights, strides = NO_MASK, query, (0, 0, 0, 0)
         if pattern.slopes is not None:
-            kind, weights, strides = 3, pattern.slopes, (*_repeated_strides(pattern.slopes), 0, 0)
+            kind, weights, strides = ALIBI, pattern.slopes, (*_repeated_strides(pattern.slopes), 0, 0)
         elif attn_mask is not None:
-            kind, strides = 1 + self.biased, _repeated_strides(attn_mask)
+            kind, strides = FLOAT if self.biased else BOOL, _repeated_strides(attn_mask)
             weights = attn_mask if self.biased else attn_mask.view(torch.uint8)
         self.arguments: dict[str, Any] = {
             **shapes(query, key, value),
@@ -257,7 +257,7 @@ class _Inputs:
             "CAUSAL": pattern.right is not None,
             "WINDOW": pattern.left is not None,
             "FORM": FORMS[form],
-            "MASK": kind,
+            "MASK": kind.value,
         }
 
         mantissa, exponent = math.frexp(scale)
