@@ -25,7 +25,7 @@ def test_presets_can_be_read():
 def test_the_quick_preset_compares_what_it_says():
     config, _ = load_config("quick")
     labels = [label for label, _, _ in config.expanded()]
-    assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((4, "rope"), (16, "rope"), (16, "learned"))]
+    assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((8, "rope"), (16, "rope"), (16, "learned"))]
     assert (config.seeds.final, config.training.steps) == (8, 2000)
     assert config.training.learning_rates == (5e-3, 1e-2, 2e-2)
 
@@ -46,7 +46,7 @@ def test_the_ladder_preset_spells_out_the_defaults():
         ({"embed_dim": "7"}, ["model", "rope needs an even", "7"]),
         ({"learning_rates": "[]"}, ["training.learning_rates"]),
         ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),
-        ({"mechanisms": '["softmax"]'}, ["mechanisms.0", "'expressive'", "got 'softmax'"]),
+        ({"mechanisms": '["softmax"]'}, ["mechanisms must be of", "'expressive'", "got 'softmax'"]),
         ({"tuning": "0"}, ["seeds.tuning", "at least 1"]),
         ({"task": "{ basis = 1, delay = 2 }"}, ["basis", "greater than or equal to 2"]),
         ({"task": '{ kind = "mt", basis = 4, delay = 2 }'}, ["grid.task.kind", "'mt'"]),

@@ -101,10 +101,6 @@ def test_the_text_is_part_of_the_identity_of_its_own_tasks_alone(tmp_path):
     assert own.identity == only_cell(path).identity
 
 
-def test_identities_of_the_packages_tasks_are_what_they_were():
-    assert cell().identity == "61c91d97420874c2"
-
-
 def test_a_file_can_be_edited_within_a_process(tmp_path):
     old = only_cell(written(tmp_path)).task
     new = only_cell(written(tmp_path, ECHO.replace('f"echo, basis', 'f"ECHO, basis'))).task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -40,6 +39,10 @@ study = typer.Typer(
 app.add_typer(study, name="study")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, e.g. runs/quick.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the Python files in the folder, with your rights: its own tasks and mechanisms."),
+]
 
 
 def _version(value: bool) -> None:
@@ -112,6 +115,7 @@ def geometry(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to.  [default: RUN/geometry, or geometry]")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Show attention space: an interactive page, pictures, and a table of all heads."""
     from ..geometry.folder import write_folder
@@ -126,7 +130,7 @@ def geometry(
         if directory is not None:
             from .geometry import look_into
 
-            look = look_into(directory, condition, seed)
+            look = look_into(directory, condition, seed, trust=trust)
             records, title, tokens, unseen = look.records, look.title, look.tokens, look.unseen
         else:
             assert model is not None
@@ -141,7 +145,7 @@ def geometry(
             records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
         if directory is not None and out is None and (directory / "report.html").exists():
-            _write_report(collect(Store(directory)), directory)  # which links the page now
+            _write_report(collect(Store(directory)), directory, trust=trust)  # which links the page now
     if unseen:
         typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
     for name, record in records.items():
@@ -210,7 +214,7 @@ def run(
     Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
-    from .devices import CPU, DeviceError, devices
+    from .devices import CPU, DeviceError, available_cores, devices
     from .engines import EngineError, LocalEngine, RayEngine
     from .progress import make_display
     from .sweep import SweepError, run_study
@@ -230,7 +234,7 @@ def run(
         _fail(f"--gpus-per-cell is for --engine ray --device cuda, got --engine {engine} --device {device}")
     if gpus_per_cell is not None and not 0 < gpus_per_cell <= 1:
         _fail(f"--gpus-per-cell must be above 0 and at most 1, got {gpus_per_cell:g}")
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     try:
         if engine == "ray":
             share = 0.0 if device == "cpu" else gpus_per_cell or 1.0
@@ -244,7 +248,7 @@ def run(
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
         sinks = make_sinks(log or [], store)
-        lock = store.create(text, parsed.task_sources)
+        lock = store.create(text, parsed.sources, parsed.record())
     try:
         run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
     except EngineError as error:
@@ -259,18 +263,18 @@ def run(
         lock.release()
     with _one_line_errors():
         results = collect(store)
-        page = _write_report(results, store.directory)
+        page = _write_report(results, store.directory, trust=True)  # its files have just been run
     if not quiet:
         _print_findings(results)
         typer.echo(f"\n{page}  ({time.perf_counter() - start:.0f} s)")
 
 
 @study.command()
-def report(directory: Directory) -> None:
+def report(directory: Directory, trust: Trust = False) -> None:
     """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
     with _one_line_errors():
         results = collect(Store(directory))
-        page = _write_report(results, directory)
+        page = _write_report(results, directory, trust=trust)
     _print_findings(results)
     typer.echo(f"\n{page}")
 
@@ -330,6 +334,7 @@ def verify(
     device: Annotated[
         str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="On what they are trained.")
     ] = "cpu",
+    trust: Trust = False,
 ) -> None:
     """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
 
@@ -347,7 +352,7 @@ def verify(
     except DeviceError as error:
         _fail(str(error))
     with _one_line_errors():
-        cells = sample_cells(store, sample, seed)
+        cells = sample_cells(store, sample, seed, trust=trust)
         for cell in cells:
             found = verify_cell(cell, store, place)
             outcome = "; ".join(found.differences) or "same bits"
@@ -391,10 +396,10 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _write_report(results: StudyResults, directory: Path) -> Path:
+def _write_report(results: StudyResults, directory: Path, *, trust: bool = False) -> Path:
     from .report import write_report
 
-    return write_report(results, directory)
+    return write_report(results, directory, trust=trust)
 
 
 def _print_findings(results: StudyResults) -> None:
