@@ -1,3 +1,4 @@
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from expressive_attention.study import store as store_module
 from expressive_attention.study import sweep
 from expressive_attention.study.app import app
 from expressive_attention.study.engines import LocalEngine
@@ -300,3 +302,44 @@ def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, t
     assert plan.after(first) == []
     (final,) = plan.after(second)
     assert final.role == "final"
+
+
+# ---- confirmation on fresh seeds ----
+
+
+@pytest.mark.parametrize(("solved", "confirmed"), [((2, 0), True), ((0, 2), True), ((2, 2), False), ((1, 0), False)])
+def test_a_range_that_the_final_seeds_show_gets_fresh_seeds(tmp_path, monkeypatch, solved, confirmed):
+    text = tiny(learning_rates="[1e-2]").replace("[seeds]", "[seeds]\nconfirmation = 3")
+    text = text.replace("mechanisms =", 'claims = ["exclusive_range"]\nmechanisms =')
+    shares = dict(zip(("expressive", "dot_product"), solved, strict=True))
+    truth = store_module.Store.load
+
+    def load(store, cell, *, weights=False):
+        result = truth(store, cell, weights=weights)
+        if cell.role != "final":
+            return result
+        seeds = result.seeds.with_columns(solved=pl.int_range(pl.len()) < shares[cell.mechanism])
+        return dataclasses.replace(result, seeds=seeds)
+
+    monkeypatch.setattr(store_module.Store, "load", load)
+    store = Store(tmp_path / "study")
+    store.create(text)
+    display = Record()
+    added = []
+    display.added = added.append
+    run_study(store.config()[0], store, LocalEngine(1), display)
+    fresh = [cell for cell in display.done if cell.role == "confirmation"]
+    assert sum(added) == len(fresh) == (4 if confirmed else 0)  # two cells a side, of two seeds and one
+    assert display.total == 2
+    assert (
+        sorted(seed for cell in fresh for seed in cell.seeds) == [2_000_000 + i // 2 for i in range(6)][: 6 * confirmed]
+    )
+    cells, unfinished = store_module.finished_cells(store, store.config()[0])
+    assert (len(cells), unfinished) == (2 + len(fresh), [])
+    again = Record()
+    run_study(store.config()[0], store, LocalEngine(1), again)
+    assert (again.total, again.before, again.done) == (2 + len(fresh), 2 + len(fresh), [])
+    if confirmed:
+        shutil.rmtree(store.path(fresh[0]))
+        run_study(store.config()[0], store, LocalEngine(1), again)
+        assert [cell.identity for cell in again.done] == [fresh[0].identity]

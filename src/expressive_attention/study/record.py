@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .tasks import Task
-from .tasks.contexts import test_facts
+from .tasks.contexts import facts_of_test
 from .user_tasks import TaskFile, file_of
 
 __all__ = ["Record", "RecordError", "RecordedTask", "facts_of"]
@@ -94,7 +94,7 @@ class Record:
 
 def facts_of(task: Task | RecordedTask, test_sequences: int) -> dict[str, Any]:
     """What an accuracy on so many test sequences is worth, as in `study.results.Condition`."""
-    return task.facts if isinstance(task, RecordedTask) else task.facts() | test_facts(task, test_sequences)
+    return task.facts if isinstance(task, RecordedTask) else task.facts() | facts_of_test(task, test_sequences)
 
 
 def _key(content: dict[str, Any]) -> str:

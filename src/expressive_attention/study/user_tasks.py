@@ -125,7 +125,10 @@ def check_task(task: Task) -> None:
         TaskFileError: It does not keep to what `Task` says.
     """
     file = file_of(task)
-    problem = None if file is None else _problem(task)
+    try:
+        problem = None if file is None else _problem(task)
+    except SystemExit as error:
+        raise TaskFileError(blame(error) or named(error)) from None
     if file is not None and problem is not None:
         raise TaskFileError(f"{file.name}: {type(task).__name__}: {problem}")
 

@@ -12,7 +12,7 @@ import numpy as np
 from .base import Examples, Task
 from .sampled import prefix_identifiers
 
-__all__ = ["Unseen", "scored_contexts", "test_facts", "unseen"]
+__all__ = ["Unseen", "facts_of_test", "scored_contexts", "unseen"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def unseen(task: Task, training: Iterable[Examples], test: Examples) -> Unseen:
     return Unseen(1 - len(new) / len(contexts), len(new), len(np.unique(new)))
 
 
-def test_facts(task: Task, test_sequences: int) -> dict[str, Any]:
+def facts_of_test(task: Task, test_sequences: int) -> dict[str, Any]:
     """What an accuracy on so many test examples rests on; keys as in `study.results.Condition`."""
     test = task.held_out_examples(test_sequences, "test")
     contexts = scored_contexts(task, test)
