@@ -385,7 +385,7 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if (where := blame(error)) is None:
             raise
         _fail(where)  # in a file of tasks

@@ -436,7 +436,8 @@ def _two_sidedness(results: StudyResults) -> _Answer:
         )
     two, one = ([shape[side] for shape in shapes] for side in (0, 1))
     shifted = [condition for condition in results.conditions if condition.model.get("embedding_shift", 0.0)]
-    plain = [condition for condition in results.conditions if condition not in shifted]
+    counted = {found.condition for found in comparisons(results) if found.untested is None}
+    plain = [each for each in results.conditions if each not in shifted and each.label in counted]
     accuracies = _accuracies(results, plain, [*two, *one])
     if accuracies is None:
         raise _UntestableError(
