@@ -117,6 +117,11 @@ _OTHERS = (
     Style("#56B4E9", "#56B4E9", "v", "-.", "triangle-down", "dashdot"),
     Style("#E69F00", "#FFFFFF", "^", ":", "triangle-up", "dot"),
     Style("#000000", "#FFFFFF", "P", "--", "cross", "dash"),
+    Style("#009E73", "#FFFFFF", "v", "--", "triangle-down", "dash"),
+    Style("#CC79A7", "#CC79A7", "^", "--", "triangle-up", "dash"),
+    Style("#56B4E9", "#FFFFFF", "D", ":", "diamond", "dot"),
+    Style("#E69F00", "#E69F00", "D", "-.", "diamond", "dashdot"),
+    Style("#000000", "#000000", "v", ":", "triangle-down", "dot"),
 )
 
 
