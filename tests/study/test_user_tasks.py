@@ -244,7 +244,9 @@ def run_once(tmp_path_factory):
 def hostile(run_once, tmp_path):
     """The study, with a file of tasks that tells when it is run."""
     shutil.copytree(run_once, tmp_path / "run")
-    (tmp_path / "run" / "echo.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n{ECHO}")
+    (tmp_path / "run" / "echo.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'was run')!r}).touch()\n{ECHO}"
+    )
     return tmp_path / "run"
 
 
@@ -252,7 +254,7 @@ def hostile(run_once, tmp_path):
 def test_reading_a_study_does_not_run_its_files(hostile, command):
     done = CliRunner().invoke(app, ["study", command[0], str(hostile), *command[1:]])
     assert done.exit_code == 0, done.output
-    assert "echo, basis 4, delay 2" in done.output or command[0] == "export"
+    assert "echo" in done.output or command[0] == "export"
     assert not (hostile.parent / "was run").exists()
 
 
