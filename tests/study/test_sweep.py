@@ -264,7 +264,7 @@ def test_a_second_run_changes_nothing_while_the_first_is_at_work(tmp_path):
     lock.release()
     assert result.exit_code == 2
     assert result.stderr == f"ea: {store.directory}: another run is writing to this study\n"
-    assert store.config()[1] == tiny()
+    assert store.config()[1] == f"protocol = 3\n{tiny()}"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])  # they are being spawned; they are importing
@@ -289,18 +289,22 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
     assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to go on\n"
 
 
-def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch):
-    """On disk, but its worker has not told yet: found missing, and a moment later found there."""
+@pytest.mark.parametrize("before", range(6))
+def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch, before):
+    """On disk, but its worker has not told yet: found missing at one look, and there at the next."""
     store, config = make_store(tmp_path / "study"), tiny_config()
     first, second = config.comparisons()[0].tuning_cells()
     plan = sweep._Plan(config, store, Record())
     assert len(plan.ready()) == 4
     for cell in (first, second):
         shutil.copytree(whole[0].path(cell), store.path(cell))
-    truth, looks = store.has, iter([True, False])  # at first, second; then the truth
-    monkeypatch.setattr(store, "has", lambda cell: next(looks, truth(cell)))
-    assert plan.after(first) == []
-    (final,) = plan.after(second)
+    truth, looks = store.has, iter([True] * before + [False])
+
+    def has(cell):
+        return truth(cell) and (cell != second or next(looks, True))
+
+    monkeypatch.setattr(store, "has", has)
+    (final,) = [*plan.after(first), *plan.after(second)]
     assert final.role == "final"
 
 
