@@ -291,14 +291,14 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
 
 @pytest.mark.parametrize("before", range(6))
 def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch, before):
-    """On disk, but its worker has not told yet: found missing at one look, and there at the next."""
+    """On disk, but its worker has not told yet: missing at the first looks, and there at the others."""
     store, config = make_store(tmp_path / "study"), tiny_config()
     first, second = config.comparisons()[0].tuning_cells()
     plan = sweep._Plan(config, store, Record())
     assert len(plan.ready()) == 4
     for cell in (first, second):
         shutil.copytree(whole[0].path(cell), store.path(cell))
-    truth, looks = store.has, iter([True] * before + [False])
+    truth, looks = store.has, iter([False] * before)
 
     def has(cell):
         return truth(cell) and (cell != second or next(looks, True))

@@ -84,14 +84,14 @@ class _Plan:
 
     def total_cells(self) -> int:
         """Number of cells as far as is known: those of a confirmation are, once final seeds ask for it."""
-        every = [len(self._tuning(c)) + len(self._finals(c)) for c in self.comparisons]
+        every = [len(self._tuning(c)) + len(self._expected_finals(c)) for c in self.comparisons]
         return sum(every) + sum(len(cells) for cells in self.confirmed.values())
 
     def missing_cells(self) -> int:
         missing = 0
         for comparison in self.comparisons:
             tuning = [cell for cell in self._tuning(comparison) if not self._finished(cell)]
-            finals = self._finals(comparison)
+            finals = self._expected_finals(comparison)
             missing += len(tuning) + sum(1 for cell in finals if tuning or not self._finished(cell))
         for condition in dict.fromkeys(comparison.condition for comparison in self.comparisons):
             missing += sum(1 for cell in self._confirming(condition) if not self._finished(cell))
@@ -113,7 +113,7 @@ class _Plan:
         comparison = self.of[cell.identity]
         new = self._next(comparison)
         if new or all(self.store.has(tuning) for tuning in self._tuning(comparison)):
-            for final in self._finals(comparison):
+            for final in self._expected_finals(comparison):
                 # Only now is it known to be one of this study's. A tuning cell may have ended since `_next` looked:
                 # then the final ones have not run, and wait for `after` of that cell.
                 if final.identity not in self.cells and self._finished(final):
@@ -136,11 +136,15 @@ class _Plan:
     def _tuning(self, comparison: Comparison) -> list[Cell]:
         return comparison.tuning_cells(self.store.has)
 
-    def _finals(self, comparison: Comparison) -> list[Cell]:
-        """The final cells; before the setting is known, as many at any."""
-        tuning = self._tuning(comparison)
-        if not all(self.store.has(cell) for cell in tuning):
+    def _expected_finals(self, comparison: Comparison) -> list[Cell]:
+        """The final cells; before the setting is known as many at any, to be counted and never to be run."""
+        if not all(self.store.has(cell) for cell in self._tuning(comparison)):
             return comparison.final_cells(_ANY)
+        return self._finals(comparison)
+
+    def _finals(self, comparison: Comparison) -> list[Cell]:
+        """The final cells of a comparison whose tuning is finished."""
+        tuning = self._tuning(comparison)
         if not tuning:
             return comparison.final_cells(comparison.training.settings[0], self.store.has)
         setting = choose_setting((cell, self.store.load(cell)) for cell in tuning)
