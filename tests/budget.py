@@ -171,7 +171,7 @@ class Case:
         slope = 2 * z.abs() * r * r
         curvature = torch.full_like(z, 2.0) if squared else (2 - 6 * z * z).abs() * r**3
         bias = self.bias()
-        # Backends leave out the largest bias that is seen, of a key with a weight, which then is in the normalizer alone.
+        # Backends leave out the largest bias of a key that is seen and has a weight: it is in the normalizer alone.
         peak = bias.masked_fill(z == 0, -torch.inf)
         peak = torch.nn.functional.pad(peak, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
         peak = torch.where(peak == -torch.inf, 0, peak)
