@@ -25,7 +25,8 @@ class Poison:
     Attributes:
         number: NaN or an infinity. Keys and values that no query sees hold nothing else, nor do queries that see none.
         bias: In a float mask, wherever something other than the mask hides all that an element of it is for.
-        seen: Which input holds `number` in one place that is seen: "query", "key", "value", "mask", or "nothing".
+        seen: Which input holds `number` in one place that is seen: "query", "key", "value", "mask" (there -inf is inf),
+            or "nothing".
         seed: Of the choice of that place.
     """
 
@@ -54,7 +55,7 @@ class Poison:
         if target is not None and target.is_floating_point() and target.numel():
             place = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
             place.view(-1)[torch.randint(place.numel(), (), generator=generator)] = True
-            target = replaced(target, place, self.number)
+            target = replaced(target, place, abs(self.number) if self.seen == "mask" else self.number)
             if self.seen == "query":
                 query, touched = target, visible & place.any(-1, keepdim=True)
             elif self.seen == "mask":
