@@ -18,7 +18,6 @@ z to a largest entry of one, by powers of two, which round nothing:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ def forward(
     y, exponent = _scores(q, k, scale, keep, form)
     # The coefficient of y^2 in the denominator of f: 4^r, or 0 where f(z) = z^2 to the last bit.
     saturation = torch.exp2(2.0 * exponent) if form == "expressive" else torch.zeros_like(exponent)
-    weight = (_Weight if torch.compiler.is_compiling() else _WeightWithJvp).apply(y, saturation)
+    weight = _weight(y, saturation)
     peak = None
     if bias is not None:
         peak = row_peak(bias, range(rows), diagonal)
@@ -124,44 +123,13 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * torch.exp2(-exponent), exponent
 
 
-class _Weight(torch.autograd.Function):
-    """y^2 / (1 + t y^2) with derivative 2 y / (1 + t y^2)^2.
+def _weight(y: Tensor, t: Tensor) -> Tensor:
+    """y^2 / (1 + t y^2), so written that derivatives of every order lose nothing.
 
-    Autograd of the quotient would subtract two numbers that agree to 1 / (t y^2) and lose the derivative of
-    large scores.
+    Autograd of the quotient subtracts two numbers that agree to 1 / (t y^2), where that is small; of 1 / (t + y^-2)
+    it subtracts none.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, t: Tensor) -> Tensor:
-        s = y * y
-        return s / (1.0 + t * s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return grad * _derivative(y, t), None
-
-
-class _WeightWithJvp(_Weight):
-    """Adds forward-mode derivatives, which torch.compile refuses to trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, y_tangent: Tensor, t_tangent: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return y_tangent * _derivative(y, t)
-
-
-def _derivative(y: Tensor, t: Tensor) -> Tensor:
-    r = 1.0 / (1.0 + t * y * y)
-    return 2.0 * y * r * r
+    large = (t * y * y).detach() > 1.0
+    s = torch.where(large, 0.0, y).square()
+    inverse = 1.0 / torch.where(large, y, 1.0)
+    return torch.where(large, 1.0 / (t + inverse * inverse), s / (1.0 + t * s))
