@@ -57,7 +57,9 @@ def nested_attention(
     if key_lengths is not None:
         check_lengths("key_lengths", key_lengths, q, k.shape[1])
         if key_lengths.shape not in ((), (1,), (query.shape[0],)):
-            raise ValueError(f"key_lengths must be broadcastable to {(query.shape[0],)}, got {tuple(key_lengths.shape)}")
+            raise ValueError(
+                f"key_lengths must be broadcastable to {(query.shape[0],)}, got {tuple(key_lengths.shape)}"
+            )
         key_lengths = key_lengths.expand(query.shape[0])
     results = expressive_attention_varlen(
         *(x.transpose(0, 1) for x in (q, k, v)), starts, key_starts, query._max_seqlen, key._max_seqlen,

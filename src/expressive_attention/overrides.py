@@ -43,7 +43,9 @@ def as_causality(attn_mask: Any, rows: int, keys: int, device: torch.device, alo
 
 def _is_causal_bias(x: Any) -> bool:
     # By name: to import the module takes a second.
-    return any(base.__name__ == "CausalBias" and base.__module__ == "torch.nn.attention.bias" for base in type(x).__mro__)
+    return any(
+        base.__name__ == "CausalBias" and base.__module__ == "torch.nn.attention.bias" for base in type(x).__mro__
+    )
 
 
 def _is_jagged(x: Any) -> bool:
