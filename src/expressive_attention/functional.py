@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from . import ops
 from .backends import AUTOMATIC, BACKENDS, reference
@@ -27,7 +27,7 @@ from .checks import (
     check_types,
     check_window,
 )
-from .overrides import as_causality, listening
+from .overrides import as_causality, listening, tell
 
 __all__ = ["expressive_attention", "match_heads", "run"]
 
@@ -187,7 +187,7 @@ def expressive_attention(
     if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths):
         told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths))
         if told:
-            return handle_torch_function(
+            return tell(
                 expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
                 alibi_slopes=alibi_slopes, key_lengths=key_lengths, return_normalizer=return_normalizer,

@@ -15,9 +15,9 @@ __all__ = ["nested_attention"]
 
 
 def nested_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Any,
+    key: Any,
+    value: Any,
     attn_mask: Tensor | None,
     *,
     is_causal: bool,
@@ -61,8 +61,9 @@ def nested_attention(
                 f"key_lengths must be broadcastable to {(query.shape[0],)}, got {tuple(key_lengths.shape)}"
             )
         key_lengths = key_lengths.expand(query.shape[0])
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     results = expressive_attention_varlen(
-        *(x.transpose(0, 1) for x in (q, k, v)), starts, key_starts, query._max_seqlen, key._max_seqlen,
+        q, k, v, starts, key_starts, query._max_seqlen, key._max_seqlen,
         softmax_scale=scale, causal=is_causal, seqused_k=key_lengths, return_normalizer=True, **options,
     )  # fmt: skip
     output, normalizer = results[0].transpose(0, 1), results[1]
@@ -88,7 +89,9 @@ def _of_ragged_heads(
     if attn_mask is not None and attn_mask.layout is torch.jagged:
         attn_mask = attn_mask.values()
     results = expressive_attention(query.values(), key.values(), value.values(), attn_mask, **options)
-    return tuple(_as(query, x) for x in results) if isinstance(results, tuple) else _as(query, results)  # pyright: ignore
+    if isinstance(results, Tensor):
+        return _as(query, results)
+    return _as(query, results[0]), _as(query, results[1])
 
 
 def _check(inputs: dict[str, Tensor]) -> None:

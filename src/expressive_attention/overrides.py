@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["as_causality", "listening"]
+__all__ = ["as_causality", "listening", "tell"]
+
+
+# Types whose own rules would run the function without a use, or give the type of a mask to the output: it knows both.
+_CAUSAL_BIAS = ("torch.nn.attention.bias", "CausalBias")  # which takes a second to import
+_KNOWN = (_CAUSAL_BIAS, ("torch.nested._internal.nested_tensor", "NestedTensor"))
 
 
 def listening(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments by which ``__torch_function__`` is told of the call; none: nobody wants to be told.
-
-    Jagged tensors and causal biases are left out. The function knows both, and their own rules would run it without
-    a use, or give the type of the mask to the output.
-    """
-    told = tuple(x for x in arguments if not (_is_causal_bias(x) or _is_jagged(x)))
+    """The arguments by which ``__torch_function__`` is told of the call; none: nobody wants to be told."""
+    told = tuple(x for x in arguments if not any(_is(x, known) for known in _KNOWN))
     return told if has_torch_function(told) else ()
+
+
+def tell(function: Callable[..., Any], told: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    """What those who are told of a call make of it."""
+    return handle_torch_function(function, told, *args, **kwargs)
 
 
 def as_causality(attn_mask: Any, rows: int, keys: int, device: torch.device, alone: bool) -> tuple[Any, str | None]:
@@ -31,7 +37,7 @@ def as_causality(attn_mask: Any, rows: int, keys: int, device: torch.device, alo
         device: Device of the call.
         alone: Whether it is all that says which keys a query sees. If so, it can be no mask, but an alignment.
     """
-    if not _is_causal_bias(attn_mask):
+    if not _is(attn_mask, _CAUSAL_BIAS):
         return attn_mask, None
     lower_right = attn_mask.variant.name == "LOWER_RIGHT"
     shape = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
@@ -41,12 +47,6 @@ def as_causality(attn_mask: Any, rows: int, keys: int, device: torch.device, alo
     return torch.ones(shape, dtype=torch.bool, device=device).tril(diagonal), None
 
 
-def _is_causal_bias(x: Any) -> bool:
-    # By name: to import the module takes a second.
-    return any(
-        base.__name__ == "CausalBias" and base.__module__ == "torch.nn.attention.bias" for base in type(x).__mro__
-    )
-
-
-def _is_jagged(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout is torch.jagged
+def _is(x: Any, name: tuple[str, str]) -> bool:
+    """Whether it is of the class of that module and name."""
+    return any((base.__module__, base.__name__) == name for base in type(x).__mro__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +18,6 @@ from .backends.pattern import Pattern
 __all__ = ["register"]
 
 _SIZE = len(Pattern._fields)
-_registered = False
 
 
 def register(*tensors: Any) -> None:
@@ -25,14 +25,16 @@ def register(*tensors: Any) -> None:
 
     This library does not import torch.distributed.tensor, which takes a second: the owner of a DTensor has.
     """
-    global _registered
-    if _registered or not any(type(x).__name__ == "DTensor" for x in tensors):
-        return
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        _register()
+
+
+@cache
+def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     register_sharding(torch.ops.expressive_attention.attention.default)(_forward)
     register_sharding(torch.ops.expressive_attention.attention_backward.default)(_backward)
-    _registered = True
 
 
 def _forward(query: Any, key: Any, value: Any, attn_mask: Any, *rest: Any) -> list[tuple[list[Any], list[Any]]]:

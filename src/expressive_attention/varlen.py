@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .backends.pattern import Pattern
 from .checks import (
@@ -22,7 +22,7 @@ from .checks import (
     check_window,
 )
 from .functional import cast_for_autocast, run, unscaled, with_window
-from .overrides import listening
+from .overrides import listening, tell
 
 __all__ = ["expressive_attention_varlen"]
 
@@ -146,7 +146,7 @@ def expressive_attention_varlen(
     if has_torch_function_variadic(*tensors):
         told = listening(tensors)
         if told:
-            return handle_torch_function(
+            return tell(
                 expressive_attention_varlen, told, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                 dropout_p, softmax_scale, causal, window_size, alibi_slopes=alibi_slopes, seqused_k=seqused_k,
                 causal_alignment=causal_alignment, form=form, return_normalizer=return_normalizer, backend=backend,
