@@ -192,4 +192,4 @@ def test_quantized_and_complex_numbers_are_named():
     with pytest.raises(ValueError, match="key_lengths must be dense"):
         expressive_attention(Q, K, V, key_lengths=lengths)
     with pytest.raises(ValueError, match="cu_seqlens_k must be dense"):
-        expressive_attention_varlen(*(Q[0],) * 3, STARTS, STARTS.to_sparse(), 3, 3)
+        expressive_attention_varlen(*(torch.randn(5, 2, 8),) * 3, STARTS, STARTS.to_sparse(), 3, 3)

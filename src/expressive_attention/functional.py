@@ -392,7 +392,8 @@ def _differentiated_by_func() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     stack = _functorch.get_interpreter_stack() or []
-    return any(level.key() != _functorch.TransformType.Vmap for level in stack)
+    derivatives = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    return any(level.key() in derivatives for level in stack)
 
 
 # As torch.compiler.assume_constant_result marks it, which takes a second to import: torch.compile evaluates it while it
