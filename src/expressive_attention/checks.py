@@ -83,11 +83,11 @@ def check_settings(
     scale_name: str = "scale",
 ) -> None:
     """The numbers and names of a call."""
-    if not isinstance(dropout_p, int | float):
+    if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"{scale_name} must be a float or None, got {type(scale).__name__}")
     if scale is not None and not -math.inf < scale < math.inf:  # math.isfinite takes no torch.SymFloat
         raise ValueError(f"{scale_name} must be finite, got {scale}")
@@ -164,7 +164,7 @@ def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_na
     _check_integers(name, starts, query)
     if starts.ndim != 1 or len(starts) < 2:
         raise ValueError(f"{name} must have shape (B + 1,) for B >= 1 sequences, got {tuple(starts.shape)}")
-    if not isinstance(longest, int | torch.SymInt):
+    if not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{longest_name} must be an int, got {type(longest).__name__}")
     if isinstance(longest, int) and longest < 0:
         raise ValueError(f"{longest_name} must be at least 0, got {longest}")
