@@ -24,7 +24,6 @@ factor of 1 / z^2 where all scores of a row are small.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +82,7 @@ def forward(
     y, exponent = _scores(q, k, scale, visible, form)
     # The coefficient of y^2 in the denominator of f: 4^r, or 0 where f(z) = z^2 to the last bit.
     saturation = torch.exp2(2.0 * exponent) if form == "expressive" else torch.zeros_like(exponent)
-    compiling = torch.compiler.is_compiling()
-    weight = (_Weight if compiling else _WeightWithJvp).apply(y, saturation)
+    weight = _weight(y, saturation)
     peak = None
     if bias is not None and visible is not None:
         broken = broken | ~bias.isfinite()
@@ -96,7 +94,7 @@ def forward(
         broken = broken & visible
 
     total = weight.sum(-1, keepdim=True)
-    attention = (_Share if compiling else _ShareWithJvp).apply(weight)
+    attention = _shares(weight)
     attention = torch.dropout(attention, dropout_p, train=True) if dropout_p else attention
     broken = broken.any(-1, keepdim=True)
     output = attention @ v + _nan_where(broken | _sees(visible, broken_values), v)
@@ -175,87 +173,27 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * torch.exp2(-exponent), exponent
 
 
-class _Weight(torch.autograd.Function):
-    """y^2 / (1 + t y^2) with derivative 2 y / (1 + t y^2)^2.
+def _weight(y: Tensor, t: Tensor) -> Tensor:
+    """y^2 / (1 + t y^2), so written that derivatives of every order lose nothing.
 
-    Autograd of the quotient would subtract two numbers that agree to 1 / (t y^2) and lose the derivative of
-    large scores.
+    Autograd of the quotient subtracts two numbers that agree to 1 / (t y^2), where that is small; of 1 / (t + y^-2)
+    it subtracts none.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, t: Tensor) -> Tensor:
-        s = y * y
-        return s / (1.0 + t * s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return grad * _derivative(y, t), None
+    large = (t * y * y).detach() > 1.0
+    s = torch.where(large, 0.0, y).square()
+    inverse = 1.0 / torch.where(large, y, 1.0)
+    return torch.where(large, 1.0 / (t + inverse * inverse), s / (1.0 + t * s))
 
 
-class _WeightWithJvp(_Weight):
-    """Adds forward-mode derivatives, which torch.compile refuses to trace."""
+def _shares(weight: Tensor) -> Tensor:
+    """w_j / sum_j w_j, or 0 where that sum is 0.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, y_tangent: Tensor, t_tangent: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return y_tangent * _derivative(y, t)
-
-
-def _derivative(y: Tensor, t: Tensor) -> Tensor:
-    r = 1.0 / (1.0 + t * y * y)
-    return 2.0 * y * r * r
-
-
-class _Share(torch.autograd.Function):
-    """w_j / sum_j w_j, or 0 where that sum is 0, with the derivative (g_j - sum_k a_k g_k) / sum_j w_j.
-
-    Which is exactly 0 where one key has all the weight. Autograd of the quotient would subtract two numbers that are
-    rounded differently, and the derivative of small scores would magnify what remains.
+    The first division is by a constant, of which the result does not depend. After it, one key that has all the weight
+    has weight 1, and its derivative is exactly 0. Small scores would magnify what rounding left of it.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(w: Tensor) -> Tensor:
-        return _shares(w)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shares, total = _shares(*ctx.saved_tensors)
-        return (grad - (grad * shares).sum(-1, keepdim=True)) / total
+    weight = weight / _without_zeros(weight.sum(-1, keepdim=True)).detach()
+    return weight / _without_zeros(weight.sum(-1, keepdim=True))
 
 
-class _ShareWithJvp(_Share):
-    """Adds forward-mode derivatives, which torch.compile refuses to trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shares, total = _shares(*ctx.saved_tensors)
-        return (tangent - shares * tangent.sum(-1, keepdim=True)) / total
-
-
-def _shares(w: Tensor) -> tuple[Tensor, Tensor]:
-    total = w.sum(-1, keepdim=True)
-    total = torch.where(total == 0, 1.0, total)
-    return w / total, total
+def _without_zeros(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1.0, total)
