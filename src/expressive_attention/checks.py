@@ -74,11 +74,12 @@ def check_settings(
     scale_name: str = "scale",
 ) -> None:
     """The numbers and names of a call."""
-    if not isinstance(dropout_p, int | float):
+    # Tuples of types: torch.compile of torch 2.6 does not trace `int | float`.
+    if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"{scale_name} must be a float or None, got {type(scale).__name__}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{scale_name} must be finite, got {scale}")
@@ -102,7 +103,7 @@ def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Non
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
     shape = tuple(attn_mask.shape)
     fits = len(shape) <= len(scores) and all(
-        size in (1, wanted) for size, wanted in zip(shape[::-1], scores[::-1], strict=False)
+        size in (1, wanted) for size, wanted in zip(shape, scores[len(scores) - len(shape) :], strict=True)
     )
     if not fits:
         raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
@@ -153,7 +154,7 @@ def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_na
     _check_integers(name, starts, query)
     if starts.ndim != 1 or len(starts) < 2:
         raise ValueError(f"{name} must have shape (B + 1,) for B >= 1 sequences, got {tuple(starts.shape)}")
-    if not isinstance(longest, int | torch.SymInt):
+    if not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{longest_name} must be an int, got {type(longest).__name__}")
     if isinstance(longest, int) and longest < 0:
         raise ValueError(f"{longest_name} must be at least 0, got {longest}")
