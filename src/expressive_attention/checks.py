@@ -83,6 +83,7 @@ def check_settings(
     scale_name: str = "scale",
 ) -> None:
     """The numbers and names of a call."""
+    # Tuples of types: torch.compile of torch 2.6 does not trace `int | float`.
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
@@ -112,7 +113,7 @@ def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Non
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
     shape = tuple(attn_mask.shape)
     fits = len(shape) <= len(scores) and all(
-        size in (1, wanted) for size, wanted in zip(shape[::-1], scores[::-1], strict=False)
+        size in (1, wanted) for size, wanted in zip(shape, scores[len(scores) - len(shape) :], strict=True)
     )
     if not fits:
         raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
