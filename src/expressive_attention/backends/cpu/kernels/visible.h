@@ -1,4 +1,5 @@
-// Which keys a row sees, and with what factor: causality, windows, lengths and masks.
+// Which keys a row sees, and with what factor: causality, windows, lengths and masks. A hidden key has no influence on
+// the row, whatever numbers it holds.
 
 // A row of queries of one key head: rows run over the query heads that share it, and over the queries of each.
 typedef struct {
@@ -30,11 +31,16 @@ static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t r
   row->peak = peak == (REAL)-INFINITY ? 0 : peak;
 }
 
+// How many keys of a batch exist. What lies behind them is not read.
+INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
+  return p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
+}
+
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                         row_place *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
-  int64_t keys = p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
+  int64_t keys = key_count(p, batch);
   int64_t corner = p->lower_right ? keys - p->rows : 0;
   for (int64_t r = 0; r < count; r++) {
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
@@ -99,13 +105,19 @@ static void read_bias(const ea_problem *p, const row_place *row, int64_t key, in
 }
 
 // Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
-// multiplied by exp(bias - peak).
-static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room) {
+// multiplied by exp(bias - peak). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
+// a finite one, which hides nothing. With `clear` it becomes 0 there.
+static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room,
+                       const int clear) {
   int64_t visible = most(0, least(n, row->limit - key));
   for (int64_t j = visible; j < n; j++) x[j] = 0;
   if (has_bias(p)) {
     read_bias(p, row, key, visible, room);
-    for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+    if (clear) {
+      for (int64_t j = 0; j < visible; j++) x[j] = room->factor[j] == 0 ? 0 : x[j] * room->factor[j];
+    } else {
+      for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+    }
   } else if (p->mask_dtype == EA_BOOL) {
     int64_t stride = p->mask.stride[3];
     const uint8_t *keep = row_of(&p->mask, EA_BOOL, row->batch, row->head, row->query);
@@ -119,6 +131,17 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
   // At last: what a mask makes of keys before the window may not be finite.
   int64_t hidden = most(0, least(n, row->start - key));
   for (int64_t j = 0; j < hidden; j++) x[j] = 0;
+}
+
+// Whether the row sees each of `n` keys from `key` on.
+static void read_seen(const ea_problem *p, const row_place *row, int64_t key, int64_t n, uint8_t *seen) {
+  const char *mask = NULL;
+  if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  for (int64_t j = 0; j < n; j++) {
+    int64_t at = (key + j) * p->mask.stride[3];
+    seen[j] = key + j >= row->start && key + j < row->limit &&
+              (!mask || (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
+  }
 }
 
 #if !REAL_IS_DOUBLE
@@ -139,13 +162,17 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
 
 #endif
 
+// A sum of weights in float32 that is larger lost nothing that counts to underflow.
+#define LEAST_SUM 0x1p-80f
+
+INLINE int is_in_range(REAL normalizer) { return normalizer > LEAST_SUM && normalizer <= LARGEST; }
+
 // Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
 INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
 #if REAL_IS_DOUBLE
   (void)p, (void)row, (void)normalizer;
   return 0;
 #else
-  if (normalizer > 0x1p-80f && normalizer <= 0x1.fffffep127f) return 0;
-  return normalizer != 0 || may_have_weight(p, row);
+  return !is_in_range(normalizer) && (normalizer != 0 || may_have_weight(p, row));
 #endif
 }
