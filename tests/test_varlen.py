@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
-from tests.budget import ON_CPU
+from tests.budget import FUSED, ON_CPU
+from tests.packed import packed_problems
 
 LENGTHS = [(4, 6), (0, 3), (7, 7), (5, 0), (1, 9)]  # of queries and of keys
 
@@ -69,6 +71,12 @@ def test_sequences_do_not_see_one_another(backend, name):
     upstream = [torch.randn_like(x) for x in results[0]]
     gradients = [torch.autograd.grad(found, arguments, upstream) for found in results]
     torch.testing.assert_close(*gradients)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(packed_problems())
+def test_random_problems_within_budget(problem):
+    problem.check("reference", *FUSED)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
