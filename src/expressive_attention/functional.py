@@ -12,7 +12,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from . import ops
-from .backends import AUTOMATIC, BACKENDS, reference
+from .backends import AUTOMATIC, BACKENDS, cpu, reference
 from .backends.pattern import Pattern
 from .backends.problem import Problem
 from .checks import (
@@ -359,7 +359,10 @@ def _choose(problem: Problem, backend: str | None) -> str:
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} does not support this call: {reason}")
         return backend
-    return next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    chosen = next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    if chosen == "blockwise" and problem.device == "cpu" and not torch.compiler.is_compiling():
+        cpu.warn_of_fallback()
+    return chosen
 
 
 def _differentiated_by_func() -> bool:
