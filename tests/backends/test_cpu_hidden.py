@@ -119,3 +119,57 @@ def check_rows_and_keys(where, kind, form, rows, keys, dtype, number):
         assert got["mask"][~keep].count_nonzero() == 0
     shows = {"query": "query", "key": "key", "value": "output", "upstream": "value"}[where]
     assert not got[shows][:, :, -1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_key_with_score_0_leaves_its_weight_to_others(build, rows, dtype):
+    """However much larger its bias is."""
+    (query, key, value), upstream = drawn(rows, 300, dtype)
+    key[:, :, 5] = 0
+    bias = torch.randn(rows, 300)
+    apart = [bias.masked_fill(torch.arange(300) == 5, b) for b in (1e4, -torch.inf)]
+    got, want = (attend((query, key, value), upstream, mask.to(dtype)) for mask in apart)
+    assert want["output"].abs().min() > 0
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_key_with_all_the_weight_leaves_no_gradient(build, rows, spread, dtype):
+    """In grouped heads, too, where the forward pass of decoding sums scores in another order; and beside NaN."""
+    torch.manual_seed(0)
+    query = 1e-3 * torch.randn(2, 4, rows, 48, dtype=dtype)
+    key, value = torch.randn(2, 2, 4, 600, 48, dtype=dtype).unbind(0)
+    key, value = key[:, :2], value[:, :2]
+    keep = torch.arange(600) == torch.randint(600, (rows, 1))
+    upstream = torch.randn(2, 4, rows, 48, dtype=dtype), torch.zeros(2, 4, rows, dtype=dtype)
+    mask = torch.where(keep, 0.0, -1e3).to(dtype) if spread else keep
+    hidden = ~keep.any(0)
+    for number in (0.0,) if spread else (0.0, torch.nan):
+        inputs = query, key, value.masked_fill(hidden[:, None], number)
+        got = attend(inputs, upstream, mask, enable_gqa=True)
+        assert got["query"].count_nonzero() == 0
+        assert got["key"].count_nonzero() == 0
+        if spread:
+            assert got["mask"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0])
+@pytest.mark.parametrize("kind", ["none", "bias", "causal"])
+@pytest.mark.parametrize("rows", [2, 200])
+def test_the_gradient_along_the_query_is_exact(build, kind, rows, size):
+    """With head dimension 1 it is all there is of it."""
+    torch.manual_seed(0)
+    query, key, value = size * torch.randn(1, 2, rows, 1), torch.randn(1, 2, 500, 1), torch.randn(1, 2, 500, 8)
+    mask = torch.randn(rows, 500) if kind == "bias" else None
+    upstream = torch.randn(1, 2, rows, 8), torch.zeros(1, 2, rows)
+    leaf = query.double().requires_grad_()
+    options = {"is_causal": kind == "causal", "causal_alignment": "lower_right"}
+    exact = expressive_attention(
+        leaf, key.double(), value.double(), None if mask is None else mask.double(), backend="reference", **options
+    )
+    (want,) = torch.autograd.grad(exact, leaf, upstream[0].double())
+    got = attend((query, key, value), upstream, mask, **options)["query"].double()
+    assert (got - want).norm() <= 1e-5 * want.norm()

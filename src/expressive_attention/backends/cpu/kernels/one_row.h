@@ -14,7 +14,7 @@ static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *
       .query = take(&a, p->width * sizeof(REAL)),
       .panel = take(&a, p->width * PANEL * sizeof(REAL)),
       .weights = take(&a, PANEL * sizeof(REAL)),
-      .numbers = take(&a, most(PANEL, most(p->width, p->value_width)) * sizeof(REAL)),
+      .numbers = take(&a, most(PANEL, most(2 * p->width, p->value_width)) * sizeof(REAL)),
       .output = take(&a, p->value_width * sizeof(REAL)),
       .sums = take(&a, p->value_width * sizeof(double)),
       .seen = take(&a, PANEL),

@@ -5,7 +5,7 @@
 typedef struct {
   int64_t batch, head, query;
   int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
-  REAL peak;      // its largest visible bias; 0 without a float mask
+  REAL peak;      // its largest visible bias, as `peak_of` has it; 0 without a float mask
 } row_place;
 
 INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
@@ -18,17 +18,55 @@ typedef struct {
   int64_t count;
 } mask_room;
 
-static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t room_size) {
+// The visible biases of a row: the largest, where it is, and the least that is not -inf.
+typedef struct {
+  REAL largest, least;
+  int64_t at;
+} bias_range;
+
+static bias_range read_range(const ea_problem *p, const row_place *row, REAL *room, int64_t room_size) {
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   int64_t stride = p->mask.stride[3], start = stride ? row->start : 0;
   int64_t end = stride ? row->limit : row->start < row->limit;
-  REAL peak = (REAL)-INFINITY;
+  bias_range range = {(REAL)-INFINITY, (REAL)INFINITY, start};
   for (int64_t j = start; j < end; j += room_size) {
     int64_t n = least(room_size, end - j);
     read_row(room, from + j * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
-    for (int64_t i = 0; i < n; i++) peak = room[i] > peak || room[i] != room[i] ? room[i] : peak;
+    for (int64_t i = 0; i < n; i++) {
+      if (room[i] > range.largest || room[i] != room[i]) range.largest = room[i], range.at = j + i;
+      if (room[i] < range.least && room[i] != (REAL)-INFINITY) range.least = room[i];
+    }
   }
-  row->peak = peak == (REAL)-INFINITY ? 0 : peak;
+  return range;
+}
+
+// Whether the score of a row and key j is not 0. In double, where no product of floats is rounded. `room` is for two rows.
+static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL *room) {
+  double sum = 0;
+  REAL *key = room + p->width;
+  read_row(room, row_of(&p->query, p->dtype, row->batch, row->head, row->query), p->dtype, p->query.stride[3], p->width);
+  read_row(key, row_of(&p->key, p->dtype, row->batch, row->head / (p->heads / p->kv_heads), j), p->dtype,
+           p->key.stride[3], p->width);
+  for (int64_t e = 0; e < p->width; e++) sum += (double)room[e] * (double)key[e];
+  return sum != 0;
+}
+
+// Weights below exp(-60) of another would be lost beside it.
+#define WIDE_RANGE 60
+
+// The largest bias of a key whose score is not 0: one with score 0 has no weight, and would leave those far below it none.
+static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range *range, REAL *room) {
+  if (range->largest == (REAL)-INFINITY) return 0;
+  if (!((double)range->largest - (double)range->least > WIDE_RANGE) || has_score(p, row, range->at, room)) {
+    return range->largest;
+  }
+  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  REAL peak = (REAL)-INFINITY;
+  for (int64_t j = row->start; j < row->limit; j++) {
+    REAL bias = read_number(from, p->mask_dtype, j * p->mask.stride[3]);
+    if (bias > peak && has_score(p, row, j, room)) peak = bias;
+  }
+  return peak == (REAL)-INFINITY ? range->largest : peak;
 }
 
 // How many keys of a batch exist. What lies behind them is not read.
@@ -50,19 +88,19 @@ static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int
   }
 }
 
-// The places of rows with their peaks. `room` may be changed.
+// The places of rows with their peaks. `room` may be changed; it also holds two rows of E numbers.
 static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                        row_place *rows, REAL *room, int64_t room_size) {
   locate_rows(p, batch, kv_head, first, count, rows);
   if (!has_bias(p)) return;
+  bias_range range;
   for (int64_t r = 0; r < count; r++) {
     const row_place *before = rows + r - 1;
-    if (r > 0 && before->start == rows[r].start && before->limit == rows[r].limit && before->head == rows[r].head &&
-        p->mask.stride[2] == 0) {
-      rows[r].peak = before->peak;
-    } else {
-      read_peak(p, rows + r, room, room_size);
+    if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
+        p->mask.stride[2] != 0) {
+      range = read_range(p, rows + r, room, room_size);
     }
+    rows[r].peak = peak_of(p, rows + r, &range, room);
   }
 }
 
