@@ -106,7 +106,9 @@ def check_rows_and_keys(where, kind, form, rows, keys, dtype, number):
     changed[where][:, :, -1] = number
     if where == "query":
         changed[where][:, :, 0] = number
-    got = attend([changed[name] for name in ("query", "key", "value")], (changed["upstream"], upstream[1]), mask, form=form)
+    got = attend(
+        [changed[name] for name in ("query", "key", "value")], (changed["upstream"], upstream[1]), mask, form=form
+    )
 
     def clean(name, x):
         own = torch.arange(keys) < keys // 3 if name in ("key", "value") else first

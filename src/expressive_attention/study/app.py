@@ -77,7 +77,9 @@ def info() -> None:
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
     if cpu.library.LEFT_OUT:
-        console.print(f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}")
+        console.print(
+            f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}"
+        )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -167,7 +167,9 @@ def _address(name: str, x: Tensor) -> int:
     """Where the memory of an argument begins. Raises ValueError if it does not reach as far as its elements."""
     end = x.nbytes
     if not x.is_contiguous():
-        end = x.itemsize + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) * x.itemsize
+        end = (
+            x.itemsize + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) * x.itemsize
+        )
     memory = x.untyped_storage().nbytes()
     if end + x.storage_offset() * x.itemsize > memory and x.numel():
         raise ValueError(
