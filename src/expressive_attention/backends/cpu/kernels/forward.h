@@ -199,7 +199,8 @@ static void write_results(const ea_problem *p, const row_place *row, const REAL 
   int64_t index = index_of(p, row);
   write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
-  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, row->peak);
+  // N = 0 stays 0, however large the exponential of the peak is.
+  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, normalizer == 0 ? 0 : row->peak);
 }
 
 // Write the results of a row: o = output / N. Return whether N lost what counts, or o is not finite. `output` has room
