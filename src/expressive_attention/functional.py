@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from . import ops
-from .backends import AUTOMATIC, BACKENDS, reference
+from .backends import AUTOMATIC, BACKENDS, cpu, reference
 from .backends.pattern import Pattern
 from .backends.problem import Problem
 from .checks import (
@@ -382,7 +382,10 @@ def _choose(problem: Problem, backend: str | None) -> str:
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} does not support this call: {reason}")
         return backend
-    return next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    chosen = next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    if chosen == "blockwise" and problem.device == "cpu" and not torch.compiler.is_compiling():
+        cpu.warn_of_fallback()
+    return chosen
 
 
 def _differentiated_by_func() -> bool:

@@ -62,7 +62,7 @@ def info() -> None:
     """Print versions, the machine, and which backends can run here."""
     import torch
 
-    from ..backends import AUTOMATIC, BACKENDS
+    from ..backends import AUTOMATIC, BACKENDS, cpu
     from ..backends.problem import Problem
 
     console = Console(highlight=False)
@@ -76,6 +76,10 @@ def info() -> None:
         reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
+    if cpu.library.LEFT_OUT:
+        console.print(
+            f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}"
+        )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
