@@ -130,7 +130,7 @@ def test_a_study_has_the_same_results_as_on_local_workers_though_workers_are_kil
     wait_until(lambda: not processes(mark))
 
 
-COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "study", "run"]
+COMMAND = [sys.executable, "-m", "expressive_attention", "study", "run"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 from expressive_attention.study.store import Store, collect
 from tests.study.tiny import TINY
 
-COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "expressive_attention"]
 
 
 def ea(*arguments, check=None):
@@ -164,7 +164,7 @@ def test_wrong_keys_end_with_one_line_and_code_2(tmp_path):
 def test_the_small_commands():
     from importlib.metadata import version
 
-    from expressive_attention.study.config import preset_text
+    from expressive_attention.study.presets import preset_text
 
     assert ea("--version", check=0).stdout == f"ea {version('expressive-attention')}\n"
     assert ea("study", "show", "quick", check=0).stdout == preset_text("quick")
@@ -173,10 +173,11 @@ def test_the_small_commands():
     assert "Train EA against DPA" in ea("study", "--help", check=0).stdout
 
 
-def test_without_the_extra_one_line_names_it():
-    code = "import sys; sys.modules['typer'] = None; from expressive_attention.study.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+@pytest.mark.parametrize(("package", "command"), [("typer", "--version"), ("polars", "study status /nowhere")])
+def test_without_the_extra_one_line_names_it(package, command):
+    code = f"import sys; sys.modules[{package!r}] = None; from expressive_attention.study.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "'typer'" in done.stderr
+    assert repr(package) in done.stderr
     assert "expressive-attention[study]" in done.stderr
     assert done.stderr.count("\n") == 1
