@@ -84,6 +84,20 @@ def test_gains_are_parameters_of_the_layers():
     assert torch.equal(again(x), model(x))
 
 
+def test_gains_are_set_twice_unless_told_otherwise():
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 6, 16)
+    conversion = convert(model)
+
+    def gains(**options):
+        calibration = calibrate(conversion, [x], **options)
+        found = calibration.gains["1"].detach().clone()
+        calibration.undo()
+        return found
+
+    assert torch.equal(gains(), gains(rounds=2))
+    assert not torch.equal(gains(), gains(rounds=1))
+
+
 def test_a_second_calibration_starts_from_the_first():
     model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
     conversion = convert(model)

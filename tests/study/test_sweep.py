@@ -278,7 +278,7 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
         assert run.stdout.readline() == "6 cells, 0 finished before\n"
         time.sleep(seconds)
         os.killpg(run.pid, signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate()
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
