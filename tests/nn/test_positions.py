@@ -112,3 +112,9 @@ def test_learned_positions_add_their_table():
         torch.testing.assert_close(positions(short) - short, positions.table.weight[:length].expand(2, length, 3))
     with pytest.raises(ValueError, match="at most 5 positions, got 6"):
         positions(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("positions", [RotaryPositions, SinusoidalPositions])
+def test_a_base_is_positive(positions):
+    with pytest.raises(ValueError, match="base must be positive, got 0"):
+        positions(4, base=0.0)
