@@ -186,6 +186,23 @@ def test_lengths_and_slopes_have_the_leading_dimensions(backend):
     torch.testing.assert_close(one_head, expressive_attention(q[0, 0, 0], k[0, 0, 0, :4], v[0, :4]))
 
 
+def test_the_bounds_of_arguments_are_among_them():
+    def attend(**options):
+        return expressive_attention(Q, KV, KV, enable_gqa=True, **options)
+
+    plain = attend()
+    for options in (
+        {"alibi_slopes": torch.zeros(4)},
+        {"key_lengths": torch.tensor([6, 6])},
+        {"window_size": (-1, -1)},
+        {"window_size": (4, 5)},
+        {"dropout_p": 0},
+    ):
+        torch.testing.assert_close(attend(**options), plain)
+    assert attend(dropout_p=1).abs().max() == 0
+    assert attend(key_lengths=torch.tensor([0, 6]))[0].abs().max() == 0
+
+
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_slopes_can_be_learned(backend):
     slopes = torch.rand(4, requires_grad=True)

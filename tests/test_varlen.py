@@ -160,6 +160,7 @@ BAD = [
         "seqused_k must be from 0 to the 25 keys .* got -1 to 9",
     ),
     ({"cu_seqlens_k": CU_K.flip(0)}, ValueError, "cu_seqlens_k must start at 0"),
+    ({"cu_seqlens_k": torch.tensor([0, 9, 8, 17, 17, 25])}, ValueError, "cu_seqlens_k must start at 0, never fall"),
     ({"cu_seqlens_k": CU_K[:-1]}, ValueError, r"cu_seqlens_k must have the shape \(6,\) of cu_seqlens_q, got \(5,\)"),
     ({"cu_seqlens_q": CU_Q[:1]}, ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\) for B >= 1"),
     ({"max_seqlen_q": 6}, ValueError, "max_seqlen_q must be at least the 7 of the longest sequence, got 6"),

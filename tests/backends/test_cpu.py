@@ -29,7 +29,6 @@ def python(code, **environment):
         text=True,
         env={**os.environ, **environment},
         check=False,
-        timeout=120,
     )
     return done.stdout.strip(), done.stderr.strip()
 

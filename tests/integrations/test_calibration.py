@@ -70,6 +70,20 @@ def test_scores_come_to_the_target(causal, target):
     assert not any("expressive_gain" in name for name, _ in model.named_parameters())
 
 
+def test_the_saturated_are_those_above_3_that_the_mask_leaves():
+    class Given(nn.Module):
+        def forward(self, q, k, mask):
+            return F.scaled_dot_product_attention(q, k, k, mask, scale=1.0)
+
+    q = torch.ones(1, 1, 2, 1)
+    k = torch.tensor([2.9, -3.1, 3.1, 0.5, 9.0]).view(1, 1, 5, 1)
+    bias = torch.tensor([0.0, 0.0, -torch.inf, 0.0, torch.finfo(torch.float32).min]).expand(2, 5)
+    for mask in (bias, bias == 0):  # three keys are left
+        found = spread(convert(Given()), [(q, k, mask)])[""]
+        assert found.saturated.item() == pytest.approx(1 / 3)
+        assert found.root_mean_square.item() == pytest.approx(((2.9**2 + 3.1**2 + 0.5**2) / 3) ** 0.5)
+
+
 def test_gains_are_parameters_of_the_layers():
     model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
     calibrate(convert(model), [(x,)])
@@ -82,6 +96,20 @@ def test_gains_are_parameters_of_the_layers():
     calibrate(convert(again), [x])
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+def test_gains_are_set_twice_unless_told_otherwise():
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 6, 16)
+    conversion = convert(model)
+
+    def gains(**options):
+        calibration = calibrate(conversion, [x], **options)
+        found = calibration.gains["1"].detach().clone()
+        calibration.undo()
+        return found
+
+    assert torch.equal(gains(), gains(rounds=2))
+    assert not torch.equal(gains(), gains(rounds=1))
 
 
 def test_a_second_calibration_starts_from_the_first():

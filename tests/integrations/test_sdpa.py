@@ -122,3 +122,10 @@ def test_checkpointing_needs_the_mode_for_the_second_pass_too():
 def test_a_wrong_form_is_named():
     with pytest.raises(ValueError, match=r"form must be one of \('expressive', 'squared'\), got 'softmax'"):
         expressive_sdpa("softmax")
+
+
+def test_a_gain_multiplies_z_also_of_a_single_head():
+    q, k, v = (x[0, 0] for x in (Q, K, V))
+    with expressive_sdpa(gain=torch.tensor([3.0])):
+        found = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(found, expressive_attention(q, k, v, scale=3 / q.shape[-1] ** 0.5))

@@ -7,10 +7,9 @@ from expressive_attention.study.config import (
     TrainingConfig,
     load_config,
     parse_config,
-    preset_names,
-    preset_text,
     tomllib,
 )
+from expressive_attention.study.presets import preset_names, preset_text
 from expressive_attention.study.results import Setting
 from tests.study.tiny import TINY, cell, tiny, tiny_config
 

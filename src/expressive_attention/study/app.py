@@ -1,4 +1,7 @@
-"""The commands of ``ea``. Wrong use ends with one line and exit code 2; nothing finished is ever lost."""
+"""The commands of ``ea``. Wrong use ends with one line and exit code 2; nothing finished is ever lost.
+
+A command imports what it needs when it is run, so that help and completion start without torch, polars and scipy.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import polars as pl
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import ConfigError, load_config, preset_names, preset_text
-from .export import FORMATS, export_study
-from .results import StudyResults
-from .sinks import SINKS, Several, SinkError, make_sinks
-from .store import Store, StoreError, collect, environment
-from .user_tasks import blame
+from .. import __version__
+from .errors import StudyError
+from .presets import preset_names, preset_text
+
+if TYPE_CHECKING:
+    from .results import StudyResults
 
 __all__ = ["app"]
 
@@ -44,7 +46,7 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a stud
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"ea {environment()['expressive-attention']}")
+        typer.echo(f"ea {__version__}")
         raise typer.Exit
 
 
@@ -64,6 +66,7 @@ def info() -> None:
 
     from ..backends import AUTOMATIC, BACKENDS, cpu
     from ..backends.problem import Problem
+    from .store import environment
 
     console = Console(highlight=False)
     table = Table("", "", show_header=False, box=None)
@@ -145,6 +148,8 @@ def geometry(
             records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
         if directory is not None and out is None and (directory / "report.html").exists():
+            from .store import Store, collect
+
             _write_report(collect(Store(directory)), directory)  # which links the page now
     if unseen:
         typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
@@ -206,7 +211,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     log: Annotated[
         list[str] | None,
-        typer.Option("--log", metavar="|".join(SINKS), help="Log to TensorBoard or Weights & Biases, or to both."),
+        typer.Option("--log", metavar="tensorboard|wandb", help="Log to TensorBoard or Weights & Biases, or to both."),
     ] = None,
 ) -> None:
     """Run a study, or go on with one that was stopped, and write its report.
@@ -214,9 +219,12 @@ def run(
     Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
-    from .devices import CPU, DeviceError, devices
-    from .engines import EngineError, LocalEngine, RayEngine
+    from .config import load_config
+    from .devices import CPU, devices
+    from .engines import LocalEngine, RayEngine
     from .progress import make_display
+    from .sinks import Several, make_sinks
+    from .store import Store, collect
     from .sweep import SweepError, run_study
 
     start = time.perf_counter()
@@ -235,23 +243,20 @@ def run(
     if gpus_per_cell is not None and not 0 < gpus_per_cell <= 1:
         _fail(f"--gpus-per-cell must be above 0 and at most 1, got {gpus_per_cell:g}")
     cores = os.cpu_count() or 1
-    try:
+    with _one_line_errors():
         if engine == "ray":
             share = 0.0 if device == "cpu" else gpus_per_cell or 1.0
             runner = RayEngine(workers or cores, address, gpus_per_cell=share)
         else:
             places = devices(device)
             runner = LocalEngine(workers or (cores if places == [CPU] else len(places)), devices=places)
-    except (DeviceError, EngineError) as error:
-        _fail(str(error))
-    with _one_line_errors():
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
         sinks = make_sinks(log or [], store)
         lock = store.create(text, parsed.task_sources)
     try:
         run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
-    except EngineError as error:
+    except StudyError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to go on", err=True)
@@ -272,6 +277,8 @@ def run(
 @study.command()
 def report(directory: Directory) -> None:
     """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         page = _write_report(results, directory)
@@ -285,6 +292,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Print what a study has found so far, a row per condition and mechanism."""
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         config, _ = Store(directory).config()
@@ -310,10 +319,13 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", metavar="|".join(FORMATS), help="May be given several times.  [default: csv]"),
+        typer.Option("--format", "-f", metavar="csv|parquet|latex", help="May be given several times.  [default: csv]"),
     ] = None,
 ) -> None:
     """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
+    from .export import export_study
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         try:
@@ -340,17 +352,15 @@ def verify(
     Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
     another number of threads or device, which are named.
     """
-    from .devices import DeviceError, devices
+    from .devices import devices
+    from .store import Store
     from .verify import sample_cells, verify_cell
 
     if sample < 1:
         _fail(f"--sample must be at least 1, got {sample}")
     store, differ = Store(directory), 0
-    try:
-        place = devices(device)[0]
-    except DeviceError as error:
-        _fail(str(error))
     with _one_line_errors():
+        place = devices(device)[0]
         cells = sample_cells(store, sample, seed)
         for cell in cells:
             found = verify_cell(cell, store, place)
@@ -380,11 +390,13 @@ def show(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (ConfigError, SinkError, StoreError) as error:
+    except StudyError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
+        from .user_tasks import blame
+
         if (where := blame(error)) is None:
             raise
         _fail(where)  # in a file of tasks
@@ -413,6 +425,8 @@ def _conditions_by_mechanism(results: StudyResults) -> list[str]:
 
 
 def _status_rows(results: StudyResults, wanted: int) -> list[dict[str, Any]]:
+    import polars as pl
+
     rows = []
     for condition in results.conditions:
         for mechanism in results.mechanisms:

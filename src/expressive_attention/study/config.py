@@ -7,19 +7,17 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from ..nn import MECHANISMS, POSITIONS
+from .errors import ConfigError
+from .presets import preset_names, preset_text
 from .results import Condition, Setting
 from .tasks import TASKS, Task
 from .user_tasks import TaskFile, TaskFileError, check_task, file_of, load_task_files
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,8 +34,6 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_config",
-    "preset_names",
-    "preset_text",
 ]
 
 # Part of every cell's identity: raise it when a change of the code changes what a run means.
@@ -45,10 +41,6 @@ PROTOCOL = "ladder-2"
 
 # Seeds on which learning rates and gains are chosen start here, so that the reported ones are fresh.
 TUNING_SEEDS_START = 1_000_000
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key and why, in one line."""
 
 
 class _Strict(BaseModel):
@@ -332,23 +324,6 @@ def _label(task: Task, model: ModelConfig, varying: list[str]) -> str:
 # ---- reading ----
 
 
-def preset_names() -> list[str]:
-    """Names of the presets in the package."""
-    names = (path.name for path in _presets().iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def preset_text(name: str) -> str:
-    """The TOML text of a preset.
-
-    Raises:
-        ConfigError: There is no preset of that name.
-    """
-    if name not in preset_names():
-        raise ConfigError(f"no preset {name!r}; presets are: {', '.join(preset_names())}")
-    return (_presets() / f"{name}.toml").read_text(encoding="utf-8")
-
-
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
     """The configuration of a preset or a TOML file, and its text.
 
@@ -411,7 +386,3 @@ def _in_one_line(error: ValidationError) -> str:
             message += f", got {got!r}"
         parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts)
-
-
-def _presets() -> Traversable:
-    return resources.files("expressive_attention.study") / "presets"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .errors import StudyError
+
 __all__ = ["CPU", "DeviceError", "device_name", "devices"]
 
 CPU = torch.device("cpu")
 
 
-class DeviceError(ValueError):
+class DeviceError(StudyError):
     """A device that there is not; the message says which there are, in one line."""
 
 

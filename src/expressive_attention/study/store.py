@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import Cell, StudyConfig, parse_config, tomllib
 from .devices import CPU, device_name
+from .errors import StudyError
 from .files import to_disk, write_atomically
 from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Setting, StudyResults
 from .training import CellResult
@@ -53,7 +54,7 @@ _CHECKPOINT = ".checkpoint-"
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA}
 
 
-class StoreError(ValueError):
+class StoreError(StudyError):
     """A folder that cannot be used as a study; the message says why, in one line."""
 
 
