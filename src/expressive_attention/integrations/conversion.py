@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.problem import check_form
-from .inspection import attention_like, names_used
+from .errors import ConversionError
+from .guard import guard, unguarded
+from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
 from .switching import GAIN, Switched, set_attributes
 from .tracing import Tracer, traced
 
@@ -35,10 +37,6 @@ _ADAPTERS = (
     ("diffusers", "diffusers"),
     ("functional", None),
 )
-
-
-class ConversionError(ValueError):
-    """A model that is not, or not wholly, switched; the message names the layers and says why."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,11 @@ class Conversion:
         modules = dict(self.model.named_modules())
         layers = {layer.name: modules[layer.name] for layer in self.layers}
         expressive: Counter[str] = Counter()
-        with traced(layers, lambda layer, _: expressive.update([layer])) as tracer, _Softmax(tracer) as softmax:
+        with (
+            unguarded(),
+            traced(layers, lambda layer, _: expressive.update([layer])) as tracer,
+            _Softmax(tracer) as softmax,
+        ):
             self.model(*inputs, **kwargs)
         switched = [layer.name for layer in self.switched]
         found = Verification(
@@ -179,7 +181,8 @@ class Conversion:
         Gains that `calibrate` gave to layers are taken away.
 
         Raises:
-            ConversionError: A layer was given another class since, as by a parametrization. Nothing is changed.
+            ConversionError: A layer was given another class since, as by a parametrization, or another forward pass, as
+                by a hook of accelerate. Nothing is changed.
         """
         if self._undos is None:
             return
@@ -189,6 +192,17 @@ class Conversion:
             raise ConversionError(
                 f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
                 f"{', '.join(changed)}; take that back first"
+            )
+        # What has taken its place may keep, and call, the forward pass of a class that the layer would no longer have.
+        hidden = [
+            name
+            for name, made in self._classes.items()
+            if issubclass(made, Switched) and "forward" in vars(modules[name])
+        ]
+        if hidden:
+            raise ConversionError(
+                f"the forward methods of these layers have been replaced since the conversion, as hooks of accelerate "
+                f"do: {', '.join(name or 'the model' for name in hidden)}; take that back first"
             )
         for undo in reversed(self._undos):
             undo()
@@ -262,6 +276,7 @@ def convert(
             undos.extend(_keep_gain(found.module) for found in taken)
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
+            undos.extend(guard(found.module, found.name, isinstance(found.module, Switched)) for found in taken)
         record()
         _warn_of_zeros(found for found in chosen if not found.why_not)
     except BaseException:
@@ -308,8 +323,7 @@ def _warn_of_zeros(switched: Iterable[Found]) -> None:
         f"{found.name}.{name}".lstrip(".")
         for found in switched
         for name, parameter in found.module.named_parameters()
-        if parameter.ndim > 1 and "lora" not in name and _PROJECTION.search(name)
-        and not parameter.is_meta and not parameter.any()
+        if parameter.ndim > 1 and "lora" not in name and _PROJECTION.search(name) and _is_zero(parameter)
     ]  # fmt: skip
     if zero:
         warnings.warn(
@@ -317,6 +331,14 @@ def _warn_of_zeros(switched: Iterable[Found]) -> None:
             "initialize them otherwise, or they will never learn",
             stacklevel=3,
         )
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    """Whether all of it is zero, as far as it can be told: quantized weights have few operations."""
+    try:
+        return not parameter.is_meta and not parameter.any()
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
 
 
 def _in_order(model: nn.Module, named: list[Any]) -> list[Any]:
@@ -378,11 +400,21 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         name: module
         for name, module in model.named_modules()
         if attention_like(module)
-        and any(_FUNCTIONS.search(used.lower()) for used in names_used(type(module)))
+        and any(SOFTMAX_FUNCTIONS.search(used.lower()) for used in names_used(type(module)))
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
     }
     innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]
+    # Around a layer that is somebody's, as adapters are (LLaMA-Adapter) that add attention of their own to its output.
+    around = {
+        name: module
+        for name, module in model.named_modules()
+        if attention_like(module)
+        and any("softmax" in used.lower() for used in names_used(type(module), 0))
+        and name not in taken
+        and any(_inside(other, name) for other in taken)
+    }
     yield None, [Found(name, left[name], why_not="it computes softmax by itself") for name in innermost]
+    yield None, [Found(name, around[name], why_not="it adds softmax attention of its own") for name in around]
 
 
 def _unless_replaced(found: Found) -> Found:
@@ -399,10 +431,8 @@ def _inside(name: str, other: str) -> bool:
 
 # ---- where it ran ----
 
-# Parts of the names of functions that compute softmax, of torch and of libraries of kernels (flash-attn, xformers), and
-# of operators that do.
-_FUNCTIONS = re.compile("softmax|flash_att|flex_attention|efficient_attention")
-_OPERATORS = re.compile(f"{_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
+# Parts of the names of operators that compute softmax.
+_OPERATORS = re.compile(f"{SOFTMAX_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
 
 
 class _Softmax(TorchDispatchMode):

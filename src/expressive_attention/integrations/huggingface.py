@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import ConversionError, Found, Undo, attention_layers, convert, form_of
+from .guard import note_expressive
 from .inspection import names_used
 from .switching import GAIN, set_attributes
 
@@ -87,6 +88,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
+    note_expressive()
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} asks for {what} ({name}), which EA does not define")

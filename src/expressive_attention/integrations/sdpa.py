@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from ..backends.problem import check_form
 from ..functional import expressive_attention
 from ..nn.multihead import multi_head_attention_forward
+from .guard import note_expressive, note_function
 
 __all__ = ["expressive_sdpa"]
 
@@ -66,12 +67,15 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
+            note_expressive()
             return multi_head_attention_forward(*args, **kwargs, form=self.form, gain=self.gain)
         if getattr(func, "__name__", "") in _FUSED:
             raise NotImplementedError(f"torch.{func.__name__} computes softmax, and cannot be replaced; call the layer")
+        note_function(func)
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        note_expressive()
         if self.gain is not None:
             heads = query.shape[-3] if query.ndim > 2 else 1
             if heads != self.gain.numel():
