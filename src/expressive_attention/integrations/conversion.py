@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.problem import check_form
 from .errors import ConversionError
-from .guard import guard, unguarded
+from .guard import guard, is_guarded, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
+from .marks import mark
 from .switching import GAIN, Switched, set_attributes
 from .tracing import Tracer, traced
 
@@ -276,7 +277,9 @@ def convert(
             undos.extend(_keep_gain(found.module) for found in taken)
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
-            undos.extend(guard(found.module, found.name, isinstance(found.module, Switched)) for found in taken)
+            for found in taken:
+                undos.append(guard(found.module, found.name, isinstance(found.module, Switched)))
+                undos.append(mark(found.module, form))
         record()
         _warn_of_zeros(found for found in chosen if not found.why_not)
     except BaseException:
@@ -300,6 +303,26 @@ def _record(model: nn.Module, adapters: Sequence[Any]) -> None:
     for adapter in adapters:
         if hasattr(adapter, "record"):
             adapter.record(model)
+
+
+def forms_of(model: nn.Module, form: Callable[[nn.Module], str | None] = form_of) -> dict[str, list[str] | None]:
+    """The attention layers of a model by the form that they are switched to; None: every layer that it has."""
+    layers = attention_layers(model)
+    forms: dict[str, list[str]] = {}
+    for found in layers:
+        if (each := form(found.module)) is not None:
+            forms.setdefault(each, []).append(found.name)
+    return {each: None if len(names) == len(layers) else names for each, names in forms.items()}
+
+
+def record_choice(model: nn.Module) -> None:
+    """Have libraries that save models write down what attention the layers have, and which have gains."""
+    _record(model, [adapter for adapter, _ in _by_adapter(model)])
+
+
+def has_gain(module: nn.Module) -> bool:
+    """Whether a layer has gains of `calibrate`."""
+    return module._parameters.get(GAIN) is not None
 
 
 def _keep_gain(module: nn.Module) -> Undo:
@@ -375,7 +398,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if issubclass(type(module), Switched)
+        if issubclass(type(module), Switched) or is_guarded(module)
     ]
     yield None, done
     taken = [found.name for found in done]
@@ -385,7 +408,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         try:
             adapter = import_module(f"{__package__}.{name}")
         except ImportError:
-            if any(type(module).__module__.split(".")[0] == library for module in model.modules()):
+            if any(_library(module) == library for module in model.modules()):
                 raise
             continue  # a version that is not supported, or broken, of a library that has no part in the model
         new = [
@@ -404,17 +427,21 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
     }
     innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]
-    # Around a layer that is somebody's, as adapters are (LLaMA-Adapter) that add attention of their own to its output.
+    # Around a layer of another library, as adapters are (LLaMA-Adapter) that add attention of their own to its output.
+    inside = {name: _library(model.get_submodule(name)) for name in taken}
     around = {
         name: module
         for name, module in model.named_modules()
         if attention_like(module)
         and any("softmax" in used.lower() for used in names_used(type(module), 0))
-        and name not in taken
-        and any(_inside(other, name) for other in taken)
+        and any(_inside(other, name) and library != _library(module) for other, library in inside.items())
     }
     yield None, [Found(name, left[name], why_not="it computes softmax by itself") for name in innermost]
     yield None, [Found(name, around[name], why_not="it adds softmax attention of its own") for name in around]
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.split(".")[0]
 
 
 def _unless_replaced(found: Found) -> Found:

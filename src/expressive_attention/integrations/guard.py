@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import ConversionError
 from .inspection import own_softmax
 
-__all__ = ["GUARD", "guard", "note_expressive", "note_function", "unguarded"]
+__all__ = ["GUARD", "guard", "is_guarded", "note_expressive", "note_function", "unguarded"]
 
 # The attribute of a switched layer that holds its `Guard`.
 GUARD = "_expressive_guard"
@@ -130,6 +130,13 @@ def guard(module: nn.Module, name: str, by_class: bool) -> Callable[[], None]:
         module.__dict__.pop(GUARD, None)
 
     return undo
+
+
+def is_guarded(module: nn.Module) -> bool:
+    """Whether a layer was switched by its configuration, and still is."""
+    found = getattr(module, GUARD, None)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return found is not None and not found.by_class and implementation == found.implementation
 
 
 def _enter(module: nn.Module, _: Any) -> None:
