@@ -87,7 +87,7 @@ def test_the_fused_path_of_torch_is_not_taken():
     with (
         torch.no_grad(),
         expressive_sdpa(),
-        pytest.raises(NotImplementedError, match="_native_multi_head_attention computes"),
+        pytest.raises(NotImplementedError, match="_native_multi_head_attention of torch computes"),
     ):
         torch._native_multi_head_attention(x, x, x, 8, 2, *weights)
 
@@ -158,7 +158,7 @@ def test_what_computes_softmax_inside_is_an_error():
             flex_attention(Q, K, V, score_mod=lambda score, b, h, i, j: score + i)
         with pytest.raises(NotImplementedError, match="_scaled_dot_product_flash_attention_for_cpu of torch computes"):
             torch._scaled_dot_product_flash_attention_for_cpu(Q, K, V)
-        with pytest.raises(NotImplementedError, match="_scaled_dot_product_attention_math.default of torch computes"):
+        with pytest.raises(NotImplementedError, match=r"_scaled_dot_product_attention_math\.default of torch computes"):
             torch.ops.aten._scaled_dot_product_attention_math.default(Q, K, V)
         if find_spec("torch.nn.attention.varlen") is not None:
             from torch.nn.attention.varlen import varlen_attn

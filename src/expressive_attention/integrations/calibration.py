@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..functional import Call
 from .conversion import Conversion, record_choice
 from .switching import GAIN
+from .table import Table
 from .tracing import traced
 
 __all__ = ["Calibration", "Spread", "calibrate", "spread"]
@@ -40,7 +41,7 @@ class Spread:
     dtype: torch.dtype
 
 
-class Calibration:
+class Calibration(Table):
     """The gains that a model was given. Printed, it is a table of the scores before and after.
 
     Attributes:

@@ -23,6 +23,7 @@ from .guard import guard, is_guarded, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
 from .marks import mark
 from .switching import GAIN, Switched, set_attributes
+from .table import Table
 from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
@@ -90,8 +91,8 @@ class Layer:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Table):
     """Where expressive attention ran in a forward pass.
 
     Attributes:
@@ -123,8 +124,8 @@ class Verification:
         return text + (f"; softmax ran outside of all of them: {self.softmax['']} times" if "" in self.softmax else "")
 
 
-class Conversion:
-    """A model that has been switched, and how. Printed, it is a table.
+class Conversion(Table):
+    """A model that has been switched, and how. Printed, it is a table; a context manager, it undoes itself at its end.
 
     Attributes:
         model: The model, switched in place.
@@ -138,6 +139,13 @@ class Conversion:
         self._undos: list[Undo] | None = undos
         modules = dict(model.named_modules())
         self._classes = {layer.name: type(modules[layer.name]) for layer in self.switched}
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Undo it."""
+        self.undo()
 
     @property
     def switched(self) -> list[Layer]:
@@ -255,7 +263,7 @@ def convert(
         EA ran in 1/1 layers
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{_parts_to_give(model)}")
     check_form(form)
     wanted = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     by_adapter = list(_by_adapter(model))
@@ -287,6 +295,13 @@ def convert(
             undo()
         raise
     return Conversion(model, form, _in_order(model, rows), strict, undos)
+
+
+def _parts_to_give(pipeline: Any) -> str:
+    """Of what is no module and holds some, as pipelines do, which of its attributes to give instead."""
+    parts = {**getattr(pipeline, "components", {}), **getattr(pipeline, "__dict__", {})}
+    names = [name for name, part in parts.items() if isinstance(part, nn.Module) and not name.startswith("_")]
+    return f"; give {' or '.join(f'its .{name}' for name in names)}" if names else ""
 
 
 def form_of(module: nn.Module) -> str | None:

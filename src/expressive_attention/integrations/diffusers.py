@@ -101,7 +101,7 @@ def record(model: nn.Module) -> None:
         forms, gains = _forms(root), [name for name, module in root.named_modules() if has_gain(module)]
         kept = {key: value for key, value in root._internal_dict.items() if key not in (_RECORD, _GAINS)}
         added = {key: value for key, value in ((_RECORD, forms), (_GAINS, gains)) if value}
-        root._internal_dict = FrozenDict({**kept, **added})
+        root.__dict__["_internal_dict"] = FrozenDict({**kept, **added})
 
 
 def _forms(model: nn.Module) -> dict[str, list[str] | None]:
@@ -136,6 +136,7 @@ def _from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 # Models are saved and loaded as parts of pipelines, too, and diffusers calls nothing of ours then.
-_plain_save, _plain_load = ModelMixin.save_pretrained, ModelMixin.from_pretrained
-ModelMixin.save_pretrained = wraps(_plain_save)(_save_pretrained)
-ModelMixin.from_pretrained = classmethod(wraps(_plain_load.__func__)(_from_pretrained))
+_models: Any = ModelMixin
+_plain_save, _plain_load = _models.save_pretrained, _models.from_pretrained
+_models.save_pretrained = wraps(_plain_save)(_save_pretrained)
+_models.from_pretrained = classmethod(wraps(_plain_load.__func__)(_from_pretrained))

@@ -126,8 +126,8 @@ def _attention(
     if starts is not None and keep is None and not wants_weights:
         window = kwargs.get("sliding_window")
         sides = (-1, -1) if window is None else (window - 1, 0 if is_causal else window - 1)
-        packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        output = expressive_attention_varlen(*packed, *starts, dropout, scaling, is_causal, sides, form=form)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = expressive_attention_varlen(q, k, v, *starts, dropout, scaling, is_causal, sides, form=form)
         return output.unflatten(0, (query.shape[0], -1)), None
     if starts is not None:
         same = _same_sequence(query, key, *starts[:2])
@@ -285,7 +285,7 @@ def _gains(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if has_gain(module)]
 
 
-def _to_dict(config: PreTrainedConfig) -> dict[str, Any]:
+def _to_dict(config: Any) -> dict[str, Any]:
     """As transformers makes it, with the name of expressive attention, which it would leave out."""
     output, name = _plain_to_dict(config), config._attn_implementation
     if name in _FORMS or name == _PARTLY:
@@ -304,17 +304,18 @@ def _from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
 
 
 # Configurations are saved in many ways, and transformers offers no place where a name could be added to all of them.
-_plain_to_dict, _plain_from_dict = PreTrainedConfig.to_dict, PreTrainedConfig.from_dict
-PreTrainedConfig.to_dict = wraps(_plain_to_dict)(_to_dict)
-PreTrainedConfig.from_dict = classmethod(wraps(_plain_from_dict.__func__)(_from_dict))
+_configurations: Any = PreTrainedConfig
+_plain_to_dict, _plain_from_dict = _configurations.to_dict, _configurations.from_dict
+_configurations.to_dict = wraps(_plain_to_dict)(_to_dict)
+_configurations.from_dict = classmethod(wraps(_plain_from_dict.__func__)(_from_dict))
 
 
 def _forms(model: PreTrainedModel) -> dict[str, list[str] | None]:
     """Its layers by the form that they are switched to; None: every layer that it has."""
-    return forms_of(model, _form)
+    return forms_of(model, _form_of)
 
 
-def _form(module: nn.Module) -> str | None:
+def _form_of(module: nn.Module) -> str | None:
     """The form that an attention layer computes; None: it computes softmax."""
     follows = "ALL_ATTENTION_FUNCTIONS" in names_used(type(module))
     return form_of(module) or (_FORMS.get(_name_of(module)) if follows else None)
@@ -345,7 +346,7 @@ def check(model: PreTrainedModel) -> None:
             "expressive_attention.integrations.huggingface.from_pretrained, or save it after `merge_gains`"
         )
     if saved is None and model.config._attn_implementation in _FORMS:
-        left = [found for found in attention_layers(model) if _form(found.module) is None]
+        left = [found for found in attention_layers(model) if _form_of(found.module) is None]
         if left:
             names = ", ".join(f"{found.name} ({type(found.module).__name__})" for found in left)
             raise ConversionError(
