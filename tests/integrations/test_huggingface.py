@@ -394,7 +394,7 @@ def test_packed_sequences_are_the_sequences_by_themselves(family, given):
         wanted = gradients([model(ids[:, a:b], position_ids=torch.arange(a, b)[None]).logits for a, b in pieces])
     found = gradients([model(ids, **packed, **options).logits])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=1e-9)  # Gemma norms in float32
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)  # Gemma norms in float32
 
 
 def test_packed_sequences_in_both_ways_are_the_same():

@@ -14,4 +14,4 @@ class Table:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        return f"<pre>{escape(str(self), quote=False)}</pre>"
