@@ -350,7 +350,7 @@ def query_kernel(
         inverse = tl.load(stats + index, mask=exist, other=0.0)
         wanted = 2.0 * (tl.load(stats + 3 * plane + index, mask=exist, other=0.0) - radial)
         is_small = (inverse > 0.0) & (squares * inverse < 0.5)
-        for _ in tl.static_range(2):  # what the first correction takes away may be much larger than what is left
+        for _ in range(2):  # what the first correction takes away may be much larger than what is left
             dq += tl.where(is_small[:, None], _along(q, q_exponent, dq, wanted), 0.0)
     if not WIDE:
         if any_of(exist & ~is_finite(dq)):
