@@ -113,7 +113,11 @@ def wide_kernel(
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
     count = visible_keys(position, rows, store, mask_stride, own_keys, band, peak, CAUSAL, WINDOW, MASK)
     has_weights = (count > 0) & ~(largest(tl.abs(q), 1) == 0.0)
-    store = store & (everything | (normalizer != 0.0) | has_weights)
+    has_weights = everything | (normalizer != 0.0) | has_weights
+    if MASK >= FLOAT and not BACKWARD:
+        # exp(peak) may be beyond float32, and 0 times that is not 0.
+        tl.store(peaks + index, position * 0.0, mask=store & ~has_weights)
+    store = store & has_weights
     if not any_of(store):
         return
 
@@ -220,4 +224,4 @@ def wide_kernel(
         )
         tl.store(normalizers + index, scaled(total * factor, exponent), mask=store)
         if MASK >= FLOAT:
-            tl.store(peaks + index, peak, mask=store)
+            tl.store(peaks + index, tl.where(total == 0.0, 0.0, peak), mask=store)
