@@ -462,6 +462,16 @@ def test_a_key_of_high_bias_whose_score_is_0_leaves_the_weight_to_the_others(bes
         torch.testing.assert_close(normalizer.double(), total, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("zero", ["query", "key"])
+def test_rows_of_zero_scores_have_no_normalizer_whatever_their_biases(zero):
+    q, k, v = tensors(torch.float32, (1, 2, 6, 8), (1, 1, 9, 8), (1, 1, 9, 5))
+    (q if zero == "query" else k).zero_()
+    results = expressive_attention(
+        q, k, v, torch.full((9,), 1000.0, device=DEVICE), enable_gqa=True, return_normalizer=True, backend="triton"
+    )
+    assert all(x.eq(0).all() for x in results)
+
+
 @pytest.mark.parametrize("score", [1e-18, 1e-12])
 def test_biases_that_make_up_for_tiny_scores(score):
     """No weight is beyond float32 before both of its factors are known."""
