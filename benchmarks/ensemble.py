@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expressive_attention.study.config import Cell, load_config, preset_names
+from expressive_attention.study.config import Cell, load_config
 from expressive_attention.study.ensemble import stack
+from expressive_attention.study.presets import preset_names
 from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.training import build_model, make_optimizer, train_step

@@ -16,6 +16,7 @@ from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS
 from expressive_attention.backends.cpu import library
 from expressive_attention.backends.problem import accumulation_dtype
+from tests.poison import Poison, placed
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
 FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
@@ -49,7 +50,18 @@ def threads_of_torch(count: int) -> Iterator[None]:
 
 @dataclass
 class Case:
-    """Inputs ``(B, H, L, E)`` of a call, and whether its normalizer takes part in the gradient."""
+    """A call, and how it is judged.
+
+    Attributes:
+        query: ``(B, Hq, L, E)``.
+        key: ``(B, Hkv, S, E)``.
+        value: ``(B, Hkv, S, Ev)``.
+        mask: Broadcastable to ``(B, Hq, L, S)``, bool or floating, or None.
+        settings: Further arguments of `expressive_attention`.
+        through_normalizer: Whether the normalizer takes part in the gradient.
+        poison: What is put into the inputs of those that are judged.
+        margin: How many numbers before and after each tensor hold NaN.
+    """
 
     query: Tensor
     key: Tensor
@@ -57,6 +69,8 @@ class Case:
     mask: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     through_normalizer: bool = True
+    poison: Poison | None = None
+    margin: int = 0
 
     def upstream(self) -> tuple[Tensor, Tensor]:
         """Upstream gradients of output and normalizer, in float64."""
@@ -67,15 +81,10 @@ class Case:
         do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
         return do.to(self.query.device), dn.to(self.query.device)
 
-    def log_factor(self) -> Tensor | None:
-        """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined.
-
-        None: no more than `is_causal` says.
-        """
-        window = self.settings.get("window_size", (-1, -1))
+    def pattern_bias(self) -> Tensor:
+        """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined."""
+        left, right = self.settings.get("window_size", (-1, -1))
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
-        if window == (-1, -1) and lengths is None and slopes is None:
-            return None
         (batch, heads, rows), keys = self.query.shape[:3], self.key.shape[2]
         factor = torch.zeros(batch, heads, rows, keys, dtype=torch.float64, device=self.query.device)
         for b in range(batch):
@@ -85,7 +94,6 @@ class Case:
                 place = place + own - rows
             key = torch.arange(keys, device=factor.device)
             hidden = (key >= own).expand(rows, keys)
-            left, right = window
             if left >= 0:
                 hidden = hidden | (key < place - left)
             if right >= 0:
@@ -98,6 +106,19 @@ class Case:
             factor[b].masked_fill_(hidden, -torch.inf)
         return factor
 
+    def bias(self) -> Tensor:
+        """The logarithm of what the settings and the mask multiply weights by, ``(B, H, L, S)``; -inf: hidden."""
+        factor = self.pattern_bias()
+        if self.mask is None:
+            return factor
+        if self.mask.is_floating_point():
+            return torch.where(factor == -torch.inf, factor, factor + self.mask)
+        return factor.masked_fill(~self.mask, -torch.inf)
+
+    def visible(self) -> Tensor:
+        """Which pairs ``(B, H, L, S)`` are not hidden."""
+        return self.bias() > -torch.inf
+
     def results(self, backend: str, dtype: torch.dtype | None = None, *, explicit: bool = False) -> dict[str, Tensor]:
         """Output, normalizer and all gradients, computed in `dtype`, or in that of the inputs.
 
@@ -105,18 +126,17 @@ class Case:
         """
 
         def leaf(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
-                return x
-            copy = x.detach() if dtype is None else x.detach().to(dtype)
-            return copy.clone(memory_format=torch.preserve_format).requires_grad_()
+            if x.is_floating_point() and dtype is not None:
+                return x.detach().to(dtype).requires_grad_()
+            copy = placed(x.detach(), self.margin)
+            return copy.requires_grad_(x.is_floating_point())
 
         tensors = [leaf(x) for x in (self.query, self.key, self.value)]
         mask = None if self.mask is None else leaf(self.mask)
         settings, whole_mask = self.settings, mask
-        factor = self.log_factor() if explicit else None
-        if factor is not None:
+        if explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
             settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale")}
-            whole_mask = factor.to(accumulation_dtype(tensors[0].dtype))
+            whole_mask = self.pattern_bias().to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
                 whole_mask = whole_mask + mask
             elif mask is not None:
@@ -126,9 +146,10 @@ class Case:
         )
         wanted = [*tensors, *([mask] if mask is not None and mask.requires_grad else [])]
         do, dn = self.upstream()
-        gradients = torch.autograd.grad(
-            (output, normalizer), wanted, (do.to(output.dtype), dn.to(normalizer.dtype)), allow_unused=True
-        )
+        outputs, upstream = [output], [placed(do.to(output.dtype), self.margin)]
+        if self.through_normalizer:
+            outputs, upstream = [output, normalizer], [*upstream, placed(dn.to(normalizer.dtype), self.margin)]
+        gradients = torch.autograd.grad(outputs, wanted, upstream)
         found = (output.detach(), normalizer.detach(), *gradients)
         return {name: x.to("cpu", torch.float64) for name, x in zip(NAMES, found, strict=False)}
 
@@ -149,23 +170,22 @@ class Case:
         r = torch.ones_like(z) if squared else 1 / (1 + z * z)
         slope = 2 * z.abs() * r * r
         curvature = torch.full_like(z, 2.0) if squared else (2 - 6 * z * z).abs() * r**3
-        factor = torch.ones_like(z)
-        if self.mask is not None:
-            factor = factor * (self.mask.double().exp() if self.mask.is_floating_point() else self.mask)
-        log_factor, peak = self.log_factor(), torch.zeros(())
-        if log_factor is not None:
-            # Rows far from their keys have small weights, of which all but the normalizer leaves out a common factor.
-            peak = log_factor.amax(-1, keepdim=True) if log_factor.numel() else log_factor
-            peak = torch.where(peak == -torch.inf, 0, peak)
-            factor = factor * (log_factor - peak).exp()
-        elif self.settings.get("is_causal"):
-            lower_right = self.settings.get("causal_alignment") == "lower_right"
-            factor = factor.tril(z.shape[-1] - z.shape[-2] if lower_right else 0)
+        bias = self.bias()
+        # Backends leave out the largest bias of a key that is seen and has a weight: it is in the normalizer alone.
+        peak = bias.masked_fill(z == 0, -torch.inf)
+        peak = torch.nn.functional.pad(peak, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+        peak = torch.where(peak == -torch.inf, 0, peak)
+        factor = (bias - peak).clamp(max=0.0).exp()
+        # The sum of two biases is rounded.
+        dbias = torch.zeros_like(z)
+        if self.settings.get("alibi_slopes") is not None:
+            dbias = torch.where(factor == 0, 0.0, bias.abs() + self.pattern_bias().abs() + peak.abs())
 
         def per_total(x: Tensor) -> Tensor:
             return x / torch.where(total == 0, torch.inf, total)
 
-        weight, dweight = z * z * r * factor, slope * dz * factor
+        weight = z * z * r * factor
+        dweight = slope * dz * factor + weight * dbias
         total, dtotal = weight.sum(-1, keepdim=True), dweight.sum(-1, keepdim=True)
         a = per_total(weight)
         da = per_total(dweight) + a * per_total(dtotal)
@@ -174,7 +194,7 @@ class Case:
         dg = g * per_total(dtotal) + (da * upstream).sum(-1, keepdim=True)
         g, dg = per_total(g) + dn.abs().unsqueeze(-1), per_total(dg)
         ds = abs(scale) * factor * slope * g
-        dds = abs(scale) * factor * (curvature * dz * g + slope * dg)
+        dds = abs(scale) * factor * (curvature * dz * g + slope * (dg + dbias * g))
 
         def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
             results = {
@@ -202,19 +222,68 @@ class Case:
         return torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
 
 
-def assert_within_budget(case: Case, *backends: str) -> None:
-    """Each of `FUSED`: at most twice the error of the reference in the same dtype, plus one rounding."""
-    exact = case.results("reference", torch.float64, explicit=True)
-    plain = case.results("reference", explicit=True)
-    roundings = case.roundings()
-    for name in backends:
-        with fused(name) as backend:
-            got = case.results(backend)
-        for result, want in exact.items():
+class Judge:
+    """What the results of a case have to be: the definition in float64, on inputs without poison."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.exact = case.results("reference", torch.float64, explicit=True)
+        self.plain = case.results("reference", explicit=True)
+        self.roundings = case.roundings()
+        self.poisoned, self.selection, self.spoiled = case, {}, None
+        if case.poison is not None:
+            self.poisoned, self.selection, self.spoiled = case.poison.into(case)
+        self.hidden = self._hidden()
+
+    def _hidden(self) -> dict[str, Tensor]:
+        """Where results are exactly 0, since a row sees no key, no row sees a key, or no such pair reads a bias."""
+        case, visible = self.case, self.case.visible()
+        blind = ~visible.any(-1)
+        unseen = ~visible.any(-2).unflatten(1, (case.key.shape[1], -1)).any(2).unsqueeze(-1)
+        hidden = {
+            "output": blind.unsqueeze(-1),
+            "normalizer": blind,
+            "query": blind.unsqueeze(-1),
+            "key": unseen,
+            "value": unseen,
+        }
+        if case.mask is not None:
+            shape = (1,) * (4 - case.mask.ndim) + tuple(case.mask.shape)
+            hidden["mask"] = visible.long().sum_to_size(shape).reshape(case.mask.shape) == 0
+        return {name: where.cpu() for name, where in hidden.items()}
+
+    def check(self, name: str, got: dict[str, Tensor]) -> None:
+        """At most twice the error of the reference in the same dtype, plus one rounding."""
+        for result, want in self.exact.items():
+            assert got[result].shape == want.shape, f"{name}, {result}"
             if want.numel() == 0:
-                assert got[result].shape == want.shape
                 continue
-            budget = 2 * (plain[result] - want).abs().max() + roundings[result]
-            error = (got[result] - want).abs().max()
+            hidden = got[result].masked_select(self.hidden[result])
+            assert (hidden == 0).all(), f"{name}, {result}: {hidden} where nothing is seen"
+            if self.selection:
+                want = want.where(self.selection[result].cpu(), 0.0)
+            error, plain = (
+                _difference(x[result].where(self.selection[result].cpu(), 0.0) if self.selection else x[result], want)
+                for x in (got, self.plain)
+            )
+            budget = 2 * plain + self.roundings[result]
             largest = want.abs().max()
             assert error <= budget, f"{name}, {result}: error {error:.3g}, budget {budget:.3g}, largest {largest:.3g}"
+        poison = self.case.poison
+        if self.spoiled is not None and poison is not None and math.isnan(poison.number):
+            # A row of scores that are all 0 may be 0, or NaN, as 0 times the value is.
+            rows = self.spoiled.cpu() & (self.exact["normalizer"] > 0)
+            assert not got["output"][rows].isfinite().all(-1).any(), f"{name}: rows that see NaN do not show it"
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """The largest difference; NaN if there is one, and 0 of equal infinities."""
+    return torch.where(x == y, 0.0, (x - y).abs()).max()
+
+
+def assert_within_budget(case: Case, *backends: str) -> None:
+    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants."""
+    judge = Judge(case)
+    for name in backends:
+        with fused(name) as backend:
+            judge.check(name, judge.poisoned.results(backend))

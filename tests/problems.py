@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.budget import Case
+from tests.poison import Poison, replaced
 
 
 def strided(shape, dtype, layout, generator):
@@ -34,16 +35,23 @@ def problems(draw, largest=40):
     query = strided((batch, heads, length, e), dtype, draw(layouts), generator)
     key = strided((batch, kv_heads, keys, e), dtype, draw(layouts), generator)
     value = strided((batch, kv_heads, keys, ev), dtype, draw(layouts), generator)
+    if draw(st.integers(0, 3)) == 0:  # scores that are 0
+        query = replaced(query, torch.rand(batch, heads, length, 1, generator=generator) < 0.1, 0.0)
+        key = replaced(key, torch.rand(batch, kv_heads, keys, 1, generator=generator) < 0.3, 0.0)
     mask = None
     kind = draw(st.sampled_from(["none", "bool", "bias", "float32 bias"]))
+    size_of_bias = draw(st.sampled_from([1.0, 1.0, 1.0, 30.0, 1e4, torch.inf])) if "bias" in kind else 1.0
     if kind != "none":
         full = (batch, heads, length, keys)
         shape = [draw(st.sampled_from([1, n])) for n in full]
         first = draw(st.integers(0, 4)) if all(n == 1 for n in shape[:2]) else 0
         numbers = torch.randn(shape[min(first, 2) :], generator=generator)
-        mask = numbers > -0.5 if kind == "bool" else numbers.to(torch.float32 if kind == "float32 bias" else dtype)
-        if kind == "bias" and draw(st.booleans()):
-            mask = mask.masked_fill(numbers > 1.0, -torch.inf)
+        mask = numbers > -0.5
+        if kind != "bool":
+            mask_dtype = torch.float32 if kind == "float32 bias" else dtype
+            mask = biases(numbers, mask_dtype, size_of_bias, generator)
+            if draw(st.booleans()):
+                mask = mask.masked_fill(numbers > 1.0, -torch.inf)
         if draw(st.booleans()):
             mask = mask.mT.contiguous().mT
     options = {
@@ -55,7 +63,27 @@ def problems(draw, largest=40):
     }
     if draw(st.booleans()):
         options |= draw(patterns(batch, heads, keys))
-    return Case(query, key, value, mask, options, through_normalizer=draw(st.booleans()))
+    through_normalizer = size_of_bias == 1.0 and draw(st.booleans())  # it overflows with a large bias
+    poison = draw(poisons) if draw(st.booleans()) else None
+    return Case(query, key, value, mask, options, through_normalizer, poison)
+
+
+poisons = st.builds(
+    Poison,
+    number=st.sampled_from([torch.nan, torch.nan, torch.inf, -torch.inf]),
+    bias=st.sampled_from([torch.nan, torch.inf, 100.0, 6e4]),
+    seen=st.sampled_from(["nothing", "nothing", "query", "key", "value", "mask"]),
+    seed=st.integers(0, 2**31),
+)
+
+
+def biases(numbers, dtype, size, generator):
+    """Biases of about a size; infinity: the largest and smallest numbers of the dtype, and their halves."""
+    if size < torch.inf:
+        return (numbers * size).to(dtype)
+    limits = torch.finfo(dtype)
+    ends = torch.tensor([limits.max, limits.max / 2, 0.0, limits.min / 2, limits.min], dtype=dtype)
+    return ends[torch.randint(len(ends), numbers.shape, generator=generator)]
 
 
 @st.composite

@@ -158,6 +158,7 @@ def test_autocast_computes_in_the_dtype_of_the_region(backend, enabled):
         ({"alibi_slopes": [1.0]}, TypeError, ["alibi_slopes", "list"]),
         ({"alibi_slopes": torch.tensor([0.0, 1.0, -2.0, 1.0])}, ValueError, ["alibi_slopes", "at least 0", "-2.0"]),
         ({"key_lengths": torch.tensor([6, 7])}, ValueError, ["key_lengths", "0 to the 6 keys", "6 to 7"]),
+        ({"key_lengths": torch.tensor([-1, 6])}, ValueError, ["key_lengths", "0 to the 6 keys", "-1 to 6"]),
         ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, ["key_lengths", "(2,)", "(3,)"]),
         ({"key_lengths": torch.ones(2)}, ValueError, ["key_lengths", "int32 or int64", "torch.float32"]),
         ({"key_lengths": torch.ones(2, device="meta").int()}, ValueError, ["key_lengths", "cpu", "meta"]),
@@ -183,6 +184,23 @@ def test_lengths_and_slopes_have_the_leading_dimensions(backend):
     torch.testing.assert_close(got, expressive_attention(q, k, v, bias, backend="reference"))
     one_head = expressive_attention(q[0, 0, 0], k[0, 0, 0], v[0], key_lengths=torch.tensor(4), backend=backend)
     torch.testing.assert_close(one_head, expressive_attention(q[0, 0, 0], k[0, 0, 0, :4], v[0, :4]))
+
+
+def test_the_bounds_of_arguments_are_among_them():
+    def attend(**options):
+        return expressive_attention(Q, KV, KV, enable_gqa=True, **options)
+
+    plain = attend()
+    for options in (
+        {"alibi_slopes": torch.zeros(4)},
+        {"key_lengths": torch.tensor([6, 6])},
+        {"window_size": (-1, -1)},
+        {"window_size": (4, 5)},
+        {"dropout_p": 0},
+    ):
+        torch.testing.assert_close(attend(**options), plain)
+    assert attend(dropout_p=1).abs().max() == 0
+    assert attend(key_lengths=torch.tensor([0, 6]))[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

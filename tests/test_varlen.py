@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
-from tests.budget import ON_CPU
+from tests.budget import FUSED, ON_CPU
+from tests.packed import packed_problems
 
 LENGTHS = [(4, 6), (0, 3), (7, 7), (5, 0), (1, 9)]  # of queries and of keys
 
@@ -17,6 +19,10 @@ def starts(lengths, dtype=torch.int32):
 
 CU_Q, CU_K = (starts([pair[i] for pair in LENGTHS]) for i in range(2))
 ROWS, KEYS = int(CU_Q[-1]), int(CU_K[-1])
+
+
+def with_end(cu, end):
+    return torch.cat([cu[:-1], cu.new_tensor([end])])
 
 
 def packed(dtype=torch.float32, groups=2, rest=0):
@@ -69,6 +75,12 @@ def test_sequences_do_not_see_one_another(backend, name):
     upstream = [torch.randn_like(x) for x in results[0]]
     gradients = [torch.autograd.grad(found, arguments, upstream) for found in results]
     torch.testing.assert_close(*gradients)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(packed_problems())
+def test_random_problems_within_budget(problem):
+    problem.check("reference", *FUSED)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -140,7 +152,15 @@ BAD = [
     ({"cu_seqlens_q": CU_Q.float()}, ValueError, "cu_seqlens_q must be int32 or int64, got torch.float32"),
     ({"cu_seqlens_q": CU_Q + 1}, ValueError, "cu_seqlens_q must start at 0, never fall, and end at the 17 rows"),
     ({"cu_seqlens_k": CU_K * 2}, ValueError, "cu_seqlens_k must start at 0, never fall, and end at the 25 rows"),
+    ({"cu_seqlens_q": with_end(CU_Q, ROWS + 1)}, ValueError, "cu_seqlens_q must .* end at the 17 rows"),
+    ({"cu_seqlens_k": with_end(CU_K, KEYS + 1), "max_seqlen_k": 10}, ValueError, "cu_seqlens_k must .* the 25 rows"),
+    (
+        {"seqused_k": torch.tensor([3, -1, 0, 0, 9])},
+        ValueError,
+        "seqused_k must be from 0 to the 25 keys .* got -1 to 9",
+    ),
     ({"cu_seqlens_k": CU_K.flip(0)}, ValueError, "cu_seqlens_k must start at 0"),
+    ({"cu_seqlens_k": torch.tensor([0, 9, 8, 17, 17, 25])}, ValueError, "cu_seqlens_k must start at 0, never fall"),
     ({"cu_seqlens_k": CU_K[:-1]}, ValueError, r"cu_seqlens_k must have the shape \(6,\) of cu_seqlens_q, got \(5,\)"),
     ({"cu_seqlens_q": CU_Q[:1]}, ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\) for B >= 1"),
     ({"max_seqlen_q": 6}, ValueError, "max_seqlen_q must be at least the 7 of the longest sequence, got 6"),
@@ -168,6 +188,21 @@ BAD = [
     ({"backend": "flash"}, ValueError, "backend must be one of"),
     ({"causal_alignment": "left"}, ValueError, "causal_alignment must be one of"),
 ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},  # sequences that end with the last row, and bounds that some of them reach
+        {"cu_seqlens_q": with_end(CU_Q, ROWS - 1), "cu_seqlens_k": with_end(CU_K, KEYS - 1)},
+        {"max_seqlen_q": 8, "max_seqlen_k": 10},
+        {"seqused_k": torch.full((len(LENGTHS),), KEYS)},
+        {"seqused_k": torch.zeros(len(LENGTHS), dtype=torch.int64)},
+    ],
+)
+def test_bounds_are_inclusive(change):
+    arguments = dict(zip("qkv", packed(), strict=True)) | GOOD | change
+    assert expressive_attention_varlen(**arguments).isfinite().all()
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)

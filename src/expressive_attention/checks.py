@@ -13,6 +13,7 @@ from .backends.problem import check_form
 
 __all__ = [
     "ALIGNMENTS",
+    "check_dense",
     "check_lengths",
     "check_mask",
     "check_settings",
@@ -43,12 +44,20 @@ def check_types(**tensors: object) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """A tensor of plain memory: neither sparse, nested nor in a layout of a library."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = f"layout {x.layout}" if not x.is_nested else f"a nested tensor of layout {x.layout}"
+        raise ValueError(f"{name} must be dense, of layout torch.strided, got {kind}")
+
+
 def check_tensors(
     query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str] = ("query", "key", "value"), rows: int = -2
 ) -> None:
     """Query, key and value, of these names, fit; `rows` is the dimension that counts them."""
     q, k, v = names
     for name, x in zip(names, (query, key, value), strict=True):
+        check_dense(name, x)
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != query.dtype:
@@ -74,13 +83,14 @@ def check_settings(
     scale_name: str = "scale",
 ) -> None:
     """The numbers and names of a call."""
-    if not isinstance(dropout_p, int | float):
+    # Tuples of types: torch.compile of torch 2.6 does not trace `int | float`.
+    if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"{scale_name} must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # math.isfinite takes no torch.SymFloat
         raise ValueError(f"{scale_name} must be finite, got {scale}")
     check_form(form)
     if causal_alignment not in ALIGNMENTS:
@@ -93,6 +103,7 @@ def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Non
     """A mask, for scores of that shape."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
+    check_dense("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
         raise ValueError(
             f"attn_mask must be bool (True: the key takes part) or floating (a bias in log-weight space), "
@@ -102,7 +113,7 @@ def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Non
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
     shape = tuple(attn_mask.shape)
     fits = len(shape) <= len(scores) and all(
-        size in (1, wanted) for size, wanted in zip(shape[::-1], scores[::-1], strict=False)
+        size in (1, wanted) for size, wanted in zip(shape, scores[len(scores) - len(shape) :], strict=True)
     )
     if not fits:
         raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
@@ -124,6 +135,7 @@ def check_window(window_size: tuple[int, int]) -> None:
 def check_slopes(alibi_slopes: Tensor, query: Tensor, heads: int) -> None:
     """Slopes of ALiBi, of so many heads in their last dimension."""
     check_types(alibi_slopes=alibi_slopes)
+    check_dense("alibi_slopes", alibi_slopes)
     if alibi_slopes.dtype != torch.float32:
         raise ValueError(f"alibi_slopes must be float32, got {alibi_slopes.dtype}")
     if alibi_slopes.device != query.device:
@@ -153,7 +165,7 @@ def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_na
     _check_integers(name, starts, query)
     if starts.ndim != 1 or len(starts) < 2:
         raise ValueError(f"{name} must have shape (B + 1,) for B >= 1 sequences, got {tuple(starts.shape)}")
-    if not isinstance(longest, int | torch.SymInt):
+    if not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{longest_name} must be an int, got {type(longest).__name__}")
     if isinstance(longest, int) and longest < 0:
         raise ValueError(f"{longest_name} must be at least 0, got {longest}")
@@ -171,6 +183,7 @@ def check_starts(name: str, starts: Tensor, query: Tensor, rows: int, longest_na
 
 def _check_integers(name: str, x: Tensor, query: Tensor) -> None:
     check_types(**{name: x})
+    check_dense(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
     if x.device != query.device:

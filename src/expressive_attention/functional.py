@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 from . import ops
-from .backends import AUTOMATIC, BACKENDS, reference
+from .backends import AUTOMATIC, BACKENDS, cpu, reference
 from .backends.pattern import Pattern
 from .backends.problem import Problem
 from .checks import (
@@ -26,8 +27,9 @@ from .checks import (
     check_types,
     check_window,
 )
+from .overrides import as_causality, listening, tell
 
-__all__ = ["expressive_attention", "run"]
+__all__ = ["expressive_attention", "match_heads", "run"]
 
 
 class Call(NamedTuple):
@@ -182,8 +184,25 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
+    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths):
+        told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths))
+        if told:
+            return tell(
+                expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
+                alibi_slopes=alibi_slopes, key_lengths=key_lengths, return_normalizer=return_normalizer,
+                backend=backend,
+            )  # fmt: skip
     check_tracing()
     check_types(query=query, key=key, value=value)
+    if torch.jagged in (query.layout, key.layout, value.layout):
+        from .nested import nested_attention  # which needs this module
+
+        return nested_attention(
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
+            alibi_slopes=alibi_slopes, key_lengths=key_lengths, return_normalizer=return_normalizer, backend=backend,
+        )  # fmt: skip
     query, key, value = cast_for_autocast(query, key, value)
     check_tensors(query, key, value)
     check_settings(dropout_p, scale, form, causal_alignment, backend)
@@ -196,10 +215,14 @@ def expressive_attention(
     else:
         query, key, value = (with_dims(x, max(dims, 3)) for x in (query, key, value))
         batch = _batch_shape(query, key, value)
-        heads, kv_heads = _heads(query, key, value, enable_gqa)
+        heads, kv_heads = match_heads(query, key, value, enable_gqa)
         query = fold_batch(query, batch, heads)
         key, value = fold_batch(key, batch, kv_heads), fold_batch(value, batch, kv_heads)
     mask = None
+    if attn_mask is not None:
+        alone = not is_causal and window_size is _NO_WINDOW and alibi_slopes is None and key_lengths is None
+        attn_mask, alignment = as_causality(attn_mask, rows, keys, query.device, alone)
+        is_causal, causal_alignment = (True, alignment) if alignment else (is_causal, causal_alignment)
     if attn_mask is not None:
         check_mask(attn_mask, query, (*batch, heads, rows, keys))
         mask = fold_mask(with_dims(attn_mask, max(dims, 3)), batch)
@@ -283,7 +306,7 @@ def _batch_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
         ) from None
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int]:
+def match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int]:
     """The numbers of heads of the call, of query and of key and value: a single head broadcasts."""
     hq, hk, hv = (x.shape[-3] for x in (query, key, value))
     if 0 in (hq, hk, hv):
@@ -359,16 +382,23 @@ def _choose(problem: Problem, backend: str | None) -> str:
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} does not support this call: {reason}")
         return backend
-    return next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    chosen = next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
+    if chosen == "blockwise" and problem.device == "cpu" and not torch.compiler.is_compiling():
+        cpu.warn_of_fallback()
+    return chosen
 
 
 def _differentiated_by_func() -> bool:
     """Whether a torch.func or forward-mode derivative is active: operators with registered gradients know neither."""
-    if torch.compiler.is_compiling():
-        return False
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
     stack = _functorch.get_interpreter_stack() or []
-    return any(level.key() != _functorch.TransformType.Vmap for level in stack)
+    derivatives = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    return any(level.key() in derivatives for level in stack)
+
+
+# As torch.compiler.assume_constant_result marks it, which takes a second to import: torch.compile evaluates it while it
+# traces, within the transforms of the function that it compiles, and compiles anew within others.
+_differentiated_by_func._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

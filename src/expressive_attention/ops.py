@@ -1,8 +1,9 @@
 """The operators of the library, registered with torch.
 
 ``expressive_attention::attention`` and ``expressive_attention::attention_backward`` run a fused backend by
-name, with the conventions of `backends.problem`. What torch has to know about them is here and nowhere else:
-schema, shapes for tracing (fake), autograd (twice), vmap and autocast.
+name, with the conventions of `backends.problem`. What torch has to know about them is here:
+schema, shapes for tracing (fake), autograd (twice), vmap and autocast. Rules for DTensor and for counters of FLOPs are
+in `sharding` and `flops`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import flops, sharding
 from .backends import BACKENDS, reference
 from .backends import pattern as patterns
 from .backends.pattern import Pattern
@@ -58,6 +60,9 @@ def attention(
     """Output, normalizer and peak of one call, by the fused backend of that name."""
     arguments = (query, key, value, attn_mask, pattern, scale, form, backend)
     if not _is_eager(query, key, value, attn_mask):
+        if not torch.compiler.is_compiling():
+            flops.register()
+            sharding.register(query, key, value)
         return torch.ops.expressive_attention.attention(*arguments[:4], *pattern, *arguments[5:])
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:4] if x is not None):
         return _Attention.apply(*arguments)

@@ -7,9 +7,11 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .backends.pattern import Pattern
 from .checks import (
+    check_dense,
     check_lengths,
     check_settings,
     check_slopes,
@@ -20,6 +22,7 @@ from .checks import (
     check_window,
 )
 from .functional import cast_for_autocast, run, unscaled, with_window
+from .overrides import listening, tell
 
 __all__ = ["expressive_attention_varlen"]
 
@@ -139,10 +142,20 @@ def expressive_attention_varlen(
         >>> expressive_attention_varlen(q, k, v, starts, starts, 5, 5, causal=True).shape
         torch.Size([9, 2, 8])
     """
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+    if has_torch_function_variadic(*tensors):
+        told = listening(tensors)
+        if told:
+            return tell(
+                expressive_attention_varlen, told, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                dropout_p, softmax_scale, causal, window_size, alibi_slopes=alibi_slopes, seqused_k=seqused_k,
+                causal_alignment=causal_alignment, form=form, return_normalizer=return_normalizer, backend=backend,
+            )  # fmt: skip
     check_tracing()
     check_types(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, x)
         if x.ndim != 3:
             raise ValueError(
                 f"{name} must have three dimensions, (tokens, heads, head dimension), got shape {tuple(x.shape)}"

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ import torch
 
 from expressive_attention import expressive_attention
 from expressive_attention.backends import cpu
-from expressive_attention.backends.cpu import library
+from expressive_attention.backends.cpu import layout, library
+from expressive_attention.backends.pattern import Pattern
 from expressive_attention.backends.problem import Problem
 from tests.budget import fused, threads_of_torch
 
@@ -27,7 +29,6 @@ def python(code, **environment):
         text=True,
         env={**os.environ, **environment},
         check=False,
-        timeout=120,
     )
     return done.stdout.strip(), done.stderr.strip()
 
@@ -101,6 +102,100 @@ def test_without_the_library_the_package_says_so_once_and_works():
     )
     _, error = python(code, EXPRESSIVE_ATTENTION_LIBRARY="/there/is/none.so")
     assert "NotImplementedError: backend 'cpu' does not support this call: the C library could not" in error
+
+
+def test_the_package_without_the_library_is_imported_in_silence():
+    assert python("import expressive_attention", EXPRESSIVE_ATTENTION_LIBRARY="/there/is/none.so") == ("", "")
+
+
+LIBRARY = """
+static int run(const void *problem) { return 0; }
+const char *ea_build_name(int i) { return i ? 0 : "portable"; }
+void *ea_forward(const char *name) { return (void *)run; }
+void *ea_backward(const char *name) { return (void *)run; }
+void ea_set_openmp(void *function) {}
+const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("members", "taken"),
+    [
+        (None, False),
+        (layout.LAYOUT, True),
+        (layout.LAYOUT.replace("1 ", "2 ", 1), False),
+        (layout.LAYOUT.replace("rows:q keys:q", "keys:q rows:q"), False),
+        (layout.LAYOUT.replace("scale:d", "scale:q"), False),
+    ],
+)
+def test_a_library_with_another_struct_is_refused(tmp_path, members, taken):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    answer = "" if members is None else f'const char *ea_layout(void) {{ return "{members}"; }}'
+    (tmp_path / "other.c").write_text(LIBRARY + answer)
+    library_file = str(tmp_path / "other.so")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library_file, str(tmp_path / "other.c")], check=True)
+    code = "from expressive_attention.backends.cpu import library as x; print(list(x.BUILDS), x.LEFT_OUT, x.MISSING)"
+    out, _ = python(code, EXPRESSIVE_ATTENTION_LIBRARY=library_file)
+    reason = f"the C library {library_file} is of another version of the package, which has to be installed again"
+    assert out == ("['portable'] ('x86-64-v4', 'x86-64-v4-bf16') None" if taken else f"[] () {reason}")
+
+
+def small(x):
+    """The tensor, in a storage that ends one byte before it does."""
+    x = x.clone(memory_format=torch.preserve_format)
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
+    return x
+
+
+def freed(x):
+    x = x.clone(memory_format=torch.preserve_format)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("broken", [small, freed])
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask", "key_lengths", "grad_output"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_memory_that_is_not_there_is_an_error(name, broken, strided):
+    tensors = {name: torch.randn(2, 3, 8, 4) for name in ("query", "key", "value", "grad_output")}
+    if strided:
+        tensors = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    tensors |= {"attn_mask": torch.randn(1, 1, 8, 8), "key_lengths": torch.tensor([3, 8])}
+    tensors[name] = broken(tensors[name])
+    pattern = Pattern(key_lengths=tensors.pop("key_lengths"))
+    upstream = tensors.pop("grad_output")
+    inputs = [*tensors.values(), pattern, 0.5, "expressive"]
+    if name != "grad_output":
+        with pytest.raises(ValueError, match=f"the memory of {name} was freed or is too small"):
+            cpu.forward(*inputs)
+        output, normalizer = upstream, upstream[..., 0]
+    else:
+        output, normalizer, _ = cpu.forward(*inputs)
+    with pytest.raises(ValueError, match=f"the memory of {name} was freed or is too small"):
+        cpu.backward(upstream, None, *inputs[:4], output, normalizer, *inputs[4:], True)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "output", "normalizer"])
+def test_what_is_freed_between_forward_and_backward_is_an_error(name):
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    copies = [x.clone() for x in (q, k, v)]
+    output, normalizer = expressive_attention(*copies, backend="cpu", return_normalizer=True)
+    saved = dict(zip(("query", "key", "value", "output", "normalizer"), (*copies, output, normalizer), strict=True))
+    upstream = torch.ones_like(output)
+    saved[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"the memory of {name} was freed"):
+        torch.autograd.grad(output, q, upstream)
+
+
+def test_views_that_end_with_their_storage_are_taken():
+    whole = torch.randn(3, 2, 9, 12)
+    part = whole[1:, :, 2:, 4:]
+    want = expressive_attention(*(part.contiguous() for _ in range(3)), backend="cpu")
+    assert torch.equal(expressive_attention(part, part, part, backend="cpu"), want)
+    nothing = torch.empty(0, 2, 3, 4)
+    assert expressive_attention(nothing, nothing, nothing, backend="cpu").shape == (0, 2, 3, 4)
 
 
 # Few long heads, many short ones, a mask whose gradient all heads share, one query against many keys.

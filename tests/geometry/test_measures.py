@@ -98,9 +98,15 @@ def test_what_is_saturated():
     wanted = slope * z < 0.1 * 2
     assert torch.equal(m.saturated(z.detach(), z.detach(), "expressive"), wanted)
     assert wanted.tolist() == [False, False, False, False, True, True]
-    a = torch.tensor([[0.99, 0.01], [0.5, 0.5]], dtype=torch.float64)
+    a = torch.tensor([[0.95, 0.05], [0.94, 0.06]], dtype=torch.float64)  # slopes 0.095 and 0.1128
     assert m.saturated(a, a, "softmax").tolist() == [[True, True], [False, False]]
     assert not m.saturated(torch.tensor([0.0, 9.0]), a, "squared").any()
+
+
+def test_which_heads_are_dead():
+    evenness = m.evenness(torch.tensor([0.0, 4.95, 4.96, 2.5]), torch.tensor([0, 5, 5, 5]))
+    torch.testing.assert_close(evenness, torch.tensor([0.0, 0.99, 0.992, 0.5]))
+    assert m.dead(evenness, torch.tensor([0.0, 0.0, 0.0, 1.0])).tolist() == [False, False, True, True]
 
 
 def test_dimensions_of_known_vectors():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expressive_attention.integrations import calibrate, convert
+from expressive_attention.integrations import ConversionError, calibrate, convert, merge_gains
 from expressive_attention.integrations.calibration import spread
 
 
@@ -70,6 +70,20 @@ def test_scores_come_to_the_target(causal, target):
     assert not any("expressive_gain" in name for name, _ in model.named_parameters())
 
 
+def test_the_saturated_are_those_above_3_that_the_mask_leaves():
+    class Given(nn.Module):
+        def forward(self, q, k, mask):
+            return F.scaled_dot_product_attention(q, k, k, mask, scale=1.0)
+
+    q = torch.ones(1, 1, 2, 1)
+    k = torch.tensor([2.9, -3.1, 3.1, 0.5, 9.0]).view(1, 1, 5, 1)
+    bias = torch.tensor([0.0, 0.0, -torch.inf, 0.0, torch.finfo(torch.float32).min]).expand(2, 5)
+    for mask in (bias, bias == 0):  # three keys are left
+        found = spread(convert(Given()), [(q, k, mask)])[""]
+        assert found.saturated.item() == pytest.approx(1 / 3)
+        assert found.root_mean_square.item() == pytest.approx(((2.9**2 + 3.1**2 + 0.5**2) / 3) ** 0.5)
+
+
 def test_gains_are_parameters_of_the_layers():
     model, x = nn.Sequential(Block()), torch.randn(4, 6, 16)
     calibrate(convert(model), [(x,)])
@@ -82,6 +96,20 @@ def test_gains_are_parameters_of_the_layers():
     calibrate(convert(again), [x])
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+def test_gains_are_set_twice_unless_told_otherwise():
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 6, 16)
+    conversion = convert(model)
+
+    def gains(**options):
+        calibration = calibrate(conversion, [x], **options)
+        found = calibration.gains["1"].detach().clone()
+        calibration.undo()
+        return found
+
+    assert torch.equal(gains(), gains(rounds=2))
+    assert not torch.equal(gains(), gains(rounds=1))
 
 
 def test_a_second_calibration_starts_from_the_first():
@@ -204,5 +232,72 @@ def test_a_second_conversion_leaves_the_gains_of_the_first():
     model, inputs = build("llama"), inputs_of("llama")
     calibrate(convert(model), [inputs])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    convert(model, form="squared").undo()
+    with pytest.raises(ConversionError, match=r"2 of 2 .*: it is switched already"):
+        convert(model, form="squared")
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def models_with_gains():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).double()
+    yield layer, {"src": torch.randn(3, 5, 16).double()}
+    yield (
+        nn.MultiheadAttention(8, 2, kdim=3, vdim=5).double(),
+        dict(zip(("query", "key", "value"), (torch.randn(4, 2, size).double() for size in (8, 3, 5)), strict=True)),
+    )
+    x_transformers = pytest.importorskip("x_transformers")
+    yield (
+        x_transformers.Encoder(dim=16, depth=1, heads=2, attn_dim_head=8).double(),
+        {"x": torch.randn(3, 5, 16).double()},
+    )
+    timm = pytest.importorskip("timm")
+    vit = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    yield vit.double(), {"x": torch.randn(2, 3, 16, 16).double()}
+    from .transformers_models import build, inputs_of
+
+    for family in ("bert", "gpt2", "llama", "vit", "bart"):
+        yield build(family), inputs_of(family)
+
+
+def test_merged_gains_are_part_of_the_weights():
+    for model, inputs in models_with_gains():
+        conversion = convert(model.eval())
+        calibration = calibrate(conversion, [inputs], target=0.7)
+        names = [layer.name for layer in conversion.switched]
+        with torch.no_grad():
+            before = model(**inputs)
+            assert merge_gains(conversion) == names
+            after = model(**inputs)
+        before, after = (x if isinstance(x, torch.Tensor) else x[0] for x in (before, after))
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+        assert not any("expressive_gain" in name for name, _ in model.named_parameters())
+        for name, found in spread(conversion, [inputs]).items():
+            torch.testing.assert_close(found.root_mean_square, calibration.after[name].root_mean_square)
+
+
+def test_gains_that_a_norm_would_undo_are_not_merged():
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    model, x = timm.models.VisionTransformer(**sizes, qk_norm=True).eval(), torch.randn(2, 3, 16, 16)
+    conversion = convert(model)
+    calibrate(conversion, [x])
+    before = model(x)
+    with pytest.raises(ConversionError, match=r"blocks\.0\.attn \(ExpressiveAttention\) has gains, and no query proj"):
+        merge_gains(conversion)
+    assert torch.equal(model(x), before)
+
+
+def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    from expressive_attention.integrations import huggingface
+
+    from .transformers_models import build, inputs_of
+
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    calibrate(convert(model), [inputs])
+    merge_gains(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    huggingface.check(again)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])

@@ -6,7 +6,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from expressive_attention.integrations import ConversionError, convert, expressive_sdpa
+from expressive_attention.integrations import ConversionError, calibrate, convert, expressive_sdpa
 from expressive_attention.integrations.diffusers import ExpressiveAttnProcessor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -71,3 +71,39 @@ def test_a_processor_that_computes_softmax_by_itself_is_refused():
     model.set_attn_processor(AttnProcessor())
     with pytest.raises(ConversionError, match=r"8 of 8 .*: its processor AttnProcessor does not call"):
         convert(model)
+
+
+@pytest.mark.parametrize("how", ["convert", "squared", "processor", "one layer"])
+def test_the_choice_is_saved_and_restored(how, tmp_path):
+    model = unet()
+    if how == "processor":
+        model.set_attn_processor(ExpressiveAttnProcessor())
+    elif how == "one layer":
+        convert(model, layers="mid_block.attentions.0.transformer_blocks.0.attn1")
+    else:
+        convert(model, form="squared" if how == "squared" else "expressive")
+    again = model
+    for place in ("1", "2"):
+        again.save_pretrained(tmp_path / place)
+        again = UNet2DConditionModel.from_pretrained(tmp_path / place).eval()
+    plain = unet()
+    weights = {name: x for name, x in model.state_dict().items() if not name.endswith("expressive_attention_form")}
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(again(*UNET_INPUTS)[0], model(*UNET_INPUTS)[0])
+        assert not torch.equal(plain(*UNET_INPUTS)[0], model(*UNET_INPUTS)[0])
+
+
+def test_what_is_undone_is_not_saved(tmp_path):
+    model = dit()
+    convert(model).undo()
+    model.save_pretrained(tmp_path)
+    assert "expressive" not in (tmp_path / "config.json").read_text()
+
+
+def test_gains_that_the_loader_would_leave_out_are_an_error(tmp_path):
+    model = dit()
+    calibrate(convert(model), [DIT_INPUTS])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match=r"saved with gains in transformer_blocks\.0\.attn1, .*merge_gains"):
+        DiTTransformer2DModel.from_pretrained(tmp_path)

@@ -36,14 +36,14 @@ def worker(rank, how, address, expected):
         mine = slice(2 * rank, 2 * rank + 2)
         if how == "ddp":
             step(DistributedDataParallel(model), x[mine], y[mine])
-            found = model.state_dict()
+            found = {name: value.detach() for name, value in model.named_parameters()}
         else:
             for layer in model.layers:
                 fully_shard(layer)
             step(fully_shard(model), x[mine], y[mine])
-            found = {name: value.full_tensor() for name, value in model.state_dict().items()}
+            found = {name: value.full_tensor() for name, value in model.named_parameters()}
         for name, value in torch.load(expected).items():
-            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(found[name], value.detach(), msg=lambda text, name=name: f"{name}: {text}")
     finally:
         dist.destroy_process_group()
 
@@ -52,8 +52,8 @@ def worker(rank, how, address, expected):
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_take_the_step_of_one(how, tmp_path):
     model, x, y = model_and_data()
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(dict(model.named_parameters()))
     step(model, x, y)
-    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if "bias" not in name)
-    torch.save(model.state_dict(), tmp_path / "expected")
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters() if "bias" not in name)
+    torch.save(dict(model.named_parameters()), tmp_path / "expected")
     mp.start_processes(worker, (how, tmp_path / "rendezvous", tmp_path / "expected"), nprocs=2, start_method="spawn")

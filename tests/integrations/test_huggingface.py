@@ -185,7 +185,7 @@ def test_what_expressive_attention_does_not_define_is_an_error(name, options, wo
         convert(model).verify(**inputs_of("llama"))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "indices", "block_indices", "head_mask"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask"])
 def test_what_a_layer_is_given_beyond_the_definition_is_named(name):
     layer, qkv = build("llama").model.layers[0].self_attn, torch.randn(3, 3, 4, 9, 4)
     with pytest.raises(NotImplementedError, match=rf"LlamaAttention asks for .* \({name}\), which EA does not define"):
@@ -281,8 +281,10 @@ def test_a_model_inside_of_a_module_is_found():
 
 def test_every_argument_that_models_give_to_attention_is_known():
     # What it may not leave out, what it reads, and what says nothing about weights, or says it in the mask, too.
-    read = {"attention_mask", "dropout", "scaling", "is_causal", "position_bias", "output_attentions"}
-    idle = {"sliding_window", "max_length_q", "max_length_k", "position_ids", "deterministic", "query", "key", "value"}
+    read = {"attention_mask", "dropout", "scaling", "is_causal", "position_bias", "output_attentions", "sliding_window"}
+    read |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"}
+    read |= {"indices", "block_indices"} if NEW else set()
+    idle = {"deterministic", "query", "key", "value"}
     given = set()
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -290,3 +292,122 @@ def test_every_argument_that_models_give_to_attention_is_known():
                 given |= {keyword.arg for keyword in call.keywords}
     assert given >= (read if NEW else read - {"position_bias"})
     assert given - read - idle - {None} <= set(huggingface._UNDEFINED)
+
+
+# Modeling files that ask for an implementation by its name, and what becomes of it under ours.
+NAMED = {
+    "decision_transformer": "eager alone, for scores in float32",
+    "diffusion_gemma": "whether masks can be made, as they can",
+    "falcon": "sdpa alone; convert replaces torch's attention in its layers and leaves the name",
+    "gemma4": "sdpa alone, not to cut queries where there is no mask; queries fewer than keys are the last ones here",
+    "gemma4_unified": "as gemma4",
+    "glm5_next": "sdpa alone, for a bool mask; a mask of floats means the same here",
+    "gpt2": "eager alone, for scores in float32",
+    "qwen2_5_omni": "eager alone, which it refuses",
+    "timm_backbone": "eager alone, to return weights",
+    "timm_wrapper": "eager alone, to return weights",
+    # A mask of chosen keys is made for eager and sdpa alone; here it is made of the indices.
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "hy_v4_vl"), "indices"),
+    **dict.fromkeys(("minimax_m3_vl", "mistral_large4"), "indices"),
+    # Of transformers 4: the name is asked for to warn, or to choose among classes of layers, which convert reads.
+    "t5gemma": "eager alone, to warn",
+}
+
+
+def asks_by_name(tree):
+    """Whether code compares a name of an implementation to a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = any("attn_implementation" in ast.unparse(side) for side in sides)
+            parts = [part for side in sides for part in ast.walk(side)]
+            if names and any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
+                return True
+    return False
+
+
+@pytest.mark.skipif(not NEW, reason="the list is that of transformers 5")
+def test_every_model_that_asks_for_an_implementation_by_its_name_is_known():
+    folder, found = Path(transformers.__file__).parent / "models", set()
+    for path in folder.glob("*/modeling_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "attn_implementation" in text and asks_by_name(ast.parse(text)):
+            found.add(path.parent.name)
+    assert found <= set(NAMED), f"new in transformers {transformers.__version__}: {sorted(found - set(NAMED))}"
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="needs Gemma 4")
+def test_queries_that_a_model_leaves_out_are_not_missed():
+    options = {**LLAMA, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32}
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(**options, layer_types=layers, max_position_embeddings=64)
+    model = transformers.Gemma4ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        model.set_attn_implementation("spelled_out")
+        wanted = model(ids, use_cache=False).logits
+        model.set_attn_implementation("sdpa")
+        convert(model)
+        for kept in (1, 3, 0):
+            found = model(ids, logits_to_keep=kept, use_cache=False).logits
+            torch.testing.assert_close(found, wanted[:, -kept:], rtol=1e-9, atol=1e-9)
+
+
+def test_keys_that_a_layer_chooses_are_the_ones_it_sees():
+    layer, (q, k, v) = build("llama").model.layers[0].self_attn, torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    indices = torch.tensor([[0, 0], [0, 1], [1, 2], [0, 3], [2, 4]]).expand(2, 5, 2)
+    keep = torch.zeros(2, 1, 5, 5).scatter(-1, indices[:, None], 1.0)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    found, _ = huggingface._attention("expressive", layer, q, k, v, causal, indices=indices)
+    wanted, _ = spelled_out(layer, q, k, v, (keep * causal).log())
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+PACKED = ["llama", "mistral", "gemma"]
+
+
+@pytest.mark.parametrize("given", [{"use_cache": False}, {"positions": False}, {"output_attentions": True}])
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_sequences_are_the_sequences_by_themselves(family, given):
+    model, ids = build(family), torch.randint(1, 64, (1, 13))
+    convert(model)
+    starts = torch.tensor([0, 3, 4, 13], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in starts.diff().tolist()])[None]
+    options = {key: value for key, value in given.items() if key != "positions"}
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    if given.get("positions", True):
+        packed["position_ids"] = positions
+
+    def gradients(parts):
+        model.zero_grad()
+        logits = torch.cat(parts, 1)
+        (logits.sin() * torch.arange(13)[:, None]).sum().backward()
+        return logits, [p.grad.clone() for p in model.parameters()]
+
+    pieces = list(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+    if "position_ids" in packed:
+        wanted = gradients([model(ids[:, a:b]).logits for a, b in pieces])
+    else:  # rotary positions are relative: only where sequences begin differs
+        wanted = gradients([model(ids[:, a:b], position_ids=torch.arange(a, b)[None]).logits for a, b in pieces])
+    found = gradients([model(ids, **packed, **options).logits])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-9)  # Gemma norms in float32
+
+
+def test_packed_sequences_in_both_ways_are_the_same():
+    layer = build("llama").model.layers[0].self_attn
+    (q,), (k, v) = torch.randn(1, 1, 4, 7, 4).double(), torch.randn(2, 1, 2, 9, 4).double()
+    packed = {"cu_seq_lens_q": torch.tensor([0, 3, 7]), "cu_seq_lens_k": torch.tensor([0, 5, 9])}
+    found, _ = huggingface._attention("expressive", layer, q, k, v, None, sliding_window=3, **packed)
+    keep = torch.zeros(7, 9, dtype=torch.bool)
+    for i in range(7):
+        for j in range(9):
+            place = i + 2  # of both: the last query is at the place of the last key
+            keep[i, j] = (i < 3) == (j < 5) and place - 3 < j <= place
+    wanted, _ = spelled_out(layer, q, k, v, keep.double().log()[None, None])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    again, _ = huggingface._attention("expressive", layer, q, k, v, keep[None, None], **packed)
+    torch.testing.assert_close(again, wanted, rtol=1e-12, atol=1e-12)

@@ -24,12 +24,8 @@ def test_the_choice_is_saved_and_restored(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**inputs)[0], model(**inputs)[0])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    if NEW:  # it follows config.json by itself
-        assert plain.config._attn_implementation == "expressive"
-        huggingface.check(plain)
-    else:
-        with pytest.raises(ConversionError, match="expressive attention in all layers and has it in no layer"):
-            huggingface.check(plain)
+    assert plain.config._attn_implementation == "expressive"
+    huggingface.check(plain)
     # Without this package: nothing is registered under that name.
     if NEW:
         kept = AttentionInterface._global_mapping.pop("expressive")
@@ -164,3 +160,122 @@ def test_a_change_behind_the_record_is_found():
         huggingface.check(model)
     convert(copy.deepcopy(model), form="squared")
     assert model.config.expressive_attention == {"expressive": None}
+
+
+def loaded_by(load, model, folder):
+    model.save_pretrained(folder)
+    found = load(folder)
+    huggingface.check(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "load", [AutoModelForCausalLM.from_pretrained, lambda f: huggingface.from_pretrained(AutoModelForCausalLM, f)]
+)
+@pytest.mark.parametrize("how", ["convert", "name", "set"])
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+def test_the_choice_survives_any_number_of_saves(load, how, form, tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    name = huggingface.IMPLEMENTATIONS[form]
+    if how == "name":
+        plain, model = model, AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation=name)
+        model.load_state_dict(plain.state_dict())
+    elif how == "set":
+        model.set_attn_implementation(name)
+    else:
+        convert(model, form=form)
+    model.eval()
+    again = loaded_by(load, loaded_by(load, loaded_by(load, model, tmp_path / "1"), tmp_path / "2"), tmp_path / "3")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+        model.config._attn_implementation = "sdpa"
+    assert again.config._attn_implementation == name
+    assert "attn_implementation" not in model.config.to_dict() or how == "convert"
+
+
+def test_the_choice_survives_fine_tuning_with_lora(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    convert(model)
+    model.save_pretrained(tmp_path / "1")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    merged = peft.get_peft_model(loaded, config).merge_and_unload()
+    merged.save_pretrained(tmp_path / "2")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "2").eval()
+    huggingface.check(again)
+    model.load_state_dict(merged.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs)[0], model(**inputs)[0])
+
+
+def test_models_inside_of_models_keep_the_choice(tmp_path):
+    text = {key: value for key, value in build("llama").config.to_dict().items() if key != "attn_implementation"}
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config={"model_type": "clip_vision_model", **VIT, "projection_dim": 8}
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    convert(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    huggingface.check(again)
+    parts = [
+        part.config._attn_implementation for part in again.modules() if isinstance(part, transformers.PreTrainedModel)
+    ]
+    assert set(parts) == {"expressive"}
+
+
+def test_gains_that_a_loader_leaves_out_are_missed(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    calibration = calibrate(convert(model), [inputs])
+    huggingface.check(model)
+    model.save_pretrained(tmp_path / "1")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    with pytest.raises(ConversionError):
+        huggingface.check(plain)
+    if NEW:
+        with pytest.raises(ConversionError, match=r"huggingface\.from_pretrained"):
+            plain(**inputs)
+    again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path / "1")
+    huggingface.check(again)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    del model.model.layers[0].self_attn.expressive_gain
+    with pytest.raises(ConversionError, match=r"gains in model\.layers\.0\.self_attn, .* has them in model\.layers\.1"):
+        huggingface.check(model)
+    again.save_pretrained(tmp_path / "2")
+    huggingface.check(huggingface.from_pretrained(AutoModelForCausalLM, tmp_path / "2"))
+    model = build("llama", torch.float32)
+    calibration = calibrate(convert(model), [inputs])
+    calibration.undo()
+    model.save_pretrained(tmp_path / "3")
+    huggingface.check(AutoModelForCausalLM.from_pretrained(tmp_path / "3"))
+
+
+def test_models_that_take_the_name_and_run_softmax_are_found():
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="expressive")
+    with pytest.raises(ConversionError, match=r"expressive attention, but not in: transformer\.h\.0\.self_attention"):
+        huggingface.check(model)
+
+
+def test_weights_without_the_model_are_refused_by_softmax():
+    model, plain = build("llama"), build("llama")
+    convert(model)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.0\.self_attn\.expressive_attention_form"):
+        plain.load_state_dict(model.state_dict())
+    convert(plain).undo()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        plain.load_state_dict(model.state_dict())
+    other = build("llama")
+    conversion = convert(other, form="squared")
+    with pytest.raises(RuntimeError, match="saved with the form 'expressive', and the layer has 'squared'"):
+        other.load_state_dict(model.state_dict())
+    conversion.undo()
+    convert(other)
+    other.load_state_dict(model.state_dict())
+    other.load_state_dict(plain.state_dict())  # of softmax, as what training starts from
+    torch.testing.assert_close(other.lm_head.weight, plain.lm_head.weight)
+    twin = copy.deepcopy(other)
+    assert twin.state_dict().keys() == other.state_dict().keys()
+    twin.load_state_dict(other.state_dict())

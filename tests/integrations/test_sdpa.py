@@ -1,10 +1,12 @@
 import copy
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from expressive_attention import expressive_attention
@@ -85,7 +87,7 @@ def test_the_fused_path_of_torch_is_not_taken():
     with (
         torch.no_grad(),
         expressive_sdpa(),
-        pytest.raises(NotImplementedError, match="_native_multi_head_attention computes"),
+        pytest.raises(NotImplementedError, match="_native_multi_head_attention of torch computes"),
     ):
         torch._native_multi_head_attention(x, x, x, 8, 2, *weights)
 
@@ -119,6 +121,60 @@ def test_checkpointing_needs_the_mode_for_the_second_pass_too():
     torch.testing.assert_close(gradient(context_fn=lambda: (expressive_sdpa(), expressive_sdpa())), q.grad)
 
 
+def test_the_operator_of_torch_is_replaced_too():
+    wanted = expressive_attention(Q, K, V, MASK, is_causal=False, scale=0.3)
+    for function in (torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default):
+        with expressive_sdpa():
+            assert torch.equal(function(Q, K, V, MASK, scale=0.3), wanted)
+
+
+def within(b, h, i, j):
+    return (i - j).abs() < 40
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("outside", [False, True])
+def test_flex_attention_with_a_block_mask(outside):
+    q, k, v = torch.randn(3, 2, 4, 160, 8, generator=torch.Generator().manual_seed(3)).unbind(0)
+    near = (torch.arange(160)[:, None] - torch.arange(160)).abs() < 40
+    mask = create_block_mask(within, None, None, 160, 160, device="cpu", BLOCK_SIZE=32)
+    # Blocks that are listed and not full, of which nothing says what they hide but that they are not listed.
+    first = BlockMask.from_kv_blocks(torch.ones(1, 1, 5, dtype=torch.int32), torch.zeros(1, 1, 5, 5, dtype=torch.int32),
+                                     BLOCK_SIZE=32, seq_lengths=(160, 160))  # fmt: skip
+    listed = (torch.arange(160) < 32).expand(160, 160)
+    attend = torch.compile(flex_attention) if outside else flex_attention
+    for block_mask, keep in ((None, None), (mask, near), (first, listed)):
+        with expressive_sdpa("squared"):
+            found = attend(q, k[:, :2], v[:, :2], block_mask=block_mask, scale=0.4, enable_gqa=True)
+        wanted = expressive_attention(q, k[:, :2], v[:, :2], keep, scale=0.4, enable_gqa=True, form="squared")
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_computes_softmax_inside_is_an_error():
+    with expressive_sdpa():
+        # FlexAttention compiles itself, and the compiler has an error of its own for an error in what it compiles.
+        with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported)):
+            flex_attention(Q, K, V, score_mod=lambda score, b, h, i, j: score + i)
+        with pytest.raises(NotImplementedError, match="_scaled_dot_product_flash_attention_for_cpu of torch computes"):
+            torch._scaled_dot_product_flash_attention_for_cpu(Q, K, V)
+        with pytest.raises(NotImplementedError, match=r"_scaled_dot_product_attention_math\.default of torch computes"):
+            torch.ops.aten._scaled_dot_product_attention_math.default(Q, K, V)
+        if find_spec("torch.nn.attention.varlen") is not None:
+            from torch.nn.attention.varlen import varlen_attn
+
+            x, starts = Q[0].transpose(0, 1), torch.tensor([0, 6], dtype=torch.int32)
+            with pytest.raises(NotImplementedError, match=r"expressive_attention_varlen for packed sequences"):
+                varlen_attn(x, x, x, starts, starts, 6, 6)
+
+
 def test_a_wrong_form_is_named():
     with pytest.raises(ValueError, match=r"form must be one of \('expressive', 'squared'\), got 'softmax'"):
         expressive_sdpa("softmax")
+
+
+def test_a_gain_multiplies_z_also_of_a_single_head():
+    q, k, v = (x[0, 0] for x in (Q, K, V))
+    with expressive_sdpa(gain=torch.tensor([3.0])):
+        found = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(found, expressive_attention(q, k, v, scale=3 / q.shape[-1] ** 0.5))

@@ -57,3 +57,15 @@ def test_other_families(name):
     count = len(conversion.layers)
     assert str(conversion.verify(torch.randn(1, 3, 224, 224))) == f"EA ran in {count}/{count} layers"
     assert count == (4 if "swin" in name else 1)
+
+
+def test_weights_without_the_model_are_refused_by_softmax(tmp_path):
+    model, plain = vit(), vit()
+    convert(model)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attn\.expressive_attention_form"):
+        timm.models.load_checkpoint(plain, str(tmp_path / "weights.pt"))
+    convert(plain)
+    timm.models.load_checkpoint(plain, str(tmp_path / "weights.pt"))
+    with torch.no_grad():
+        assert torch.equal(plain(IMAGES), model(IMAGES))

@@ -115,6 +115,16 @@ def test_the_gain_multiplies_z():
     torch.testing.assert_close(expressive_attention(gain(q), k, v), expected)
 
 
+def test_rope_turns_by_the_base_that_it_is_told():
+    torch.manual_seed(5)
+    x = torch.randn(1, 7, 16)
+    for options, base in (({}, 10_000.0), ({"rope_base": 30.0}, 30.0)):
+        module, plain = SelfAttention(16, 2, position="rope", **options), SelfAttention(16, 2)
+        plain.load_state_dict(module.state_dict())
+        turned = RotaryPositions(8, base)(plain.heads(x)[0])
+        assert torch.equal(module.heads(x)[0], turned)
+
+
 def test_the_gain_starts_where_it_is_told():
     assert SelfAttention(8, 2, gain=True).gain.weight.tolist() == [1.0, 1.0]
     assert SelfAttention(8, 2, gain=True, initial_gain=0.25).gain.weight.tolist() == [0.25, 0.25]

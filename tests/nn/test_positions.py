@@ -106,7 +106,15 @@ def test_a_relative_bias_is_its_table_at_the_distance():
 
 def test_learned_positions_add_their_table():
     positions = LearnedPositions(5, 3)
-    x = torch.randn(2, 4, 3)
-    torch.testing.assert_close(positions(x) - x, positions.table.weight[:4].expand(2, 4, 3))
+    x = torch.randn(2, 5, 3)
+    for length in (4, 5):
+        short = x[:, :length]
+        torch.testing.assert_close(positions(short) - short, positions.table.weight[:length].expand(2, length, 3))
     with pytest.raises(ValueError, match="at most 5 positions, got 6"):
         positions(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("positions", [RotaryPositions, SinusoidalPositions])
+def test_a_base_is_positive(positions):
+    with pytest.raises(ValueError, match="base must be positive, got 0"):
+        positions(4, base=0.0)

@@ -36,13 +36,15 @@ def test_the_model_is_its_parts(kind, position):
         x = block(x)
     if kind == "pre":
         x = norm(x)
+    assert isinstance(model.final_norm, torch.nn.LayerNorm) == (kind == "pre")  # one after "post" would change little
     torch.testing.assert_close(model(tokens), model.head(x))
 
 
-def test_initialization_has_the_spreads_it_says():
+@pytest.mark.parametrize(("options", "std"), [({}, 0.5), ({"embedding_std": 0.2}, 0.2)])
+def test_initialization_has_the_spreads_it_says(options, std):
     torch.manual_seed(2)
-    model = Transformer(200, 6, 64, 1, 2, embedding_std=0.5)
-    assert model.embedding.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    model = Transformer(200, 6, 64, 1, 2, **options)
+    assert model.embedding.weight.std().item() == pytest.approx(std, rel=0.05)
     assert model.blocks[0].down.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert model.head.bias.abs().max() == 0
 

@@ -9,11 +9,10 @@ from expressive_attention.study.config import (
     TrainingConfig,
     load_config,
     parse_config,
-    preset_names,
-    preset_text,
     tomllib,
 )
 from expressive_attention.study.family import PRIMARY_COMPARISONS
+from expressive_attention.study.presets import preset_names, preset_text
 from expressive_attention.study.results import Setting
 from expressive_attention.study.tasks.contexts import facts_of_test
 from expressive_attention.study.tasks.language import LanguageTask

@@ -14,7 +14,7 @@ from tests.integrations.torchvision_stub import make_importable
 
 from .report_data import trained
 
-COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "geometry"]
+COMMAND = [sys.executable, "-m", "expressive_attention", "geometry"]
 
 
 def ea_geometry(*arguments):

@@ -193,6 +193,10 @@ def test_sign_flip_enumerates_all_signs():
     assert sign_flip_p(differences) == np.mean(np.array(sums) >= sum(differences) - 1e-9)
 
 
+def test_a_sampled_p_counts_the_signs_that_were_seen_and_is_never_0():
+    assert sign_flip_p([0.1] * 40) == 1 / 10_000  # 2 of 2^40 choices of signs are as far, and none of 9999
+
+
 @pytest.mark.parametrize("n", [16, 24])
 def test_sign_flip_agrees_with_scipy(n):
     differences = np.random.default_rng(n).normal(0.3, 0.8, n)
@@ -524,3 +528,10 @@ def test_trend_covers_the_slope(between, few_resamples):
 def test_trend_refuses_lengths_that_differ():
     with pytest.raises(ValueError, match="got 2, 3 and 3"):
         trend([1.0, 2.0], np.ones((3, 8)), [0, 0, 0])
+
+
+@pytest.mark.parametrize(("conditions", "has_interval"), [(6, False), (7, True)])
+def test_a_trend_has_an_interval_from_five_degrees_of_freedom(conditions, has_interval):
+    margins = np.random.default_rng(0).normal(0.1, 0.1, (conditions, 6))
+    found = trend(range(conditions), margins, [0] * conditions)
+    assert (found.interval is not None) == has_interval

@@ -82,6 +82,43 @@ def test_a_seed_that_diverges_is_recorded_and_harms_no_other(monkeypatch):
     assert healthy.seeds["diverged_at"].null_count() == 3
 
 
+def test_the_model_of_a_configuration():
+    def base(**options):
+        return (
+            build_model(NTTask(basis=4, delay=9), ModelConfig(**options), "expressive", 0).blocks[0].attention.rope.base
+        )
+
+    assert NTTask(basis=4, delay=9).length == 10
+    assert (base(), base(rope_base=7.0)) == (20.0, 7.0)  # twice the length, unless told otherwise
+    assert build_model(NTTask(basis=4, delay=2), ModelConfig(), "expressive", 0).blocks[0].attention.rope.base == 10.0
+    shape = ModelConfig(layers=2, heads=4, mlp_ratio=3, embedding_std=0.1)
+    model = build_model(NTTask(basis=4, delay=2), shape, "expressive", 0, initial_gain=0.5)
+    assert model.embedding.weight.std().item() == pytest.approx(0.1, rel=0.3)
+    assert len(model.blocks) == 2
+    assert model.blocks[1].up.out_features == 3 * 16
+    assert model.blocks[1].attention.gain.weight.tolist() == [0.5] * 4
+
+
+def test_the_optimizer_of_a_configuration():
+    model = torch.nn.Linear(2, 2)
+    options = {"betas": (0.8, 0.9), "weight_decay": 0.25, "momentum": 0.5}
+    for name, kept in (("adam", ("betas", "weight_decay")), ("sgd", ("momentum", "weight_decay"))):
+        optimizer = training.make_optimizer(model, 0.125, TrainingConfig(optimizer=name, **options))
+        assert isinstance(optimizer, {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}[name])
+        assert {key: optimizer.defaults[key] for key in ("lr", *kept)} == {"lr": 0.125} | {k: options[k] for k in kept}
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_there_are():
+    model = torch.nn.Linear(3, 5)
+    inputs = torch.randn(2, 1, 4, 3)  # two seeds, which would have models of their own
+    targets = torch.full((2, 1, 4), IGNORED)
+    targets[0, 0, 1], targets[1, 0, :2] = 3, torch.tensor([0, 4])
+    each = -model(inputs).detach().log_softmax(-1)
+    wanted = torch.stack([each[0, 0, 1, 3], (each[1, 0, 0, 0] + each[1, 0, 1, 4]) / 2])
+    losses = training.train_step(model, torch.optim.SGD(model.parameters(), 0.1), inputs, targets, None)
+    torch.testing.assert_close(losses, wanted)
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     config = TrainingConfig(steps=300, warmup=100)
     assert learning_rate_factor(0, config) == pytest.approx(0.01)

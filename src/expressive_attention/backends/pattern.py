@@ -119,13 +119,14 @@ class Pattern(NamedTuple):
         return place, column, keep, slopes
 
     def sequences(self) -> Iterator[tuple[slice, slice, Pattern]]:
-        """The rows, the keys and the pattern of each of the packed sequences."""
+        """The rows, the keys that exist and the pattern of each of the packed sequences."""
         rows, columns = ([] if starts is None else starts.tolist() for starts in (self.query_starts, self.key_starts))
+        lengths = None if self.key_lengths is None else self.key_lengths.tolist()
         for i in range(len(rows) - 1):
             slopes = self.slopes if self.slopes is None or self.slopes.shape[0] == 1 else self.slopes[i : i + 1]
-            lengths = None if self.key_lengths is None else self.key_lengths[i : i + 1]
-            own = Pattern(self.left, self.right, self.lower_right, slopes, lengths)
-            yield slice(rows[i], rows[i + 1]), slice(columns[i], columns[i + 1]), own
+            end = columns[i + 1] if lengths is None else min(columns[i] + lengths[i], columns[i + 1])
+            own = Pattern(self.left, self.right, self.lower_right, slopes)
+            yield slice(rows[i], rows[i + 1]), slice(columns[i], end), own
 
 
 def _local(row: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +145,8 @@ def _joined(attn_mask: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask.masked_fill(~attn_mask, -torch.inf)
     if mask.dtype == torch.bool:
         return attn_mask.to(dtype).masked_fill(~mask, -torch.inf)
-    return mask + attn_mask
+    # What is hidden stays so, whatever bias it has.
+    return torch.where(mask == -torch.inf, mask, mask + attn_mask)
 
 
 def forward(

@@ -13,23 +13,32 @@ but floating point would underflow. So query and key vectors are brought to leng
 z to a largest entry of one, by powers of two, which round nothing:
 
     z_ij = 2^r_i y_ij,   f(z_ij) = 4^r_i y_ij^2 / (1 + 4^r_i y_ij^2),   r_i <= 0.
+
+All arithmetic is on finite numbers: NaN and infinities are taken out of the inputs, since 0 * NaN would carry them from
+what is hidden to what is seen, and rows that see some of them are made NaN in the end.
+
+Gradients are those of autograd, in which the part of dq along q is what remains of terms that cancel: it loses a
+factor of 1 / z^2 where all scores of a row are small.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .problem import Problem, accumulation_dtype, empty_peak, row_peak
+from .problem import Problem, accumulation_dtype, empty_peak
 
 __all__ = ["forward", "supports", "takes"]
 
 # Beyond this |z|, f(z) is 1 and f'(z) is 0 in every dtype; z^2 is still finite in float32.
 _SATURATED = 2.0**60
+
+# How much larger than the peak the bias of a key with score 0 may count as: its first derivatives are 0, its second
+# ones are not.
+_LARGEST_EXCESS = 40.0
 
 
 def supports(problem: Problem) -> str | None:
@@ -59,41 +68,80 @@ def forward(
     Differentiable with respect to query, key, value and a float mask, any number of times.
     """
     dtype = accumulation_dtype(query.dtype)
-    rows, keys = query.shape[-2], key.shape[-2]
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
-    keep, diagonal = None, pattern.diagonal(query, key)
-    if diagonal is not None:
-        keep = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(diagonal)
-    bias = None
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        keep = attn_mask if keep is None else keep & attn_mask
-    elif attn_mask is not None:
-        bias = attn_mask.to(dtype)
+    bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+    visible = _visible(attn_mask, pattern.diagonal(query, key), q, k)
+    broken = q.isnan().any(-1, keepdim=True) | k.isnan().any(-1, keepdim=True).mT
+    broken_values = ~v.isfinite()
+    q, k, v = q.nan_to_num(nan=0.0), k.nan_to_num(nan=0.0), v.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
-    y, exponent = _scores(q, k, scale, keep, form)
+    y, exponent = _scores(q, k, scale, visible, form)
     # The coefficient of y^2 in the denominator of f: 4^r, or 0 where f(z) = z^2 to the last bit.
     saturation = torch.exp2(2.0 * exponent) if form == "expressive" else torch.zeros_like(exponent)
-    weight = (_Weight if torch.compiler.is_compiling() else _WeightWithJvp).apply(y, saturation)
+    weight = _weight(y, saturation)
     peak = None
-    if bias is not None:
-        peak = row_peak(bias, range(rows), diagonal)
-        weight = weight * torch.exp(bias - peak)
-    if keep is not None:
-        weight = torch.where(keep, weight, 0.0)
+    if bias is not None and visible is not None:
+        broken = broken | ~bias.isfinite()
+        bias = torch.where(visible & bias.isfinite(), bias, 0.0)
+        peak = _peak(bias, visible & (y != 0))
+        weight = weight * torch.exp((bias - peak).clamp(max=_LARGEST_EXCESS))
+    if visible is not None:
+        weight = torch.where(visible, weight, 0.0)
+        broken = broken & visible
 
     total = weight.sum(-1, keepdim=True)
-    attention = weight / torch.where(total == 0, 1.0, total)
+    attention = _shares(weight)
     attention = torch.dropout(attention, dropout_p, train=True) if dropout_p else attention
-    output = (attention @ v).to(query.dtype)
-    normalizer = (total * torch.exp2(2.0 * exponent)).squeeze(-1)
-    return output, normalizer, empty_peak(normalizer, None) if peak is None else peak.squeeze(-1).expand_as(normalizer)
+    broken = broken.any(-1, keepdim=True)
+    output = attention @ v + _nan_where(broken | _sees(visible, broken_values), v)
+    normalizer = (total * torch.exp2(2.0 * exponent) + _nan_where(broken, v)).squeeze(-1)
+    peak = empty_peak(normalizer, None) if peak is None else peak.squeeze(-1)
+    return output.to(query.dtype), normalizer, peak
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
+def _visible(attn_mask: Tensor | None, diagonal: int | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Which keys a query sees, ``(B | 1, H | 1, L | 1, S)``; None: all."""
+    rows, keys = q.shape[-2], k.shape[-2]
+    visible = None
+    if attn_mask is not None:
+        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+        visible = visible.expand(-1, -1, -1, keys)
+    if diagonal is None:
+        return visible
+    causal = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(diagonal)
+    return causal if visible is None else visible & causal
+
+
+def _sees(visible: Tensor | None, broken: Tensor) -> Tensor:
+    """Whether a row sees one of the `broken` numbers ``(B, H, S, Ev)`` of a column: ``(B, H, L | 1, Ev)``."""
+    if visible is None:
+        return broken.any(-2, keepdim=True)
+    return visible.to(torch.float32) @ broken.to(torch.float32) > 0
+
+
+def _nan_where(where: Tensor, like: Tensor) -> Tensor:
+    """NaN where it says so, and 0 elsewhere: to be added, so that gradients pass."""
+    return torch.where(where, torch.nan, 0.0).to(like.dtype)
+
+
+def _peak(bias: Tensor, counts: Tensor) -> Tensor:
+    """The largest bias of the keys of each row that count, ``(B, H, L, 1)``; 0 where none does.
+
+    Weights are computed from ``bias - peak``, so that a bias means what it means for softmax (adding a constant to a
+    row changes nothing) and never overflows or underflows a whole row. A key with score 0 has no weight to compare
+    others with.
+    """
+    bias = torch.where(counts, bias.detach(), -torch.inf)
+    # A key more keeps the maximum defined where there is none.
+    peak = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+    return torch.where(peak == -torch.inf, 0.0, peak)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
     """y ``(B, H, L, S)`` and the exponent r ``(B, H, L, 1)`` with z = 2^r y, |y| <= 1 where r < 0."""
     mantissa, scale_exponent = math.frexp(scale)
     q, q_exponent = _unit(q)
@@ -102,8 +150,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None, form: str) 
     exponent = q_exponent + k_exponent.mT + scale_exponent
     lowest = -(2.0**20)  # below every exponent of a product of floats
     size = torch.where(y.detach() == 0, lowest, torch.frexp(y.detach()).exponent + exponent)
-    if keep is not None:
-        size = torch.where(keep, size, lowest)
+    if visible is not None:
+        size = torch.where(visible, size, lowest)
     # A key more keeps the maximum defined where there is none.
     size = torch.nn.functional.pad(size, (0, 1), value=lowest)
     largest = size.amax(-1, keepdim=True)
@@ -111,7 +159,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None, form: str) 
     if form == "expressive":
         largest = largest.clamp(max=0.0)
     limits = torch.finfo(q.dtype)
-    shift = (exponent - largest).clamp(math.log2(limits.tiny), math.log2(limits.max))
+    # Of pairs that are hidden it can be anything; 2^shift has to be finite, or their gradients were 0 * inf.
+    shift = (exponent - largest).clamp(math.log2(limits.tiny), math.frexp(limits.max)[1] - 1)
     y = (y * torch.exp2(shift.to(q.dtype))).clamp(-_SATURATED, _SATURATED)
     return y, largest.to(q.dtype)
 
@@ -124,44 +173,27 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * torch.exp2(-exponent), exponent
 
 
-class _Weight(torch.autograd.Function):
-    """y^2 / (1 + t y^2) with derivative 2 y / (1 + t y^2)^2.
+def _weight(y: Tensor, t: Tensor) -> Tensor:
+    """y^2 / (1 + t y^2), so written that derivatives of every order lose nothing.
 
-    Autograd of the quotient would subtract two numbers that agree to 1 / (t y^2) and lose the derivative of
-    large scores.
+    Autograd of the quotient subtracts two numbers that agree to 1 / (t y^2), where that is small; of 1 / (t + y^-2)
+    it subtracts none.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, t: Tensor) -> Tensor:
-        s = y * y
-        return s / (1.0 + t * s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return grad * _derivative(y, t), None
+    large = (t * y * y).detach() > 1.0
+    s = torch.where(large, 0.0, y).square()
+    inverse = 1.0 / torch.where(large, y, 1.0)
+    return torch.where(large, 1.0 / (t + inverse * inverse), s / (1.0 + t * s))
 
 
-class _WeightWithJvp(_Weight):
-    """Adds forward-mode derivatives, which torch.compile refuses to trace."""
+def _shares(weight: Tensor) -> Tensor:
+    """w_j / sum_j w_j, or 0 where that sum is 0.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, y_tangent: Tensor, t_tangent: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, t = ctx.saved_tensors
-        return y_tangent * _derivative(y, t)
+    The first division is by a constant, of which the result does not depend. After it, one key that has all the weight
+    has weight 1, and its derivative is exactly 0. Small scores would magnify what rounding left of it.
+    """
+    weight = weight / _without_zeros(weight.sum(-1, keepdim=True)).detach()
+    return weight / _without_zeros(weight.sum(-1, keepdim=True))
 
 
-def _derivative(y: Tensor, t: Tensor) -> Tensor:
-    r = 1.0 / (1.0 + t * y * y)
-    return 2.0 * y * r * r
+def _without_zeros(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1.0, total)

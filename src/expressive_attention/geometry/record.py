@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional import Call
+from ..integrations.table import Table
 from . import measures
 
 __all__ = ["ANGLES", "MEASURES", "SIZES", "LayerRecord", "Record"]
@@ -247,7 +248,7 @@ class LayerRecord:
         return measures.head_similarity(*(torch.stack([x.attention(i) for i in examples]) for x in (self, other)))
 
 
-class Record:
+class Record(Table):
     """What was seen of a model, by the names of its layers. Printed, it is a table of heads."""
 
     def __init__(self) -> None:

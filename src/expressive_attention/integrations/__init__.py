@@ -1,7 +1,9 @@
 """Expressive attention in the models that people have: one file per library, and `convert` for all of them."""
 
+from ..decomposition import decompositions
 from .calibration import Calibration, calibrate
 from .conversion import Conversion, ConversionError, Layer, Verification, convert
+from .merging import merge_gains
 from .sdpa import expressive_sdpa
 
 __all__ = [
@@ -12,5 +14,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "convert",
+    "decompositions",
     "expressive_sdpa",
+    "merge_gains",
 ]

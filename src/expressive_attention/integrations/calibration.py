@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Call
-from .conversion import Conversion
+from .conversion import Conversion, record_choice
 from .switching import GAIN
+from .table import Table
 from .tracing import traced
 
 __all__ = ["Calibration", "Spread", "calibrate", "spread"]
@@ -40,7 +41,7 @@ class Spread:
     dtype: torch.dtype
 
 
-class Calibration:
+class Calibration(Table):
     """The gains that a model was given. Printed, it is a table of the scores before and after.
 
     Attributes:
@@ -51,12 +52,13 @@ class Calibration:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Mapping[str, nn.Module],
         before: dict[str, Spread],
         after: dict[str, Spread],
         old: dict[str, Tensor | None],
     ) -> None:
-        self._layers, self._old = dict(layers), old
+        self._model, self._layers, self._old = model, dict(layers), old
         self.before, self.after = before, after
         self.gains: dict[str, Tensor] = {name: getattr(module, GAIN) for name, module in layers.items()}
 
@@ -67,6 +69,7 @@ class Calibration:
                 module._parameters.pop(GAIN, None)
             else:
                 getattr(module, GAIN).data.copy_(old)
+        record_choice(self._model)
 
     def __str__(self) -> str:
         rows = [("layer", "gain", "rms of z before", "after", "|z| > 3 before", "after")]
@@ -136,7 +139,8 @@ def calibrate(conversion: Conversion, batches: Iterable[Any], *, target: float =
             else:
                 getattr(module, GAIN).data.mul_(factor)
         now = spread(conversion, inputs)
-    return Calibration(layers, before, now, old)
+    record_choice(conversion.model)
+    return Calibration(conversion.model, layers, before, now, old)
 
 
 @torch.no_grad()

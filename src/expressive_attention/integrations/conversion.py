@@ -18,8 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.problem import check_form
-from .inspection import attention_like, names_used
+from .errors import ConversionError
+from .guard import guard, is_guarded, unguarded
+from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
+from .marks import mark
 from .switching import GAIN, Switched, set_attributes
+from .table import Table
 from .tracing import Tracer, traced
 
 __all__ = ["Conversion", "ConversionError", "Found", "Layer", "Verification", "convert"]
@@ -35,10 +39,6 @@ _ADAPTERS = (
     ("diffusers", "diffusers"),
     ("functional", None),
 )
-
-
-class ConversionError(ValueError):
-    """A model that is not, or not wholly, switched; the message names the layers and says why."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Layer:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Table):
     """Where expressive attention ran in a forward pass.
 
     Attributes:
@@ -124,8 +124,8 @@ class Verification:
         return text + (f"; softmax ran outside of all of them: {self.softmax['']} times" if "" in self.softmax else "")
 
 
-class Conversion:
-    """A model that has been switched, and how. Printed, it is a table.
+class Conversion(Table):
+    """A model that has been switched, and how. Printed, it is a table; a context manager, it undoes itself at its end.
 
     Attributes:
         model: The model, switched in place.
@@ -139,6 +139,13 @@ class Conversion:
         self._undos: list[Undo] | None = undos
         modules = dict(model.named_modules())
         self._classes = {layer.name: type(modules[layer.name]) for layer in self.switched}
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Undo it."""
+        self.undo()
 
     @property
     def switched(self) -> list[Layer]:
@@ -161,7 +168,11 @@ class Conversion:
         modules = dict(self.model.named_modules())
         layers = {layer.name: modules[layer.name] for layer in self.layers}
         expressive: Counter[str] = Counter()
-        with traced(layers, lambda layer, _: expressive.update([layer])) as tracer, _Softmax(tracer) as softmax:
+        with (
+            unguarded(),
+            traced(layers, lambda layer, _: expressive.update([layer])) as tracer,
+            _Softmax(tracer) as softmax,
+        ):
             self.model(*inputs, **kwargs)
         switched = [layer.name for layer in self.switched]
         found = Verification(
@@ -179,7 +190,8 @@ class Conversion:
         Gains that `calibrate` gave to layers are taken away.
 
         Raises:
-            ConversionError: A layer was given another class since, as by a parametrization. Nothing is changed.
+            ConversionError: A layer was given another class since, as by a parametrization, or another forward pass, as
+                by a hook of accelerate. Nothing is changed.
         """
         if self._undos is None:
             return
@@ -189,6 +201,17 @@ class Conversion:
             raise ConversionError(
                 f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
                 f"{', '.join(changed)}; take that back first"
+            )
+        # What has taken its place may keep, and call, the forward pass of a class that the layer would no longer have.
+        hidden = [
+            name
+            for name, made in self._classes.items()
+            if issubclass(made, Switched) and "forward" in vars(modules[name])
+        ]
+        if hidden:
+            raise ConversionError(
+                f"the forward methods of these layers have been replaced since the conversion, as hooks of accelerate "
+                f"do: {', '.join(name or 'the model' for name in hidden)}; take that back first"
             )
         for undo in reversed(self._undos):
             undo()
@@ -240,7 +263,7 @@ def convert(
         EA ran in 1/1 layers
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{_parts_to_give(model)}")
     check_form(form)
     wanted = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     by_adapter = list(_by_adapter(model))
@@ -262,6 +285,9 @@ def convert(
             undos.extend(_keep_gain(found.module) for found in taken)
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
+            for found in taken:
+                undos.append(guard(found.module, found.name, isinstance(found.module, Switched)))
+                undos.append(mark(found.module, form))
         record()
         _warn_of_zeros(found for found in chosen if not found.why_not)
     except BaseException:
@@ -269,6 +295,13 @@ def convert(
             undo()
         raise
     return Conversion(model, form, _in_order(model, rows), strict, undos)
+
+
+def _parts_to_give(pipeline: Any) -> str:
+    """Of what is no module and holds some, as pipelines do, which of its attributes to give instead."""
+    parts = {**getattr(pipeline, "components", {}), **getattr(pipeline, "__dict__", {})}
+    names = [name for name, part in parts.items() if isinstance(part, nn.Module) and not name.startswith("_")]
+    return f"; give {' or '.join(f'its .{name}' for name in names)}" if names else ""
 
 
 def form_of(module: nn.Module) -> str | None:
@@ -285,6 +318,26 @@ def _record(model: nn.Module, adapters: Sequence[Any]) -> None:
     for adapter in adapters:
         if hasattr(adapter, "record"):
             adapter.record(model)
+
+
+def forms_of(model: nn.Module, form: Callable[[nn.Module], str | None] = form_of) -> dict[str, list[str] | None]:
+    """The attention layers of a model by the form that they are switched to; None: every layer that it has."""
+    layers = attention_layers(model)
+    forms: dict[str, list[str]] = {}
+    for found in layers:
+        if (each := form(found.module)) is not None:
+            forms.setdefault(each, []).append(found.name)
+    return {each: None if len(names) == len(layers) else names for each, names in forms.items()}
+
+
+def record_choice(model: nn.Module) -> None:
+    """Have libraries that save models write down what attention the layers have, and which have gains."""
+    _record(model, [adapter for adapter, _ in _by_adapter(model)])
+
+
+def has_gain(module: nn.Module) -> bool:
+    """Whether a layer has gains of `calibrate`."""
+    return module._parameters.get(GAIN) is not None
 
 
 def _keep_gain(module: nn.Module) -> Undo:
@@ -308,8 +361,7 @@ def _warn_of_zeros(switched: Iterable[Found]) -> None:
         f"{found.name}.{name}".lstrip(".")
         for found in switched
         for name, parameter in found.module.named_parameters()
-        if parameter.ndim > 1 and "lora" not in name and _PROJECTION.search(name)
-        and not parameter.is_meta and not parameter.any()
+        if parameter.ndim > 1 and "lora" not in name and _PROJECTION.search(name) and _is_zero(parameter)
     ]  # fmt: skip
     if zero:
         warnings.warn(
@@ -317,6 +369,14 @@ def _warn_of_zeros(switched: Iterable[Found]) -> None:
             "initialize them otherwise, or they will never learn",
             stacklevel=3,
         )
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    """Whether all of it is zero, as far as it can be told: quantized weights have few operations."""
+    try:
+        return not parameter.is_meta and not parameter.any()
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
 
 
 def _in_order(model: nn.Module, named: list[Any]) -> list[Any]:
@@ -353,7 +413,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if issubclass(type(module), Switched)
+        if issubclass(type(module), Switched) or is_guarded(module)
     ]
     yield None, done
     taken = [found.name for found in done]
@@ -363,7 +423,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         try:
             adapter = import_module(f"{__package__}.{name}")
         except ImportError:
-            if any(type(module).__module__.split(".")[0] == library for module in model.modules()):
+            if any(_library(module) == library for module in model.modules()):
                 raise
             continue  # a version that is not supported, or broken, of a library that has no part in the model
         new = [
@@ -378,11 +438,25 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         name: module
         for name, module in model.named_modules()
         if attention_like(module)
-        and any(_FUNCTIONS.search(used.lower()) for used in names_used(type(module)))
+        and any(SOFTMAX_FUNCTIONS.search(used.lower()) for used in names_used(type(module)))
         and not any(_inside(name, other) or _inside(other, name) for other in taken)
     }
     innermost = [name for name in left if not any(_inside(other, name) for other in left if other != name)]
+    # Around a layer of another library, as adapters are (LLaMA-Adapter) that add attention of their own to its output.
+    inside = {name: _library(model.get_submodule(name)) for name in taken}
+    around = {
+        name: module
+        for name, module in model.named_modules()
+        if attention_like(module)
+        and any("softmax" in used.lower() for used in names_used(type(module), 0))
+        and any(_inside(other, name) and library != _library(module) for other, library in inside.items())
+    }
     yield None, [Found(name, left[name], why_not="it computes softmax by itself") for name in innermost]
+    yield None, [Found(name, around[name], why_not="it adds softmax attention of its own") for name in around]
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.split(".")[0]
 
 
 def _unless_replaced(found: Found) -> Found:
@@ -399,10 +473,8 @@ def _inside(name: str, other: str) -> bool:
 
 # ---- where it ran ----
 
-# Parts of the names of functions that compute softmax, of torch and of libraries of kernels (flash-attn, xformers), and
-# of operators that do.
-_FUNCTIONS = re.compile("softmax|flash_att|flex_attention|efficient_attention")
-_OPERATORS = re.compile(f"{_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
+# Parts of the names of operators that compute softmax.
+_OPERATORS = re.compile(f"{SOFTMAX_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
 
 
 class _Softmax(TorchDispatchMode):

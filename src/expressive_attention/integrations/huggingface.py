@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,32 @@ from torch import Tensor, nn
 
 from ..functional import expressive_attention
 from ..nn.mechanisms import joined
-from .conversion import ConversionError, Found, Undo, attention_layers, convert, form_of
+from ..varlen import expressive_attention_varlen
+from .conversion import (
+    ConversionError,
+    Found,
+    Undo,
+    attention_layers,
+    convert,
+    form_of,
+    forms_of,
+    has_gain,
+    record_choice,
+)
+from .guard import note_expressive
 from .inspection import names_used
+from .marks import MARK, marked
 from .switching import GAIN, set_attributes
 
 try:
     from safetensors import safe_open
     from transformers import AttentionInterface, AutoConfig, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    try:
+        from transformers.configuration_utils import PreTrainedConfig
+    except ImportError:  # its name in transformers 4
+        from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 except ImportError as error:
     raise ImportError(
@@ -54,6 +72,9 @@ _PARTLY = "expressive_partly"
 # Key of config.json with the switched layers by form; None: all.
 _RECORD = "expressive_attention"
 
+# Key of config.json with the names of the layers that have gains.
+_GAINS = "expressive_gains"
+
 # What a softmax layer may be given that expressive attention does not define. To leave it out would change the model.
 _UNDEFINED = {
     "softcap": "a soft cap of the scores",
@@ -62,10 +83,6 @@ _UNDEFINED = {
     "sinks": "attention sinks",
     "head_mask": "a mask of heads",
     "layer_head_mask": "a mask of heads",
-    "cu_seq_lens_q": "packed sequences",
-    "cu_seq_lens_k": "packed sequences",
-    "indices": "sparse attention",
-    "block_indices": "sparse attention",
 }
 
 
@@ -87,31 +104,84 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
+    note_expressive()
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} asks for {what} ({name}), which EA does not define")
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must be broadcastable to (B, H, L, S), got {shape}")
-    length, keys = query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # A mask tells all there is to tell, and so does a single query, which continues a cache and sees all of it.
-    is_causal = bool(length > 1 and attention_mask is None and is_causal)
-    keep = None if attention_mask is None else attention_mask[..., :keys]
-    if position_bias is not None:
-        position_bias = position_bias[..., :keys]
-        keep = position_bias if keep is None else joined(keep, position_bias)
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    keep = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    for bias in (position_bias, *_chosen_keys(module, query, key, keep, kwargs)):
+        if bias is not None:
+            bias = bias[..., : key.shape[2]]
+            keep = bias if keep is None else joined(keep, bias)
     if (gain := getattr(module, GAIN, None)) is not None:
         query = query * gain[:, None, None]
+    wants_weights = kwargs.get(
+        "output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)
+    )
+    starts = _starts(kwargs)
+    if starts is not None and keep is None and not wants_weights:
+        window = kwargs.get("sliding_window")
+        sides = (-1, -1) if window is None else (window - 1, 0 if is_causal else window - 1)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = expressive_attention_varlen(q, k, v, *starts, dropout, scaling, is_causal, sides, form=form)
+        return output.unflatten(0, (query.shape[0], -1)), None
+    if starts is not None:
+        same = _same_sequence(query, key, *starts[:2])
+        keep = same if keep is None else joined(keep, same)
+    # A mask tells all there is to tell. Without one, queries that are fewer than keys are the last ones: they continue
+    # a cache, or a model has left out those before them.
     settings: dict[str, Any] = {
-        "is_causal": is_causal, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1], "form": form,
+        "is_causal": is_causal and attention_mask is None, "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1], "form": form, "causal_alignment": "lower_right",
     }  # fmt: skip
     output = expressive_attention(query, key, value, keep, dropout, **settings)
     weights = None
-    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
-        every_key = torch.eye(keys, dtype=value.dtype, device=value.device).expand(*key.shape[:2], keys, keys)
-        weights = expressive_attention(query, key, every_key, keep, **settings)
+    if wants_weights:
+        every_key = torch.eye(key.shape[2], dtype=value.dtype, device=value.device)
+        weights = expressive_attention(query, key, every_key.expand(*key.shape[:2], -1, -1), keep, **settings)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _chosen_keys(
+    module: Any, query: Tensor, key: Tensor, keep: Tensor | None, kwargs: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Masks of layers that choose keys for each query, and make the mask themselves for torch's attention alone."""
+    if (indices := kwargs.get("indices")) is not None:  # (B, L, keys chosen)
+        chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+        yield chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if (blocks := kwargs.get("block_indices")) is not None:
+        length, keys = query.shape[2], key.shape[2]
+        if (positions := kwargs.get("position_ids")) is None:
+            positions = torch.arange(keys - length, keys, device=query.device)
+        positions = (positions if positions.ndim > 1 else positions.unsqueeze(0)).expand(query.shape[0], -1)
+        yield module.indexer.build_block_mask(blocks, keep, keys, query.dtype, query.device, positions)
+
+
+def _starts(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int, int] | None:
+    """Of packed sequences, where they start among queries and keys, and the longest of them; None: there are none."""
+    queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if queries is None:
+        return None
+    keys = queries if keys is None else keys
+    longest = [
+        int(starts.diff().max() if (given := kwargs.get(name)) is None else given)
+        for name, starts in (("max_length_q", queries), ("max_length_k", keys))
+    ]
+    return queries, keys, longest[0], longest[1]
+
+
+def _same_sequence(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor) -> Tensor:
+    """A mask ``(B, 1, L, S)``, True where query and key are of one packed sequence."""
+    places = [
+        torch.bucketize(torch.arange(x.shape[0] * x.shape[2], device=x.device), starts[1:].to(x.device), right=True)
+        for x, starts in ((query, query_starts), (key, key_starts))
+    ]
+    rows, columns = (place.view(x.shape[0], x.shape[2]) for place, x in zip(places, (query, key), strict=True))
+    return rows[:, None, :, None] == columns[:, None, None, :]
 
 
 def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
@@ -146,7 +216,8 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     if record is None:
         return model_class.from_pretrained(name, config=config, **kwargs)
     # The record alone says what there is to do; converting anew leaves it as it is.
-    config.__dict__.pop("attn_implementation", None)
+    for key in ("attn_implementation", _RECORD, _GAINS):
+        config.__dict__.pop(key, None)
     config._attn_implementation = None
     loaded = model_class.from_pretrained(name, config=config, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
@@ -154,6 +225,7 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
         convert(model, form=form, layers=layers)
     where.pop("trust_remote_code", None)
     _restore_gains(model, name, where)
+    record_choice(model)
     return loaded
 
 
@@ -172,8 +244,9 @@ def _restore_gain(model: PreTrainedModel, layer: str, gain: Tensor) -> None:
     module = next((modules[n] for n in (layer, prefix + layer, layer.removeprefix(prefix)) if n in modules), None)
     if module is None:
         raise ConversionError(f"{type(model).__name__} was saved with gains of {layer!r}, and has no such layer")
-    like = next(module.parameters(), model.get_parameter(next(iter(dict(model.named_parameters())))))
-    module.register_parameter(GAIN, nn.Parameter(gain.to(like.device, like.dtype)))
+    like = next(module.parameters(), next(model.parameters()))
+    dtype = model.dtype if model.dtype.is_floating_point else gain.dtype  # weights may be quantized
+    module.register_parameter(GAIN, nn.Parameter(gain.to(like.device, dtype)))
 
 
 def _files(name: str, where: dict[str, Any]) -> dict[str, list[str]]:
@@ -191,23 +264,61 @@ def record(model: nn.Module) -> None:
     """Write what attention each model of transformers has now into its configuration, with which it is saved."""
     for name in _roots(model):
         root: Any = model.get_submodule(name)
-        forms, attributes = _forms(root), root.config.__dict__
+        forms, gains, attributes = _forms(root), _gains(root), root.config.__dict__
+        for key in (_RECORD, _GAINS, "attn_implementation"):
+            attributes.pop(key, None)
         if forms:
-            by_name = list(forms.values()) == [None] and all(form_of(module) is None for module in root.modules())
+            by_class = any(form_of(module) is not None for module in root.modules())
+            by_name = list(forms.values()) == [None] and not by_class and not gains
             implementation = IMPLEMENTATIONS[next(iter(forms))] if by_name else _PARTLY
             attributes.update({_RECORD: forms, "attn_implementation": implementation})
-        elif attributes.pop(_RECORD, None) is not None:
-            attributes.pop("attn_implementation", None)
+        if gains:
+            attributes[_GAINS] = gains
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # whose configuration says what the marks say
+            kept = [key for key in module._keys_to_ignore_on_save or () if not key.endswith(MARK)]
+            module._keys_to_ignore_on_save = {*kept, *marked(module)}
+
+
+def _gains(model: PreTrainedModel) -> list[str]:
+    """The layers that have gains of `calibrate`."""
+    return [name for name, module in model.named_modules() if has_gain(module)]
+
+
+def _to_dict(config: Any) -> dict[str, Any]:
+    """As transformers makes it, with the name of expressive attention, which it would leave out."""
+    output, name = _plain_to_dict(config), config._attn_implementation
+    if name in _FORMS or name == _PARTLY:
+        output.setdefault("attn_implementation", name)
+    if name in _FORMS:
+        output.setdefault(_RECORD, {_FORMS[name]: None})
+    return output
+
+
+def _from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """As transformers does it, with the name that was saved, which its fourth generation overwrites."""
+    name = config_dict.get("attn_implementation")
+    if name in _FORMS or name == _PARTLY:
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or name
+    return _plain_from_dict.__func__(cls, config_dict, **kwargs)
+
+
+# Configurations are saved in many ways, and transformers offers no place where a name could be added to all of them.
+_configurations: Any = PreTrainedConfig
+_plain_to_dict, _plain_from_dict = _configurations.to_dict, _configurations.from_dict
+_configurations.to_dict = wraps(_plain_to_dict)(_to_dict)
+_configurations.from_dict = classmethod(wraps(_plain_from_dict.__func__)(_from_dict))
 
 
 def _forms(model: PreTrainedModel) -> dict[str, list[str] | None]:
     """Its layers by the form that they are switched to; None: every layer that it has."""
-    layers = attention_layers(model)
-    forms: dict[str, list[str]] = {}
-    for found in layers:
-        if (form := form_of(found.module) or _FORMS.get(_name_of(found.module))) is not None:
-            forms.setdefault(form, []).append(found.name)
-    return {form: None if len(names) == len(layers) else names for form, names in forms.items()}
+    return forms_of(model, _form_of)
+
+
+def _form_of(module: nn.Module) -> str | None:
+    """The form that an attention layer computes; None: it computes softmax."""
+    follows = "ALL_ATTENTION_FUNCTIONS" in names_used(type(module))
+    return form_of(module) or (_FORMS.get(_name_of(module)) if follows else None)
 
 
 def _name_of(module: Any) -> str | None:
@@ -227,6 +338,20 @@ def check(model: PreTrainedModel) -> None:
             f"{type(model).__name__} was saved with expressive attention in {_told(saved)} and has it in {_told(now)}; "
             "load it with expressive_attention.integrations.huggingface.from_pretrained"
         )
+    gains, found = getattr(model.config, _GAINS, []), _gains(model)
+    if gains != found:
+        raise ConversionError(
+            f"{type(model).__name__} was saved with gains in {', '.join(gains) or 'no layer'} and has them in "
+            f"{', '.join(found) or 'no layer'}; load it with "
+            "expressive_attention.integrations.huggingface.from_pretrained, or save it after `merge_gains`"
+        )
+    if saved is None and model.config._attn_implementation in _FORMS:
+        left = [found for found in attention_layers(model) if _form_of(found.module) is None]
+        if left:
+            names = ", ".join(f"{found.name} ({type(found.module).__name__})" for found in left)
+            raise ConversionError(
+                f"{type(model).__name__} has the name of expressive attention, and softmax in {names}"
+            )
 
 
 def _told(forms: dict[str, list[str] | None]) -> str:

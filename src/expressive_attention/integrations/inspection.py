@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType
 
 from torch import nn
 
-__all__ = ["attention_like", "names_used"]
+__all__ = ["SOFTMAX_FUNCTIONS", "attention_like", "names_used", "own_softmax"]
 
 _DEPTH = 3  # of functions that call functions
 
+# Parts of the names of functions that compute softmax, of torch and of libraries of kernels (flash-attn, xformers).
+SOFTMAX_FUNCTIONS = re.compile("softmax|flash_att|flex_attention|efficient_attention")
+
 
 @cache
-def names_used(cls: type) -> frozenset[str]:
-    """Names that the methods of a class refer to, and the functions of its module that they call.
+def names_used(cls: type, depth: int = _DEPTH) -> frozenset[str]:
+    """Names that the methods of a class refer to, and the functions of its module that they call, so deep.
 
     From compiled code, so that classes without source are read, too; the methods of `torch.nn.Module` do not count.
     """
@@ -26,7 +30,7 @@ def names_used(cls: type) -> frozenset[str]:
             continue
         for member in vars(base).values():
             if isinstance(function := inspect.unwrap(member) if callable(member) else member, FunctionType):
-                found |= _of_function(function, _DEPTH)
+                found |= _of_function(function, depth)
     return frozenset(found)
 
 
@@ -50,3 +54,10 @@ def attention_like(module: nn.Module) -> bool:
     """Whether a class is named as attention layers are: ``BloomAttention``, ``WindowAttn``."""
     name = type(module).__name__.lower()
     return "attention" in name or "attn" in name
+
+
+def own_softmax(cls: type) -> bool:
+    """Whether the methods of a class, and not the functions that they call, refer to softmax or torch's attention."""
+    return any(
+        SOFTMAX_FUNCTIONS.search(name.lower()) or name == "scaled_dot_product_attention" for name in names_used(cls, 0)
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..nn import MultiheadAttention
 from .conversion import Found, Undo
+from .guard import note_expressive
 from .switching import Switched, WithExpressiveSdpa, set_attributes
 from .switching import switch as give_class
 
@@ -17,7 +19,10 @@ __all__ = ["find", "switch"]
 class _ExpressiveHeads(Switched):
     """The forward pass of our class, on the parameters of torch's."""
 
-    forward = MultiheadAttention.forward
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of our class."""
+        note_expressive()
+        return MultiheadAttention.forward(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     @property
     def form(self) -> str:
@@ -38,8 +43,7 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Give them our forward pass, and keep the layers that hold them from torch's fused path."""
     for found in layers:
         if type(found.module).forward is nn.MultiheadAttention.forward:
-            # Torch's layers take their fused path, which computes softmax, only where that attribute is True.
-            yield give_class(found.module, _ExpressiveHeads, form, _qkv_same_embed_dim=False)
+            yield give_class(found.module, _ExpressiveHeads, form)
         else:
             yield give_class(found.module, WithExpressiveSdpa, form)
     modules = {found.module for found in layers}

@@ -28,6 +28,11 @@ class Switched:
         mixin = next(base for base in type(self).__bases__ if issubclass(base, Switched))
         return (_remade, (mixin, self._original), *rest)
 
+    def extra_repr(self) -> str:
+        """As before, with the mechanism."""
+        before = super().extra_repr()  # pyright: ignore[reportAttributeAccessIssue]
+        return ", ".join(part for part in (before, f"mechanism='expressive', form={self._expressive_form!r}") if part)
+
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(
             "torch.jit.script cannot compile expressive attention; use torch.compile or torch.export"

@@ -20,6 +20,7 @@ from ..backends.problem import check_form
 from ..functional import expressive_attention
 from ..nn.mechanisms import joined
 from .conversion import Found, Undo
+from .guard import note_expressive
 from .switching import GAIN, Switched
 from .switching import switch as give_class
 
@@ -85,6 +86,7 @@ class _ExpressiveAttend(Switched):
         causal: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """Query ``(B, H, L, E)``, key and value ``(B, Hkv, S, E)`` to ``(B, H, L, E)``."""
+        note_expressive()
         packed = flash_pack_seq_kwargs
         undefined = (("prev_attn", prev_attn), ("attn_delta", attn_delta), ("flash_pack_seq_kwargs", packed))
         for name, value in undefined:

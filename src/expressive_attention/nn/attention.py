@@ -105,6 +105,13 @@ class SelfAttention(nn.Module):
         self.gain = HeadGain(num_heads, initial_gain) if gain else None
         self.qk_norm = qk_norm
 
+    def extra_repr(self) -> str:
+        """Heads, mechanism, positions and causality."""
+        return (
+            f"num_heads={self.num_heads}, mechanism={self.mechanism!r}, position={self.position!r}, "
+            f"is_causal={self.is_causal}"
+        )
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``.
 

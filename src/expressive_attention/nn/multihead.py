@@ -81,6 +81,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         # Torch's layers take their fused path, which computes softmax, only where this is True; it has no other use.
         self._qkv_same_embed_dim = False
 
+    def extra_repr(self) -> str:
+        """Heads, mechanism and form."""
+        return f"{self.embed_dim}, num_heads={self.num_heads}, mechanism='expressive', form={self.form!r}"
+
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(
             "torch.jit.script cannot compile expressive attention; use torch.compile or torch.export"

@@ -1,4 +1,7 @@
-"""The commands of ``ea``. Wrong use ends with one line and exit code 2; nothing finished is ever lost."""
+"""The commands of ``ea``. Wrong use ends with one line and exit code 2; nothing finished is ever lost.
+
+A command imports what it needs when it is run, so that help and completion start without torch, polars and scipy.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import polars as pl
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import ConfigError, load_config, preset_names, preset_text
-from .export import FORMATS, export_study
-from .results import StudyResults
-from .sinks import SINKS, Several, SinkError, make_sinks
-from .store import Store, StoreError, collect, environment
-from .user_tasks import blame
+from .. import __version__
+from .errors import StudyError
+from .presets import preset_names, preset_text
+
+if TYPE_CHECKING:
+    from .results import StudyResults
 
 __all__ = ["app"]
 
@@ -47,7 +49,7 @@ Trust = Annotated[
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"ea {environment()['expressive-attention']}")
+        typer.echo(f"ea {__version__}")
         raise typer.Exit
 
 
@@ -65,8 +67,9 @@ def info() -> None:
     """Print versions, the machine, and which backends can run here."""
     import torch
 
-    from ..backends import AUTOMATIC, BACKENDS
+    from ..backends import AUTOMATIC, BACKENDS, cpu
     from ..backends.problem import Problem
+    from .store import environment
 
     console = Console(highlight=False)
     table = Table("", "", show_header=False, box=None)
@@ -79,6 +82,10 @@ def info() -> None:
         reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
+    if cpu.library.LEFT_OUT:
+        console.print(
+            f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}"
+        )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -145,6 +152,8 @@ def geometry(
             records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
         if directory is not None and out is None and (directory / "report.html").exists():
+            from .store import Store, collect
+
             _write_report(collect(Store(directory)), directory, trust=trust)  # which links the page now
     if unseen:
         typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
@@ -206,7 +215,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     log: Annotated[
         list[str] | None,
-        typer.Option("--log", metavar="|".join(SINKS), help="Log to TensorBoard or Weights & Biases, or to both."),
+        typer.Option("--log", metavar="tensorboard|wandb", help="Log to TensorBoard or Weights & Biases, or to both."),
     ] = None,
 ) -> None:
     """Run a study, or go on with one that was stopped, and write its report.
@@ -214,9 +223,12 @@ def run(
     Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
-    from .devices import CPU, DeviceError, available_cores, devices
-    from .engines import EngineError, LocalEngine, RayEngine
+    from .config import load_config
+    from .devices import CPU, available_cores, devices
+    from .engines import LocalEngine, RayEngine
     from .progress import make_display
+    from .sinks import Several, make_sinks
+    from .store import Store, collect
     from .sweep import SweepError, run_study
 
     start = time.perf_counter()
@@ -235,23 +247,20 @@ def run(
     if gpus_per_cell is not None and not 0 < gpus_per_cell <= 1:
         _fail(f"--gpus-per-cell must be above 0 and at most 1, got {gpus_per_cell:g}")
     cores = available_cores()
-    try:
+    with _one_line_errors():
         if engine == "ray":
             share = 0.0 if device == "cpu" else gpus_per_cell or 1.0
             runner = RayEngine(workers or cores, address, gpus_per_cell=share)
         else:
             places = devices(device)
             runner = LocalEngine(workers or (cores if places == [CPU] else len(places)), devices=places)
-    except (DeviceError, EngineError) as error:
-        _fail(str(error))
-    with _one_line_errors():
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
         sinks = make_sinks(log or [], store)
         lock = store.create(text, parsed.sources, parsed.record())
     try:
         run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
-    except EngineError as error:
+    except StudyError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to go on", err=True)
@@ -272,6 +281,8 @@ def run(
 @study.command()
 def report(directory: Directory, trust: Trust = False) -> None:
     """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         page = _write_report(results, directory, trust=trust)
@@ -285,6 +296,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Print what a study has found so far, a row per condition and mechanism."""
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         config, _ = Store(directory).config()
@@ -310,10 +323,13 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", metavar="|".join(FORMATS), help="May be given several times.  [default: csv]"),
+        typer.Option("--format", "-f", metavar="csv|parquet|latex", help="May be given several times.  [default: csv]"),
     ] = None,
 ) -> None:
     """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
+    from .export import export_study
+    from .store import Store, collect
+
     with _one_line_errors():
         results = collect(Store(directory))
         try:
@@ -341,17 +357,15 @@ def verify(
     Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
     another number of threads or device, which are named.
     """
-    from .devices import DeviceError, devices
+    from .devices import devices
+    from .store import Store
     from .verify import sample_cells, verify_cell
 
     if sample < 1:
         _fail(f"--sample must be at least 1, got {sample}")
     store, differ = Store(directory), 0
-    try:
-        place = devices(device)[0]
-    except DeviceError as error:
-        _fail(str(error))
     with _one_line_errors():
+        place = devices(device)[0]
         cells = sample_cells(store, sample, seed, trust=trust)
         for cell in cells:
             found = verify_cell(cell, store, place)
@@ -381,11 +395,13 @@ def show(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (ConfigError, SinkError, StoreError) as error:
+    except StudyError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (Exception, SystemExit) as error:
+        from .user_tasks import blame
+
         if (where := blame(error)) is None:
             raise
         _fail(where)  # in a file of tasks
@@ -414,6 +430,8 @@ def _conditions_by_mechanism(results: StudyResults) -> list[str]:
 
 
 def _status_rows(results: StudyResults, wanted: int) -> list[dict[str, Any]]:
+    import polars as pl
+
     rows = []
     for condition in results.conditions:
         for mechanism in results.mechanisms:

@@ -11,6 +11,8 @@ def main() -> None:
     """Run the command line."""
     try:
         from .app import app
+
+        app(prog_name="ea")
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
@@ -21,4 +23,3 @@ def main() -> None:
             f"pip install 'expressive-attention[study]'\n"
         )
         sys.exit(2)
-    app()

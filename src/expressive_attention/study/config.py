@@ -7,9 +7,8 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,14 +22,13 @@ from pydantic import (
 )
 
 from ..nn import MECHANISMS, POSITIONS
+from .errors import ConfigError
+from .presets import preset_names, preset_text
 from .record import Record, RecordedTask, facts_of
 from .results import Condition, Setting
 from .tasks import TASKS, Task
 from .user_mechanisms import load_mechanism_files, names_in
 from .user_tasks import TaskFile, TaskFileError, check_task, file_of, load_task_files
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,8 +46,6 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_config",
-    "preset_names",
-    "preset_text",
 ]
 
 # Raise it when a change of the code changes what a run means; docs/protocol.md says what each was.
@@ -64,10 +60,6 @@ _OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, 
 _TUNING_SEEDS, _CONFIRMATION_SEEDS = 1_000_000, 2_000_000
 # A mechanism under a second name, for comparisons in which there is no difference: its seeds draw other numbers.
 _AGAIN, _AGAIN_SEEDS = "_again", 500_000_000
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key and why, in one line."""
 
 
 class _Strict(BaseModel):
@@ -461,23 +453,6 @@ def _label(task: Task | RecordedTask, model: ModelConfig, varying: list[str]) ->
 # ---- reading ----
 
 
-def preset_names() -> list[str]:
-    """Names of the presets in the package."""
-    names = (path.name for path in _presets().iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def preset_text(name: str) -> str:
-    """The TOML text of a preset.
-
-    Raises:
-        ConfigError: There is no preset of that name.
-    """
-    if name not in preset_names():
-        raise ConfigError(f"no preset {name!r}; presets are: {', '.join(preset_names())}")
-    return (_presets() / f"{name}.toml").read_text(encoding="utf-8")
-
-
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
     """The configuration of a preset or a TOML file, and its text.
 
@@ -573,7 +548,3 @@ def _in_one_line(error: ValidationError) -> str:
             message += f", got {got!r}"
         parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts)
-
-
-def _presets() -> Traversable:
-    return resources.files("expressive_attention.study") / "presets"

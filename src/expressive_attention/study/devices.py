@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from .errors import StudyError
+
 __all__ = ["CPU", "DeviceError", "available_cores", "device_name", "devices"]
 
 CPU = torch.device("cpu")
 
 
-class DeviceError(ValueError):
+class DeviceError(StudyError):
     """A device that there is not; the message says which there are, in one line."""
 
 

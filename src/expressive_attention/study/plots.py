@@ -544,7 +544,7 @@ def markup(plot: go.Figure | Plot) -> Markup:
             layout[name] = axes | axis | {"title": {"standoff": 8} | axis.get("title", {})}
     text = json.dumps({"data": content["data"], "layout": layout}, separators=(",", ":")).replace("<", "\\u003c")
     return Markup(
-        f'<div class="plotly-graph-div" style="height:{layout["height"]}px">'
+        f'<div class="plotly-graph-div" aria-busy="true" style="height:{layout["height"]}px">'
         f'<script type="application/json">{text}</script></div>'
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from .config import Cell
+from .errors import StudyError
 from .progress import Display
 from .store import Store
 
@@ -21,7 +22,7 @@ __all__ = ["SINKS", "Several", "Sink", "SinkError", "TensorBoard", "WeightsAndBi
 MEASURES = ("accuracy", "cross_entropy", "solved", "steps", "rollout_digits", "rollout_exact")
 
 
-class SinkError(ValueError):
+class SinkError(StudyError):
     """A log that cannot be written; the message says why, in one line."""
 
 

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import PROTOCOL, Cell, Comparison, StudyConfig, parse_config, runs_files, tomllib
 from .devices import CPU, device_name
+from .errors import StudyError
 from .exclusive import alone
 from .family import PRIMARY_COMPARISONS
 from .files import to_disk, write_atomically
@@ -68,7 +69,7 @@ _LATER = {
 _SEAL = b"# sha256 of the lines above: "
 
 
-class StoreError(ValueError):
+class StoreError(StudyError):
     """A folder that cannot be used as a study; the message says why, in one line."""
 
 

@@ -90,7 +90,7 @@ def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int, initi
         is_causal=task.is_causal,
     )
     bits = stream(seed, "parameters")
-    built.initialize(torch.Generator().manual_seed(int(bits.random_raw() >> np.uint64(1))))
+    built.initialize(torch.Generator().manual_seed(int(bits.random_raw()) >> 1))
     return built
 
 

@@ -5,7 +5,7 @@ Memory is linear in L and S; nothing of the size of a whole tensor is copied, wh
 
 from __future__ import annotations
 
-import struct
+import warnings
 
 import torch
 from torch import Tensor
@@ -13,15 +13,16 @@ from torch import Tensor
 from ..pattern import Pattern
 from ..problem import Problem, accumulation_dtype, empty_peak
 from . import library
+from .layout import BACKWARD, FORWARD
 
-__all__ = ["backward", "forward", "supports", "takes"]
+__all__ = ["backward", "forward", "supports", "takes", "warn_of_fallback"]
 
 # As in kernels/problem.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 _NO_MASK = 5
-_FORWARD = struct.Struct("16qd24q112x")
-_BACKWARD = struct.Struct("16qd38q")
 _NOTHING = (0, 0, 0, 0, 0)
+
+_warned = False
 
 
 def supports(problem: Problem) -> str | None:
@@ -33,6 +34,15 @@ def supports(problem: Problem) -> str | None:
     if problem.differentiated_by_func:
         return "torch.func and forward-mode derivatives are not implemented"
     return library.MISSING
+
+
+def warn_of_fallback() -> None:
+    """Say, once in a process, that calls on the CPU which this backend was to take run on the blockwise one."""
+    global _warned  # noqa: PLW0603
+    if not _warned and library.MISSING is not None:
+        _warned = True
+        message = f"expressive attention runs on the blockwise backend: {library.MISSING}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def takes(pattern: Pattern) -> bool:
@@ -57,7 +67,7 @@ def forward(
     lengths = _lengths(pattern)
     _run(
         library.chosen().forward,
-        _FORWARD.pack(
+        FORWARD.pack(
             *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
             output.data_ptr(),
             normalizer.data_ptr(),
@@ -84,17 +94,21 @@ def backward(
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value))
     dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else None
+    for name, x in (("output", output), ("normalizer", normalizer), ("grad_normalizer", grad_normalizer)):
+        if x is not None:
+            _address(name, x)
     output, normalizer = output.contiguous(), normalizer.contiguous()
     grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
+    upstream = _address("grad_output", grad_output)
     lengths = _lengths(pattern)
     _run(
         library.chosen().backward,
-        _BACKWARD.pack(
+        BACKWARD.pack(
             *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
             output.data_ptr(),
             normalizer.data_ptr(),
             0,
-            grad_output.data_ptr(),
+            upstream,
             *grad_output.stride(),
             0 if grad_normalizer is None else grad_normalizer.data_ptr(),
             dq.data_ptr(),
@@ -139,19 +153,38 @@ def _inputs(
         value_width,
         scale,
         0 if lengths is None else lengths.data_ptr(),
-        query.data_ptr(),
+        _address("query", query),
         *query.stride(),
-        key.data_ptr(),
+        _address("key", key),
         *key.stride(),
-        value.data_ptr(),
+        _address("value", value),
         *value.stride(),
-        *(_NOTHING if mask is None else (mask.data_ptr(), *_mask_strides(mask))),
+        *(_NOTHING if mask is None else (_address("attn_mask", mask), *_mask_strides(mask))),
     )
+
+
+def _address(name: str, x: Tensor) -> int:
+    """Where the memory of an argument begins. Raises ValueError if it does not reach as far as its elements."""
+    end = x.nbytes
+    if not x.is_contiguous():
+        end = (
+            x.itemsize + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) * x.itemsize
+        )
+    memory = x.untyped_storage().nbytes()
+    if end + x.storage_offset() * x.itemsize > memory and x.numel():
+        raise ValueError(
+            f"the memory of {name} was freed or is too small: shape {tuple(x.shape)} with strides {x.stride()} needs "
+            f"{end} bytes from byte {x.storage_offset() * x.itemsize} on, and {memory} are there"
+        )
+    return x.data_ptr()
 
 
 def _lengths(pattern: Pattern) -> Tensor | None:
     """The lengths of keys as the library reads them."""
-    return None if pattern.key_lengths is None else pattern.key_lengths.to(torch.int64).contiguous()
+    if pattern.key_lengths is None:
+        return None
+    _address("key_lengths", pattern.key_lengths)
+    return pattern.key_lengths.to(torch.int64).contiguous()
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BUILDS", "MISSING", "Build", "chosen"]
+from .layout import LAYOUT
+
+__all__ = ["BUILDS", "LEFT_OUT", "MISSING", "Build", "chosen"]
 
 # Names one of `BUILDS`, for tests and for comparing.
 _BUILD_VARIABLE = "EXPRESSIVE_ATTENTION_CPU"
@@ -37,15 +38,18 @@ class Build:
     backward: Callable[[bytes], int]
 
 
-def _load() -> tuple[dict[str, Build], str | None]:
-    """The builds that run on this CPU, the best last, and why there are none."""
+def _load() -> tuple[dict[str, Build], tuple[str, ...], str | None]:
+    """The builds that run on this CPU, the best last, those that were not compiled, and why there are none."""
     path = os.environ.get(_FILE_VARIABLE) or _find()
     if path is None:
-        return {}, "the C library was not built when the package was installed"
+        return {}, (), "the C library was not built when the package was installed"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return {}, f"the C library could not be loaded: {error}"
+        return {}, (), f"the C library could not be loaded: {error}"
+    if _layout(library) != LAYOUT:
+        return {}, (), f"the C library {path} is of another version of the package, which has to be installed again"
+    library.ea_left_out.restype = ctypes.c_char_p
     library.ea_build_name.restype = ctypes.c_char_p
     library.ea_set_openmp.argtypes = [ctypes.c_void_p]
     library.ea_set_openmp(_openmp())
@@ -57,7 +61,16 @@ def _load() -> tuple[dict[str, Build], str | None]:
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_void_p
             entries.append(kernel(function(name)))
         found[name.decode()] = Build(name.decode(), *entries)
-    return found, None
+    return found, tuple(library.ea_left_out().decode().split()), None
+
+
+def _layout(library: ctypes.CDLL) -> str | None:
+    """The members of the struct for which the library was compiled; None: it does not say."""
+    try:
+        library.ea_layout.restype = ctypes.c_char_p
+    except AttributeError:
+        return None
+    return library.ea_layout().decode()
 
 
 def _find() -> Path | None:
@@ -88,11 +101,9 @@ def _choose() -> Build | None:
 
 
 # Loaded with the package, so that a call has nothing to find out.
-BUILDS, MISSING = _load()  # the builds that run on this CPU, the best last; why there are none, or None
+# The builds that run on this CPU, the best last; those that its compiler could not make; why there are none, or None.
+BUILDS, LEFT_OUT, MISSING = _load()
 _CHOSEN = _choose()
-
-if MISSING is not None:
-    warnings.warn(f"expressive attention runs on the blockwise backend: {MISSING}", RuntimeWarning, stacklevel=2)
 
 
 def chosen() -> Build:

@@ -8,12 +8,27 @@ With c_i = 1 / N_i and shift_i = c_i dO_i . o_i - dN_i:
 
 Every sum is one program's, in order: gradients are the same bits every time. Rows whose normalizer float32 lost have
 c_i = shift_i = 0. The kernels run a second time for these (`WIDE`), with exponents as in `wide`, and return at once
-where there are none.
+where there are none. Where a gradient is not finite, all rows of the key head are computed a second time: there hidden
+pairs are left out of the products, too.
+
+Where one key has all of the weight, g is 0 exactly, which the difference of two roundings is not, and f'(z) / N = 2 / z
+would magnify them: such a row has c_i dO_i . o_i = c_i = 0 in ds. The row kernel knows those that see one key;
+with weights at hand, also those whose other weights are 0.
+
+The part of dq along q is what remains of terms that cancel, since sum_j w_ij (c_i dO_i . v_j - c_i dO_i . o_i) = 0.
+With f the form expressive, and dN in the parentheses as above:
+
+    q_i . dq_i = 2 sum_j w_ij (1 - f(z_ij)) (c_i dO_i . v_j - shift_i)
+               = 2 (dN_i N_i - sum_j w_ij f(z_ij) (c_i dO_i . v_j - shift_i))
+
+The last line does not lose z^-2 where z is small, and with f(z) = z^2 it is ``2 dN_i N_i``. With `RADIAL`, dq is
+corrected along q where the mean of f is below 1/2. 16-bit gradients are not worth it, but for E = 1: what dq loses
+along q is less than its rounding.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -22,31 +37,37 @@ import triton.language as tl
 
 from .tiles import (
     ALIBI,
+    EXPRESSIVE,
     FLOAT,
     NO_MASK,
     add,
     any_of,
+    biased,
     cast,
     decay,
     head_of,
+    is_finite,
     is_lost,
     key_ranges,
     largest,
     load_mask,
     load_rows,
     mask_rows,
-    masked,
     positions,
     product,
     quotient,
     scaled,
+    seen,
     sees,
+    selected_product,
     sequence_of,
     unit,
     visible_keys,
     weight_and_half_slope,
+    wide_parts,
     wide_weight_and_half_slope,
 )
+from .wide import lost_rows
 
 __all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
 
@@ -58,8 +79,8 @@ def _mean(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w_ij dO_i . v_j of rows, over the keys from `first` to `last`."""
-    mean = tl.full((q.shape[0],), 0.0, tl.float32)
+    """sum_j w_ij dO_i . v_j of rows, over the keys from `first` to `last`, and the largest w_ij."""
+    mean, top = tl.full((q.shape[0],), 0.0, tl.float32), tl.full((q.shape[0],), 0.0, tl.float32)
     for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
@@ -72,9 +93,17 @@ def _mean(
         weight, _ = weight_and_half_slope(z, FORM, True)
         visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
         tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-        weight = masked(weight, tile, peak[:, None], visible, MASK)
-        mean += add(weight * product(do, tl.trans(v), zero, PRECISION), 1)
-    return mean
+        pairs = seen(tile, visible, MASK)
+        weight = tl.where(pairs, biased(weight, tile, peak[:, None], MASK), 0.0)
+        mean += add(tl.where(pairs, weight * product(do, tl.trans(v), zero, PRECISION), 0.0), 1)
+        top = tl.maximum(top, largest(weight, 1))
+    return mean, top
+
+
+@triton.jit
+def _has_all(top, normalizer):
+    """Whether the largest of the weights of a row is all that there is, but for a rounding."""
+    return top * (1.0 + 2.0**-22) >= normalizer
 
 
 @triton.jit(
@@ -91,10 +120,9 @@ def row_kernel(
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Three planes of numbers per row: c for dv, c for ds, shift; all of them 0 where the row is lost.
+    """Four planes of numbers per row: c for dv, c for ds, shift, dN N; all of them 0 where the row is lost.
 
-    A row that sees one key has a = 1 and ds = 0 exactly, but for dN: its second c is 0, for f'(z) / N = 2 / z would
-    magnify the smallest difference. With `EXACT`, dO . o comes from the weights, not from the rounded output.
+    With `EXACT`, dO . o comes from the weights, not from the rounded output.
     """
     TYPE: tl.constexpr = query.dtype.element_ty
     program = tl.program_id(0)
@@ -124,22 +152,21 @@ def row_kernel(
         dn = tl.load(grad_normalizer + index, mask=exist, other=0.0)
 
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, CAUSAL, WINDOW, MASK)
+    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, peak, CAUSAL, WINDOW, MASK)
     is_wide = exist & is_lost(normalizer, lowest) & (count > 0)
-    inverse = tl.where(is_wide, 0.0, quotient(1.0, normalizer))
-    coefficient = tl.where(count > 1, inverse, 0.0)
     if EXACT:
         q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
         last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
         first, _whole, _end, last = key_ranges(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
-        mean = _mean(
+        mean, top = _mean(
             q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
             scale, band, own_keys, width, value_width, first, last,
             CAUSAL, WINDOW, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
-        mean = mean * inverse
+        mean = quotient(mean, normalizer)
+        is_wide = is_wide | (exist & (count > 1) & _has_all(top, normalizer))
     else:
         column = tl.arange(0, BLOCK_EV)
         o = tl.load(
@@ -148,22 +175,30 @@ def row_kernel(
             other=0.0,
         )
         mean = add(cast(o, tl.float32) * cast(do, tl.float32), 1)
-    shift = tl.where(is_wide, 0.0, mean * coefficient - dn)
+    inverse = tl.where(is_wide, 0.0, quotient(1.0, normalizer))
+    coefficient = tl.where(count > 1, inverse, 0.0)
+    dn = tl.where(is_wide | (count == 0), 0.0, dn)
+    shift = tl.where(is_wide | (count <= 1), 0.0, mean * coefficient) - dn
     tl.store(stats + index, inverse, mask=exist)
     tl.store(stats + plane + index, coefficient, mask=exist)
     tl.store(stats + 2 * plane + index, shift, mask=exist)
+    tl.store(stats + 3 * plane + index, dn * normalizer, mask=exist)
 
 
 @triton.jit
 def _query_tiles(
-    dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+    dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
     key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, keys,
     width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    GROUPS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from `first` to `last`, as `forward_pass._add_keys`."""
+    """Add the keys from `first` to `last`, as `forward_pass._add_keys`.
+
+    With `RADIAL`, `sums` are those of w f and of w f (c dO . v - shift), and the largest w.
+    """
+    squares, radial, top = sums
     for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
@@ -175,24 +210,51 @@ def _query_tiles(
         if WIDE:
             unit_k, k_exponent = unit(k)
             z = product(q, tl.trans(unit_k), zero, PRECISION) * scale
-            exponent = q_exponent[:, None] + k_exponent[None, :] + scale_exponent
-            row = row_exponent[:, None]
-            _, slope = wide_weight_and_half_slope(z, exponent - row, row, FORM, False)
+            u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
+            f = scaled(u * u * r, 2 * c)
         else:
             z = product(q, tl.trans(k), zero, PRECISION) * scale
-            _, slope = weight_and_half_slope(z, FORM, False)
-        if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
-            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
-            slope = slope * by_row[:, None] * by_key[None, :]
-        elif BOUNDARY or MASK != NO_MASK:
+            f, slope = weight_and_half_slope(z, FORM, False)
+            weight = f
+        masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
+        if masked:
             visible = exist[:, None] & inside[None, :]
-            if BOUNDARY:
+            if WIDE or BOUNDARY:
                 visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-            slope = masked(slope, tile, peak[:, None], visible, MASK)
+            pairs = seen(tile, visible, MASK)
+            if WIDE:
+                row = row_exponent[:, None]
+                weight, slope = wide_weight_and_half_slope(u, r, c, tile, row, peak[:, None], MASK)
+            else:
+                weight, slope = biased(weight, tile, peak[:, None], MASK), biased(slope, tile, peak[:, None], MASK)
+        elif MASK == ALIBI:
+            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
+            weight, slope = weight * by_row[:, None] * by_key[None, :], slope * by_row[:, None] * by_key[None, :]
         g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
-        dq = product(cast(slope * g, SLOPE), cast(k, SLOPE), dq, PRECISION)
-    return dq
+        ds = slope * g
+        if masked:
+            ds = tl.where(pairs, ds, 0.0)
+        if RADIAL:
+            square = weight * f
+            if masked:
+                weight, square, g = tl.where(pairs, weight, 0.0), tl.where(pairs, square, 0.0), tl.where(pairs, g, 0.0)
+            top = tl.maximum(top, largest(weight, 1))
+            if FORM == EXPRESSIVE:
+                squares += add(square, 1)
+                radial += add(square * g, 1)
+        if WIDE:
+            dq = selected_product(ds, k, pairs, dq, PRECISION)
+        else:
+            dq = product(cast(ds, SLOPE), cast(k, SLOPE), dq, PRECISION)
+    return dq, (squares, radial, top)
+
+
+@triton.jit
+def _along(q, exponent, dq, wanted):
+    """What dq lacks along the rows 2^exponent q, so that their product with it is the wanted one."""
+    size = add(q * q, 1)
+    return q * quotient(scaled(wanted, -exponent) - add(q * dq, 1), size)[:, None]
 
 
 @triton.jit(
@@ -202,14 +264,18 @@ def _query_tiles(
     ]
 )  # fmt: skip
 def query_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths, grad_output, stats, lost, gradient,
+    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    grad_output, stats, normalizers, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and sequence."""
+    """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and sequence.
+
+    It says in `lost` where a gradient is not finite, and in `stats` which rows turn out to have all weight on one key.
+    """
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
@@ -226,23 +292,23 @@ def query_kernel(
     position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
     index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+    q_exponent, row_exponent = position * 0, position * 0
+    if WIDE:
+        exist, row_exponent = lost_rows(stats, plane, index, exist)
+        if not any_of(exist):
+            return
     coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
     shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-    store = exist
-    if WIDE:
-        store = exist & (tl.load(stats + index, mask=exist, other=0.0) != 0.0)
-        if not any_of(store):
-            return
     peak = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK >= FLOAT:
         peak = tl.load(peaks + index, mask=exist, other=0.0)
+        if WIDE:
+            peak = tl.load(stats + 5 * plane + index, mask=exist, other=0.0)
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
-    q_exponent, row_exponent = position * 0, position * 0
     if WIDE:
         q, q_exponent = unit(q)
-        row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)
     offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
     do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
 
@@ -251,35 +317,55 @@ def query_kernel(
         0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
     )
     dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
+    nothing = tl.full((BLOCK_M,), 0.0, tl.float32)
+    sums = (nothing, nothing, nothing)
     key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     if WINDOW:
-        dq = _query_tiles(
-            dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+        dq, sums = _query_tiles(
+            dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
             key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
             width, value_width, first, whole,
-            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
-    dq = _query_tiles(
-        dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+    dq, sums = _query_tiles(
+        dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole, whole_last,
-        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
-    dq = _query_tiles(
-        dq, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+    dq, sums = _query_tiles(
+        dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole_last, last,
-        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq = dq * (2.0 * scale)
     if WIDE:
         dq = scaled(dq, (scale_exponent - row_exponent)[:, None])
+    if RADIAL:
+        squares, radial, top = sums
+        if not WIDE:
+            q, q_exponent = unit(cast(q, tl.float32))
+        inverse = tl.load(stats + index, mask=exist, other=0.0)
+        wanted = 2.0 * (tl.load(stats + 3 * plane + index, mask=exist, other=0.0) - radial)
+        is_small = (inverse > 0.0) & (squares * inverse < 0.5)
+        for _ in range(2):  # what the first correction takes away may be much larger than what is left
+            dq += tl.where(is_small[:, None], _along(q, q_exponent, dq, wanted), 0.0)
+    if not WIDE:
+        if any_of(exist & ~is_finite(dq)):
+            tl.store(lost + program // tiles, 2)
+        if RADIAL:
+            normalizer = tl.load(normalizers + index, mask=exist, other=0.0)
+            one_key = exist & (coefficient != 0.0) & _has_all(top, normalizer)
+            if any_of(one_key):
+                for part in range(4):
+                    tl.store(stats + part * plane + index, nothing, mask=one_key)
     column = tl.arange(0, BLOCK_E)
     tl.store(
         gradient + index[:, None] * width + column[None, :],
         cast(dq, gradient.dtype.element_ty),
-        mask=store[:, None] & (column < width)[None, :],
+        mask=exist[:, None] & (column < width)[None, :],
     )
 
 
@@ -297,6 +383,8 @@ def _key_value_tiles(
         position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
         head = kv_head * GROUPS + member
         index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+        if WIDE:
+            exist, row_exponent = lost_rows(stats, plane, index, exist)
         inverse = tl.load(stats + index, mask=exist, other=0.0)
         coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
         shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
@@ -309,11 +397,8 @@ def _key_value_tiles(
         zero = tl.full((k.shape[0], BLOCK_M), 0.0, tl.float32)
         if WIDE:
             unit_q, q_exponent = unit(q)
-            row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)
             z = product(k, tl.trans(unit_q), zero, PRECISION) * scale
-            exponent = q_exponent[None, :] + k_exponent[:, None] + scale_exponent
-            row = row_exponent[None, :]
-            weight, slope = wide_weight_and_half_slope(z, exponent - row, row, FORM, False)
+            u, r, c = wide_parts(z, q_exponent[None, :] + k_exponent[:, None] + scale_exponent, FORM)
             q = scaled(q, (scale_exponent - row_exponent)[:, None])
         else:
             z = product(k, tl.trans(q), zero, PRECISION) * scale
@@ -321,23 +406,36 @@ def _key_value_tiles(
         rows = mask_rows(mask, mask_strides, sequence, head, position)
         peak = tl.full((BLOCK_M,), 0.0, tl.float32)
         if MASK >= FLOAT:
-            peak = tl.load(peaks + index, mask=exist, other=0.0)
-        if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
+            peak = tl.load(stats + 5 * plane + index if WIDE else peaks + index, mask=exist, other=0.0)
+        masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
+        if masked:
+            visible = exist[None, :] & (j < keys)[:, None]
+            if WIDE or BOUNDARY:
+                visible = sees(j[:, None], position[None, :], exist[None, :], keys, band, CAUSAL, WINDOW)
+            bias = load_mask(rows[None, :], position[None, :] + band[0], j[:, None], mask_stride, visible, MASK)
+            pairs = seen(bias, visible, MASK)
+            if WIDE:
+                row = row_exponent[None, :]
+                weight, slope = wide_weight_and_half_slope(u, r, c, bias, row, peak[None, :], MASK)
+            else:
+                weight, slope = biased(weight, bias, peak[None, :], MASK), biased(slope, bias, peak[None, :], MASK)
+        elif MASK == ALIBI:
             by_row, by_key = decay(rows, position + band[0], j, peak, tl.minimum(largest(j, 0), keys - 1))
             factor = by_row[None, :] * by_key[:, None]
             weight, slope = weight * factor, slope * factor
-        elif BOUNDARY or MASK != NO_MASK:
-            visible = exist[None, :] & (j < keys)[:, None]
-            if BOUNDARY:
-                visible = sees(j[:, None], position[None, :], exist[None, :], keys, band, CAUSAL, WINDOW)
-            bias = load_mask(rows[None, :], position[None, :] + band[0], j[:, None], mask_stride, visible, MASK)
-            weight = masked(weight, bias, peak[None, :], visible, MASK)
-            slope = masked(slope, bias, peak[None, :], visible, MASK)
         # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
-        attention = cast(weight * inverse[None, :] * FACTOR, WEIGHT)
-        dv = product(attention, cast(do, WEIGHT), dv, PRECISION)
+        attention = weight * inverse[None, :] * FACTOR
         g = product(v, tl.trans(do), zero, PRECISION) * coefficient[None, :] - shift[None, :]
-        dk = product(cast(slope * g, SLOPE), cast(q, SLOPE), dk, PRECISION)
+        ds = slope * g
+        if masked:
+            attention, ds = tl.where(pairs, attention, 0.0), tl.where(pairs, ds, 0.0)
+        attention = cast(attention, WEIGHT)
+        if WIDE:
+            dv = selected_product(attention, do, pairs, dv, PRECISION)
+            dk = selected_product(ds, q, pairs, dk, PRECISION)
+        else:
+            dv = product(attention, cast(do, WEIGHT), dv, PRECISION)
+            dk = product(cast(ds, SLOPE), cast(q, SLOPE), dk, PRECISION)
     return dk, dv
 
 
@@ -356,12 +454,16 @@ def key_value_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of key and value: one program per tile of keys, key head and sequence, over all of its rows."""
+    """The gradients of key and value: one program per tile of keys, key head and sequence, over all of its rows.
+
+    It says in `lost` where a gradient is not finite.
+    """
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
     program = tl.program_id(0)
     start = program % tiles * BLOCK_N  # with a causal mask, the longest first
     if WIDE:
-        if tl.load(lost + program // tiles) == 0:
+        state = tl.load(lost + program // tiles)
+        if state == 0:
             return
     sequence, kv_head = head_of(program // tiles, kv_heads)
     batch, first_row, first_key, own_length, room, own_keys, band = sequence_of(
@@ -434,7 +536,11 @@ def key_value_kernel(
     mask_k = inside[:, None] & (column < width)[None, :]
     mask_v = inside[:, None] & (value_column < value_width)[None, :]
     if WIDE:
-        dk += cast(tl.load(place, mask=mask_k, other=0.0), tl.float32)
-        dv += cast(tl.load(value_place, mask=mask_v, other=0.0), tl.float32)
+        # Where all rows are computed once more, nothing of the first time is left.
+        stays = (state + j * 0 == 1)[:, None]
+        dk += cast(tl.load(place, mask=mask_k & stays, other=0.0), tl.float32)
+        dv += cast(tl.load(value_place, mask=mask_v & stays, other=0.0), tl.float32)
+    elif any_of(inside & ~(is_finite(dk) & is_finite(dv))):
+        tl.store(lost + program // tiles, 2)
     tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
     tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)

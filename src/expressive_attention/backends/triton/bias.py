@@ -2,7 +2,7 @@
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .tiles import (
     ALIBI,
     FLOAT,
     add,
+    biased,
     cast,
     head_of,
     key_ranges,
@@ -20,15 +21,17 @@ from .tiles import (
     load_mask,
     load_rows,
     mask_rows,
-    masked,
     positions,
     product,
+    seen,
     sees,
     sequence_of,
     unit,
     weight_and_half_slope,
+    wide_parts,
     wide_weight_and_half_slope,
 )
+from .wide import lost_rows
 
 __all__ = ["bias_gradient_kernel", "peak_kernel"]
 
@@ -132,9 +135,11 @@ def bias_gradient_kernel(
                 position = row + tl.arange(0, BLOCK_M)
                 exist = position < length
                 index = (batch * heads + head) * length + position
+                if WIDE:
+                    exist, row_exponent = lost_rows(stats, plane, index, exist)
                 coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
                 shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-                peak = tl.load(peaks + index, mask=exist, other=0.0)
+                peak = tl.load(stats + 5 * plane + index if WIDE else peaks + index, mask=exist, other=0.0)
                 rows = mask_rows(mask, mask_strides, batch, head, position)
                 q = load_rows(
                     query + batch * query_strides[0] + head * query_strides[1],
@@ -164,18 +169,21 @@ def bias_gradient_kernel(
                     if WIDE:
                         unit_q, q_exponent = unit(q)
                         unit_k, k_exponent = unit(k)
-                        row_exponent = tl.load(stats + 3 * plane + index, mask=exist, other=0.0).to(tl.int32)[:, None]
                         z = product(unit_q, tl.trans(unit_k), zero, PRECISION) * scale
-                        exponent = q_exponent[:, None] + k_exponent[None, :] + scale_exponent
-                        weight, _ = wide_weight_and_half_slope(z, exponent - row_exponent, row_exponent, FORM, False)
+                        u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
                     else:
                         z = product(q, tl.trans(k), zero, PRECISION) * scale
                         weight, _ = weight_and_half_slope(z, FORM, False)
                     visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
                     tile = load_mask(rows[:, None], j[None, :], j[None, :], mask_stride, visible, FLOAT)
-                    weight = masked(weight, tile, peak[:, None], visible, FLOAT)
+                    if WIDE:
+                        weight, _ = wide_weight_and_half_slope(
+                            u, r, c, tile, row_exponent[:, None], peak[:, None], FLOAT
+                        )
+                    else:
+                        weight = biased(weight, tile, peak[:, None], FLOAT)
                     g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
-                    sums += weight * g
+                    sums += tl.where(seen(tile, visible, FLOAT), weight * g, 0.0)
 
     place_m, place_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if ONE_ROW:

@@ -5,7 +5,7 @@ It runs over all keys of a row, or over a part of them (`SPLIT`), whose sums `de
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from .tiles import (
     FLOAT,
     NO_MASK,
     add,
+    biased,
     cast,
     decay,
     head_of,
+    is_finite,
     key_ranges,
     load_mask,
     load_rows,
     mask_rows,
-    masked,
     positions,
     product,
     quotient,
+    seen,
     sees,
     sequence_of,
     weight_and_half_slope,
@@ -59,7 +61,7 @@ def _add_keys(
             if BOUNDARY:
                 visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-            weight = masked(weight, tile, peak[:, None], visible, MASK)
+            weight = tl.where(seen(tile, visible, MASK), biased(weight, tile, peak[:, None], MASK), 0.0)
         total += add(weight, 1)
         v = load_rows(value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, WEIGHT)
         output = product(cast(weight * FACTOR, WEIGHT), v, output, PRECISION)
@@ -82,7 +84,8 @@ def forward_kernel(
     """One program per tile of rows, key head, sequence and, with `SPLIT`, range of `span` keys.
 
     With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32, of
-    which a part has `plane` rows.
+    which a part has `plane` rows. A row whose output is not finite has the normalizer NaN, so that `wide_kernel` has a
+    second look at it: it may not see what is not finite.
     """
     program, part = tl.program_id(0), tl.program_id(1)
     tile = tiles - 1 - program % tiles  # with a causal mask, the longest first
@@ -133,6 +136,7 @@ def forward_kernel(
         CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
 
+    total = tl.where(is_finite(output), total, float("nan"))
     if SPLIT:
         output = output * (1.0 / FACTOR)
         index += part.to(tl.int64) * plane

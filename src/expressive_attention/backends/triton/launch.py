@@ -119,8 +119,8 @@ def forward(
         tiles = inputs.tiles(wide)
         _run(
             wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **inputs.wide}, tiles=tiles, peaks=peak,
-            lowest=lowest, BACKWARD=False, stats=None, lost=None, grad_output=None, grad_normalizer=None,
-            grad_strides=(0, 0, 0, 0),
+            lowest=lowest, BACKWARD=False, stats=None, wide_stats=None, lost=None,
+            grad_output=None, grad_normalizer=None, grad_strides=(0, 0, 0, 0),
         )  # fmt: skip
     return output, normalizer, peak
 
@@ -150,8 +150,8 @@ def backward(
 
     peak = empty_peak(normalizer, attn_mask, pattern.slopes)
     plane = normalizer.numel()
-    stats = new((3, plane), dtype=normalizer.dtype, device=query.device)
-    wide_stats = new((4, plane), dtype=normalizer.dtype, device=query.device)
+    stats = new((4, plane), dtype=normalizer.dtype, device=query.device)
+    wide_stats = new((6, plane), dtype=normalizer.dtype, device=query.device)
     lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
     arguments = {
         **inputs.arguments,
@@ -168,29 +168,31 @@ def backward(
     tile, wide = _backward_tile(query.dtype, inputs.widest), _wide_tile(inputs.widest)
     # Weights are at most 1 here; slopes have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
+    radial = form != "exponential"
     narrow = {
         "WIDE": False,
+        "RADIAL": radial and (query.dtype == torch.float32 or query.shape[3] == 1),
         "stats": stats,
         "PRECISION": inputs.precision,
         "WEIGHT": _TYPES[query.dtype],
         "FACTOR": _FLOAT16_FACTOR if half else 1.0,
         "SLOPE": _TYPES[torch.float32 if half else query.dtype],
     }
-    widened = {**inputs.wide, "WIDE": True, "stats": wide_stats, "FACTOR": 1.0, "SLOPE": tl.float32}
+    widened = {**inputs.wide, "WIDE": True, "RADIAL": radial, "stats": wide_stats, "FACTOR": 1.0, "SLOPE": tl.float32}
     with inputs.on_device():
         inputs.find_peak(peak)
         # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
         exact = dmask is not None and query.dtype != torch.float32
         tiles = inputs.tiles(tile)
         _run(row_kernel, (tiles * inputs.programs,), tile, {**arguments, **narrow}, tiles=tiles, EXACT=exact)
-        tiles = inputs.tiles(wide)
-        _run(wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **widened}, tiles=tiles, BACKWARD=True)
-        for size, numbers in ((tile, narrow), (wide, widened)):
-            given = {**arguments, **numbers}
+
+        def query_key_value(size: Tile, given: dict[str, Any]) -> None:
             tiles = inputs.tiles(size)
             _run(query_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, gradient=dq)
             tiles = ceil_div(inputs.longest_key, size.keys)
             _run(key_value_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, grad_key=dk, grad_value=dv)
+
+        def bias(size: Tile, given: dict[str, Any]) -> None:
             if dmask is not None:
                 b, h, m, n = dmask.shape
                 grid = (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys))
@@ -198,6 +200,15 @@ def backward(
                     bias_gradient_kernel, grid, size, given, gradient=dmask, mask_shape=(b, h, m, n),
                     heads=query.shape[1], batches=query.shape[0], ONE_ROW=m == 1, ONE_KEY=n == 1,
                 )  # fmt: skip
+
+        query_key_value(tile, {**arguments, **narrow})
+        tiles = inputs.tiles(wide)
+        given = {**arguments, **widened, "stats": stats, "wide_stats": wide_stats}
+        _run(wide_kernel, (tiles * inputs.programs,), wide, given, tiles=tiles, BACKWARD=True)
+        # After that, no row counts twice.
+        bias(tile, {**arguments, **narrow})
+        query_key_value(wide, {**arguments, **widened})
+        bias(wide, {**arguments, **widened})
     return dq, dk, dv, dmask
 
 

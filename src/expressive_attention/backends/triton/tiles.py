@@ -4,14 +4,18 @@ Rows of a key head run over the positions of its queries and, for each position,
 it: row r is head ``r % GROUPS`` of the group at position ``r // GROUPS``. So keys are read once for all of them,
 and a tile of rows is a range of positions.
 
-Arithmetic is float32. Rows whose weights leave its range are computed once more, by kernels with `WIDE`, on which
-`unit`, `wide_weight_and_half_slope` and `scaled` have the last word: there a score is ``z = 2^r y`` with an exponent r
-for each row, as in `reference`.
+A pair of query and key is hidden by lengths, causality, a window, a bool mask or a bias of -inf. It has no influence,
+whatever is in memory there: what does not exist is not read, and weights of hidden pairs are selected to be 0. But a
+product of tiles multiplies them, and 0 * NaN is NaN; results that are not finite are therefore computed once more.
+
+Arithmetic is float32. Rows whose weights leave its range are computed once more, too, by the same kernels with `WIDE`,
+on which `unit`, `wide_parts` and `scaled` have the last word: there weights are relative to the largest of the row, and
+`selected_product` multiplies tiles. See `wide`.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -35,29 +39,34 @@ __all__ = [
     "Tile",
     "add",
     "any_of",
+    "biased",
     "cast",
     "ceil_div",
     "decay",
     "exponent_of",
+    "exponential",
     "head_of",
+    "is_finite",
     "is_lost",
     "key_ranges",
     "largest",
     "load_mask",
     "load_rows",
     "mask_rows",
-    "masked",
     "padded",
     "positions",
     "product",
     "quotient",
     "scaled",
+    "seen",
     "sees",
+    "selected_product",
     "sequence_of",
     "shapes",
     "unit",
     "visible_keys",
     "weight_and_half_slope",
+    "wide_parts",
     "wide_weight_and_half_slope",
 ]
 
@@ -210,22 +219,6 @@ def weight_and_half_slope(z, FORM: tl.constexpr, NAN: tl.constexpr):
 
 
 @triton.jit
-def wide_weight_and_half_slope(y, shift, row_exponent, FORM: tl.constexpr, NAN: tl.constexpr):
-    """The weight f(z) / 4^r and half its derivative by z / 2^r, where z = 2^(r + shift) y.
-
-    With `row_exponent` r at most 0 for the expressive form: y^2 / (1 + 4^r y^2).
-    """
-    y = _clamped(scaled(y, shift), 1e18, NAN)
-    s = y * y
-    weight, half_slope = s, y
-    if FORM == EXPRESSIVE:
-        r = 1.0 / (1.0 + scaled(1.0, 2 * row_exponent) * s)
-        weight = s * r
-        half_slope = y * r * r
-    return weight, half_slope
-
-
-@triton.jit
 def exponent_of(x):
     """The integer e with 2^e <= x < 2^(e + 1), for a positive x of float32."""
     small = x < 1e-19
@@ -253,6 +246,65 @@ def unit(x):
 def is_lost(normalizer, lowest):
     """Whether a normalizer of float32 lost weights that count to underflow, or left the range upwards."""
     return ~((normalizer > lowest) & (normalizer < float("inf")))
+
+
+@triton.jit
+def is_finite(x):
+    """Whether all numbers of each row are finite."""
+    return add(x - x, 1) == 0.0
+
+
+@triton.jit
+def selected_product(a, b, pairs, sums, PRECISION: tl.constexpr):
+    """The sums + a @ b over no more than the `pairs` that are set, where a is 0 at the others.
+
+    A row of b that is not finite shows in the rows of its pairs alone, as inf, -inf or NaN.
+    """
+    is_nan = b != b
+    above, below = is_nan | (b == float("inf")), is_nan | (b == float("-inf"))
+    sums = product(a, tl.where(above | below, 0.0, b), sums, PRECISION)
+    zero = tl.full((a.shape[0], b.shape[1]), 0.0, tl.float32)
+    ones = pairs.to(tl.float32)
+    sums += tl.where(product(ones, above.to(tl.float32), zero, PRECISION) > 0.0, float("inf"), 0.0)
+    sums += tl.where(product(ones, below.to(tl.float32), zero, PRECISION) > 0.0, float("-inf"), 0.0)
+    return sums
+
+
+@triton.jit
+def exponential(x):
+    """A number near 1 and an integer n, where e^x is the number * 2^n."""
+    x = _clamped(x, 5e5, True)
+    n = tl.floor(x * _LOG2_E + 0.5)
+    # The logarithm of 2 in two parts, of which the first has few digits.
+    return tl.exp((x - n * 0.693359375) + n * 2.12194440e-4), n.to(tl.int32)
+
+
+@triton.jit
+def wide_parts(y, exponent, FORM: tl.constexpr):
+    """The numbers u, r and c of scores z = y * 2^exponent of any size: f(z) = 4^c u^2 r and f'(z) / 2 = 2^c u r^2."""
+    own = exponent_of(tl.abs(y))
+    u, c = scaled(y, -own), own + exponent
+    r = tl.full(u.shape, 1.0, tl.float32)
+    if FORM == EXPRESSIVE:
+        u = _clamped(u, 2.0, True)
+        # Beyond these exponents, f is 1 or z^2 to the last bit.
+        z = scaled(u, tl.minimum(tl.maximum(c, -64), 60))
+        r = 1.0 / (1.0 + z * z)
+        u, c = tl.where(c >= 0, z, u), tl.minimum(c, 0)
+    return u, r, c
+
+
+@triton.jit
+def wide_weight_and_half_slope(u, r, c, tile, row_exponent, peak, MASK: tl.constexpr):
+    """Weights over 4^row and half their derivatives by z / 2^row, times exp(bias - peak), of `wide_parts`."""
+    weight, slope = u * u * r, u * r * r
+    shift = c - row_exponent
+    weight_shift = 2 * shift
+    if MASK >= FLOAT:
+        factor, exponent = exponential(tile - peak)
+        weight, slope = weight * factor, slope * factor
+        weight_shift, shift = weight_shift + exponent, shift + exponent
+    return scaled(weight, weight_shift), scaled(slope, shift)
 
 
 # ---- rows and keys ----
@@ -376,13 +428,21 @@ def load_mask(rows, place, key, stride, exist, MASK: tl.constexpr):
 
 
 @triton.jit
-def masked(x, tile, peak, visible, MASK: tl.constexpr):
-    """Weights or slopes x where the key is visible, times exp(bias - peak); 0 elsewhere."""
+def seen(tile, visible, MASK: tl.constexpr):
+    """The pairs that a tile of the mask leaves of the visible ones. A bias that was not loaded is -inf."""
     if MASK == BOOL:
         visible = visible & tile
+    elif MASK >= FLOAT:
+        visible = tile != float("-inf")
+    return visible
+
+
+@triton.jit
+def biased(x, tile, peak, MASK: tl.constexpr):
+    """Weights or slopes x times exp(bias - peak)."""
     if MASK >= FLOAT:
         x = x * tl.exp(tile - peak)
-    return tl.where(visible, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -400,14 +460,20 @@ def decay(rows, place, key, peak, last_key):
 
 @triton.jit
 def visible_keys(
-    position, rows, exist, stride, keys, band, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
+    position, rows, exist, stride, keys, band, peak, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
 ):
-    """How many keys each row sees, counted in the mask where there is one."""
+    """How many keys each row sees whose bias leaves more than 0 of their weights, counted where there is a mask."""
     first, last = position * 0, position * 0 + keys
     if CAUSAL:
         last = tl.minimum(last, position + band[1] + 1)
     if WINDOW:
         first = tl.maximum(first, position + band[2])
+    if MASK == ALIBI:
+        # exp(-105) is 0. The peak is at the nearest key.
+        slope = tl.load(rows)
+        reach = tl.minimum((105.0 - peak) / tl.maximum(slope, 1e-30), 2.0**30).to(tl.int32)
+        place = position + band[0]
+        first, last = tl.maximum(first, place - reach), tl.minimum(last, place + reach + 1)
     if MASK == NO_MASK or MASK == ALIBI:  # noqa: SIM109, not in Triton
         count = tl.maximum(last - first, 0)
     else:
@@ -416,9 +482,8 @@ def visible_keys(
             j = start + tl.arange(0, 64)[None, :]
             inside = exist[:, None] & (j < last[:, None]) & (j >= first[:, None])
             tile = load_mask(rows[:, None], j, j, stride, inside, MASK)
+            inside = seen(tile, inside, MASK)
             if MASK == FLOAT:
-                inside = inside & (tile != float("-inf"))
-            else:
-                inside = inside & tile
+                inside = tl.exp(tile - peak[:, None]) > 0.0
             count += add(inside.to(tl.int32), 1)
     return count

@@ -1,13 +1,17 @@
-"""Rows whose weights left float32's range, computed once more: scores of any size, as in `reference`.
+"""Rows that need a second look: weights left float32's range, or a result is not finite.
 
-Vectors of query and key are brought to length one and a row of scores to a largest entry of one, by powers of two:
-``z_ij = 2^r_i y_ij``. The weights are then ``w_ij = 4^r_i y_ij^2 / (1 + 4^r_i y_ij^2)``, of which the power before the
-fraction is left to the end. Nearly always there are no such rows, and a program returns at once.
+Vectors of query and key are brought to length one by powers of two, so that scores of any size are known, as in
+`reference`. Each row has an exponent r, that of the score of its largest weight, and a peak p, the bias there: the
+weights are ``w_ij / (4^r_i exp(p_i))``, at most about 1, and what they are divided by is left to the end. The largest
+weight decides, not the largest bias: a key whose score is 0 has no weight, however high its bias.
+
+Only pairs that are seen count: hidden ones are left out of every product, see `tiles.selected_product`. Nearly always
+there are no such rows, and a program returns at once.
 """
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -15,13 +19,11 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    BOOL,
-    EXPRESSIVE,
     FLOAT,
     add,
     any_of,
     cast,
-    exponent_of,
+    exponential,
     head_of,
     is_lost,
     key_ranges,
@@ -29,21 +31,31 @@ from .tiles import (
     load_mask,
     load_rows,
     mask_rows,
-    masked,
     positions,
     product,
     quotient,
     scaled,
+    seen,
     sees,
+    selected_product,
     sequence_of,
     unit,
     visible_keys,
+    wide_parts,
     wide_weight_and_half_slope,
 )
 
-__all__ = ["wide_kernel"]
+__all__ = ["lost_rows", "wide_kernel"]
 
-_LOWEST = tl.constexpr(-(2**20))  # below every exponent
+_NOT_LOST = tl.constexpr(-(2.0**20))  # the exponent of a row that is right as it is, below all others
+_LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def lost_rows(stats, plane, index, exist):
+    """Those of the rows that are computed once more, and their exponents."""
+    exponent = tl.load(stats + 4 * plane + index, mask=exist, other=_NOT_LOST)
+    return exist & (exponent != _NOT_LOST), exponent.to(tl.int32)
 
 
 @triton.jit(
@@ -54,17 +66,19 @@ _LOWEST = tl.constexpr(-(2**20))  # below every exponent
 )  # fmt: skip
 def wide_kernel(
     query, key, value, mask, peaks, query_starts, key_starts, key_lengths, outputs, normalizers,
-    grad_output, grad_normalizer, stats, lost,
+    grad_output, grad_normalizer, stats, wide_stats, lost,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Output and normalizer of the lost rows; with `BACKWARD`, their numbers, as of `backward_pass.row_kernel`.
+    """Output, normalizer and peak of the lost rows; with `BACKWARD`, their numbers, as of `backward_pass.row_kernel`.
 
-    These are four planes here: r is the last, the normalizer is that of w / 4^r, and the slope that by y. The numbers
-    of other rows are 0. `lost` tells of every key head whether it has such rows.
+    These are six planes here: the last are r and p; the normalizer is that of the weights relative to both, the slope
+    that by ``z / 2^r``. Of other rows r is `_NOT_LOST`, and the rest is not written. `lost` tells of every key head
+    whether it has such rows; where it is 2, there are results that are not finite, and all rows are computed once more.
+    Rows that are written here have no part in what `stats` says any more.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -78,26 +92,36 @@ def wide_kernel(
     position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
     head = kv_head * GROUPS + member
     index = (batch * kv_heads * GROUPS + head) * length + first_row + position
-    normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    store = exist & is_lost(normalizer, lowest)
+    everything = position < 0
     if BACKWARD:
-        for part in range(4):
-            tl.store(stats + part * plane + index, tl.full((BLOCK_M,), 0.0, tl.float32), mask=exist)
+        state = tl.load(lost + program // tiles)
+        everything = state + position * 0 == 2
+        store = exist & (everything | (tl.load(stats + index, mask=exist, other=1.0) == 0.0))
+        tl.store(wide_stats + 4 * plane + index, tl.full((BLOCK_M,), _NOT_LOST, tl.float32), mask=exist)
+    else:
+        normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
+        store = exist & is_lost(normalizer, lowest)
     if not any_of(store):
         return
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, tl.float32)
+    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    if MASK >= FLOAT:
+        peak = tl.load(peaks + index, mask=exist, other=0.0)
     # A normalizer of 0 is exact where the row sees no key, or the query is 0.
-    count = visible_keys(position, rows, store, mask_stride, own_keys, band, CAUSAL, WINDOW, MASK)
-    store = store & ((normalizer != 0.0) | ((count > 0) & (largest(tl.abs(q), 1) > 0.0)))
+    normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
+    count = visible_keys(position, rows, store, mask_stride, own_keys, band, peak, CAUSAL, WINDOW, MASK)
+    has_weights = (count > 0) & ~(largest(tl.abs(q), 1) == 0.0)
+    has_weights = everything | (normalizer != 0.0) | has_weights
+    if MASK >= FLOAT and not BACKWARD:
+        # exp(peak) may be beyond float32, and 0 times that is not 0.
+        tl.store(peaks + index, position * 0.0, mask=store & ~has_weights)
+    store = store & has_weights
     if not any_of(store):
         return
 
     q, q_exponent = unit(q)
-    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MASK >= FLOAT:
-        peak = tl.load(peaks + index, mask=exist, other=0.0)
     last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
     first, _whole, _end, last = key_ranges(
         0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
@@ -106,25 +130,29 @@ def wide_kernel(
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     zero = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
 
-    row_exponent = position * 0 + _LOWEST
+    # The largest weight of each row, as a logarithm and but for a factor of 4, and the exponent of its score.
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_exponent = position * 0
     for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < own_keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, tl.float32)
         k, k_exponent = unit(k)
         z = product(q, tl.trans(k), zero, PRECISION) * scale
+        _, _, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
         visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
-        tile_of_mask = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-        if MASK == FLOAT:
-            visible = visible & (tile_of_mask != float("-inf"))
-        elif MASK == BOOL:
-            visible = visible & tile_of_mask
-        exponent = exponent_of(tl.abs(z)) + q_exponent[:, None] + k_exponent[None, :] + scale_exponent
-        exponent = tl.where(visible & (z != 0.0), exponent, _LOWEST)
-        row_exponent = tl.maximum(row_exponent, largest(exponent, 1))
-    row_exponent = tl.where(row_exponent == _LOWEST, 0, row_exponent)
-    if FORM == EXPRESSIVE:
-        row_exponent = tl.minimum(row_exponent, 0)
+        bias = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
+        size = 2.0 * _LOG_2 * c.to(tl.float32)
+        if MASK >= FLOAT:
+            size += bias
+        size = tl.where(seen(bias, visible, MASK) & (z != 0.0), size, float("-inf"))
+        best_of_tile = largest(size, 1)
+        exponent = largest(tl.where(size == best_of_tile[:, None], c, -(2**20)), 1)
+        row_exponent = tl.where(best_of_tile > best, exponent, row_exponent)
+        best = tl.maximum(best, best_of_tile)
+    row_peak = peak
+    if MASK >= FLOAT:
+        row_peak = tl.where(best == float("-inf"), peak, best - 2.0 * _LOG_2 * row_exponent.to(tl.float32))
 
     do = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     if BACKWARD:
@@ -134,6 +162,7 @@ def wide_kernel(
         )
     output = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
+    top = tl.full((BLOCK_M,), 0.0, tl.float32)
     mean = tl.full((BLOCK_M,), 0.0, tl.float32)
     for start in range(first, last, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -144,28 +173,48 @@ def wide_kernel(
         )
         k, k_exponent = unit(k)
         z = product(q, tl.trans(k), zero, PRECISION) * scale
-        exponent = q_exponent[:, None] + k_exponent[None, :] + scale_exponent - row_exponent[:, None]
-        weight, _ = wide_weight_and_half_slope(z, exponent, row_exponent[:, None], FORM, True)
+        u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
         visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
-        tile_of_mask = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-        weight = masked(weight, tile_of_mask, peak[:, None], visible, MASK)
+        bias = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
+        weight, _ = wide_weight_and_half_slope(u, r, c, bias, row_exponent[:, None], row_peak[:, None], MASK)
+        pairs = seen(bias, visible, MASK)
+        weight = tl.where(pairs, weight, 0.0)
         total += add(weight, 1)
         if BACKWARD:
-            mean += add(weight * product(do, tl.trans(v), zero, PRECISION), 1)
+            top = tl.maximum(top, largest(weight, 1))
+            mean += add(tl.where(pairs, weight * product(do, tl.trans(v), zero, PRECISION), 0.0), 1)
         else:
-            output = product(weight, v, output, PRECISION)
+            output = selected_product(weight, v, pairs, output, PRECISION)
 
+    # What the normalizer has to be multiplied by: 4^r exp(p - peak), as a factor and an exponent. One below float32 is
+    # told by a lower peak, but not so low that exp(peak) is; it is small enough for the backward pass to find the row.
+    factor, exponent = tl.full((BLOCK_M,), 1.0, tl.float32), 2 * row_exponent
+    if MASK >= FLOAT:
+        _, shift = exponential(row_peak - peak)
+        lower = tl.maximum(row_peak + _LOG_2 * (exponent + 100).to(tl.float32), -60.0)
+        peak = tl.where(exponent + shift < -120, tl.minimum(peak, lower), peak)
+        difference = row_peak - peak
+        factor, shift = exponential(difference)
+        rounded = difference - row_peak
+        rounding = (row_peak - (difference - rounded)) - (peak + rounded)
+        factor, exponent = factor * (1.0 + rounding), exponent + shift
     if BACKWARD:
-        tl.store(lost + sequence * kv_heads + kv_head, 1)
+        tl.store(lost + program // tiles, tl.maximum(state, 1))
         dn = tl.full((BLOCK_M,), 0.0, tl.float32)
         if grad_normalizer is not None:
-            dn = scaled(tl.load(grad_normalizer + index, mask=exist, other=0.0), 2 * row_exponent)
+            dn = scaled(tl.load(grad_normalizer + index, mask=exist, other=0.0) * factor, exponent)
+        dn = tl.where(count > 0, dn, 0.0)
         inverse = quotient(1.0, total)
-        coefficient = tl.where(count > 1, inverse, 0.0)
-        tl.store(stats + index, inverse, mask=store)
-        tl.store(stats + plane + index, coefficient, mask=store)
-        tl.store(stats + 2 * plane + index, mean * inverse * coefficient - dn, mask=store)
-        tl.store(stats + 3 * plane + index, row_exponent.to(tl.float32), mask=store)
+        coefficient = tl.where(top >= total, 0.0, inverse)  # where one key has all of the weight, its g is 0
+        shift = tl.where(coefficient == 0.0, 0.0, mean * inverse * coefficient) - dn
+        tl.store(wide_stats + index, inverse, mask=store)
+        tl.store(wide_stats + plane + index, coefficient, mask=store)
+        tl.store(wide_stats + 2 * plane + index, shift, mask=store)
+        tl.store(wide_stats + 3 * plane + index, dn * total, mask=store)
+        tl.store(wide_stats + 4 * plane + index, row_exponent.to(tl.float32), mask=store)
+        tl.store(wide_stats + 5 * plane + index, row_peak, mask=store)
+        for part in range(4):
+            tl.store(stats + part * plane + index, tl.full((BLOCK_M,), 0.0, tl.float32), mask=store)
     else:
         column = tl.arange(0, BLOCK_EV)
         tl.store(
@@ -173,4 +222,6 @@ def wide_kernel(
             cast(quotient(output, total[:, None]), outputs.dtype.element_ty),
             mask=store[:, None] & (column < value_width)[None, :],
         )
-        tl.store(normalizers + index, scaled(total, 2 * row_exponent), mask=store)
+        tl.store(normalizers + index, scaled(total * factor, exponent), mask=store)
+        if MASK >= FLOAT:
+            tl.store(peaks + index, tl.where(total == 0.0, 0.0, peak), mask=store)

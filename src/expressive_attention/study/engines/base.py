@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..checkpoints import SECONDS_BETWEEN
 from ..config import Cell
+from ..errors import StudyError
 from ..progress import Display
 from ..store import Store
 from ..user_tasks import blame
@@ -18,7 +19,7 @@ __all__ = ["Engine", "EngineError", "Outcome", "reason"]
 _RERUNS = 2
 
 
-class EngineError(ValueError):
+class EngineError(StudyError):
     """An engine that cannot be used; the message says why, in one line."""
 
 

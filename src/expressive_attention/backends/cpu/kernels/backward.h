@@ -4,6 +4,11 @@
 //     dv_j = sum_i w_ij u_i,   dq_i = sum_j h_ij g_ij (2 scale k_j),   dk_j = 2 sum_i h_ij g_ij (scale q_i),
 //     dbias_ij = w_ij g_ij.
 //
+// Hidden pairs have w = h = 0. The part of dq along q is what remains of terms that cancel where f is small, since
+// sum_j w_ij (g_ij - dN_i) = 0. Without them it is
+//
+//     q_i . dq_i = 2 dN_i N_i - 2 sum_j w_ij f_ij g_ij.
+//
 // First N and D of all rows, then key head by key head: blocks of keys against blocks of rows. The keys of a
 // head may be dealt out to several threads; each then has its own dq, and these are added in a fixed order.
 
@@ -22,14 +27,21 @@ typedef struct {
   int64_t parts;                     // shares of the key blocks of a head
   int recompute;                     // N and D from the inputs, not from what the forward pass stored
   int in_place;                      // the gradient of the query is added up where it belongs
+  int keeps_shares;                  // f is kept beside w = f exp(bias)
 } backward_plan;
 
 typedef struct {
   row_place *rows;
-  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *slopes, *products;
+  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *slopes, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
   mask_room mask;
+  not_finite bad;
 } backward_room;
+
+// Of a row: sum_j w f g and sum_j w f.
+typedef struct {
+  REAL along, share;
+} row_sums;
 
 // Numbers of all rows (B, Hq, L).
 typedef struct {
@@ -43,6 +55,7 @@ typedef struct {
   int64_t room_bytes, query_size;
   char *rooms;
   REAL *partial;  // gradients of the query, one for each part, where there are several parts
+  row_sums *sums;  // of all rows, for each part
   double *mask_sums;  // the gradient of the mask, where several terms add up to one element
   ea_queue queue;
   _Atomic int unsafe;
@@ -64,7 +77,9 @@ static backward_plan plan_backward(const ea_problem *p) {
   int64_t units = plan.mask_batches * plan.mask_heads;
   plan.parts = least(p->threads / greatest_common_divisor(units, p->threads), plan.key_blocks);
   if (shared && p->mask_size[3] == 1) plan.parts = 1;  // all keys add to the same elements
-  plan.recompute = p->dtype != REAL_DTYPE;
+  // Where the forward pass adds the numbers of a score in another order, its N is not the sum of the same weights.
+  plan.recompute = p->dtype != REAL_DTYPE || plan_forward(p).few_rows;
+  plan.keeps_shares = has_bias(p) && !p->squared;
   plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1;
   return plan;
 }
@@ -80,19 +95,20 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .values_transposed = take(&a, keys * p->value_width * sizeof(REAL)),
       .keys = take(&a, keys * plan->columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
+      .shares = take(&a, plan->keeps_shares ? rows * leading(keys) * sizeof(REAL) : 0),
       .slopes = take(&a, rows * leading(keys) * sizeof(REAL)),
       .products = take(&a, MR * leading(keys) * sizeof(REAL)),
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .room = take(&a, most(keys, V * round_up(most(p->width, p->value_width), V)) * sizeof(REAL)),
       .mask = {.factor = take(&a, keys * sizeof(REAL))},
+      .bad = {.rows = take(&a, rows * sizeof(REAL)),
+              .keys = take(&a, keys * sizeof(REAL)),
+              .values = take(&a, keys * sizeof(REAL)),
+              .seen = take(&a, keys)},
   };
   if (!plan->in_place && plan->parts == 1) room->grad_query = take(&a, head_rows * plan->columns * sizeof(REAL));
   return a.used;
-}
-
-INLINE int64_t index_of(const ea_problem *p, const row_place *row) {
-  return (row->batch * p->heads + row->head) * p->rows + row->query;
 }
 
 // ---- N and D of all rows ----
@@ -111,12 +127,13 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
     }
     run->numbers.normalizer[index] = normalizer;
     run->numbers.mean[index] = normalizer == 0 ? 0 : dot(upstream, output, p->value_width) / normalizer;
-    if (is_unsafe(p, row, normalizer)) run->unsafe = 1;
+    // The forward pass left NaN only where it belongs.
+    if (normalizer == normalizer && is_unsafe(p, row, normalizer)) run->unsafe = 1;
   }
 }
 
-// Weights and slopes of the rows over n keys from `key`, masked. Past the keys that a
-// row sees there are zeros.
+// Weights, slopes and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
+// sees there are zeros.
 static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                              int64_t key, int64_t n) {
   int64_t ldw = leading(plan->block_keys), whole = padded(n);
@@ -136,8 +153,14 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
     visible_range seen = range_of(room->rows + r, mr);
     if (is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
-      apply_mask(p, room->rows + r + i, key, whole, room->weights + (r + i) * ldw, &room->mask);
-      apply_mask(p, room->rows + r + i, key, whole, room->slopes + (r + i) * ldw, &room->mask);
+      const row_place *row = room->rows + r + i;
+      int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
+      if (plan->keeps_shares) {
+        memcpy(room->shares + at, room->weights + at, (size_t)visible * sizeof(REAL));
+        memset(room->shares + at + visible, 0, (size_t)(whole - visible) * sizeof(REAL));
+      }
+      apply_mask(p, row, key, whole, room->weights + at, &room->mask, 1);
+      apply_mask(p, row, key, whole, room->slopes + at, &room->mask, 1);
     }
   }
 }
@@ -146,18 +169,30 @@ static void pack_key_block(const ea_problem *p, backward_room *room, int64_t b, 
                            int64_t n) {
   pack_transposed(room->keys_transposed, &p->key, p->dtype, b, kv_head, key, n, p->width, room->room);
   pack_transposed(room->values_transposed, &p->value, p->dtype, b, kv_head, key, n, p->value_width, room->room);
+  room->bad.any_key = clear_columns(room->keys_transposed, n, p->width, room->bad.keys);
+  room->bad.any_key |= clear_columns(room->values_transposed, n, p->value_width, room->bad.values);
 }
 
 static void pack_row_block(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                            const REAL *normalizer) {
   pack_places(room->query, plan->columns, &p->query, p->dtype, p, room->rows, count, p->width, (REAL)p->scale);
   pack_places(room->upstream, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
-  if (!normalizer) return;
   for (int64_t r = 0; r < count; r++) {
-    REAL total = normalizer[index_of(p, room->rows + r)];
-    scale_row(room->upstream + r * plan->value_columns, plan->value_columns, total == 0 ? 0 : 1 / total);
+    REAL *query = room->query + r * plan->columns, *upstream = room->upstream + r * plan->value_columns;
+    if (normalizer) {
+      REAL total = normalizer[index_of(p, room->rows + r)];
+      scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total);
+    }
+    room->bad.rows[r] = check_row(query, plan->columns) + check_row(upstream, plan->value_columns);
+    if (room->bad.rows[r] != 0) {
+      memset(query, 0, (size_t)plan->columns * sizeof(REAL));
+      memset(upstream, 0, (size_t)plan->value_columns * sizeof(REAL));
+    }
   }
 }
+
+// Whether row r, or one of the keys of the block, is not finite.
+INLINE int is_bad(const backward_room *room, int64_t r) { return room->bad.any_key || room->bad.rows[r] != 0; }
 
 // dO_i . v_j of a group of rows and the n keys of the block.
 static void group_products(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t r, int mr,
@@ -170,11 +205,36 @@ static void group_products(const ea_problem *p, const backward_plan *plan, backw
   }
 }
 
+// Add sum_j w_ij and sum_j w_ij dO_i . v_j over n keys of row r to *normalizer, *mean. Return whether the row sees a vector
+// that is not finite.
+static int add_numbers(const ea_problem *p, backward_room *room, int64_t r, int64_t key, int64_t n, const REAL *w,
+                       const REAL *product, REAL *normalizer, REAL *mean) {
+  REAL total = 0, sum = 0, bad = 0;
+  for (int64_t j = 0; j < n; j++) {
+    total += w[j];
+    sum += w[j] * product[j];
+  }
+  if (is_bad(room, r) || sum != sum) {
+    read_seen(p, room->rows + r, key, n, room->bad.seen);
+    total = sum = 0;
+    for (int64_t j = 0; j < n; j++) {
+      if (!room->bad.seen[j]) continue;
+      bad += room->bad.rows[r] + room->bad.keys[j];
+      total += w[j];
+      sum += w[j] * product[j] + room->bad.values[j];
+    }
+  }
+  *normalizer += total + bad;
+  *mean += sum + bad;
+  return bad != 0;
+}
+
 static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t b, int64_t kv_head, int64_t count) {
   const ea_problem *p = run->p;
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys), end = range_of(room->rows, count).end;
   int64_t begin = range_of(room->rows, count).begin / plan->block_keys * plan->block_keys;
+  int bad[BACKWARD_ROWS] = {0};
   for (int64_t r = 0; r < count; r++) {
     int64_t index = index_of(p, room->rows + r);
     run->numbers.normalizer[index] = run->numbers.mean[index] = 0;
@@ -190,11 +250,8 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
       group_products(p, plan, room, r, mr, n, columns);
       for (int i = 0; i < mr; i++) {
         int64_t index = index_of(p, room->rows + r + i);
-        for (int64_t j = 0; j < columns; j++) {
-          REAL w = room->weights[(r + i) * ldw + j];
-          run->numbers.normalizer[index] += w;
-          run->numbers.mean[index] += w * room->products[i * ldw + j];
-        }
+        bad[r + i] |= add_numbers(p, room, r + i, key, columns, room->weights + (r + i) * ldw, room->products + i * ldw,
+                                  run->numbers.normalizer + index, run->numbers.mean + index);
       }
     }
   }
@@ -202,7 +259,7 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
     int64_t index = index_of(p, room->rows + r);
     REAL total = run->numbers.normalizer[index], *mean = &run->numbers.mean[index];
     *mean = total == 0 ? 0 : *mean / total / total;
-    if (is_unsafe(p, room->rows + r, total)) run->unsafe = 1;
+    if (!bad[r] && is_unsafe(p, room->rows + r, total)) run->unsafe = 1;
   }
 }
 
@@ -227,16 +284,49 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
 
 // ---- gradients ----
 
-// h becomes h g for n keys of a row, and, for the mask, w becomes w g in `bias`.
-INLINE void row_gradient(int64_t n, const REAL *w, REAL *h, const REAL *product, REAL normalizer, REAL mean,
-                         REAL grad_normalizer, REAL *bias) {
+// What the gradients of a row are made of: g = product - mean + grad_normalizer.
+typedef struct {
+  const REAL *product;
+  REAL normalizer, mean, grad_normalizer;
+} row_terms;
+
+// h becomes h g for n keys of a row, and, for the mask, w becomes w g in `bias`. With `share` NULL, f is w.
+INLINE row_sums row_gradient(int64_t n, const REAL *w, const REAL *share, REAL *h, const row_terms *t, REAL *bias) {
+  vec along = {0}, shares = {0};
   for (int64_t j = 0; j < n; j += V) {
-    vec weight = load(w + j), g = load(product + j) - mean;
+    vec weight = load(w + j), f = share ? load(share + j) : weight, g = load(t->product + j) - t->mean;
     // A row that sees one key has w = N and g = 0, but not to the last bit, which h / N = 1 / z would magnify.
-    g = choose(weight == normalizer, splat(0), g) + grad_normalizer;
+    g = choose(weight == t->normalizer, splat(0), g) + t->grad_normalizer;
     store(h + j, load(h + j) * g);
-    if (bias) store(bias + j, weight * g);
+    vec term = weight * g;
+    if (bias) store(bias + j, term);
+    along += term * f;
+    shares += weight * f;
   }
+  return (row_sums){sum_of(along), sum_of(shares)};
+}
+
+// The same for row r where not all is finite, after it: hidden keys get nothing, and seen vectors that are not finite show.
+static row_sums correct_gradient(const ea_problem *p, backward_room *room, int64_t r, int64_t key, int64_t n, REAL *w,
+                                 const REAL *share, REAL *h, const row_terms *t, REAL *bias) {
+  row_sums sums = {0, 0};
+  read_seen(p, room->rows + r, key, n, room->bad.seen);
+  for (int64_t j = 0; j < n; j++) {
+    REAL g = (w[j] == t->normalizer ? 0 : t->product[j] - t->mean) + t->grad_normalizer;
+    REAL bad = room->bad.rows[r] + room->bad.keys[j], term = 0;
+    if (room->bad.seen[j]) {
+      w[j] += bad;
+      bad += room->bad.values[j];
+      h[j] += bad;
+      term = w[j] * g + bad;
+      sums.along += term * (share ? share[j] : w[j]);
+      sums.share += w[j] * (share ? share[j] : w[j]);
+    } else {
+      w[j] = h[j] = 0;
+    }
+    if (bias) bias[j] = term;
+  }
+  return sums;
 }
 
 static void add_to_mask(backward_run *run, const row_place *row, int64_t key, int64_t n, const REAL *bias) {
@@ -263,7 +353,8 @@ static void write_mask_sums(const ea_problem *p, const double *sums, int64_t num
 }
 
 // From w and h of a group of rows to h g.
-static void group_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t key, int64_t n) {
+static void group_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t key, int64_t n,
+                           row_sums *sums) {
   const ea_problem *p = run->p;
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys);
@@ -275,28 +366,37 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   for (int i = 0; i < mr; i++) {
     const row_place *row = room->rows + r + i;
     int64_t index = index_of(p, row);
-    REAL *w = room->weights + (r + i) * ldw, *h = room->slopes + (r + i) * ldw, *product = room->products + i * ldw;
-    REAL normalizer = run->numbers.normalizer[index], mean = run->numbers.mean[index];
-    if (complete && normalizer != 0) {
+    REAL *w = room->weights + (r + i) * ldw, *h = room->slopes + (r + i) * ldw;
+    REAL *share = plan->keeps_shares ? room->shares + (r + i) * ldw : NULL;
+    row_terms t = {.product = room->products + i * ldw,
+                   .normalizer = run->numbers.normalizer[index],
+                   .mean = run->numbers.mean[index],
+                   .grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0};
+    if (complete && t.normalizer != 0 && !is_bad(room, r + i)) {
       vec sum = {0};
-      for (int64_t j = 0; j < columns; j += V) sum += load(w + j) / normalizer * load(product + j);
-      mean = sum_of(sum);
+      for (int64_t j = 0; j < columns; j += V) sum += load(w + j) / t.normalizer * load(t.product + j);
+      REAL mean = sum_of(sum);
+      if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
     }
-    REAL grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0;
     REAL *bias = p->grad_mask ? room->room : NULL;
-    row_gradient(columns, w, h, product, normalizer, mean, grad_normalizer, bias);
+    row_sums own = share ? row_gradient(columns, w, share, h, &t, bias) : row_gradient(columns, w, NULL, h, &t, bias);
+    if (is_bad(room, r + i) || own.along != own.along) {
+      own = correct_gradient(p, room, r + i, key, round_up(columns, V), w, share, h, &t, bias);
+    }
+    sums[index].along += own.along;
+    sums[index].share += own.share;
     if (bias) add_to_mask(run, row, key, columns, bias);
   }
 }
 
 // Add what a block of rows and a block of keys give one another.
 static void backward_block(backward_run *run, backward_room *room, int64_t count, int64_t key, int64_t n,
-                           REAL *grad_query) {
+                           REAL *grad_query, row_sums *sums) {
   const ea_problem *p = run->p;
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys), columns = plan->columns, value_columns = plan->value_columns;
   backward_weights(p, plan, room, count, key, n);
-  for (int64_t r = 0; r < count; r += MR) group_gradient(run, room, r, (int)least(MR, count - r), key, n);
+  for (int64_t r = 0; r < count; r += MR) group_gradient(run, room, r, (int)least(MR, count - r), key, n, sums);
   for (int64_t c = 0; c < columns; c += PANEL) {
     int nr = (int)(panel_width(c, columns) / V);
     for (int64_t r = 0; r < count; r += MR) {
@@ -325,6 +425,41 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
   }
 }
 
+// Have dq . q be `along`, by a multiple of q, which is read from `from` to `query`.
+static void set_along(REAL *dq, REAL *query, int64_t n, REAL along, const void *from, int64_t dtype, int64_t stride) {
+  REAL largest = 0;
+  read_row(query, from, dtype, stride, n);
+  for (int64_t e = 0; e < n; e++) largest = query[e] > largest ? query[e] : -query[e] > largest ? -query[e] : largest;
+  REAL inverse = 1 / largest;
+  if (!(inverse > 0 && inverse <= LARGEST)) return;  // q = 0, or not finite, or so small that its inverse is not
+  scale_row(query, n, inverse);
+  REAL more = (along * inverse - dot(query, dq, n)) / dot(query, query, n);
+  for (int64_t e = 0; e < n; e++) dq[e] += more * query[e];
+}
+
+// Add `dq` of the parts of row `index` up in the first, put in its part along q, and write it. `query` is room for q.
+static void finish_query(const backward_run *run, int64_t index, REAL *dq, REAL *query) {
+  const ea_problem *p = run->p;
+  int64_t rows = p->batch * p->heads * p->rows;
+  row_sums sums = run->sums[index];
+  for (int64_t part = 1; part < run->plan.parts; part++) {
+    for (int64_t c = 0; c < p->width; c++) dq[c] += dq[part * run->query_size + c];
+    sums.along += run->sums[part * rows + index].along;
+    sums.share += run->sums[part * rows + index].share;
+  }
+  int64_t head = index / p->rows;
+  REAL normalizer = run->numbers.normalizer[index];
+  // Where f is near 1, it is the other way that cancels.
+  if (p->squared ? normalizer != 0 : sums.share < normalizer / 2) {
+    REAL grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0;
+    REAL along = 2 * (grad_normalizer * normalizer - (p->squared ? 0 : sums.along));
+    set_along(dq, query, p->width, along, row_of(&p->query, p->dtype, head / p->heads, head % p->heads, index % p->rows),
+              p->dtype, p->query.stride[3]);
+  }
+  if (run->plan.in_place) return;
+  write_row((char *)p->grad_query + index * p->width * dtype_size(p->dtype), p->dtype, dq, p->width);
+}
+
 // The gradients of key head `kv_head`, from the key blocks part, part + parts, ...
 static void backward_head(backward_run *run, backward_room *room, int64_t b, int64_t kv_head, int64_t part) {
   const ea_problem *p = run->p;
@@ -334,11 +469,21 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
   REAL *grad_query = plan->in_place      ? (REAL *)p->grad_query + first_row * columns
                      : plan->parts == 1 ? room->grad_query
                                          : run->partial + part * run->query_size + first_row * columns;
+  row_sums *sums = run->sums + part * p->batch * p->heads * p->rows;
+  int64_t keys = key_count(p, b);
   memset(grad_query, 0, (size_t)(head_rows * columns) * sizeof(REAL));
+  clear(sums + first_row, head_rows * (int64_t)sizeof(row_sums));
   for (int64_t block = part; block < plan->key_blocks; block += plan->parts) {
-    int64_t key = block * plan->block_keys, n = least(plan->block_keys, p->keys - key);
+    int64_t key = block * plan->block_keys, n = least(plan->block_keys, p->keys - key), size = dtype_size(p->dtype);
+    int64_t at = (b * p->kv_heads + kv_head) * p->keys + key, exist = most(0, least(n, keys - key));
+    clear((char *)p->grad_key + (at + exist) * p->width * size, (n - exist) * p->width * size);
+    clear((char *)p->grad_value + (at + exist) * p->value_width * size, (n - exist) * p->value_width * size);
+    if ((n = exist) == 0) continue;
     pack_key_block(p, room, b, kv_head, key, n);
     pack_rows(room->keys, columns, &p->key, p->dtype, b, kv_head, key, n, p->width, (REAL)(2 * p->scale));
+    for (int64_t j = 0; j < n; j++) {
+      if (room->bad.keys[j] != 0) memset(room->keys + j * columns, 0, (size_t)columns * sizeof(REAL));
+    }
     memset(room->grad_key, 0, (size_t)(n * columns) * sizeof(REAL));
     memset(room->grad_value, 0, (size_t)(n * plan->value_columns) * sizeof(REAL));
     for (int64_t first = 0; first < head_rows; first += plan->block_rows) {
@@ -350,9 +495,8 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
         for (int64_t r = 0; r < count; r++) room->rows[r].peak = run->numbers.peak[index_of(p, room->rows + r)];
       }
       pack_row_block(p, plan, room, count, run->numbers.normalizer);
-      backward_block(run, room, count, key, n, grad_query + first * columns);
+      backward_block(run, room, count, key, n, grad_query + first * columns, sums);
     }
-    int64_t at = (b * p->kv_heads + kv_head) * p->keys + key, size = dtype_size(p->dtype);
     scale_row(room->grad_key, n * columns, 2);
     for (int64_t j = 0; j < n; j++) {
       write_row((char *)p->grad_key + (at + j) * p->width * size, p->dtype, room->grad_key + j * columns, p->width);
@@ -360,11 +504,8 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
                 room->grad_value + j * plan->value_columns, p->value_width);
     }
   }
-  if (plan->in_place || plan->parts > 1) return;
-  for (int64_t r = 0; r < head_rows; r++) {
-    write_row((char *)p->grad_query + (first_row + r) * p->width * dtype_size(p->dtype), p->dtype,
-              grad_query + r * columns, p->width);
-  }
+  if (plan->parts > 1) return;
+  for (int64_t r = 0; r < head_rows; r++) finish_query(run, first_row + r, grad_query + r * columns, room->room);
 }
 
 // All key heads that share elements of the gradient of the mask, one after the other.
@@ -401,14 +542,10 @@ static void merge_thread(void *context, int64_t thread) {
   (void)thread;
   backward_run *run = context;
   const ea_problem *p = run->p;
-  int64_t columns = run->plan.columns, size = dtype_size(p->dtype);
   for (int64_t head, end; ea_take(&run->queue, &head, &end);) {
     for (int64_t r = head * p->rows; r < end * p->rows; r++) {
-      REAL *sum = run->partial + r * columns;
-      for (int64_t part = 1; part < run->plan.parts; part++) {
-        for (int64_t c = 0; c < p->width; c++) sum[c] += sum[part * run->query_size + c];
-      }
-      write_row((char *)p->grad_query + r * p->width * size, p->dtype, sum, p->width);
+      REAL *sum = run->partial + r * run->plan.columns;
+      finish_query(run, r, sum, sum + run->query_size);  // once it is added, the second part is free
     }
   }
 }
@@ -449,6 +586,7 @@ static int run_backward(const ea_problem *p) {
     run.numbers.normalizer = take(&a, rows * sizeof(REAL));
     run.numbers.mean = take(&a, rows * sizeof(REAL));
     run.numbers.peak = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
+    run.sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
     run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
     run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);
   }

@@ -10,5 +10,5 @@ int ENTRY(ea_backward)(const ea_problem *p);
 int ENTRY(ea_forward_double)(const ea_problem *p);
 int ENTRY(ea_backward_double)(const ea_problem *p);
 
-// Rows first, ..., first + count - 1 of a key head, in double arithmetic.
-int ENTRY(ea_forward_rows_double)(const ea_problem *p, int64_t b, int64_t kv_head, int64_t first, int64_t count);
+// Row `index` of a key head, in double arithmetic, from the keys that it sees alone.
+int ENTRY(ea_one_row_double)(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index);

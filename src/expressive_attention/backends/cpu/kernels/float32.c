@@ -4,9 +4,12 @@
 #define REAL_DTYPE EA_FLOAT32
 #include "kernels.h"
 
-static void rescue_rows(forward_run *run, int64_t b, int64_t kv_head, int64_t first, int64_t count) {
-  int status = ENTRY(ea_forward_rows_double)(run->p, b, kv_head, first, count);
-  if (status != EA_OK) run->status = status;
+static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer) {
+  int status = EA_OK;
+  // Not where the row is in need of double anyway.
+  if (!(normalizer <= LEAST_SUM)) status = one_row(p, b, kv_head, index, &normalizer);
+  if (status == EA_OK && !is_in_range(normalizer)) status = ENTRY(ea_one_row_double)(p, b, kv_head, index);
+  return status;
 }
 
 int ENTRY(ea_forward)(const ea_problem *p) {

@@ -74,7 +74,7 @@ INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_
 
 // Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum.
 static void mask_and_sum(const ea_problem *p, forward_room *room, int64_t r, int64_t key, int64_t n, REAL *w) {
-  apply_mask(p, room->rows + r, key, round_up(n, V), w, &room->mask);
+  apply_mask(p, room->rows + r, key, round_up(n, V), w, &room->mask, 0);
   vec sum = load(room->sums + r * V);
   for (int64_t j = 0; j < n; j += V) sum += load(w + j);
   store(room->sums + r * V, sum);
@@ -189,19 +189,32 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
   }
 }
 
-// Write the results of a row: o = output / N. Return whether N lost what counts.
-static int finish_row(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer, REAL *room) {
-  int64_t index = (row->batch * p->heads + row->head) * p->rows + row->query;
-  REAL total = normalizer == 0 ? 1 : normalizer;
-  void *to = (char *)p->output + index * p->value_width * dtype_size(p->dtype);
-  if (p->dtype == REAL_DTYPE) room = to;
-  int64_t c = 0;
-  for (; c + V <= p->value_width; c += V) store(room + c, load(output + c) / total);
-  for (; c < p->value_width; c++) room[c] = output[c] / total;
-  if (p->dtype != REAL_DTYPE) write_row(to, p->dtype, room, p->value_width);
+// Where the numbers of a row are in (B, Hq, L).
+INLINE int64_t index_of(const ea_problem *p, const row_place *row) {
+  return (row->batch * p->heads + row->head) * p->rows + row->query;
+}
+
+// Write the results of a row.
+static void write_results(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer) {
+  int64_t index = index_of(p, row);
+  write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
-  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, row->peak);
-  return is_unsafe(p, row, normalizer);
+  // N = 0 stays 0, however large the exponential of the peak is.
+  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, normalizer == 0 ? 0 : row->peak);
+}
+
+// Write the results of a row: o = output / N. Return whether N lost what counts, or o is not finite. `output` has room
+// for whole vectors, and is changed.
+static int finish_row(const ea_problem *p, const row_place *row, REAL *output, REAL normalizer) {
+  REAL total = normalizer == 0 ? 1 : normalizer;
+  vec beyond = {0};
+  for (int64_t c = 0; c < p->value_width; c += V) {
+    vec o = load(output + c) / total;
+    beyond += o * 0;
+    store(output + c, o);
+  }
+  write_results(p, row, output, normalizer);
+  return is_unsafe(p, row, normalizer) || sum_of(beyond) != 0;
 }
 
 typedef struct {
@@ -214,7 +227,15 @@ typedef struct {
   _Atomic int status;
 } forward_run;
 
-static void rescue_rows(forward_run *run, int64_t b, int64_t kv_head, int64_t first, int64_t count);
+static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer);
+
+// The results of row `index` of a key head, from its sums.
+static void settle_row(forward_run *run, const row_place *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
+                       REAL normalizer) {
+  if (!finish_row(run->p, row, output, normalizer)) return;
+  int status = rescue_row(run->p, b, kv_head, index, normalizer);
+  if (status != EA_OK) run->status = status;
+}
 
 static void forward_task(forward_run *run, forward_room *room, int64_t task) {
   const ea_problem *p = run->p;
@@ -238,12 +259,10 @@ static void forward_task(forward_run *run, forward_room *room, int64_t task) {
     }
     return;
   }
-  int unsafe = 0;
   for (int64_t r = 0; r < count; r++) {
     REAL normalizer = sum_of(load(room->sums + r * V));
-    unsafe |= finish_row(p, room->rows + r, room->output + r * columns, normalizer, room->output + r * columns);
+    settle_row(run, room->rows + r, b, kv_head, first + r, room->output + r * columns, normalizer);
   }
-  if (unsafe) rescue_rows(run, b, kv_head, first, count);
 }
 
 static void forward_thread(void *context, int64_t thread) {
@@ -268,9 +287,7 @@ static void merge_parts(forward_run *run, forward_room *room) {
     }
     int64_t head = r / all_rows, first = r % all_rows;
     place_rows(p, head / p->kv_heads, head % p->kv_heads, first, 1, room->rows, room->room, run->plan.block_keys);
-    if (finish_row(p, room->rows, sum, sum[size - 1], sum)) {
-      rescue_rows(run, head / p->kv_heads, head % p->kv_heads, first, 1);
-    }
+    settle_row(run, room->rows, head / p->kv_heads, head % p->kv_heads, first, sum, sum[size - 1]);
   }
 }
 

@@ -16,4 +16,7 @@
 #include "few_rows.h"
 #include "pairs.h"
 #include "forward.h"
+#include "one_row.h"
+//
+#include "finite.h"
 #include "backward.h"

@@ -61,6 +61,31 @@ EXPORT const char *ea_build_name(int i) {
   return NULL;
 }
 
+// The members of `ea_problem`: a version, then name and format of each.
+#define MEMBER(format, type, name, size) #name ":" #format " "
+EXPORT const char *ea_layout(void) { return EA_VERSION " " EA_MEMBERS(MEMBER); }
+
+#define BYTES(format, type, name, size) + sizeof(((ea_problem *)0)->name)
+_Static_assert(sizeof(ea_problem) == EA_MEMBERS(BYTES), "the members of ea_problem have no gaps");
+_Static_assert(sizeof(void *) == 8 && sizeof(ea_tensor) == 5 * 8, "addresses are as wide as numbers");
+
+// The builds that the compiler could not make, each followed by a space.
+EXPORT const char *ea_left_out(void) {
+  return ""
+#ifdef __x86_64__
+#ifndef EA_HAVE_V3
+         "x86-64-v3 "
+#endif
+#ifndef EA_HAVE_V4
+         "x86-64-v4 "
+#endif
+#ifndef EA_HAVE_V4_BF16
+         "x86-64-v4-bf16 "
+#endif
+#endif
+      ;
+}
+
 static const build *find(const char *name) {
   for (int j = 0; j < count; j++) {
     if (strcmp(builds[j].name, name) == 0) return &builds[j];

@@ -7,7 +7,8 @@ static ea_tensor as_pairs(const ea_tensor *t) {
 }
 
 static int are_pairs(const ea_tensor *t) {
-  return t->stride[3] == 1 && t->stride[0] % 2 == 0 && t->stride[1] % 2 == 0 && t->stride[2] % 2 == 0;
+  return t->stride[3] == 1 && t->stride[0] % 2 == 0 && t->stride[1] % 2 == 0 && t->stride[2] % 2 == 0 &&
+         (uintptr_t)t->data % sizeof(float) == 0;
 }
 
 static int can_use_pairs(const ea_problem *p) {

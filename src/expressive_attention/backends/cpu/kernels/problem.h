@@ -14,27 +14,39 @@ typedef struct {
   int64_t stride[4];
 } ea_tensor;
 
-// Every member is 8 bytes wide, so that the caller can pack the struct with one format string.
+// To be raised when a member changes its meaning, or an enum above its order, but no name does.
+#define EA_VERSION "1"
+
+// The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
+// was compiled from another one is refused. All are 8 bytes wide or arrays of such.
+#define EA_MEMBERS(M)                                                                               \
+  M(q, int64_t, threads, )                                                                          \
+  M(q, int64_t, dtype, )      /* of query, key, value, output and their gradients */                \
+  M(q, int64_t, mask_dtype, ) /* EA_NONE: there is no mask */                                       \
+  M(q, int64_t, squared, )    /* f(z) = z^2 instead of z^2 / (1 + z^2) */                           \
+  /* Query i is at place p = i, or, with lower_right, i + S - L, and sees key j if and only if */   \
+  /* j <= p + right, with `causal`, and j >= p - left, with `window`. */                            \
+  M(q, int64_t, causal, ) M(q, int64_t, right, ) M(q, int64_t, window, ) M(q, int64_t, left, )      \
+  M(q, int64_t, lower_right, )                                                                      \
+  /* B, Hq, Hkv, L, S, E, Ev */                                                                     \
+  M(q, int64_t, batch, ) M(q, int64_t, heads, ) M(q, int64_t, kv_heads, ) M(q, int64_t, rows, )     \
+  M(q, int64_t, keys, ) M(q, int64_t, width, ) M(q, int64_t, value_width, )                         \
+  M(d, double, scale, )                                                                             \
+  M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
+  M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
+  /* Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64. */               \
+  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, peak, )                            \
+  /* The rest is for the backward pass. */                                                          \
+  M(5q, ea_tensor, grad_output, )                                                                   \
+  M(q, const void *, grad_normalizer, ) /* or NULL */                                               \
+  M(q, void *, grad_query, ) M(q, void *, grad_key, ) M(q, void *, grad_value, )                    \
+  M(q, void *, grad_mask, )       /* or NULL; contiguous, of the dtype of the mask */               \
+  M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */
+
+#define EA_DECLARE(format, type, name, size) type name size;
 typedef struct {
-  int64_t threads;
-  int64_t dtype;       // of query, key, value, output and their gradients
-  int64_t mask_dtype;  // EA_NONE: there is no mask
-  int64_t squared;     // f(z) = z^2 instead of z^2 / (1 + z^2)
-  // Query i is at place p = i, or, with lower_right, i + S - L, and sees key j if and only if j <= p + right, with
-  // `causal`, and j >= p - left, with `window`.
-  int64_t causal, right, window, left, lower_right;
-  int64_t batch, heads, kv_heads, rows, keys, width, value_width;  // B, Hq, Hkv, L, S, E, Ev
-  double scale;
-  const int64_t *key_lengths;  // of each batch: how many keys exist, which is S then; or NULL
-  ea_tensor query, key, value, mask;
-  // Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64.
-  void *output, *normalizer, *peak;
-  // The rest is for the backward pass.
-  ea_tensor grad_output;
-  const void *grad_normalizer;  // or NULL
-  void *grad_query, *grad_key, *grad_value;
-  void *grad_mask;       // or NULL; contiguous, of the dtype of the mask
-  int64_t mask_size[4];  // of the dimensions of grad_mask: 1 where the mask is broadcast
+  EA_MEMBERS(EA_DECLARE)
 } ea_problem;
+#undef EA_DECLARE
 
 #endif

@@ -1,4 +1,5 @@
 // Vectors of REAL (float or double), as wide as the build allows, and elementwise functions on them.
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -31,6 +32,12 @@
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
+#endif
+
+#if REAL_IS_DOUBLE
+#define LARGEST DBL_MAX
+#else
+#define LARGEST FLT_MAX
 #endif
 
 #define V (VECTOR_BYTES / (int)sizeof(REAL))
@@ -113,15 +120,15 @@ INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
 #endif
 }
 
-// exp of x <= 0 (or NaN) for n numbers, in place.
+// exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place.
 static void exponentials(REAL *x, int64_t n) {
 #if REAL_IS_DOUBLE
-  for (int64_t i = 0; i < n; i++) x[i] = exp(x[i]);
+  for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? 1 : exp(x[i]);
 #else
   // 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7: error below an ulp.
   const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
   for (int64_t i = 0; i < n; i++) {
-    float y = x[i] < -104.0f ? -104.0f : x[i];
+    float y = x[i] < -104.0f ? -104.0f : x[i] > 0.0f ? 0.0f : x[i];
     float k = rintf(y * log2e);
     float r = y - k * high - k * low;
     float e = 1.0f / 5040;

@@ -1,10 +1,11 @@
-// Which keys a row sees, and with what factor: causality, windows, lengths and masks.
+// Which keys a row sees, and with what factor: causality, windows, lengths and masks. A hidden key has no influence on
+// the row, whatever numbers it holds.
 
 // A row of queries of one key head: rows run over the query heads that share it, and over the queries of each.
 typedef struct {
   int64_t batch, head, query;
   int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
-  REAL peak;      // its largest visible bias; 0 without a float mask
+  REAL peak;      // its largest visible bias, as `peak_of` has it; 0 without a float mask
 } row_place;
 
 INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
@@ -17,24 +18,67 @@ typedef struct {
   int64_t count;
 } mask_room;
 
-static void read_peak(const ea_problem *p, row_place *row, REAL *room, int64_t room_size) {
+// The visible biases of a row: the largest, where it is, and the least that is not -inf.
+typedef struct {
+  REAL largest, least;
+  int64_t at;
+} bias_range;
+
+static bias_range read_range(const ea_problem *p, const row_place *row, REAL *room, int64_t room_size) {
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   int64_t stride = p->mask.stride[3], start = stride ? row->start : 0;
   int64_t end = stride ? row->limit : row->start < row->limit;
-  REAL peak = (REAL)-INFINITY;
+  bias_range range = {(REAL)-INFINITY, (REAL)INFINITY, start};
   for (int64_t j = start; j < end; j += room_size) {
     int64_t n = least(room_size, end - j);
     read_row(room, from + j * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
-    for (int64_t i = 0; i < n; i++) peak = room[i] > peak || room[i] != room[i] ? room[i] : peak;
+    for (int64_t i = 0; i < n; i++) {
+      if (room[i] > range.largest || room[i] != room[i]) range.largest = room[i], range.at = j + i;
+      if (room[i] < range.least && room[i] != (REAL)-INFINITY) range.least = room[i];
+    }
   }
-  row->peak = peak == (REAL)-INFINITY ? 0 : peak;
+  return range;
+}
+
+// Whether the score of a row and key j is not 0. In double, where no product of floats is rounded. `room` is for two rows.
+static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL *room) {
+  double sum = 0;
+  REAL *key = room + p->width;
+  read_row(room, row_of(&p->query, p->dtype, row->batch, row->head, row->query), p->dtype, p->query.stride[3], p->width);
+  read_row(key, row_of(&p->key, p->dtype, row->batch, row->head / (p->heads / p->kv_heads), j), p->dtype,
+           p->key.stride[3], p->width);
+  for (int64_t e = 0; e < p->width; e++) sum += (double)room[e] * (double)key[e];
+  return sum != 0;
+}
+
+// Weights below exp(-60) of another would be lost beside it.
+#define WIDE_RANGE 60
+
+// The largest bias of a key whose score is not 0: one with score 0 has no weight, and would leave those far below it none.
+static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range *range, REAL *room) {
+  if (range->largest == (REAL)-INFINITY) return 0;
+  if (!((double)range->largest - (double)range->least > WIDE_RANGE) || has_score(p, row, range->at, room)) {
+    return range->largest;
+  }
+  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  REAL peak = (REAL)-INFINITY;
+  for (int64_t j = row->start; j < row->limit; j++) {
+    REAL bias = read_number(from, p->mask_dtype, j * p->mask.stride[3]);
+    if (bias > peak && has_score(p, row, j, room)) peak = bias;
+  }
+  return peak == (REAL)-INFINITY ? range->largest : peak;
+}
+
+// How many keys of a batch exist. What lies behind them is not read.
+INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
+  return p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
 }
 
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                         row_place *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
-  int64_t keys = p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
+  int64_t keys = key_count(p, batch);
   int64_t corner = p->lower_right ? keys - p->rows : 0;
   for (int64_t r = 0; r < count; r++) {
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
@@ -44,19 +88,19 @@ static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int
   }
 }
 
-// The places of rows with their peaks. `room` may be changed.
+// The places of rows with their peaks. `room` may be changed; it also holds two rows of E numbers.
 static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
                        row_place *rows, REAL *room, int64_t room_size) {
   locate_rows(p, batch, kv_head, first, count, rows);
   if (!has_bias(p)) return;
+  bias_range range;
   for (int64_t r = 0; r < count; r++) {
     const row_place *before = rows + r - 1;
-    if (r > 0 && before->start == rows[r].start && before->limit == rows[r].limit && before->head == rows[r].head &&
-        p->mask.stride[2] == 0) {
-      rows[r].peak = before->peak;
-    } else {
-      read_peak(p, rows + r, room, room_size);
+    if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
+        p->mask.stride[2] != 0) {
+      range = read_range(p, rows + r, room, room_size);
     }
+    rows[r].peak = peak_of(p, rows + r, &range, room);
   }
 }
 
@@ -99,13 +143,19 @@ static void read_bias(const ea_problem *p, const row_place *row, int64_t key, in
 }
 
 // Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
-// multiplied by exp(bias - peak).
-static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room) {
+// multiplied by exp(bias - peak). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
+// a finite one, which hides nothing. With `clear` it becomes 0 there.
+static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room,
+                       const int clear) {
   int64_t visible = most(0, least(n, row->limit - key));
   for (int64_t j = visible; j < n; j++) x[j] = 0;
   if (has_bias(p)) {
     read_bias(p, row, key, visible, room);
-    for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+    if (clear) {
+      for (int64_t j = 0; j < visible; j++) x[j] = room->factor[j] == 0 ? 0 : x[j] * room->factor[j];
+    } else {
+      for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+    }
   } else if (p->mask_dtype == EA_BOOL) {
     int64_t stride = p->mask.stride[3];
     const uint8_t *keep = row_of(&p->mask, EA_BOOL, row->batch, row->head, row->query);
@@ -119,6 +169,17 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
   // At last: what a mask makes of keys before the window may not be finite.
   int64_t hidden = most(0, least(n, row->start - key));
   for (int64_t j = 0; j < hidden; j++) x[j] = 0;
+}
+
+// Whether the row sees each of `n` keys from `key` on.
+static void read_seen(const ea_problem *p, const row_place *row, int64_t key, int64_t n, uint8_t *seen) {
+  const char *mask = NULL;
+  if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  for (int64_t j = 0; j < n; j++) {
+    int64_t at = (key + j) * p->mask.stride[3];
+    seen[j] = key + j >= row->start && key + j < row->limit &&
+              (!mask || (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
+  }
 }
 
 #if !REAL_IS_DOUBLE
@@ -139,13 +200,17 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
 
 #endif
 
+// A sum of weights in float32 that is larger lost nothing that counts to underflow.
+#define LEAST_SUM 0x1p-80f
+
+INLINE int is_in_range(REAL normalizer) { return normalizer > LEAST_SUM && normalizer <= LARGEST; }
+
 // Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
 INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
 #if REAL_IS_DOUBLE
   (void)p, (void)row, (void)normalizer;
   return 0;
 #else
-  if (normalizer > 0x1p-80f && normalizer <= 0x1.fffffep127f) return 0;
-  return normalizer != 0 || may_have_weight(p, row);
+  return !is_in_range(normalizer) && (normalizer != 0 || may_have_weight(p, row));
 #endif
 }

@@ -1,0 +1,76 @@
+// Rows one by one, from the keys that they see alone. Blocks multiply what a hidden key holds by 0, and make NaN of what
+// is not finite; in float, sums may leave its range. Rows that lost something by it are computed again here.
+
+typedef struct {
+  REAL *query, *panel, *weights, *numbers, *output;
+  double *sums;
+  uint8_t *seen;
+  mask_room mask;
+} one_row_room;
+
+static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *room) {
+  arena a = {memory, 0};
+  *room = (one_row_room){
+      .query = take(&a, p->width * sizeof(REAL)),
+      .panel = take(&a, p->width * PANEL * sizeof(REAL)),
+      .weights = take(&a, PANEL * sizeof(REAL)),
+      .numbers = take(&a, most(PANEL, most(2 * p->width, p->value_width)) * sizeof(REAL)),
+      .output = take(&a, p->value_width * sizeof(REAL)),
+      .sums = take(&a, p->value_width * sizeof(double)),
+      .seen = take(&a, PANEL),
+      .mask = {.factor = take(&a, PANEL * sizeof(REAL))},
+  };
+  return a.used;
+}
+
+// The weights of n keys from `key`, masked; return whether the row sees one of them. In each, numbers are added in the
+// order of the tiles: the backward pass compares weights with their sum.
+static int one_row_weights(const ea_problem *p, const row_place *row, one_row_room *room, int64_t kv_head, int64_t key,
+                           int64_t n) {
+  int any = 0;
+  read_seen(p, row, key, n, room->seen);
+  for (int64_t j = 0; j < n; j++) any |= room->seen[j];
+  if (!any) return 0;
+  memset(room->panel, 0, (size_t)(p->width * PANEL) * sizeof(REAL));
+  for (int64_t j = 0; j < n; j++) {
+    if (!room->seen[j]) continue;
+    read_row(room->numbers, row_of(&p->key, p->dtype, row->batch, kv_head, key + j), p->dtype, p->key.stride[3], p->width);
+    for (int64_t e = 0; e < p->width; e++) room->panel[e * PANEL + j] = room->numbers[e];
+  }
+  weights_target to = {.squared = (int)p->squared, .scale2 = 1, .inverse = 1, .weights = room->weights, .ld = PANEL};
+  weights(1, NR, p->width, room->query, p->width, room->panel, PANEL, &to, 0, 0);
+  if (has_bias(p)) {
+    read_bias(p, row, key, n, &room->mask);
+    for (int64_t j = 0; j < n; j++) room->weights[j] *= room->seen[j] ? room->mask.factor[j] : 0;
+  }
+  return 1;
+}
+
+// Row `index` of a key head; its normalizer goes to *normalizer.
+static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL *normalizer) {
+  one_row_room room;
+  void *memory;
+  if (posix_memalign(&memory, 64, (size_t)lay_out_one_row(p, NULL, &room)) != 0) return EA_NO_MEMORY;
+  lay_out_one_row(p, memory, &room);
+  row_place row;
+  place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
+  pack_places(room.query, p->width, &p->query, p->dtype, p, &row, 1, p->width, (REAL)p->scale);
+  clear(room.sums, p->value_width * (int64_t)sizeof(double));
+  double total = 0;
+  for (int64_t key = row.start; key < row.limit; key += PANEL) {
+    int64_t n = least(PANEL, row.limit - key);
+    if (!one_row_weights(p, &row, &room, kv_head, key, n)) continue;
+    for (int64_t j = 0; j < n; j++) {
+      if (!room.seen[j]) continue;
+      double w = room.weights[j];
+      read_row(room.numbers, row_of(&p->value, p->dtype, b, kv_head, key + j), p->dtype, p->value.stride[3], p->value_width);
+      for (int64_t c = 0; c < p->value_width; c++) room.sums[c] += w * room.numbers[c];
+      total += w;
+    }
+  }
+  for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / (total == 0 ? 1 : total));
+  write_results(p, &row, room.output, (REAL)total);
+  *normalizer = (REAL)total;
+  free(memory);
+  return EA_OK;
+}

@@ -1,0 +1,30 @@
+"""The struct that the C library is given, member by member; `library` compares it with the one that was compiled.
+
+To add a member, enter it here and in ``kernels/problem.h``, and give its value where `cpu` packs the struct.
+"""
+
+from __future__ import annotations
+
+import struct
+
+__all__ = ["BACKWARD", "FORWARD", "LAYOUT"]
+
+# As EA_VERSION: what members mean, where their names do not say.
+_VERSION = 1
+
+# A tensor is its address and four strides.
+_FORWARD = (
+    "threads:q dtype:q mask_dtype:q squared:q causal:q right:q window:q left:q lower_right:q batch:q heads:q "
+    "kv_heads:q rows:q keys:q width:q value_width:q scale:d key_lengths:q query:5q key:5q value:5q mask:5q "
+    "output:q normalizer:q peak:q "
+)
+_BACKWARD = "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q mask_size:4q "
+
+
+def _formats(members: str) -> str:
+    return "".join(member.partition(":")[2] for member in members.split())
+
+
+LAYOUT = f"{_VERSION} {_FORWARD}{_BACKWARD}"  # as ea_layout() has it
+FORWARD = struct.Struct(f"{_formats(_FORWARD)}{struct.calcsize(_formats(_BACKWARD))}x")
+BACKWARD = struct.Struct(_formats(_FORWARD + _BACKWARD))

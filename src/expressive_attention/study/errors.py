@@ -1,0 +1,11 @@
+"""Errors that end a command with one line, without a traceback: what a user can put right."""
+
+__all__ = ["ConfigError", "StudyError"]
+
+
+class StudyError(ValueError):
+    """Something that cannot be used; the message says what and why, in one line."""
+
+
+class ConfigError(StudyError):
+    """A configuration that cannot be used; the message says which key and why."""
