@@ -24,7 +24,6 @@ STUDY = """
 name = "geometry"
 [training]
 steps = 1500
-early_stop = false
 [seeds]
 final = 2
 [[grid]]

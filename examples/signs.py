@@ -31,7 +31,7 @@ def cell_of(mechanism: str, seeds: int, steps: int) -> Cell:
     comparisons = load_config("ladder")[0].comparisons()
     chosen = next(c for c in comparisons if c.condition == CONDITION and c.mechanism == mechanism)
     cell = chosen.final_cells(Setting(RATE, 1.0))[0]
-    training = cell.training.model_copy(update={"steps": steps, "early_stop": False})
+    training = cell.training.model_copy(update={"steps": steps})
     return cell.model_copy(update={"training": training, "seeds": cell.seeds[:seeds]})
 
 

@@ -14,6 +14,11 @@ WEIGHTS = {
     "relu_squared": lambda z: max(z, 0) ** 2,
     "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
     "softmax_abs": lambda z: math.exp(abs(z)),
+    "sigmoid_abs": lambda z: 1 / (1 + math.exp(-abs(z))),
+    "absolute": abs,
+    "relu": lambda z: max(z, 0),
+    "quartic": lambda z: z**4 / (1 + z**4),
+    "one_sided_quartic": lambda z: max(z, 0) ** 4 / (1 + max(z, 0) ** 4),
 }
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from expressive_attention.study.results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Condition, StudyResults
+from expressive_attention.study.results import (
+    CURVE_SCHEMA,
+    EXAMPLE_SCHEMA,
+    SEED_SCHEMA,
+    SPLIT_SCHEMA,
+    Condition,
+    StudyResults,
+)
 from expressive_attention.study.store import Store, collect
 from expressive_attention.study.training import train_cell
 
@@ -47,6 +54,9 @@ def make_condition(basis: int, delay: int, position: str) -> Condition:
             "copy_last": 1 / basis - 0.003,
             "held_out": 0.5,
             "test_sequences": 1024,
+            "predictions": 1024,
+            "contexts": 1024,
+            "fixed_data": False,
         },
     )
 
@@ -60,11 +70,15 @@ def seed_row(condition: str, mechanism: str, seed: int, accuracy: float, **chang
         "loss": 1 - accuracy,
         "accuracy": accuracy,
         "cross_entropy": 1 - accuracy,
+        "validation": accuracy,
+        "validation_cross_entropy": 1 - accuracy,
         "solved": solved,
         "steps_to_solve": 1000 if solved else None,
         "rollout_digits": accuracy**5,
         "rollout_exact": accuracy**10,
         "contexts_seen": 0.01,
+        "unseen_predictions": 1000,
+        "unseen_contexts": 500,
         "diverged_at": None,
         "condition": condition,
         "mechanism": mechanism,
@@ -91,6 +105,7 @@ def results_of(
         "seeds": pl.DataFrame(list(rows), schema=SEED_SCHEMA | KEY_SCHEMA, orient="row"),
         "curves": pl.DataFrame(list(curves), schema=CURVE_SCHEMA | KEY_SCHEMA, orient="row"),
         "splits": pl.DataFrame(schema=SPLIT_SCHEMA | KEY_SCHEMA),
+        "examples": pl.DataFrame(schema=EXAMPLE_SCHEMA | KEY_SCHEMA),
         "unfinished": [],
         "claims": [],
         "environment": {"torch": "2.13.0"},
@@ -211,11 +226,15 @@ def _train(
         "loss": float(-np.log(accuracy[-1])),
         "accuracy": float(accuracy[-1]),
         "cross_entropy": float(-np.log(accuracy[-1])),
+        "validation": float(accuracy[-1]),
+        "validation_cross_entropy": float(-np.log(accuracy[-1])),
         "solved": bool(solved),
         "steps_to_solve": int(steps[np.argmax(accuracy >= 0.995)]) if solved else None,
         "rollout_digits": float(accuracy[-1] ** 5),
         "rollout_exact": float(accuracy[-1] ** 10),
         "contexts_seen": float(np.exp2(-condition.facts["complexity"] / 4)),
+        "unseen_predictions": 900,
+        "unseen_contexts": 900,
         "diverged_at": None,
     }
     curve = [

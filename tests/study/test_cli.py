@@ -24,7 +24,7 @@ def light(*arguments, **environment):
     """What a command prints, if it ends well and without the heavy packages."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True,
-        env={**os.environ, "TERMINAL_WIDTH": "200", "COLUMNS": "200", **environment},
+        env={**os.environ, "TERMINAL_WIDTH": "300", "COLUMNS": "300", **environment},
     )  # fmt: skip
     assert done.stderr == "[]"
     return done.stdout

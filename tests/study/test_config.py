@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from expressive_attention.study.config import (
@@ -9,8 +11,11 @@ from expressive_attention.study.config import (
     parse_config,
     tomllib,
 )
+from expressive_attention.study.family import PRIMARY_COMPARISONS
 from expressive_attention.study.presets import preset_names, preset_text
 from expressive_attention.study.results import Setting
+from expressive_attention.study.tasks.contexts import facts_of_test
+from expressive_attention.study.tasks.language import LanguageTask
 from tests.study.tiny import TINY, cell, tiny, tiny_config
 
 
@@ -24,7 +29,7 @@ def test_presets_can_be_read():
 def test_the_quick_preset_compares_what_it_says():
     config, _ = load_config("quick")
     labels = [label for label, _, _ in config.expanded()]
-    assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((4, "rope"), (16, "rope"), (16, "learned"))]
+    assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((8, "rope"), (16, "rope"), (16, "learned"))]
     assert (config.seeds.final, config.training.steps) == (8, 2000)
     assert config.training.learning_rates == (5e-3, 1e-2, 2e-2)
 
@@ -45,7 +50,7 @@ def test_the_ladder_preset_spells_out_the_defaults():
         ({"embed_dim": "7"}, ["model", "rope needs an even", "7"]),
         ({"learning_rates": "[]"}, ["training.learning_rates"]),
         ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),
-        ({"mechanisms": '["softmax"]'}, ["mechanisms.0", "'expressive'", "got 'softmax'"]),
+        ({"mechanisms": '["softmax"]'}, ["mechanisms must be of", "'expressive'", "got 'softmax'"]),
         ({"tuning": "0"}, ["seeds.tuning", "at least 1"]),
         ({"task": "{ basis = 1, delay = 2 }"}, ["basis", "greater than or equal to 2"]),
         ({"task": '{ kind = "mt", basis = 4, delay = 2 }'}, ["grid.task.kind", "'mt'"]),
@@ -101,3 +106,73 @@ def test_more_seeds_keep_the_cells_there_are():
         {s for c in cells for s in c.seeds} for cells in (many.tuning_cells(), many.final_cells(Setting(1e-2, 1.0)))
     )
     assert not tuning & final
+
+
+# ---- protocol 3 ----
+
+
+def test_the_primary_family_is_what_the_presets_declare():
+    """Each comparison of EA with DPA once, in however many presets it stands."""
+    declared = set()
+    for name in preset_names():
+        config, _ = load_config(name)
+        if config.family == "primary":
+            training = config.training.model_dump_json()
+            declared |= {
+                (task.model_dump_json(), model.model_dump_json(), training, config.seeds.start)
+                for _, task, model in config.expanded()
+            }
+    assert len(declared) == PRIMARY_COMPARISONS
+    page = Path(__file__).parents[2] / "docs" / "protocol.md"
+    assert f"{PRIMARY_COMPARISONS} comparisons" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(set(preset_names()) - {"quick", "vision"}))
+def test_presets_have_the_seeds_that_the_protocol_asks_for(name):
+    config, _ = load_config(name)
+    assert config.protocol == 3
+    assert config.seeds.tuning >= 8
+    assert config.seeds.final >= 16
+    for _, task, _ in config.expanded():
+        if not isinstance(task, LanguageTask):
+            facts = facts_of_test(task, config.training.test_sequences)
+            assert facts["predictions"] >= 512, task.label
+            assert facts["contexts"] >= 256, task.label
+
+
+def test_seeds_can_start_anywhere():
+    first, other = (parse_config(tiny() + "", "x"), parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 9000"), "x"))
+    for one, moved in zip(first.comparisons(), other.comparisons(), strict=True):
+        for cells in (lambda c: c.tuning_cells(), lambda c: c.final_cells(Setting(1e-2, 1.0))):
+            seeds = [[seed for cell in cells(c) for seed in cell.seeds] for c in (one, moved)]
+            assert seeds[1] == [seed + 9000 for seed in seeds[0]]
+    confirming = [s for c in other.comparisons()[0].confirmation_cells(Setting(1e-2, 1.0)) for s in c.seeds]
+    assert confirming == list(range(2_009_000, 2_009_032))
+    with pytest.raises(ConfigError, match=r"seeds: start \+ final must be at most 1000000"):
+        parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 999_999"), "x")
+
+
+def test_early_stopping_is_of_protocol_2():
+    stopping = TINY.replace("[training]", "[training]\nearly_stop = true")
+    with pytest.raises(
+        ConfigError, match=r"training\.early_stop is of protocol 2: protocol 3 trains every seed to the end"
+    ):
+        parse_config(stopping, "x")
+    assert parse_config(stopping, "x", protocol=2).training.early_stop
+    assert not parse_config(f"protocol = 3\n{TINY}", "x", protocol=2).training.early_stop
+
+
+def test_seeds_of_a_finished_cell_are_not_trained_again():
+    setting = Setting(1e-2, 1.0)
+
+    def cells(final, finished=()):
+        config = parse_config(tiny(final=str(final), together="16"), "x")
+        return config.comparisons()[0].final_cells(setting, lambda c: c.identity in finished)
+
+    (eight,) = cells(8)
+    grown = cells(20, {eight.identity})
+    assert [c.seeds for c in grown] == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
+    assert grown[0].identity == eight.identity
+    assert [c.seeds for c in cells(20)] == [tuple(range(16)), tuple(range(16, 20))]
+    more = cells(20, {eight.identity, grown[1].identity})
+    assert [c.identity for c in more] == [c.identity for c in grown]

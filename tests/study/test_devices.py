@@ -1,5 +1,6 @@
 """Where cells are trained. For the GPU that is not there stands torch's device "meta": shapes without numbers."""
 
+import os
 import re
 
 import pytest
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from expressive_attention.study import training
 from expressive_attention.study.app import app
-from expressive_attention.study.devices import CPU, DeviceError, devices
+from expressive_attention.study.devices import CPU, DeviceError, available_cores, devices
+from expressive_attention.study.engines import local
 from expressive_attention.study.measures import Prepared, rollouts, score
 from tests.study.tiny import cell
 
@@ -66,3 +68,36 @@ def test_a_gpu_finds_what_the_processor_finds():
     here, there = (training.train_cell(one, device=device) for device in (CPU, devices("cuda:0")[0]))
     for name, x in here.weights.items():
         torch.testing.assert_close(there.weights[name], x, rtol=1e-3, atol=1e-4)
+
+
+# ---- how many cores ----
+
+
+def test_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    groups = tmp_path / "cgroup"
+    groups.write_text("0::/outer/inner\n")
+    assert available_cores(tmp_path / "none", groups) == 6
+    (tmp_path / "fs" / "outer" / "inner").mkdir(parents=True)
+    limit = tmp_path / "fs" / "outer" / "cpu.max"
+    for content, cores in (("max 100000", 6), ("250000 100000", 3), ("50000 100000", 1), ("nonsense", 6)):
+        limit.write_text(f"{content}\n")
+        assert available_cores(tmp_path / "fs", groups) == cores
+    groups.write_text("4:cpu,cpuacct:/mine\n3:memory:/mine\n")
+    (tmp_path / "v1" / "cpu,cpuacct" / "mine").mkdir(parents=True)
+    for quota, cores in (("-1", 6), ("200000", 2)):
+        (tmp_path / "v1" / "cpu,cpuacct" / "mine" / "cpu.cfs_quota_us").write_text(quota)
+        (tmp_path / "v1" / "cpu,cpuacct" / "mine" / "cpu.cfs_period_us").write_text("100000")
+        assert available_cores(tmp_path / "v1", groups) == cores
+
+
+@pytest.mark.parametrize(
+    ("allowed", "workers", "threads"),
+    [(None, 2, 4), (None, 16, 1), ("1", 2, 1), ("3,2", 2, 3), ("64", 2, 4), ("x", 2, 4)],
+)
+def test_threads_are_the_share_of_a_worker_and_no_more_than_allowed(monkeypatch, allowed, workers, threads):
+    monkeypatch.setattr(local, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert local.threads_per_cell(workers) == threads

@@ -1,24 +1,33 @@
 """Intervals and tests against published examples, independent computations, and what they promise in simulation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import stats
 
 from expressive_attention.study import inference
+from expressive_attention.study.exclusive import alone
 from expressive_attention.study.inference import (
+    Interval,
     clustered_interval,
+    exact_interval,
+    example_error,
+    false_range_probability,
     holm,
     log_rank_p,
+    lower_bound,
     mean_interval,
     median_steps,
-    range_probability,
+    restricted_steps,
     sign_flip_p,
     slope_within,
     solve_curve,
     tau_within,
     trend,
+    upper_bound,
+    wider,
     wilson_interval,
 )
 
@@ -286,22 +295,125 @@ def test_log_rank_refuses():
 # ---- exclusive range ----
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [((16, 16), (0, 16)), ((15, 16), (4, 16)), ((9, 16), (3, 8))])
-def test_range_probability_integrates_the_posterior(ours, theirs):
-    def mass(solved, seeds, low, high):
-        def density(x):
-            return x ** (solved - 0.5) * (1 - x) ** (seeds - solved - 0.5)
+@pytest.mark.parametrize(("solved", "seeds"), [(0, 16), (3, 16), (29, 32), (16, 16)])
+def test_exact_bounds_are_where_the_tail_has_the_probability(solved, seeds):
+    def at_most(share):
+        return sum(math.comb(seeds, k) * share**k * (1 - share) ** (seeds - k) for k in range(solved + 1))
 
-        whole = integrate.quad(density, 0, 0.5)[0] + integrate.quad(density, 0.5, 1)[0]
-        return integrate.quad(density, low, high)[0] / whole
+    def at_least(share):
+        return 1 - at_most(share) + math.comb(seeds, solved) * share**solved * (1 - share) ** (seeds - solved)
 
-    assert range_probability(ours, theirs) == pytest.approx(mass(*ours, 0.9, 1) * mass(*theirs, 0, 0.5), rel=1e-6)
+    both = exact_interval(solved, seeds)
+    if solved < seeds:
+        assert at_most(both.high) == pytest.approx(0.025)
+        assert at_most(upper_bound(solved, seeds)) == pytest.approx(0.05)
+    if solved > 0:
+        assert at_least(both.low) == pytest.approx(0.025)
+        assert at_least(lower_bound(solved, seeds)) == pytest.approx(0.05)
+    assert (both.low == 0) == (lower_bound(solved, seeds) == 0) == (solved == 0)
+    assert (both.high == 1) == (upper_bound(solved, seeds) == 1) == (solved == seeds)
+
+
+def test_none_of_n_leaves_what_three_over_n_says():
+    assert upper_bound(0, 16) == pytest.approx(1 - 0.05 ** (1 / 16))
+    assert upper_bound(0, 32) == pytest.approx(0.0894, abs=1e-4)
 
 
 @pytest.mark.parametrize("share", [(5, 4), (0, 0)])
-def test_range_probability_refuses(share):
+@pytest.mark.parametrize("function", [exact_interval, upper_bound, lower_bound])
+def test_exact_bounds_refuse(share, function):
     with pytest.raises(ValueError, match="successes <= trials"):
-        range_probability((1, 2), share)
+        function(*share)
+
+
+@pytest.mark.parametrize("seeds", [8, 32])
+def test_equal_mechanisms_hardly_ever_show_an_exclusive_range(seeds):
+    def tail(share, counts):
+        return sum(math.comb(seeds, k) * share**k * (1 - share) ** (seeds - k) for k in counts)
+
+    ours = [k for k in range(seeds + 1) if alone((k, seeds), (0, seeds))]
+    theirs = [k for k in range(seeds + 1) if alone((seeds, seeds), (k, seeds))]
+    largest = max(tail(share, ours) * tail(share, theirs) for share in np.linspace(0, 1, 1001))
+    assert false_range_probability(seeds) == pytest.approx(largest, rel=1e-4)
+    assert seeds < 32 or largest < 1e-4
+
+
+# ---- drawing of examples ----
+
+
+def test_the_error_of_a_mean_is_that_of_its_examples():
+    right = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5]
+    assert example_error(right, [1] * 6) == pytest.approx(np.std(right, ddof=1) / np.sqrt(6))
+    assert example_error([2 * x for x in right], [2] * 6) == pytest.approx(np.std(right, ddof=1) / np.sqrt(6))
+
+
+def test_the_error_of_a_ratio_is_that_of_many_draws():
+    rng = np.random.default_rng(2)
+    scored = rng.integers(1, 20, 400)
+    right = rng.binomial(scored, rng.beta(4, 2, 400))
+    draws = rng.integers(0, 400, (20_000, 400))
+    bootstrapped = (right[draws].sum(1) / scored[draws].sum(1)).std()
+    assert example_error(right, scored) == pytest.approx(bootstrapped, rel=0.03)
+
+
+def test_examples_must_be_several_and_of_one_length():
+    for right, scored in (([1.0], [1]), ([1.0, 0.0], [1]), ([0.0, 0.0], [0, 0])):
+        with pytest.raises(ValueError, match="at least two examples"):
+            example_error(right, scored)
+
+
+def test_two_errors_add_in_quadrature_and_keep_their_skew():
+    found = wider(0.5, Interval(0.2, 0.6), 0.1)
+    reach = stats.norm.ppf(0.975) * 0.1
+    assert (found.low, found.high) == pytest.approx((0.5 - np.hypot(0.3, reach), 0.5 + np.hypot(0.1, reach)))
+    assert wider(0.5, Interval(0.2, 0.6), 0.0) == Interval(pytest.approx(0.2), pytest.approx(0.6))
+    assert wider(0.5, None, 0.1).high == pytest.approx(0.5 + reach)
+
+
+def test_both_errors_are_covered(few_resamples):
+    rng = np.random.default_rng(21)
+    covered = []
+    for _ in range(300):
+        seeds, examples = rng.normal(0, 0.1, 16), rng.normal(0, 1.0, 300)
+        right = 0.3 + examples  # of an example, mean over seeds
+        values = (seeds + right.mean()).tolist()
+        interval = wider(float(np.mean(values)), mean_interval(values), example_error(right, [1] * 300))
+        covered.append(interval.low <= 0.3 <= interval.high)
+    assert 0.91 < np.mean(covered) < 0.99
+
+
+# ---- time before a task is solved ----
+
+
+def test_restricted_steps_are_the_area_above_the_curve():
+    taken, steps = [300, 500, None, 500, None, 900], 2000
+    at, solved = solve_curve(taken, steps)
+    area = sum((1 - share) * (after - before) for before, after, share in zip(at, at[1:], solved, strict=False))
+    assert np.mean(restricted_steps(taken, steps)) == pytest.approx(area)
+    assert restricted_steps(taken, steps) == [300, 500, 2000, 500, 2000, 900]
+    with pytest.raises(ValueError, match="more than steps=400"):
+        restricted_steps(taken, 400)
+
+
+# ---- a family of tests ----
+
+
+def test_holm_in_a_family_counts_all_of_it():
+    p = [0.001, 0.004, 0.03]
+    assert holm(p, 10) == pytest.approx([0.01, 0.036, 0.24])
+    assert holm(p, 2) == holm(p) == pytest.approx([0.003, 0.008, 0.03])
+
+
+def test_a_family_in_parts_errs_as_seldom_as_it_says():
+    """Some of a family are false, in each of three parts; errors are counted over all parts."""
+    rng = np.random.default_rng(4)
+    wrong = []
+    for _ in range(4000):
+        true = rng.uniform(size=(3, 6))
+        false = rng.uniform(size=(3, 4)) * 1e-5
+        rejected = [np.array(holm([*a, *b], 30))[:6] < 0.05 for a, b in zip(true, false, strict=True)]
+        wrong.append(np.any(rejected))
+    assert np.mean(wrong) < 0.05 + 2 * np.sqrt(0.05 * 0.95 / 4000)
 
 
 # ---- several conditions ----

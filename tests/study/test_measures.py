@@ -3,9 +3,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expressive_attention.study.measures import Prepared, contexts_seen, rollouts, score
+from expressive_attention.study.measures import Prepared, rollouts, score
 from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import Examples
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.nt import NTTask
 
 TASK = NTTask(basis=4, delay=2, context=5)
@@ -93,5 +94,7 @@ def test_contexts_seen_are_those_that_training_had(count):
 
     seen = {window for part in parts for window in windows(part)}
     expected = np.mean([window in seen for window in windows(test)])
-    assert contexts_seen(task, parts, test) == pytest.approx(expected)
+    new = [window for window in windows(test) if window not in seen]
+    found = unseen(task, parts, test)
+    assert (found.seen, found.predictions, found.contexts) == (pytest.approx(expected), len(new), len(set(new)))
     assert 0 <= expected < 1

@@ -1,20 +1,22 @@
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 
 from expressive_attention.study.inference import holm, log_rank_p, sign_flip_p, wilson_interval
-from expressive_attention.study.results import CURVE_SCHEMA
+from expressive_attention.study.results import CURVE_SCHEMA, EXAMPLE_SCHEMA
 from expressive_attention.study.statistics import (
     comparisons,
     findings,
+    findings_by_condition,
     mechanism_name,
     median_curve,
     summaries,
     tuning_summaries,
 )
 
-from .report_data import make_condition, make_results, results_of, seed_row
+from .report_data import KEY_SCHEMA, make_condition, make_results, results_of, seed_row
 
 ROPE = make_condition(16, 5, "rope")
 LEARNED = make_condition(16, 5, "learned")
@@ -98,12 +100,17 @@ FINE = [1.0, 0.999, 0.998, 1.0, 0.997, 1.0, 0.999, 0.996]
         (FINE, FINE[::-1], "no difference shown"),
         (FINE, FINE, "no difference shown"),
         # every pair has one sign, but five pairs do so by chance in 1 of 16 studies
-        (FINE[:5], STUCK[:5], "no difference shown"),
+        (FINE[:5], STUCK[:5], "not counted"),
         (FINE[:6], STUCK[:6], "EA ahead"),
-        ([1.0], [0.1], "no difference shown"),
+        ([1.0], [0.1], "not counted"),
         # without spread there is no interval, and nothing left to doubt
         ([1.0] * 6, [0.5] * 6, "EA ahead"),
         ([0.5] * 6, [1.0] * 6, "DPA ahead"),
+        # certain, and smaller than the smallest effect
+        ([0.99] * 6, [0.999] * 6, "no difference shown"),
+        ([0.98] * 6, [0.99] * 6, "DPA ahead"),
+        # chance is 1/16
+        ([0.05, 0.06, 0.07] * 2, [0.06] * 6, "neither learned"),
     ],
 )
 def test_verdict(ours, theirs, verdict):
@@ -176,18 +183,21 @@ def test_findings_count_and_tell_every_condition():
     solved, accuracy, missing, learned, rope = findings(results_of(rows, [LEARNED, ROPE, unfinished]))
     assert solved == "On 1 of 2 conditions EA solved more seeds than DPA, on 1 fewer, on 0 equally many."
     assert accuracy == (
-        "By the paired difference in accuracy EA is ahead on 1 of 2 conditions, DPA on 0; on 1 no difference is shown."
+        "By the paired difference in accuracy EA is ahead on 1 of 2 conditions, DPA on 0; on 0 no difference is shown. "
+        "1 condition not counted."
     )
     assert missing == "Not compared yet: 1 condition of 3, where EA and DPA have not both finished."
     assert learned == (
-        "sum, basis 16, delay 5, learned: no difference shown. EA solved 0/2 seeds, mean accuracy 0.375 (no "
+        "sum, basis 16, delay 5, learned: not counted. EA solved 0/2 seeds, mean accuracy 0.375 (no "
         "interval: fewer than 6 seeds), 2 diverged; DPA solved 1/2 seeds, mean accuracy 0.875 (no interval: "
-        "fewer than 6 seeds). Paired difference -0.5000 (no interval: fewer than 6 seeds; 2 pairs)."
+        "fewer than 6 seeds). Paired difference -0.5000 (no interval: fewer than 6 seeds; 2 pairs). Not counted: "
+        "fewer than 6 pairs of seeds."
     )
     assert rope == (
         "sum, basis 16, delay 5, rope: EA ahead. EA solved 6/6 seeds, mean accuracy 1.000 (no interval: all "
         "equal); DPA solved 0/6 seeds, mean accuracy 0.500 (no interval: all equal). Paired difference +0.5000 "
-        "(no interval: all equal; 6 pairs; p = 0.031). Steps to solve differ with p < 0.001 (log-rank)."
+        "(no interval: all equal; 6 pairs; p = 0.031). Steps before it is solved, over all seeds: 1,000 against "
+        "2,000, -1,000 (no interval: all equal; log-rank p < 0.001)."
     )
 
 
@@ -252,3 +262,68 @@ def test_tuning_seeds_are_no_evidence():
     tuning_alone = replace(whole, seeds=whole.seeds.filter(pl.col("role") == "tuning"))
     assert summaries(tuning_alone) == []
     assert comparisons(tuning_alone) == []
+
+
+# ---- what protocol 3 adds ----
+
+
+def test_p_is_adjusted_over_the_declared_family():
+    results = paired([1.0] * 8, [0.5] * 8)
+    assert comparisons(results)[0].p == comparisons(results)[0].raw_p == 2 / 2**8
+    (found,) = comparisons(replace(results, family=6))
+    assert (found.p, found.raw_p, found.leader) == (6 * 2 / 2**8, 2 / 2**8, "expressive")
+    assert comparisons(replace(results, family=7))[0].leader is None
+
+
+def test_steps_count_all_seeds_and_not_the_survivors():
+    """One seed of EA solves sooner than all of DPA, the others never."""
+    ours = [seed_row(ROPE.label, "expressive", i, 1.0 if i == 0 else 0.9, steps_to_solve=200 if i == 0 else None)
+            for i in range(8)]  # fmt: skip
+    theirs = [seed_row(ROPE.label, "dot_product", i, 1.0, steps_to_solve=600 + 10 * i) for i in range(8)]
+    (found,) = comparisons(results_of([*ours, *theirs], [ROPE]))
+    assert found.candidate.restricted_steps == (200 + 7 * 2000) / 8
+    assert found.steps_difference == (200 + 7 * 2000) / 8 - 635
+    assert found.steps_interval.low < found.steps_difference < found.steps_interval.high
+
+
+def test_settings_were_chosen_by_validation():
+    rows = rows_of(ROPE, "expressive", [0.9] * 2, role="tuning", validation=0.7)
+    assert [trial.accuracy for trial in tuning_summaries(results_of(rows, [ROPE]))] == [0.7]
+    assert [trial.accuracy for trial in tuning_summaries(results_of(rows, [ROPE], protocol=2))] == [0.9]
+
+
+def fixed(right, validation=0.0):
+    """EA and DPA on 40 test examples with one prediction each: the seeds of EA are right on more of them."""
+    made = replace(ROPE, facts=ROPE.facts | {"fixed_data": True})
+    rows = [
+        seed_row(made.label, name, seed, (sum(n) + 8 * (seed % 2)) / 640, validation=0.5 + (validation if ours else 0))
+        for name, n, ours in (("expressive", right, True), ("dot_product", [8] * 40, False))
+        for seed in range(16)
+    ]
+    examples = [
+        {"example": i, "scored": 1, "seeds": 16, "right": n, "condition": made.label, "mechanism": name}
+        | {"learning_rate": 1e-2, "initial_gain": 1.0, "role": "final"}
+        for name, counts in (("expressive", right), ("dot_product", [8] * 40))
+        for i, n in enumerate(counts)
+    ]
+    schema = EXAMPLE_SCHEMA | KEY_SCHEMA
+    return results_of(rows, [made], examples=pl.DataFrame(examples, schema=schema, orient="row"))
+
+
+def test_with_fixed_data_the_drawing_of_test_examples_counts():
+    """All of a lead is on five examples of forty: every seed shows it, and other examples might not."""
+    few = [16] * 5 + [8] * 35
+    (found,) = comparisons(fixed(few, validation=0.004))
+    assert found.p < 0.001
+    shares = np.array(few) / 16 - 0.5
+    error = shares.std(ddof=1) / np.sqrt(40)
+    assert found.example_interval.low == pytest.approx(found.difference - 1.959964 * error, abs=1e-6)
+    assert found.leader == "expressive"
+    (doubtful,) = comparisons(fixed([16] * 2 + [8] * 38))
+    assert doubtful.p < 0.001
+    assert doubtful.example_interval.low < 0
+    assert doubtful.leader is None
+    (told,) = (finding.details for finding in findings_by_condition(fixed(few, validation=0.004)))
+    assert "On validation examples the difference is +0.0040" in told
+    (plain,) = comparisons(paired([1.0] * 8, [0.5] * 8))
+    assert plain.example_interval is None

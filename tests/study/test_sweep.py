@@ -1,3 +1,4 @@
+import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from expressive_attention.study import store as store_module
 from expressive_attention.study import sweep
 from expressive_attention.study.app import app
 from expressive_attention.study.engines import LocalEngine
@@ -262,7 +264,7 @@ def test_a_second_run_changes_nothing_while_the_first_is_at_work(tmp_path):
     lock.release()
     assert result.exit_code == 2
     assert result.stderr == f"ea: {store.directory}: another run is writing to this study\n"
-    assert store.config()[1] == tiny()
+    assert store.config()[1] == f"protocol = 3\n{tiny()}"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])  # they are being spawned; they are importing
@@ -287,16 +289,61 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
     assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to go on\n"
 
 
-def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch):
-    """On disk, but its worker has not told yet: found missing, and a moment later found there."""
+@pytest.mark.parametrize("before", range(6))
+def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch, before):
+    """On disk, but its worker has not told yet: missing at the first looks, and there at the others."""
     store, config = make_store(tmp_path / "study"), tiny_config()
     first, second = config.comparisons()[0].tuning_cells()
     plan = sweep._Plan(config, store, Record())
     assert len(plan.ready()) == 4
     for cell in (first, second):
         shutil.copytree(whole[0].path(cell), store.path(cell))
-    truth, looks = store.has, iter([True, False])  # at first, second; then the truth
-    monkeypatch.setattr(store, "has", lambda cell: next(looks, truth(cell)))
-    assert plan.after(first) == []
-    (final,) = plan.after(second)
+    truth, looks = store.has, iter([False] * before)
+
+    def has(cell):
+        return truth(cell) and (cell != second or next(looks, True))
+
+    monkeypatch.setattr(store, "has", has)
+    (final,) = [*plan.after(first), *plan.after(second)]
     assert final.role == "final"
+
+
+# ---- confirmation on fresh seeds ----
+
+
+@pytest.mark.parametrize(("solved", "confirmed"), [((2, 0), True), ((0, 2), True), ((2, 2), False), ((1, 0), False)])
+def test_a_range_that_the_final_seeds_show_gets_fresh_seeds(tmp_path, monkeypatch, solved, confirmed):
+    text = tiny(learning_rates="[1e-2]").replace("[seeds]", "[seeds]\nconfirmation = 3")
+    text = text.replace("mechanisms =", 'claims = ["exclusive_range"]\nmechanisms =')
+    shares = dict(zip(("expressive", "dot_product"), solved, strict=True))
+    truth = store_module.Store.load
+
+    def load(store, cell, *, weights=False):
+        result = truth(store, cell, weights=weights)
+        if cell.role != "final":
+            return result
+        seeds = result.seeds.with_columns(solved=pl.int_range(pl.len()) < shares[cell.mechanism])
+        return dataclasses.replace(result, seeds=seeds)
+
+    monkeypatch.setattr(store_module.Store, "load", load)
+    store = Store(tmp_path / "study")
+    store.create(text)
+    display = Record()
+    added = []
+    display.added = added.append
+    run_study(store.config()[0], store, LocalEngine(1), display)
+    fresh = [cell for cell in display.done if cell.role == "confirmation"]
+    assert sum(added) == len(fresh) == (4 if confirmed else 0)  # two cells a side, of two seeds and one
+    assert display.total == 2
+    assert (
+        sorted(seed for cell in fresh for seed in cell.seeds) == [2_000_000 + i // 2 for i in range(6)][: 6 * confirmed]
+    )
+    cells, unfinished = store_module.finished_cells(store, store.config()[0])
+    assert (len(cells), unfinished) == (2 + len(fresh), [])
+    again = Record()
+    run_study(store.config()[0], store, LocalEngine(1), again)
+    assert (again.total, again.before, again.done) == (2 + len(fresh), 2 + len(fresh), [])
+    if confirmed:
+        shutil.rmtree(store.path(fresh[0]))
+        run_study(store.config()[0], store, LocalEngine(1), again)
+        assert [cell.identity for cell in again.done] == [fresh[0].identity]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from expressive_attention.nn import attend
 from expressive_attention.study import user_tasks
 from expressive_attention.study.app import app
 from expressive_attention.study.config import ConfigError, load_config
 from expressive_attention.study.store import Store, StoreError, collect
 from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED, TASKS
-from tests.study.tiny import cell, tiny
+from tests.study.tiny import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 FILES = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL))
@@ -81,14 +83,15 @@ def test_a_study_with_its_own_task_can_be_moved(tmp_path):
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
     assert (moved / "echo.py").read_text() == ECHO
     shutil.rmtree(tmp_path / "mine")
+    (moved / "echo.py").unlink()  # reading does not run it
+    TASKS.pop("echo")
     results = collect(Store(moved))
     assert results.unfinished == []
     assert results.conditions[0].label == "echo, basis 4, delay 2, rope"
     assert results.conditions[0].facts["complexity"] == 4
     assert len(results.seeds) == 8
-    (moved / "echo.py").unlink()
     with pytest.raises(ConfigError, match=r"run/config.toml: task_files: .*echo\.py: cannot be read: No such file"):
-        collect(Store(moved))
+        Store(moved).config(trust=True)
 
 
 def test_the_text_is_part_of_the_identity_of_its_own_tasks_alone(tmp_path):
@@ -99,10 +102,6 @@ def test_the_text_is_part_of_the_identity_of_its_own_tasks_alone(tmp_path):
     path = tmp_path / "plain.toml"
     path.write_text(tiny())
     assert own.identity == only_cell(path).identity
-
-
-def test_identities_of_the_packages_tasks_are_what_they_were():
-    assert cell().identity == "61c91d97420874c2"
 
 
 def test_a_file_can_be_edited_within_a_process(tmp_path):
@@ -218,10 +217,164 @@ def test_a_study_keeps_files_only_in_a_folder_of_its_own(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "echo.py").write_text("half written by a run that was killed")
-    Store(folder).create(text, config.task_sources).release()
+    Store(folder).create(text, config.sources, config.record()).release()
     assert (folder / "echo.py").read_text() == ECHO
-    assert Store(folder).config()[0].task_sources == config.task_sources
+    assert Store(folder).config(trust=True)[0].sources == config.sources
+    assert Store(folder).config()[0].sources == ()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.py").write_text("mine")
     with pytest.raises(StoreError, match="not empty and not a study"):
-        Store(tmp_path / "full").create(text, config.task_sources)
+        Store(tmp_path / "full").create(text, config.sources)
+
+
+# ---- reading runs no code ----
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory):
+    """A study of a task of its own, run."""
+    directory = tmp_path_factory.mktemp("own")
+    path = written(directory)
+    done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    return directory / "run"
+
+
+@pytest.fixture
+def hostile(run_once, tmp_path):
+    """The study, with a file of tasks that tells when it is run."""
+    shutil.copytree(run_once, tmp_path / "run")
+    (tmp_path / "run" / "echo.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'was run')!r}).touch()\n{ECHO}"
+    )
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["report"], ["export"]])
+def test_reading_a_study_does_not_run_its_files(hostile, command):
+    done = CliRunner().invoke(app, ["study", command[0], str(hostile), *command[1:]])
+    assert done.exit_code == 0, done.output
+    assert "echo" in done.output or command[0] == "export"
+    assert not (hostile.parent / "was run").exists()
+
+
+@pytest.mark.parametrize("command", [["study", "verify"], ["geometry"]])
+def test_what_needs_the_tasks_says_so_and_asks(hostile, command):
+    done = CliRunner().invoke(app, [*command, str(hostile)])
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "--trust" in done.stderr
+    assert not (hostile.parent / "was run").exists()
+    CliRunner().invoke(app, [*command, str(hostile), "--trust"])
+    assert (hostile.parent / "was run").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "is missing"), ("{}", "is not what was written")])
+def test_without_a_record_of_its_tasks_a_study_asks(hostile, content, words):
+    (hostile / "record.json").unlink()
+    if content:
+        (hostile / "record.json").write_text(content)
+    done = CliRunner().invoke(app, ["study", "status", str(hostile)])
+    assert done.exit_code == 2
+    assert f"record.json {words}: only --trust" in done.stderr
+    assert not (hostile.parent / "was run").exists()
+
+
+def test_a_task_that_exits_is_a_failure_of_the_task(tmp_path):
+    source = ECHO.replace("return np.roll", "raise SystemExit('gone')\n        return np.roll")
+    done = CliRunner().invoke(app, ["study", "run", str(written(tmp_path, source)), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert "echo.py, line" in done.stderr
+    assert "SystemExit: gone" in done.stderr
+
+
+def test_a_task_that_exits_in_training_is_not_run_again(tmp_path):
+    """Training alone asks for 1024 examples at once."""
+    source = ECHO.replace(
+        "targets[:, : self.delay]", "exit(7) if count == 1024 else None\n        targets[:, : self.delay]"
+    )
+    assert source != ECHO
+    done = CliRunner().invoke(app, ["study", "run", str(written(tmp_path, source)), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1
+    assert "SystemExit: 7" in done.output
+    assert "out of memory" not in done.output
+
+
+# ---- mechanisms ----
+
+CUBIC = """
+import torch
+
+def cubic(z):
+    return z.abs() ** 3
+
+WEIGHTS = {"cubic": cubic}
+LOG_WEIGHTS = {"tempered": lambda z: 0.5 * z}
+"""
+
+
+def own_mechanism(directory, source=CUBIC, mechanisms=("cubic", "dot_product", "tempered")):
+    directory.mkdir(exist_ok=True)
+    (directory / "cubic.py").write_text(source)
+    path = directory / "study.toml"
+    path.write_text('mechanism_files = ["cubic.py"]\n' + tiny(mechanisms=json.dumps(mechanisms)))
+    return path
+
+
+def test_a_study_of_mechanisms_of_ones_own(tmp_path):
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["study", "run", str(own_mechanism(tmp_path)), "--out", str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    (out / "cubic.py").write_text("raise RuntimeError('was run')")
+    results = collect(Store(out))
+    assert results.mechanisms == ["cubic", "dot_product", "tempered"]
+    assert results.unfinished == []
+    assert results.seeds.group_by("mechanism").len().sort("mechanism")["len"].to_list() == [4, 4, 4]
+    (out / "cubic.py").write_text(CUBIC)
+    done = CliRunner().invoke(app, ["study", "verify", str(out), "--trust"])
+    assert done.exit_code == 0, done.output
+
+
+def test_own_mechanisms_weigh_as_they_say(tmp_path):
+    cells = {c.mechanism: c.tuning_cells()[0] for c in load_config(str(own_mechanism(tmp_path)))[0].comparisons()}
+    z = torch.randn(2, 3, 5, dtype=torch.float64)
+    eye, q = torch.eye(5, dtype=torch.float64).expand(2, 5, 5), torch.randn(2, 3, 5, dtype=torch.float64)
+    found = attend(cells["cubic"].function, q, 5**0.5 * eye, eye)
+    torch.testing.assert_close(found, q.abs() ** 3 / (q.abs() ** 3).sum(-1, keepdim=True))
+    found = attend(cells["tempered"].function, z, 5**0.5 * eye, eye)
+    torch.testing.assert_close(found, (0.5 * z).softmax(-1))
+
+
+def test_the_text_of_its_file_is_part_of_what_a_mechanism_is(tmp_path):
+    def identities(source):
+        config, _ = load_config(str(own_mechanism(tmp_path, source)))
+        return {c.mechanism: c.tuning_cells()[0].identity for c in config.comparisons()}
+
+    first, other = identities(CUBIC), identities(CUBIC.replace("** 3", "** 5"))
+    assert first["cubic"] != other["cubic"]
+    assert first["dot_product"] == other["dot_product"]
+    cell = load_config(str(own_mechanism(tmp_path, CUBIC)))[0].comparisons()[0].tuning_cells()[0]
+    assert pickle.loads(pickle.dumps(cell)).identity == cell.identity == first["cubic"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1", "defines no mechanism: no dictionary WEIGHTS or LOG_WEIGHTS"),
+        ("WEIGHTS = [3]", "WEIGHTS must be a dictionary, got list"),
+        ("WEIGHTS = {'a b': abs}", "must map names to functions, got 'a b'"),
+        ("WEIGHTS = {'mine': 3}", "must map names to functions, got 'mine': 3"),
+        ("WEIGHTS = {'sigmoid': abs}", "there is a mechanism 'sigmoid' already, in the package"),
+        ("WEIGHTS = {'mine': lambda z: z}", "mine must give finite weights of at least 0, got -3 to 3"),
+        ("WEIGHTS = {'mine': lambda z: z.sum()}", "mine must give a tensor of the shape and dtype of z, (2, 7)"),
+        ("WEIGHTS = {'mine': lambda z: z.nothing()}", "mine: AttributeError"),
+        ("x = ", "line 1: SyntaxError"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_mechanisms_is_said(tmp_path, source, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(own_mechanism(tmp_path, source, ["dot_product"])))
+    assert words in str(caught.value)
+    assert "study.toml: mechanism_files: " in str(caught.value)
+    with pytest.raises(ConfigError, match=r"mechanisms must be of .*'cubic'.* got 'quintic'"):
+        load_config(str(own_mechanism(tmp_path, CUBIC, ["quintic"])))

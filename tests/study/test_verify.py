@@ -6,6 +6,7 @@ import tomli_w
 import torch
 from typer.testing import CliRunner
 
+from expressive_attention.study import store as store_module
 from expressive_attention.study import verify
 from expressive_attention.study.app import app
 from expressive_attention.study.config import tomllib
@@ -40,7 +41,7 @@ def change(store, cell, **environment):
     path = store.path(cell) / "cell.toml"
     content = tomllib.loads(path.read_text())
     content["environment"] = {k: v for k, v in (content["environment"] | environment).items() if v is not None}
-    path.write_bytes(tomli_w.dumps(content).encode())
+    path.write_bytes(store_module._sealed(tomli_w.dumps(content).encode()))
 
 
 def test_what_is_trained_again_has_the_same_bits(store):
@@ -57,13 +58,13 @@ def test_what_differs_is_told_by_how_much(store, trained):
     name = next(iter(result.weights))
     weights = {**result.weights, name: result.weights[name].clone()}
     weights[name].view(-1)[3] += 0.5
-    seeds = result.seeds.with_columns(accuracy=pl.col("accuracy") - 0.125)
+    seeds = result.seeds.with_columns(validation=pl.col("validation") - 0.125)
     store.discard(cell)
     store.save(cell, dataclasses.replace(result, seeds=seeds, weights=weights))
     done = ea(store, "--sample", "99")
     assert done.exit_code == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith(cell.identity)]
-    assert f"{cell}: seeds: accuracy by up to 0.12; weights: by up to 0.5  (" in line
+    assert f"{cell}: seeds: validation by up to 0.12; weights: by up to 0.5  (" in line
     assert f"{other}: same bits" in done.stdout
     assert done.stdout.endswith("\n3 of 4 cells have the same bits\n")
 

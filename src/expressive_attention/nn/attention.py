@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mechanisms import MECHANISMS, attend, joined
+from .mechanisms import attend, joined, known_mechanisms
 from .positions import POSITIONS, RelativeBias, RotaryPositions, alibi_bias
 
 __all__ = ["HeadGain", "SelfAttention", "check_choice"]
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         rope_base: float = 10_000.0,
     ) -> None:
         super().__init__()
-        check_choice("mechanism", mechanism, MECHANISMS)
+        check_choice("mechanism", mechanism, known_mechanisms())
         check_choice("position", position, POSITIONS)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")

@@ -10,6 +10,11 @@ With z = q . k / sqrt(E), every mechanism gives key j the share w_j / sum_j w_j 
     sigmoid        1 / (1 + exp(-z))              bounded and one-sided (weights as in Ramapuram et al.,
                                                   arXiv 2409.04431, but normalized, as all others are)
     softmax_abs    exp(|z|)                       softmax, made two-sided
+    sigmoid_abs    1 / (1 + exp(-|z|))            sigmoid, made two-sided
+    absolute       |z|                            two-sided, without saturation, and without the square
+    relu           max(z, 0)                      its one-sided half
+    quartic        z^4 / (1 + z^4)                steeper than expressive
+    one_sided_quartic   the same of max(z, 0)     its one-sided half
 
 A float mask multiplies w by exp(mask) for all of them. A query without weight gives 0.
 """
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from ..functional import expressive_attention
 
-__all__ = ["MECHANISMS", "attend", "joined"]
+__all__ = ["MECHANISMS", "attend", "joined", "known_mechanisms", "register"]
 
 
 def _saturated(z: Tensor) -> Tensor:
@@ -37,10 +42,41 @@ def _saturated(z: Tensor) -> Tensor:
 _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_sided": lambda z: _saturated(z.relu()),
     "relu_squared": lambda z: z.relu().square(),
+    "absolute": torch.abs,
+    "relu": torch.relu,
+    "quartic": lambda z: _saturated(z * z),
+    "one_sided_quartic": lambda z: _saturated(z.relu().square()),
 }
-_LOG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.logsigmoid, "softmax_abs": torch.abs}
+_LOG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": F.logsigmoid,
+    "softmax_abs": torch.abs,
+    "sigmoid_abs": lambda z: F.logsigmoid(z.abs()),
+}
 
 MECHANISMS = ("expressive", "dot_product", "squared", *_WEIGHTS, *_LOG_WEIGHTS)
+
+
+def register(name: str, function: Callable[[Tensor], Tensor], *, is_log: bool = False) -> None:
+    """Make a function of one's own a mechanism that `attend` and the modules know by a name.
+
+    Args:
+        name: Other than those of `MECHANISMS`; a name that was registered before gets the new function.
+        function: From z ``(..., L, S)`` to weights of at least 0, element by element, of the same shape.
+        is_log: It gives the logarithms of the weights, which may then be larger than a number can be.
+
+    Raises:
+        ValueError: There is a mechanism of that name in the package.
+    """
+    if name in MECHANISMS:
+        raise ValueError(f"name must be none of {MECHANISMS}, got {name!r}")
+    for table in (_WEIGHTS, _LOG_WEIGHTS):
+        table.pop(name, None)
+    (_LOG_WEIGHTS if is_log else _WEIGHTS)[name] = function
+
+
+def known_mechanisms() -> tuple[str, ...]:
+    """`MECHANISMS`, and what was registered."""
+    return tuple(dict.fromkeys([*MECHANISMS, *_WEIGHTS, *_LOG_WEIGHTS]))
 
 
 def attend(
@@ -52,7 +88,7 @@ def attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attention ``(..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)`` by one of `MECHANISMS`.
+    """Attention ``(..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)`` by a mechanism, one of `known_mechanisms`.
 
     Args:
         mechanism: Its name.

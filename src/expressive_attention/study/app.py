@@ -6,7 +6,6 @@ A command imports what it needs when it is run, so that help and completion star
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -42,6 +41,10 @@ study = typer.Typer(
 app.add_typer(study, name="study")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, e.g. runs/quick.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the Python files in the folder, with your rights: its own tasks and mechanisms."),
+]
 
 
 def _version(value: bool) -> None:
@@ -119,6 +122,7 @@ def geometry(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to.  [default: RUN/geometry, or geometry]")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Show attention space: an interactive page, pictures, and a table of all heads."""
     from ..geometry.folder import write_folder
@@ -133,7 +137,7 @@ def geometry(
         if directory is not None:
             from .geometry import look_into
 
-            look = look_into(directory, condition, seed)
+            look = look_into(directory, condition, seed, trust=trust)
             records, title, tokens, unseen = look.records, look.title, look.tokens, look.unseen
         else:
             assert model is not None
@@ -150,7 +154,7 @@ def geometry(
         if directory is not None and out is None and (directory / "report.html").exists():
             from .store import Store, collect
 
-            _write_report(collect(Store(directory)), directory)  # which links the page now
+            _write_report(collect(Store(directory)), directory, trust=trust)  # which links the page now
     if unseen:
         typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
     for name, record in records.items():
@@ -220,7 +224,7 @@ def run(
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
     from .config import load_config
-    from .devices import CPU, devices
+    from .devices import CPU, available_cores, devices
     from .engines import LocalEngine, RayEngine
     from .progress import make_display
     from .sinks import Several, make_sinks
@@ -242,7 +246,7 @@ def run(
         _fail(f"--gpus-per-cell is for --engine ray --device cuda, got --engine {engine} --device {device}")
     if gpus_per_cell is not None and not 0 < gpus_per_cell <= 1:
         _fail(f"--gpus-per-cell must be above 0 and at most 1, got {gpus_per_cell:g}")
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     with _one_line_errors():
         if engine == "ray":
             share = 0.0 if device == "cpu" else gpus_per_cell or 1.0
@@ -253,7 +257,7 @@ def run(
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
         sinks = make_sinks(log or [], store)
-        lock = store.create(text, parsed.task_sources)
+        lock = store.create(text, parsed.sources, parsed.record())
     try:
         run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
     except StudyError as error:
@@ -268,20 +272,20 @@ def run(
         lock.release()
     with _one_line_errors():
         results = collect(store)
-        page = _write_report(results, store.directory)
+        page = _write_report(results, store.directory, trust=True)  # its files have just been run
     if not quiet:
         _print_findings(results)
         typer.echo(f"\n{page}  ({time.perf_counter() - start:.0f} s)")
 
 
 @study.command()
-def report(directory: Directory) -> None:
+def report(directory: Directory, trust: Trust = False) -> None:
     """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
     from .store import Store, collect
 
     with _one_line_errors():
         results = collect(Store(directory))
-        page = _write_report(results, directory)
+        page = _write_report(results, directory, trust=trust)
     _print_findings(results)
     typer.echo(f"\n{page}")
 
@@ -346,6 +350,7 @@ def verify(
     device: Annotated[
         str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="On what they are trained.")
     ] = "cpu",
+    trust: Trust = False,
 ) -> None:
     """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
 
@@ -361,7 +366,7 @@ def verify(
     store, differ = Store(directory), 0
     with _one_line_errors():
         place = devices(device)[0]
-        cells = sample_cells(store, sample, seed)
+        cells = sample_cells(store, sample, seed, trust=trust)
         for cell in cells:
             found = verify_cell(cell, store, place)
             outcome = "; ".join(found.differences) or "same bits"
@@ -394,7 +399,7 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         from .user_tasks import blame
 
         if (where := blame(error)) is None:
@@ -407,10 +412,10 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _write_report(results: StudyResults, directory: Path) -> Path:
+def _write_report(results: StudyResults, directory: Path, *, trust: bool = False) -> Path:
     from .report import write_report
 
-    return write_report(results, directory)
+    return write_report(results, directory, trust=trust)
 
 
 def _print_findings(results: StudyResults) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import SelfAttention, attend
 from .config import Cell
+from .record import RecordedTask
 from .results import Condition, Setting, StudyResults
 from .statistics import evidence, mechanism_name
 from .store import Store
@@ -90,13 +91,16 @@ def captured_weights(model: nn.Module, inputs: Tensor) -> list[Tensor]:
     return found
 
 
-def attention_maps(results: StudyResults, store: Store, conditions: Sequence[Condition]) -> list[AttentionMap]:
+def attention_maps(
+    results: StudyResults, store: Store, conditions: Sequence[Condition], *, trust: bool = False
+) -> list[AttentionMap]:
     """Maps of the worst and the best final seed of each mechanism, in the order of the conditions.
 
     Args:
         results: What the study has found.
         store: Its folder; mechanisms whose final cells are not in it have no maps.
         conditions: Those to look at.
+        trust: Run the study's Python files; without, tasks and mechanisms that they define have no maps.
 
     Raises:
         CorruptCellError: Stored parameters are not what was written; the message names the file.
@@ -104,15 +108,16 @@ def attention_maps(results: StudyResults, store: Store, conditions: Sequence[Con
     if not store.cells.is_dir():
         return []
     wanted = [condition.label for condition in conditions]
-    config, _ = store.config()
+    config, _ = store.config(trust=trust)
     found: list[AttentionMap] = []
     for comparison in config.comparisons():
         rows = evidence(results.seeds, comparison.condition, comparison.mechanism)
-        if comparison.condition not in wanted or rows.is_empty():
+        needs_files = isinstance(comparison.task, RecordedTask) or comparison.mechanism_file is not None
+        if comparison.condition not in wanted or rows.is_empty() or (needs_files and not trust):
             continue
         cells = {
             seed: cell
-            for cell in comparison.final_cells(Setting(*rows.select(Setting._fields).row(0)))
+            for cell in comparison.final_cells(Setting(*rows.select(Setting._fields).row(0)), store.has)
             if store.has(cell)
             for seed in cell.seeds
         }

@@ -26,7 +26,7 @@ __all__ = ["SECONDS_BETWEEN", "Checkpoint", "CheckpointFile"]
 SECONDS_BETWEEN = 60.0
 
 # Raise it when a change of the code changes what a checkpoint holds.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checkpoint(NamedTuple):

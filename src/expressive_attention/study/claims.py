@@ -3,7 +3,8 @@
 docs/statistics.md has the reasons. Two rules hold throughout:
 
 - A mechanism is *ahead* on a condition where `Comparison.leader` says so: by the sign-flip test, with Holm's
-  adjustment over the conditions.
+  adjustment over the declared family, and by at least the smallest effect.
+- A condition whose test is too small (`Comparison.untested`) is not counted.
 - A difference *over* conditions is the mean of their means. With at least `MINIMUM_FOR_INTERVAL` conditions its
   interval is that of `clustered_interval` and speaks of conditions like these; with fewer, it is that of the seeds'
   means over these conditions and speaks of these alone.
@@ -19,48 +20,62 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from .exclusive import EXCLUSIVE_RANGE, alone
 from .inference import (
-    EXCLUSIVE_RANGE,
     LEVEL,
     MINIMUM_FOR_INTERVAL,
     SIGNIFICANCE,
+    SMALLEST_EFFECT,
     Interval,
     clustered_interval,
+    exact_interval,
+    false_range_probability,
     holm,
+    lower_bound,
     mean_interval,
-    range_probability,
     sign_flip_p,
     trend,
+    upper_bound,
 )
 from .results import Condition, StudyResults
 from .statistics import (
     BASELINE,
+    MINIMUM_CONTEXTS,
+    MINIMUM_PREDICTIONS,
     Comparison,
     comparisons,
     describe_interval,
     describe_p,
+    evidence,
     mechanism_name,
-    summaries,
 )
 
 __all__ = [
     "NON_INFERIORITY_MARGIN",
-    "ONE_SIDED",
-    "TWO_SIDED",
+    "NON_INFERIORITY_PAIRS",
+    "SHAPES",
     "ExclusiveRange",
     "Verdict",
     "exclusive_ranges",
     "verdicts",
 ]
 
-NON_INFERIORITY_MARGIN = 0.01  # of accuracy, by which EA may fall short and still count as at least as good
-TWO_SIDED = ("expressive", "squared", "softmax_abs")  # weigh antiparallel keys as parallel ones
-ONE_SIDED = ("dot_product", "one_sided", "sigmoid", "relu_squared")
+NON_INFERIORITY_MARGIN = SMALLEST_EFFECT  # by which EA may fall short and still count as at least as good
+NON_INFERIORITY_PAIRS = 16
+# Mechanisms of one shape: the first weighs antiparallel keys as parallel ones, the second does not.
+SHAPES = (
+    ("expressive", "one_sided"),
+    ("softmax_abs", "dot_product"),
+    ("squared", "relu_squared"),
+    ("sigmoid_abs", "sigmoid"),
+    ("absolute", "relu"),
+    ("quartic", "one_sided_quartic"),
+)
 
 _CANDIDATE = "expressive"
-_CERTAIN = 0.95
 _SHOWN = 3  # conditions named in a sentence
 _FEW = f"fewer than {MINIMUM_FOR_INTERVAL} pairs of seeds"
+_UNTESTED = f"{_FEW}, or too small a test"
 
 
 @dataclass(frozen=True)
@@ -157,9 +172,12 @@ def _at_least_as_good(results: StudyResults) -> _Answer:
     ahead, behind = _leading(compared, _CANDIDATE), _leading(compared, BASELINE)
     lows = {found.condition: _interval(found).low for found in compared}
     worst = min(compared, key=lambda found: lows[found.condition])
+    few = [found.condition for found in compared if len(found.differences) < NON_INFERIORITY_PAIRS]
+    neither = [found.condition for found in compared if found.neither_learned]
     inferior = [label for label, low in lows.items() if low <= -NON_INFERIORITY_MARGIN]
     untested = len(results.conditions) - len(compared)
-    answer = "contradicted" if behind else "undecided" if inferior or untested else "supported"
+    open_anywhere = inferior or few or neither or untested
+    answer = "contradicted" if behind else "undecided" if open_anywhere else "supported"
     where = _counts(compared)
     leads = [(labels, name) for labels, name in ((behind, "DPA"), (ahead, "EA")) if labels]
     if leads:
@@ -168,14 +186,33 @@ def _at_least_as_good(results: StudyResults) -> _Answer:
     open_ones = [label for label in inferior if label not in behind]
     if open_ones:
         where += f" A loss of more than {NON_INFERIORITY_MARGIN} is not excluded on: {_named(open_ones)}."
+    if few:
+        where += f" On {_plural(len(few), 'condition')} there are fewer than {NON_INFERIORITY_PAIRS} pairs of seeds."
     if untested:
-        where += f" {_plural(untested, 'condition')} not tested ({_FEW})."
+        where += f" {_plural(untested, 'condition')} not tested ({_UNTESTED})."
+    where += f" {_not_excluded(compared)}"
     effect = (
         f"EA - DPA {np.mean([found.difference for found in compared]):+.3f} on average; least certain on "
         f"{worst.condition}: {worst.difference:+.3f} "
         f"({describe_interval(worst.interval, len(worst.differences), '+.3f')})"
     )
     return _Answer(answer, where, effect, _size(compared))
+
+
+def _not_excluded(compared: Sequence[Comparison]) -> str:
+    """What so few seeds cannot exclude: an interval knows those that it has seen, among which no rare collapse is."""
+    bounds = {
+        found.condition: upper_bound(
+            sum(d < -NON_INFERIORITY_MARGIN for d in found.differences), len(found.differences)
+        )
+        for found in compared
+    }
+    worst = max(bounds, key=lambda label: bounds[label])
+    smallest = min(bounds.values())
+    return (
+        f"Not excluded, by exact 95% bounds: that EA falls short by more than {NON_INFERIORITY_MARGIN} on "
+        f"{smallest:.0%} of seeds on any condition, and on {bounds[worst]:.0%} on {worst}."
+    )
 
 
 # ---- growing lead ----
@@ -224,66 +261,105 @@ class ExclusiveRange:
     Attributes:
         condition: Its label.
         complexity: In bits.
-        owner: ``"expressive"`` or ``"dot_product"``, by the shares of seeds solved; None if neither.
-        ea: Probability that it is EA's, see `inference.range_probability`.
-        dpa: Probability that it is DPA's.
+        owner: ``"expressive"`` or ``"dot_product"``, by the shares of final seeds solved: a candidate; None if neither.
+        confirmed: Whether the fresh seeds say the same; None: there are none yet, or none were asked for.
+        ea: Final seeds that EA solved, and their number.
+        dpa: Of DPA.
+        ea_fresh: Of EA's confirming seeds.
+        dpa_fresh: Of DPA's.
+        excluded: By exact bounds, the final seeds exclude that it is EA's.
     """
 
     condition: str
     complexity: float
     owner: str | None
-    ea: float
-    dpa: float
+    confirmed: bool | None
+    ea: tuple[int, int]
+    dpa: tuple[int, int]
+    ea_fresh: tuple[int, int]
+    dpa_fresh: tuple[int, int]
+    excluded: bool
 
 
 def exclusive_ranges(results: StudyResults) -> list[ExclusiveRange]:
-    """The classification of each condition on which both have at least `MINIMUM_FOR_INTERVAL` final seeds."""
-    solved = {(found.condition, found.mechanism): (found.solved, found.seeds) for found in summaries(results)}
+    """The classification of each condition that is counted."""
+    counted = {found.condition for found in comparisons(results) if _is_tested(found)}
     found = []
     for condition in results.conditions:
-        ea, dpa = solved.get((condition.label, _CANDIDATE)), solved.get((condition.label, BASELINE))
-        if ea is None or dpa is None or min(ea[1], dpa[1]) < MINIMUM_FOR_INTERVAL:
+        if condition.label not in counted:
             continue
-        owner = _CANDIDATE if _alone(ea, dpa) else BASELINE if _alone(dpa, ea) else None
+        ea, dpa, ea_fresh, dpa_fresh = (
+            _solved(results, condition.label, mechanism, role)
+            for role in ("final", "confirmation")
+            for mechanism in (_CANDIDATE, BASELINE)
+        )
+        owner = _CANDIDATE if alone(ea, dpa) else BASELINE if alone(dpa, ea) else None
+        confirmed = None
+        if owner is not None and min(ea_fresh[1], dpa_fresh[1]) > 0:
+            confirmed = alone(ea_fresh, dpa_fresh) if owner == _CANDIDATE else alone(dpa_fresh, ea_fresh)
         complexity = float(condition.facts["complexity"])
         found.append(
-            ExclusiveRange(condition.label, complexity, owner, range_probability(ea, dpa), range_probability(dpa, ea))
+            ExclusiveRange(
+                condition.label, complexity, owner, confirmed, ea, dpa, ea_fresh, dpa_fresh, _excluded(ea, dpa)
+            )
         )
     return found
 
 
-def _alone(ours: tuple[int, int], theirs: tuple[int, int]) -> bool:
+def _solved(results: StudyResults, condition: str, mechanism: str, role: str) -> tuple[int, int]:
+    rows = evidence(results.seeds, condition, mechanism, role=role)
+    return int(rows["solved"].sum()), len(rows)
+
+
+def _excluded(ea: tuple[int, int], dpa: tuple[int, int]) -> bool:
+    """Whether the seeds exclude, with an error of 5%, that EA's share is 90% or more and DPA's below 50%.
+
+    Either bound will do: each has half of the error.
+    """
     reached, missed = EXCLUSIVE_RANGE
-    return ours[0] / ours[1] >= reached and theirs[0] / theirs[1] < missed
+    return exact_interval(*ea).high < reached or exact_interval(*dpa).low >= missed
 
 
 def _exclusive_range(results: StudyResults) -> _Answer:
+    _tested(results)
     ranges = exclusive_ranges(results)
-    if not ranges:
-        raise _UntestableError(f"on no condition EA and DPA have {MINIMUM_FOR_INTERVAL} seeds each", _size([]))
     own = [found for found in ranges if found.owner == _CANDIDATE]
     other = [found for found in ranges if found.owner == BASELINE]
-    # Among many conditions near the limits one is probably beyond them, and yet none is seen to be. For the claim,
-    # therefore, count those that are seen to be; against it, all.
-    seen, any_of_all = _any(found.ea for found in own), _any(found.ea for found in ranges)
-    answer = "supported" if seen > _CERTAIN else "contradicted" if any_of_all < 1 - _CERTAIN else "undecided"
-    where = f"{_range('EA', own)} {_range('DPA', other)}"
+    confirmed = [found for found in own if found.confirmed]
     untested = len(results.conditions) - len(ranges)
+    none_left = not untested and all(found.excluded for found in ranges)
+    answer = "supported" if confirmed else "contradicted" if none_left else "undecided"
+    where = f"{_range('EA', own)} {_range('DPA', other)}"
     if untested:
-        where += f" {_plural(untested, 'condition')} not tested (fewer than {MINIMUM_FOR_INTERVAL} seeds)."
-    effect = f"Probability that EA has a condition to itself: {_probability(any_of_all)} (all conditions)"
-    if own:
-        best = max(own, key=lambda found: found.ea)
-        effect += f", {_probability(seen)} (those seen to be), {_probability(best.ea)} (the surest: {best.condition})"
-    if other:
-        effect += f"; that DPA has one: {_probability(_any(found.dpa for found in other))} (those seen to be)"
-    seeds = [found.seeds for found in summaries(results) if found.mechanism in (_CANDIDATE, BASELINE)]
+        where += f" {_plural(untested, 'condition')} not tested ({_UNTESTED})."
+    waiting = [found for found in (*own, *other) if found.confirmed is None]
+    if waiting:
+        where += f" No fresh seeds yet on: {_named([found.condition for found in waiting])}."
+    effect = (
+        f"EA: {_plural(len(own), 'candidate')}, {len(confirmed)} confirmed; DPA: {_plural(len(other), 'candidate')}, "
+        f"{sum(bool(found.confirmed) for found in other)} confirmed. {_fresh_counts(own, other)}"
+        f"That EA has a condition to itself is excluded on {sum(found.excluded for found in ranges)} of {len(ranges)}"
+    )
+    fresh = max((found.ea_fresh[1] for found in ranges), default=0)
+    if fresh and own:
+        by_chance = min(1.0, len(own) * false_range_probability(fresh))
+        effect += (
+            f"; equal mechanisms would confirm one of {len(own)} with probability {_probability(by_chance)} at most"
+        )
+    seeds = [n for found in ranges for _, n in (found.ea, found.dpa)]
     return _Answer(answer, where, effect, f"{_plural(len(ranges), 'condition')}, {_span(seeds)} seeds each")
 
 
-def _any(probabilities: Iterable[float]) -> float:
-    """Probability that at least one holds, if they are independent."""
-    return float(1 - np.prod([1 - p for p in probabilities]))
+def _fresh_counts(own: Sequence[ExclusiveRange], other: Sequence[ExclusiveRange]) -> str:
+    """What the fresh seeds of the first few candidates say, with exact intervals of the shares."""
+    told = []
+    for found in [found for found in (*own, *other) if found.confirmed is not None][:_SHOWN]:
+        shares = [
+            f"{name} {solved}/{n} ({exact_interval(solved, n):.2f})"
+            for name, (solved, n) in (("EA", found.ea_fresh), ("DPA", found.dpa_fresh))
+        ]
+        told.append(f"Fresh seeds on {found.condition}: {', '.join(shares)}. ")
+    return "".join(told)
 
 
 def _range(name: str, owned: Sequence[ExclusiveRange]) -> str:
@@ -291,7 +367,7 @@ def _range(name: str, owned: Sequence[ExclusiveRange]) -> str:
         return f"{name} has no condition to itself."
     at = _bits(np.array([found.complexity for found in owned]))
     named = _named([found.condition for found in owned])
-    return f"{name} has {_plural(len(owned), 'condition')} to itself, at {at}: {named}."
+    return f"{name} has {_plural(len(owned), 'condition')} to itself by the final seeds, at {at}: {named}."
 
 
 # ---- mixed tasks ----
@@ -310,7 +386,7 @@ def _ahead_on_mixed(results: StudyResults) -> _Answer:
     where += f" EA is ahead on: {_named(ahead)}." if ahead else ""
     where += f" DPA is ahead on: {_named(behind)}." if behind else ""
     if len(mixed) > len(compared):
-        where += f" {_plural(len(mixed) - len(compared), 'mixed condition')} not tested ({_FEW})."
+        where += f" {_plural(len(mixed) - len(compared), 'mixed condition')} not tested ({_UNTESTED})."
     return _Answer(_side(over.interval), f"{where} {over.scope}", f"EA - DPA {over}", _size(compared))
 
 
@@ -338,7 +414,7 @@ def _ahead_at_every_position(results: StudyResults) -> _Answer:
     # Not "none", which is a code's name.
     where = f"EA is ahead with {', '.join(ahead) or 'no code'}, DPA with {', '.join(behind) or 'no code'}."
     if not complete:
-        where += f" {_plural(len(results.conditions) - len(compared), 'condition')} not tested ({_FEW})."
+        where += f" {_plural(len(results.conditions) - len(compared), 'condition')} not tested ({_UNTESTED})."
     effect = "EA - DPA " + "; ".join(
         f"{position} {means[position]:+.3f} "
         f"({describe_interval(mean_interval(values.tolist()), len(values), '+.3f')}; {describe_p(p[position])})"
@@ -351,33 +427,52 @@ def _ahead_at_every_position(results: StudyResults) -> _Answer:
 
 
 def _two_sidedness(results: StudyResults) -> _Answer:
-    two = [mechanism for mechanism in TWO_SIDED if mechanism in results.mechanisms]
-    one = [mechanism for mechanism in ONE_SIDED if mechanism in results.mechanisms]
-    if min(len(two), len(one)) < 2:
+    shapes = [shape for shape in SHAPES if set(shape) <= set(results.mechanisms)]
+    if len(shapes) < MINIMUM_FOR_INTERVAL:
         raise _UntestableError(
-            f"it needs at least two mechanisms of each side, the study has {_listed(map(mechanism_name, two))} and "
-            f"{_listed(map(mechanism_name, one))}",
+            f"the claim is about mechanisms, and needs {MINIMUM_FOR_INTERVAL} pairs of the same shape, two-sided and "
+            f"one-sided; the study has {len(shapes)}",
             _size([]),
         )
+    two, one = ([shape[side] for shape in shapes] for side in (0, 1))
     shifted = [condition for condition in results.conditions if condition.model.get("embedding_shift", 0.0)]
-    plain = [condition for condition in results.conditions if condition not in shifted]
+    counted = {found.condition for found in comparisons(results) if found.untested is None}
+    plain = [each for each in results.conditions if each not in shifted and each.label in counted]
     accuracies = _accuracies(results, plain, [*two, *one])
     if accuracies is None:
         raise _UntestableError(
             f"on no condition without a shift of the embeddings all mechanisms share {MINIMUM_FOR_INTERVAL} seeds",
             _size([]),
         )
-    over = _over_conditions(_contrast(accuracies, len(two)))
-    means = ", ".join(
-        f"{mechanism_name(mechanism)} {values.mean():.3f}"
-        for mechanism, values in zip([*two, *one], accuracies, strict=True)
+    by_shape = _by_shape(accuracies)
+    p, mean = sign_flip_p(by_shape.tolist()), float(by_shape.mean())
+    answer = "undecided" if p >= SIGNIFICANCE else "supported" if mean > 0 else "contradicted"
+    pairs = ", ".join(
+        f"{mechanism_name(first)} {accuracies[index].mean():.3f} and {mechanism_name(second)} "
+        f"{accuracies[index + len(shapes)].mean():.3f}"
+        for index, (first, second) in enumerate(shapes)
     )
-    where = f"Mean accuracies: {means} (the first {len(two)} are two-sided). {over.scope}"
+    over = _over_conditions(_contrast(accuracies, len(two)))
+    where = f"Mean accuracies, two-sided first: {pairs}. Of these mechanisms alone, over seeds: {over}."
     if (others := _accuracies(results, shifted, [*two, *one])) is not None:
-        where += f" With a direction that all embeddings share: {_over_conditions(_contrast(others, len(two)))}."
+        moved = _by_shape(others)
+        where += (
+            f" With a direction that all embeddings share: {moved.mean():+.3f} "
+            f"({describe_interval(mean_interval(moved.tolist()), len(moved), '+.3f')} over pairs)."
+        )
     conditions, seeds = accuracies.shape[1:]
-    n = f"{_plural(conditions, 'condition')}, {seeds} seeds of {len(two) + len(one)} mechanisms each"
-    return _Answer(_side(over.interval), where, f"Two-sided - one-sided {over}", n)
+    effect = (
+        f"Two-sided - one-sided {mean:+.3f} "
+        f"({describe_interval(mean_interval(by_shape.tolist()), len(by_shape), '+.3f')} over pairs; {describe_p(p)})"
+    )
+    n = f"{_plural(len(shapes), 'pair')} of mechanisms, {_plural(conditions, 'condition')}, {seeds} seeds each"
+    return _Answer(answer, where, effect, n)
+
+
+def _by_shape(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two-sided minus one-sided mechanism of each shape ``(shapes,)``, over conditions and seeds."""
+    two, one = np.split(accuracies.mean((1, 2)), 2)
+    return two - one
 
 
 def _accuracies(
@@ -410,6 +505,35 @@ def _accuracies(
 def _contrast(accuracies: NDArray[np.float64], two_sided: int) -> NDArray[np.float64]:
     """Mean over the first `two_sided` mechanisms minus that over the others, ``(conditions, seeds)``."""
     return accuracies[:two_sided].mean(0) - accuracies[two_sided:].mean(0)
+
+
+# ---- one mechanism under two names ----
+
+
+def _no_difference(results: StudyResults) -> _Answer:
+    """How often the whole procedure, tuning included, sees a difference where there is none."""
+    same = f"{BASELINE}_again"
+    found = [each for each in comparisons(results) if each.candidate.mechanism == same]
+    tested = [each for each in found if each.raw_p is not None]
+    if not tested:
+        raise _UntestableError(
+            f"the study needs {BASELINE} and {same}, and {_UNTESTED} is on every condition", _size(found)
+        )
+    differ = [each.condition for each in tested if each.raw_p is not None and each.raw_p < SIGNIFICANCE]
+    ahead = [each.condition for each in tested if each.leader]
+    low = lower_bound(len(differ), len(tested))
+    rate = len(differ) / len(tested)
+    answer = "contradicted" if low > SIGNIFICANCE else "supported" if rate <= SIGNIFICANCE else "undecided"
+    where = (
+        f"One mechanism under two names differs with p < {SIGNIFICANCE}, before any adjustment, on {len(differ)} of "
+        f"{_plural(len(tested), 'condition')}{f': {_named(differ)}' if differ else ''}. After it, one is ahead of the "
+        f"other on {len(ahead)}."
+    )
+    effect = (
+        f"False-positive rate {rate:.3f} ({LEVEL:.0%} exact interval {exact_interval(len(differ), len(tested)):.3f}); "
+        f"nominal {SIGNIFICANCE}"
+    )
+    return _Answer(answer, where, effect, _size(tested))
 
 
 # ---- what they share ----
@@ -449,10 +573,14 @@ def _tested(results: StudyResults) -> list[Comparison]:
         if mechanism not in results.mechanisms:
             raise _UntestableError(f"{mechanism_name(mechanism)} is not in the study", _size([]))
     found = [found for found in comparisons(results) if found.candidate.mechanism == _CANDIDATE]
-    tested = [each for each in found if each.p is not None]
+    tested = [each for each in found if _is_tested(each)]
     if not tested:
-        raise _UntestableError(f"{_FEW} on every condition", _size(found))
+        raise _UntestableError(f"{_UNTESTED} on every condition", _size(found))
     return tested
+
+
+def _is_tested(found: Comparison) -> bool:
+    return found.candidate.mechanism == _CANDIDATE and found.p is not None
 
 
 def _margins(compared: Sequence[Comparison]) -> NDArray[np.float64]:
@@ -479,10 +607,11 @@ def _side(interval: Interval) -> str:
 
 def _counts(compared: Sequence[Comparison]) -> str:
     ahead, behind = len(_leading(compared, _CANDIDATE)), len(_leading(compared, BASELINE))
+    neither = sum(found.verdict == "neither learned" for found in compared)
     return (
         f"EA is ahead on {ahead} of {_plural(len(compared), 'condition')}, DPA on {behind}; no difference is shown "
-        f"on {len(compared) - ahead - behind}."
-    )
+        f"on {len(compared) - ahead - behind - neither}."
+    ) + (f" On {neither} neither learned." if neither else "")
 
 
 def _size(compared: Sequence[Comparison]) -> str:
@@ -524,7 +653,9 @@ def _plural(count: int, noun: str) -> str:
 
 _AHEAD = (
     "A mechanism is ahead on a condition if the sign-flip test of the mean paired difference in accuracy gives p < "
-    f"{SIGNIFICANCE}, adjusted by Holm's method over the conditions"
+    f"{SIGNIFICANCE}, adjusted by Holm's method over the declared family, and the mean is at least {SMALLEST_EFFECT}. "
+    f"Counted are conditions with {MINIMUM_PREDICTIONS} scored predictions on {MINIMUM_CONTEXTS} contexts never seen "
+    "in training"
 )
 _OVER = (
     f"The {LEVEL:.0%} bootstrap interval of the mean paired difference over conditions (drawn again with their seeds; "
@@ -534,8 +665,10 @@ _OVER = (
 _CLAIMS = {
     "at_least_as_good": _Declared(
         "Is EA at least as good as DPA?",
-        f"{_AHEAD}. Contradicted if DPA is ahead on any. Supported if on every condition the {LEVEL:.0%} interval of "
-        f"EA - DPA lies above -{NON_INFERIORITY_MARGIN}; since all have to pass, the level needs no correction.",
+        f"{_AHEAD}. Contradicted if DPA is ahead on any. Supported if on every condition, with at least "
+        f"{NON_INFERIORITY_PAIRS} pairs, the {LEVEL:.0%} interval of EA - DPA lies above -{NON_INFERIORITY_MARGIN}, "
+        "and some mechanism has learned; since all have to pass, the level needs no correction. The interval is of the "
+        "seeds seen: how often EA may fall short without having been seen to is told by an exact bound.",
         "difference",
         _at_least_as_good,
     ),
@@ -550,10 +683,10 @@ _CLAIMS = {
     ),
     "exclusive_range": _Declared(
         "Is there a range of complexity that EA alone solves?",
-        f"EA has a condition to itself if it solves at least {EXCLUSIVE_RANGE[0]:.0%} of seeds and DPA less than "
-        f"{EXCLUSIVE_RANGE[1]:.0%}. Supported if of the conditions seen to be so at least one is, with a posterior "
-        f"probability above {_CERTAIN} (Jeffreys' priors); contradicted if that probability over all conditions is "
-        f"below {1 - _CERTAIN:.2f}.",
+        f"A condition is a candidate if EA solves at least {EXCLUSIVE_RANGE[0]:.0%} of the final seeds and DPA less "
+        f"than {EXCLUSIVE_RANGE[1]:.0%}. Supported if the same counts hold for the fresh seeds of a candidate. "
+        "Contradicted if on every condition exact bounds, at 5%, exclude such shares; since all have to be excluded, "
+        "the level needs no correction.",
         "solved",
         _exclusive_range,
     ),
@@ -573,9 +706,19 @@ _CLAIMS = {
     ),
     "two_sidedness": _Declared(
         "Is it two-sidedness that makes the difference?",
-        "Per condition and seed, mean accuracy of the two-sided mechanisms minus that of the one-sided ones, on "
-        f"conditions without a shift of the embeddings. {_OVER}",
+        f"The units are pairs of mechanisms of the same shape, at least {MINIMUM_FOR_INTERVAL}: mean accuracy of the "
+        "two-sided minus that of the one-sided one, over conditions without a shift of the embeddings and the seeds "
+        f"that all have. The sign-flip test over pairs gives p < {SIGNIFICANCE}, and the mean is above 0: supported; "
+        "below 0: contradicted.",
         "accuracy",
         _two_sidedness,
+    ),
+    "no_difference": _Declared(
+        "Is a difference seen where there is none?",
+        "One mechanism under two names, each tuned on seeds of its own and compared by the test of all others. "
+        f"Contradicted if the exact one-sided 95% bound of the share of conditions with p < {SIGNIFICANCE} lies above "
+        f"{SIGNIFICANCE}; supported if that share does not.",
+        "difference",
+        _no_difference,
     ),
 }

@@ -10,13 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from ..nn import MECHANISMS, POSITIONS
 from .errors import ConfigError
 from .presets import preset_names, preset_text
+from .record import Record, RecordedTask, facts_of
 from .results import Condition, Setting
 from .tasks import TASKS, Task
+from .user_mechanisms import load_mechanism_files, names_in
 from .user_tasks import TaskFile, TaskFileError, check_task, file_of, load_task_files
 
 if sys.version_info >= (3, 11):
@@ -25,6 +36,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "PROTOCOL",
     "Cell",
     "Comparison",
     "ConfigError",
@@ -36,11 +48,18 @@ __all__ = [
     "parse_config",
 ]
 
-# Part of every cell's identity: raise it when a change of the code changes what a run means.
-PROTOCOL = "ladder-2"
+# Raise it when a change of the code changes what a run means; docs/protocol.md says what each was.
+PROTOCOL = 3
+# As part of every cell's identity.
+_PROTOCOLS = {2: "ladder-2", 3: "study-3"}
+# What an older protocol had where a configuration says nothing.
+_OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
 
-# Seeds on which learning rates and gains are chosen start here, so that the reported ones are fresh.
-TUNING_SEEDS_START = 1_000_000
+# Seeds on which learning rates and gains are chosen, and those that confirm an exclusive range, start so much
+# further on than the reported ones: all three are fresh.
+_TUNING_SEEDS, _CONFIRMATION_SEEDS = 1_000_000, 2_000_000
+# A mechanism under a second name, for comparisons in which there is no difference: its seeds draw other numbers.
+_AGAIN, _AGAIN_SEEDS = "_again", 500_000_000
 
 
 class _Strict(BaseModel):
@@ -72,7 +91,7 @@ def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Position = Annotated[str, _one_of(*POSITIONS)]
-Mechanism = Annotated[str, _one_of(*MECHANISMS)]
+Role = Literal["tuning", "final", "confirmation"]
 
 
 class ModelConfig(_Strict):
@@ -133,8 +152,8 @@ class TrainingConfig(_Strict):
     # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
     solved_accuracy: float = Field(default=0.995, gt=0, le=1)
     solved_evaluations: int = Field(default=3, ge=1)
-    # A seed ends when it has reached that many evaluations in a row; a cell ends with its last seed.
-    early_stop: bool = True
+    # Of protocol 2 alone, where a seed ended when it had reached that many evaluations in a row.
+    early_stop: bool = False
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -145,9 +164,22 @@ class TrainingConfig(_Strict):
 class SeedsConfig(_Strict):
     """How many seeds, and how many train together in one program."""
 
-    tuning: int = Field(default=4, ge=0)
+    tuning: int = Field(default=8, ge=0)
     final: int = Field(default=16, ge=1)
+    # Fresh ones, for conditions on which the final seeds show an exclusive range.
+    confirmation: int = Field(default=32, ge=0)
+    # The first of the final seeds: who starts elsewhere repeats a study on seeds of their own, tuning included.
+    start: int = Field(default=0, ge=0, lt=_TUNING_SEEDS)
     together: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _seeds_are_others(self) -> SeedsConfig:
+        for name in ("tuning", "final", "confirmation"):
+            if self.start + getattr(self, name) > _TUNING_SEEDS:
+                raise ValueError(
+                    f"start + {name} must be at most {_TUNING_SEEDS}, got {self.start} + {getattr(self, name)}"
+                )
+        return self
 
 
 class Grid(_Strict):
@@ -159,8 +191,9 @@ class Grid(_Strict):
 
 # The questions that a study can be asked; `study.claims` has the test of each.
 Claim = Literal[
-    "at_least_as_good", "lead_grows", "exclusive_range", "ahead_on_mixed", "ahead_at_every_position", "two_sidedness"
-]
+    "at_least_as_good", "lead_grows", "exclusive_range", "ahead_on_mixed", "ahead_at_every_position", "two_sidedness",
+    "no_difference",
+]  # fmt: skip
 
 
 class StudyConfig(_Strict):
@@ -168,7 +201,11 @@ class StudyConfig(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    mechanisms: Annotated[tuple[Mechanism, ...], AfterValidator(_distinct)] = Field(
+    # Studies of older protocols can be read, and not be run.
+    protocol: Literal[2, 3] = PROTOCOL
+    # Over which comparisons p is adjusted: the study's own, or those of all presets that are declared primary.
+    family: Literal["own", "primary"] = "own"
+    mechanisms: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
         default=("expressive", "dot_product"), min_length=1
     )
     # What is asked, declared before anything is run; `study.claims` says how each is tested.
@@ -178,17 +215,32 @@ class StudyConfig(_Strict):
     seeds: SeedsConfig = SeedsConfig()
     # Python files that define tasks, relative to the file that names them.
     task_files: Annotated[tuple[str, ...], AfterValidator(_different_files)] = ()
+    # Those that define mechanisms.
+    mechanism_files: Annotated[tuple[str, ...], AfterValidator(_different_files)] = ()
     grid: tuple[Grid, ...] = Field(min_length=1)
 
-    _task_sources: tuple[TaskFile, ...] = PrivateAttr(default=())
+    _files: _Files = PrivateAttr(default_factory=lambda: _Files())  # noqa: PLW0108 defined below
 
     @property
-    def task_sources(self) -> tuple[TaskFile, ...]:
-        """`task_files` as they were read."""
-        return self._task_sources
+    def sources(self) -> tuple[TaskFile, ...]:
+        """`task_files` and `mechanism_files` as they were read; none where they were not run."""
+        return self._files.tasks + self._files.mechanisms
 
     @model_validator(mode="after")
-    def _can_be_expanded(self) -> StudyConfig:
+    def _fits_together(self, info: ValidationInfo) -> StudyConfig:
+        if info.context is not None:
+            self._files = info.context
+        _different_files((*self.task_files, *self.mechanism_files))
+        own = self._files.own_mechanisms()
+        for mechanism in self.mechanisms:
+            known = [*MECHANISMS, *own]
+            if mechanism.removesuffix(_AGAIN) not in known:
+                raise ValueError(f"mechanisms must be of {known}, got {mechanism!r}")
+        if self.training.early_stop and self.protocol > 2:
+            raise ValueError(
+                f"training.early_stop is of protocol 2: protocol {self.protocol} trains every seed to the end of its "
+                "schedule; leave it out"
+            )
         if len(self.training.settings) > 1 and self.seeds.tuning == 0:
             several = "learning_rates" if len(self.training.learning_rates) > 1 else "initial_gains"
             raise ValueError(f"seeds.tuning must be at least 1 to choose among several training.{several}")
@@ -200,17 +252,14 @@ class StudyConfig(_Strict):
             raise ValueError(f"grid gives the condition {twice!r} more than once")
         return self
 
-    def expanded(self) -> list[tuple[str, Task, ModelConfig]]:
+    def expanded(self) -> list[tuple[str, Task | RecordedTask, ModelConfig]]:
         """Label, task and model of every condition, in the order of the grid."""
-        pairs: list[tuple[Task, ModelConfig]] = []
+        pairs: list[tuple[Task | RecordedTask, ModelConfig]] = []
         for grid in self.grid:
             for task in _combinations(grid.task):
-                kind = task.get("kind", "nt")
-                if not isinstance(kind, str) or kind not in TASKS:
-                    raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
                 pairs += [
                     (
-                        TASKS[kind].model_validate_json(json.dumps(task), strict=True),
+                        self._files.task(task),
                         ModelConfig.model_validate({**self.model.model_dump(), **model}, strict=True),
                     )
                     for model in _combinations(grid.model)
@@ -225,7 +274,7 @@ class StudyConfig(_Strict):
         return [
             Comparison(
                 condition=label, task=task, model=model, mechanism=mechanism, training=self.training,
-                seeds=self.seeds,
+                seeds=self.seeds, protocol=self.protocol, mechanism_file=self._files.of(mechanism.removesuffix(_AGAIN)),
             )
             for label, task, model in self.expanded()
             for mechanism in self.mechanisms
@@ -234,9 +283,23 @@ class StudyConfig(_Strict):
     def conditions(self) -> list[Condition]:
         """The conditions with their facts, for a report."""
         return [
-            Condition(label, task.model_dump(exclude_none=True), model.model_dump(exclude_none=True), task.facts())
+            Condition(
+                label,
+                task.model_dump(exclude_none=True),
+                model.model_dump(exclude_none=True),
+                facts_of(task, self.training.test_sequences),
+            )
             for label, task, model in self.expanded()
         ]
+
+    def record(self) -> Record:
+        """What reading a study needs of the files that define its tasks and mechanisms, in place of running them."""
+        tasks = [task for grid in self.grid for task in _combinations(grid.task)]
+        return Record.of(
+            [(content, task) for content in tasks if file_of(task := self._files.task(content)) is not None],
+            {name: file for file in self._files.mechanisms for name in names_in(file)},
+            self.training.test_sequences,
+        )
 
 
 class Cell(_Strict):
@@ -245,22 +308,37 @@ class Cell(_Strict):
     condition: str
     task: Any
     model: ModelConfig
-    mechanism: Mechanism
+    mechanism: str
     learning_rate: float
     initial_gain: float = 1.0
-    role: Literal["tuning", "final"]
+    role: Role
     seeds: tuple[int, ...]
     training: TrainingConfig
+    protocol: int = PROTOCOL
+    mechanism_file: TaskFile | None = None  # that defines the mechanism; None: it is one of the package
+
+    @property
+    def function(self) -> str:
+        """The mechanism as `nn.attend` knows it, whatever the study calls it."""
+        name = self.mechanism.removesuffix(_AGAIN)
+        return name if self.mechanism_file is None else f"{name}@{self.mechanism_file.digest}"
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """The seeds of what is drawn at random: of a mechanism under a second name, others than of the first."""
+        return tuple(seed + self.mechanism.endswith(_AGAIN) * _AGAIN_SEEDS for seed in self.seeds)
 
     @property
     def identity(self) -> str:
         """Names the cell on disk: a hash of all that its result depends on."""
-        content = self.model_dump(mode="json", exclude={"condition", "task", "training"})
+        content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file"})
         content["task"] = self.task.model_dump(mode="json")
         content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates", "initial_gains"})
-        content["protocol"] = PROTOCOL
+        content["protocol"] = _PROTOCOLS[self.protocol]
         if (file := file_of(self.task)) is not None:
             content["task_file"] = file.digest
+        if self.mechanism_file is not None:
+            content["mechanism_file"] = self.mechanism_file.digest
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -270,41 +348,92 @@ class Cell(_Strict):
 
 
 class Comparison(_Strict):
-    """One condition with one mechanism: cells to tune on, then cells to report."""
+    """One condition with one mechanism: cells to tune on, cells to report, and cells to confirm these."""
 
     condition: str
     task: Any
     model: ModelConfig
-    mechanism: Mechanism
+    mechanism: str
     training: TrainingConfig
     seeds: SeedsConfig
+    protocol: int = PROTOCOL
+    mechanism_file: TaskFile | None = None
 
-    def tuning_cells(self) -> list[Cell]:
-        """One set of cells per setting; none where there is nothing to choose."""
+    def tuning_cells(self, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """One set of cells per setting; none where there is nothing to choose.
+
+        Args:
+            finished: Whether a cell is on disk. Seeds of a cell that was finished when a study had fewer of them are
+                not trained again: only those that it lacks make a cell of their own.
+        """
         settings = self.training.settings
         if len(settings) == 1:
             return []
-        return [
-            cell
-            for setting in settings
-            for cell in self._cells("tuning", setting, TUNING_SEEDS_START, self.seeds.tuning)
-        ]
+        return [cell for setting in settings for cell in self._cells("tuning", setting, self.seeds.tuning, finished)]
 
-    def final_cells(self, setting: Setting) -> list[Cell]:
-        """The cells of the reported seeds."""
-        return self._cells("final", setting, 0, self.seeds.final)
+    def final_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """The cells of the reported seeds; `finished` as in `tuning_cells`."""
+        return self._cells("final", setting, self.seeds.final, finished)
 
-    def _cells(self, role: Literal["tuning", "final"], setting: Setting, first: int, count: int) -> list[Cell]:
-        together = self.seeds.together
-        return [
-            Cell(
-                condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
-                learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
-                training=self.training,
-                seeds=tuple(range(first + start, first + min(start + together, count))),
-            )
-            for start in range(0, count, together)
-        ]  # fmt: skip
+    def confirmation_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """The cells of the seeds that confirm what the reported ones show; `finished` as in `tuning_cells`."""
+        return self._cells("confirmation", setting, self.seeds.confirmation, finished)
+
+    def _cells(self, role: Role, setting: Setting, count: int, finished: Callable[[Cell], bool] | None) -> list[Cell]:
+        first = self.seeds.start + {"tuning": _TUNING_SEEDS, "final": 0, "confirmation": _CONFIRMATION_SEEDS}[role]
+        together, cells = self.seeds.together, []
+        for start in range(0, count, together):
+            seeds = range(first + start, first + min(start + together, count))
+            cells += self._split(role, setting, seeds, finished or (lambda cell: False))
+        return cells
+
+    def _split(self, role: Role, setting: Setting, seeds: range, finished: Callable[[Cell], bool]) -> list[Cell]:
+        """One cell, or the longest finished one that these seeds begin with, and the cells of the others."""
+        whole = self._cell(role, setting, seeds)
+        if finished(whole):
+            return [whole]
+        for count in range(len(seeds) - 1, 0, -1):
+            part = self._cell(role, setting, seeds[:count])
+            if finished(part):
+                return [part, *self._split(role, setting, seeds[count:], finished)]
+        return [whole]
+
+    def _cell(self, role: Role, setting: Setting, seeds: range) -> Cell:
+        return Cell(
+            condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
+            learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
+            training=self.training, seeds=tuple(seeds), protocol=self.protocol, mechanism_file=self.mechanism_file,
+        )  # fmt: skip
+
+
+class _Files:
+    """The tasks and mechanisms of a study: those of the package, and of files that were run or are on record."""
+
+    def __init__(
+        self,
+        tasks: tuple[TaskFile, ...] = (),
+        mechanisms: tuple[TaskFile, ...] = (),
+        record: Record | None = None,
+    ) -> None:
+        self.tasks, self.mechanisms, self.recorded = tasks, mechanisms, record
+
+    def own_mechanisms(self) -> dict[str, TaskFile]:
+        """The file that each mechanism of a file is from."""
+        if self.recorded is not None:
+            return self.recorded.mechanisms
+        return {name: file for file in self.mechanisms for name in names_in(file)}
+
+    def of(self, mechanism: str) -> TaskFile | None:
+        return self.own_mechanisms().get(mechanism)
+
+    def task(self, content: dict[str, Any]) -> Task | RecordedTask:
+        """The task that a table of the grid asks for."""
+        if self.recorded is not None and (found := self.recorded.task(content)) is not None:
+            return found
+        kind = content.get("kind", "nt")
+        if not isinstance(kind, str) or kind not in TASKS:
+            raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
+        return TASKS[kind].model_validate_json(json.dumps(content), strict=True)
 
 
 def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -315,7 +444,7 @@ def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
 
-def _label(task: Task, model: ModelConfig, varying: list[str]) -> str:
+def _label(task: Task | RecordedTask, model: ModelConfig, varying: list[str]) -> str:
     """The task, its position code, and what else differs between the models of the study."""
     extra = [f"{name} {getattr(model, name)}" for name in varying if name != "position"]
     return ", ".join([task.label, model.position, *extra])
@@ -343,35 +472,68 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
     return parse_config(text, preset_or_file, lambda name: path.parent / name), text
 
 
-def parse_config(text: str, source: str, find: Callable[[str], Path] = Path) -> StudyConfig:
-    """The configuration in a TOML text, whose `task_files` are run.
+def parse_config(
+    text: str,
+    source: str,
+    find: Callable[[str], Path] = Path,
+    *,
+    protocol: int = PROTOCOL,
+    record: Record | None = None,
+) -> StudyConfig:
+    """The configuration in a TOML text, whose `task_files` and `mechanism_files` are run.
 
     Args:
         text: The TOML.
         source: Where it is from, to be named in errors.
         find: Where a file named in `task_files` is; by default, relative to the working directory.
+        protocol: What it is of, where it does not say.
+        record: What is known of the files, which are then not run.
 
     Raises:
-        ConfigError: Not TOML, a key or value does not fit, or a file of tasks cannot be used.
+        ConfigError: Not TOML, a key or value does not fit, or a file of tasks or mechanisms cannot be used.
     """
     try:
         content = tomllib.loads(text)
-        names = content.get("task_files", [])
-        # Names that are no names are left to the validation.
-        well_formed = isinstance(names, list) and all(isinstance(name, str) and name.endswith(".py") for name in names)
-        files = load_task_files([find(name) for name in names]) if well_formed else ()
+        content.setdefault("protocol", protocol)
+        for table, defaults in _OLDER_DEFAULTS.get(content["protocol"], {}).items():
+            if isinstance(content.setdefault(table, {}), dict):
+                content[table] = defaults | content[table]
+        files = _Files(record=record)
+        if record is None:
+            tasks, mechanisms = ([find(name) for name in _names(content, key)] for key in _FILE_KEYS)
+            files = _Files(load_task_files(tasks), load_mechanism_files(mechanisms))
         # As JSON, for strictness: "30" and true are not numbers there, but a list is a tuple.
-        config = StudyConfig.model_validate_json(json.dumps(content, default=str), strict=True)
-        for _, task, _ in config.expanded() if files else []:
-            check_task(task)
+        text = json.dumps(content, default=str)
+        config = StudyConfig.model_validate_json(text, strict=True, context=files)
+        for _, task, _ in config.expanded() if files.tasks else []:
+            if not isinstance(task, RecordedTask):
+                check_task(task)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
     except TaskFileError as error:
-        raise ConfigError(f"{source}: task_files: {error}") from None
+        raise ConfigError(f"{source}: {error.key}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{source}: {_in_one_line(error)}") from None
-    config._task_sources = files
     return config
+
+
+_FILE_KEYS = ("task_files", "mechanism_files")
+
+
+def runs_files(text: str) -> bool:
+    """Whether a configuration names files that would be run."""
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return any(_names(content, key) for key in _FILE_KEYS)
+
+
+def _names(content: dict[str, Any], key: str) -> list[str]:
+    """File names in a key; none where they are no names, which is left to the validation."""
+    names = content.get(key, [])
+    well_formed = isinstance(names, list) and all(isinstance(name, str) and name.endswith(".py") for name in names)
+    return names if well_formed else []
 
 
 def _in_one_line(error: ValidationError) -> str:

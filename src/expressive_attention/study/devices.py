@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
+
 import torch
 
 from .errors import StudyError
 
-__all__ = ["CPU", "DeviceError", "device_name", "devices"]
+__all__ = ["CPU", "DeviceError", "available_cores", "device_name", "devices"]
 
 CPU = torch.device("cpu")
 
@@ -28,6 +32,47 @@ def devices(wanted: str) -> list[torch.device]:
     if wanted not in known:
         raise DeviceError(f"device must be one of {sorted(known)} on this machine, got {wanted!r}")
     return known[wanted]
+
+
+def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int:
+    """Processor cores that this process may use: by its affinity, and by the quota of its control group.
+
+    Args:
+        cgroups: Where control groups are, of version 2 or 1.
+        groups: What says which one the process is in.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for folder in _groups(cgroups, groups) if (quota := _quota(folder)) is not None]
+    return max(1, min([cores, *(math.ceil(quota) for quota in quotas)]))
+
+
+def _groups(cgroups: Path, groups: Path) -> list[Path]:
+    """The folders of the process's control groups and of those that they are in."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return []
+    found = [cgroups]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        own = root / path.lstrip("/")
+        found += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
+    """The cores that a control group may use, None: as many as there are."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
 
 
 def device_name(device: torch.device) -> str:

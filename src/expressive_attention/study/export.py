@@ -35,8 +35,19 @@ SUMMARY_SCHEMA: dict[str, Any] = {
     "difference": pl.Float64,  # mean over them of the accuracy minus that of DPA
     "difference_low": pl.Float64,
     "difference_high": pl.Float64,
-    "p": pl.Float64,  # of the sign-flip test, adjusted for the number of conditions
-    "steps_p": pl.Float64,  # of the log-rank test of the steps to solve, likewise
+    "p": pl.Float64,  # of the sign-flip test, adjusted over the declared family
+    "raw_p": pl.Float64,  # the same, not adjusted
+    "examples_low": pl.Float64,  # interval of the difference for the drawing of test examples as well: fixed data alone
+    "examples_high": pl.Float64,
+    "validation_difference": pl.Float64,  # as difference, on validation sequences
+    "validation_difference_low": pl.Float64,
+    "validation_difference_high": pl.Float64,
+    "steps": pl.Float64,  # mean over all final seeds of the steps before the task was solved
+    "steps_difference": pl.Float64,  # mean over the pairs of that of the mechanism minus that of DPA
+    "steps_difference_low": pl.Float64,
+    "steps_difference_high": pl.Float64,
+    "steps_p": pl.Float64,  # of the log-rank test of the steps to solve, adjusted likewise
+    "untested": pl.String,  # why there is no test
 }
 
 # What LaTeX would take for a command, or lacks in some fonts.
@@ -55,13 +66,15 @@ _LATEX = str.maketrans({
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "²": r"\textsuperscript{2}",
+    "⁴": r"\textsuperscript{4}",
 })  # fmt: skip
 
 
 def export_study(results: StudyResults, directory: Path, formats: Sequence[str]) -> list[Path]:
     """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
 
-    The tables are ``seeds``, ``curves`` and ``splits``, all rows of `StudyResults`, and ``summary``.
+    The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
+    `StudyResults`, and ``summary``.
 
     Args:
         results: What was found.
@@ -79,7 +92,9 @@ def export_study(results: StudyResults, directory: Path, formats: Sequence[str])
             raise ValueError(f"format must be one of {list(FORMATS)}, got {wanted!r}")
     if results.seeds.is_empty():
         raise ValueError("no cell is finished yet: there is nothing to export")
-    tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits")}
+    tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits", "examples")}
+    if results.examples.is_empty():
+        del tables["examples"]
     tables["summary"] = summary_table(results)
     files: dict[str, bytes] = {}
     for name, table in tables.items():
@@ -111,10 +126,18 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
             "pairs": comparison and len(comparison.seeds),
             "difference": comparison and comparison.difference,
             "p": comparison and comparison.p,
+            "raw_p": comparison and comparison.raw_p,
+            "validation_difference": comparison and comparison.validation_difference,
+            "steps": summary.restricted_steps,
+            "steps_difference": comparison and comparison.steps_difference,
             "steps_p": comparison and comparison.steps_p,
+            "untested": comparison and comparison.untested,
             **_ends("solved_share", summary.solved_interval),
             **_ends("accuracy", summary.accuracy_interval),
             **_ends("difference", comparison and comparison.interval),
+            **_ends("examples", comparison and comparison.example_interval),
+            **_ends("validation_difference", comparison and comparison.validation_interval),
+            **_ends("steps_difference", comparison and comparison.steps_interval),
         }
         for summary, comparison in _lines(results)
     ]

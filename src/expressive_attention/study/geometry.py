@@ -9,6 +9,7 @@ import torch
 
 from ..geometry import Record, capture
 from .layout import most_different
+from .record import RecordedTask
 from .results import Setting, StudyResults
 from .statistics import evidence, mechanism_name
 from .store import Store, StoreError, collect
@@ -37,24 +38,28 @@ class Look:
     unseen: list[str]
 
 
-def look_into(directory: Path, condition: str | None = None, seed: int | None = None) -> Look:
+def look_into(directory: Path, condition: str | None = None, seed: int | None = None, *, trust: bool = False) -> Look:
     """Capture the trained models of a study on test examples.
 
     Args:
         directory: Of the study; its cells must be there.
         condition: Label of a condition; None: the one on which the mechanisms differ most.
         seed: A final seed; None: the one with the lowest accuracy of DPA, or of what there is.
+        trust: Run the study's Python files, without which the models of its own tasks cannot be used.
 
     Raises:
-        StoreError: There is no such condition or seed, or none of its cells.
+        StoreError: There is no such condition or seed, or none of its cells, or its task is in a file that is not
+            trusted.
     """
     store = Store(directory)
     results = collect(store)
     label = _condition(results, condition)
     records: dict[str, Record] = {}
     tokens: list[list[str]] = []
-    config, _ = store.config()
+    config, _ = store.config(trust=trust)
     comparisons = [c for c in config.comparisons() if c.condition == label]
+    if any(isinstance(c.task, RecordedTask) for c in comparisons):
+        raise StoreError(f"{directory}: the task of {label!r} is in a Python file, which --trust runs")
     unseen = sorted({mechanism_name(c.mechanism) for c in comparisons if c.mechanism not in _SEEN})
     comparisons = [c for c in comparisons if c.mechanism in _SEEN]
     for comparison in sorted(comparisons, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
@@ -62,7 +67,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
         if rows.is_empty():
             continue
         setting = Setting(*rows.select(Setting._fields).row(0))
-        cells = {s: cell for cell in comparison.final_cells(setting) if store.has(cell) for s in cell.seeds}
+        cells = {s: cell for cell in comparison.final_cells(setting, store.has) if store.has(cell) for s in cell.seeds}
         if seed is None and cells:
             seed = next(s for s in rows.sort("accuracy", "seed")["seed"] if s in cells)
         if seed not in cells:

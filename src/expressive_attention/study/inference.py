@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,25 +12,33 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from .exclusive import EXCLUSIVE_RANGE
+
 __all__ = [
-    "EXCLUSIVE_RANGE",
     "LEVEL",
     "MINIMUM_FOR_INTERVAL",
     "SIGNIFICANCE",
+    "SMALLEST_EFFECT",
     "Interval",
     "Trend",
     "clustered_interval",
+    "exact_interval",
+    "example_error",
+    "false_range_probability",
     "finite",
     "holm",
     "log_rank_p",
+    "lower_bound",
     "mean_interval",
     "median_steps",
-    "range_probability",
+    "restricted_steps",
     "sign_flip_p",
     "slope_within",
     "solve_curve",
     "tau_within",
     "trend",
+    "upper_bound",
+    "wider",
     "wilson_interval",
 ]
 
@@ -40,8 +49,8 @@ SIGNIFICANCE = 0.05
 # Chance alone gives n differences one sign with probability 2^(1 - n): n = 6 is the first at which that is rarer
 # than 5%.
 MINIMUM_FOR_INTERVAL = 6
-# A mechanism has a condition to itself if it solves at least, and the other less than, this share of seeds.
-EXCLUSIVE_RANGE = (0.9, 0.5)
+# Of accuracy: what is smaller is no lead, and what falls short by less is as good.
+SMALLEST_EFFECT = 0.01
 
 _RESAMPLES = 9999
 _EXACT_UP_TO = 16  # 2^16 signs are enumerated
@@ -78,27 +87,44 @@ def wilson_interval(successes: int, trials: int) -> Interval:
     return Interval(float(ends.low), float(ends.high))
 
 
-def range_probability(ours: tuple[int, int], theirs: tuple[int, int]) -> float:
-    """Probability that we solve at least 90% of seeds and they less than 50%.
+@lru_cache(maxsize=4096)
+def exact_interval(successes: int, trials: int) -> Interval:
+    """Exact interval of a share (Clopper and Pearson 1934, Biometrika 26:404-413): it errs in at most 5% of studies.
 
-    A mechanism that solved s of n seeds has the share Beta(s + 1/2, n - s + 1/2), the posterior under Jeffreys'
-    prior (Jeffreys 1946, Proc. R. Soc. A 186:453-461); the shares of two mechanisms are independent.
-
-    Args:
-        ours: Seeds solved, and seeds.
-        theirs: Of the other mechanism.
+    Its ends are those shares at which so many successes or more, or so many or fewer, have a probability of 2.5%.
 
     Raises:
         ValueError: As `wilson_interval`.
     """
+    _check_share(successes, trials)
+    ends = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="exact")
+    return Interval(float(ends.low), float(ends.high))
+
+
+def upper_bound(successes: int, trials: int) -> float:
+    """The one-sided exact 95% bound of a share: with none of n successes, ``1 - 0.05^(1/n)``.
+
+    Raises:
+        ValueError: As `wilson_interval`.
+    """
+    _check_share(successes, trials)
+    return 1.0 if successes == trials else float(stats.beta.ppf(LEVEL, successes + 1, trials - successes))
+
+
+def lower_bound(successes: int, trials: int) -> float:
+    """The one-sided exact 95% bound of a share from below; as `upper_bound`."""
+    return 1 - upper_bound(trials - successes, trials)
+
+
+def false_range_probability(trials: int) -> float:
+    """The largest probability with which equal mechanisms show an exclusive range of the first, on so many seeds each.
+
+    The largest, over the share p that both solve, of P(first >= 90%) P(second < 50%).
+    """
     reached, missed = EXCLUSIVE_RANGE
-    _check_share(*ours)
-    _check_share(*theirs)
-    return float(stats.beta.sf(reached, *_posterior(*ours)) * stats.beta.cdf(missed, *_posterior(*theirs)))
-
-
-def _posterior(successes: int, trials: int) -> tuple[float, float]:
-    return successes + 0.5, trials - successes + 0.5
+    least, most = math.ceil(reached * trials - 1e-9), math.ceil(missed * trials) - 1
+    shares = np.linspace(0, 1, 10_001)
+    return float((stats.binom.sf(least - 1, trials, shares) * stats.binom.cdf(most, trials, shares)).max())
 
 
 def _check_share(successes: int, trials: int) -> None:
@@ -201,14 +227,19 @@ def _sign_flip(differences: tuple[float, ...]) -> float:
     return as_far / len(sums) if exact else (1 + as_far) / (1 + len(sums))
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def holm(p: Sequence[float], family: int = 0) -> list[float]:
     """Adjusted p of several tests, such that few false alarms hold over all (Holm 1979, Scand. J. Stat. 6:65-70).
 
     The i-th smallest of m becomes ``max_{j <= i} min(1, (m - j + 1) p_(j))``. Rejecting where this is below 0.05
     rejects a true null hypothesis with probability below 0.05 over all tests, whatever their dependence.
 
+    Where the tests are some of a larger family, m is the size of the family, and the bound holds over all of it, with
+    the others treated in the same way: when a part first rejects a true hypothesis, its j - 1 tests before were false
+    ones, so that at most m - j + 1 are true, and that p is below 0.05 over their number.
+
     Args:
         p: One per test.
+        family: Number of tests in the family, where these are not all of it.
 
     Returns:
         In the same order.
@@ -221,7 +252,7 @@ def holm(p: Sequence[float]) -> list[float]:
         raise ValueError(f"p must be between 0 and 1, got {list(p)}")
     order = raw.argsort(kind="stable")
     adjusted = np.empty_like(raw)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1)))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(raw[order] * (max(family, len(raw)) - np.arange(len(raw)))))
     return adjusted.tolist()
 
 
@@ -285,6 +316,20 @@ def log_rank_p(ours: Sequence[int | None], theirs: Sequence[int | None], steps: 
     return 1.0 if np.isnan(p) else float(p)
 
 
+def restricted_steps(steps_to_solve: Sequence[int | None], steps: int) -> list[float]:
+    """Steps that each seed spends without having solved the task, of `steps`: an unsolved one spends all.
+
+    Their mean is the area above `solve_curve`, the restricted mean survival time (Royston and Parmar 2013, BMC Medical
+    Research Methodology 13:152): it speaks of all seeds, where a median of the solved ones compares survivors.
+
+    Args:
+        steps_to_solve: As in `solve_curve`.
+        steps: As in `solve_curve`.
+    """
+    _censored(steps_to_solve, steps)
+    return [float(steps if taken is None else taken) for taken in steps_to_solve]
+
+
 def _censored(steps_to_solve: Sequence[int | None], steps: int) -> Any:
     if not steps_to_solve:
         raise ValueError("steps_to_solve is empty")
@@ -292,6 +337,46 @@ def _censored(steps_to_solve: Sequence[int | None], steps: int) -> Any:
         raise ValueError(f"steps_to_solve holds {max(filter(None, steps_to_solve))}, more than steps={steps}")
     times = [steps if taken is None else taken for taken in steps_to_solve]
     return stats.CensoredData.right_censored(times, [taken is None for taken in steps_to_solve])
+
+
+# ---- drawing of test examples ----
+
+
+def example_error(right: Sequence[float], scored: Sequence[int]) -> float:
+    """Standard error of an accuracy, or of a difference of accuracies, by the drawing of the test examples.
+
+    With x_i right predictions, or differences of them, of the w_i that count in example i of n, and r = sum x / sum w:
+    ``sqrt(n / (n - 1) sum (x_i - r w_i)^2) / sum w``, the error of a ratio (Cochran 1977, Sampling Techniques, 2.11).
+    Predictions within an example may depend on one another.
+
+    Args:
+        right: One per example, mean over seeds.
+        scored: Predictions that count in each.
+
+    Raises:
+        ValueError: With fewer than two examples.
+    """
+    x, w = finite(right, "right"), finite(scored, "scored")
+    if len(x) != len(w) or len(x) < 2 or w.sum() <= 0:
+        raise ValueError(f"right and scored must hold at least two examples each, got {len(x)} and {len(w)}")
+    residuals = x - x.sum() / w.sum() * w
+    return float(np.sqrt(len(x) / (len(x) - 1) * (residuals**2).sum()) / w.sum())
+
+
+def wider(value: float, interval: Interval | None, error: float) -> Interval:
+    """An interval over seeds, made to cover another, independent error of the same value as well.
+
+    The distances to its ends and the 95% quantile of the error are added in quadrature (MOVER; Zou and Donner 2008,
+    Statistics in Medicine 27:1693-1702), which keeps the skew of the interval.
+
+    Args:
+        value: What both are about.
+        interval: Over seeds; None: they do not differ.
+        error: The other standard error, of a normal distribution.
+    """
+    reach = stats.norm.ppf((1 + LEVEL) / 2) * error
+    known = interval or Interval(value, value)
+    return Interval(value - math.hypot(value - known.low, reach), value + math.hypot(known.high - value, reach))
 
 
 # ---- several conditions ----

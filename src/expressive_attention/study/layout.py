@@ -18,6 +18,7 @@ from .statistics import (
     LEVEL,
     MINIMUM_FOR_INTERVAL,
     SIGNIFICANCE,
+    SMALLEST_EFFECT,
     comparisons,
     describe_p,
     mechanism_name,
@@ -116,6 +117,11 @@ _OTHERS = (
     Style("#56B4E9", "#56B4E9", "v", "-.", "triangle-down", "dashdot"),
     Style("#E69F00", "#FFFFFF", "^", ":", "triangle-up", "dot"),
     Style("#000000", "#FFFFFF", "P", "--", "cross", "dash"),
+    Style("#009E73", "#FFFFFF", "v", "--", "triangle-down", "dash"),
+    Style("#CC79A7", "#CC79A7", "^", "--", "triangle-up", "dash"),
+    Style("#56B4E9", "#FFFFFF", "D", ":", "diamond", "dot"),
+    Style("#E69F00", "#E69F00", "D", "-.", "diamond", "dashdot"),
+    Style("#000000", "#000000", "v", ":", "triangle-down", "dot"),
 )
 
 
@@ -409,8 +415,8 @@ def notes(results: StudyResults) -> dict[str, str]:
         ),
         "steps_to_solve": (
             "Share of seeds that have solved the task by a step (Kaplan-Meier estimate, unsolved seeds censored "
-            f"at the end of training; {n}; no interval). p: log-rank test against DPA, adjusted for the number of "
-            "conditions (Holm)."
+            f"at the end of training; {n}; no interval). p: log-rank test against DPA, adjusted over the "
+            "family of comparisons (Holm)."
         ),
         "splits": (
             f"Mean over seeds, bars from the lowest to the highest seed ({n}; no interval); grey: what the best "
@@ -428,7 +434,7 @@ def notes(results: StudyResults) -> dict[str, str]:
         found["margin_map"] = (
             f"Mean accuracy of {names} minus that of DPA over pairs of seeds ({pairs}). Blue: {names} better; "
             f"orange: DPA better. Star: p < {SIGNIFICANCE:g} in the sign-flip test of the paired differences, adjusted "
-            f"for the number of conditions (Holm). {ordered}"
+            f"over the family of comparisons (Holm), and {SMALLEST_EFFECT:g} or more. {ordered}"
         )
         found["difference"] = (
             f"Small marks: accuracy of {names} minus that of DPA for one seed, from the same "

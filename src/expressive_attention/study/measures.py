@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .devices import CPU
 from .tasks import IGNORED, Examples, Task
 
-__all__ = ["Prepared", "Scores", "contexts_seen", "rollouts", "score"]
+__all__ = ["Prepared", "Scores", "rollouts", "score"]
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,6 @@ def rollouts(
         read = torch.cat([read, predicted[-1].clamp(min=0).unsqueeze(-1)], dim=-1)
     right = torch.stack(predicted, dim=-1) == truth
     return right.to(torch.float64).mean((1, 2)), right.all(-1).to(torch.float64).mean(1)
-
-
-def contexts_seen(task: Task, training: list[Examples], test: Examples) -> float | None:
-    """Share of the test contexts that also occur in training; None where the task does not tell."""
-    contexts = task.contexts(test)
-    if contexts is None:
-        return None
-    known = [found.ravel() for part in training if (found := task.contexts(part)) is not None]
-    return float(np.isin(contexts, np.unique(np.concatenate(known))).mean())
 
 
 def _predicted(logits: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ class Display(Protocol):
     def begin(self, total_cells: int, finished_cells: int) -> None:
         """The run starts; so many cells were finished before."""
 
+    def added(self, cells: int) -> None:
+        """So many cells more are to be run than was known."""
+
     def started(self, cell: Cell) -> None:
         """A worker has taken a cell."""
 
@@ -38,6 +41,8 @@ class Silent:
     """Shows nothing but notes, on the error stream."""
 
     def begin(self, total_cells: int, finished_cells: int) -> None: ...
+
+    def added(self, cells: int) -> None: ...
 
     def started(self, cell: Cell) -> None: ...
 
@@ -61,6 +66,10 @@ class Lines(Silent):
     def begin(self, total_cells: int, finished_cells: int) -> None:
         self.total, self.done = total_cells, finished_cells
         self._print(f"{total_cells} cells, {finished_cells} finished before")
+
+    def added(self, cells: int) -> None:
+        self.total += cells
+        self._print(f"{cells} cells more, to confirm an exclusive range on fresh seeds")
 
     def finished(self, cell: Cell, summary: str) -> None:
         self.done += 1
@@ -96,6 +105,11 @@ class Bars(Lines):
         self.progress.update(self.overall, visible=True, total=total_cells, completed=finished_cells)
         self._state()
         self.progress.start()
+
+    def added(self, cells: int) -> None:
+        super().added(cells)
+        self.progress.update(self.overall, total=self.total)
+        self._state()
 
     def started(self, cell: Cell) -> None:
         self.bars[cell.identity] = self.progress.add_task(str(cell), total=cell.training.steps, state="")

@@ -45,8 +45,11 @@ from .layout import (
 from .results import Condition, Setting, StudyResults
 from .statistics import (
     LEVEL,
+    MINIMUM_CONTEXTS,
     MINIMUM_FOR_INTERVAL,
+    MINIMUM_PREDICTIONS,
     SIGNIFICANCE,
+    SMALLEST_EFFECT,
     Interval,
     Summary,
     TuningSummary,
@@ -101,7 +104,7 @@ class _Chart:
     small: bool = False
 
 
-def write_report(results: StudyResults, directory: Path) -> Path:
+def write_report(results: StudyResults, directory: Path, *, trust: bool = False) -> Path:
     """Writes ``report.html``, ``figures/*.png`` and ``figures/*.csv``, each file at once or not at all.
 
     Where `directory` also holds the study's cells, the report shows attention maps of their models.
@@ -109,6 +112,7 @@ def write_report(results: StudyResults, directory: Path) -> Path:
     Args:
         results: The study, finished or not.
         directory: Where to write; created if missing.
+        trust: Run the study's Python files, without which the models of its own tasks and mechanisms have no maps.
 
     Returns:
         The path of the page.
@@ -117,7 +121,7 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         ValueError: If a measure of a final or tuning seed is not a finite number.
         CorruptCellError: If stored parameters are not what was written.
     """
-    maps = attention_maps(results, Store(directory), most_different(results, _MOST_MAPPED))
+    maps = attention_maps(results, Store(directory), most_different(results, _MOST_MAPPED), trust=trust)
     images = save_figures(results, directory / "figures", maps)
     charts = _charts(results, images, maps)
     environment = jinja2.Environment(
@@ -153,6 +157,9 @@ def write_report(results: StudyResults, directory: Path) -> Path:
         most_findings=MOST_PANELS,
         level=f"{LEVEL:.0%}",
         significance=f"{SIGNIFICANCE:g}",
+        smallest=SMALLEST_EFFECT,
+        predictions=MINIMUM_PREDICTIONS,
+        contexts=MINIMUM_CONTEXTS,
         minimum=MINIMUM_FOR_INTERVAL,
         plotlyjs=Markup(get_plotlyjs()),
         muted=MUTED,

@@ -58,6 +58,8 @@ class Sink:
 
     def begin(self, total_cells: int, finished_cells: int) -> None: ...
 
+    def added(self, cells: int) -> None: ...
+
     def started(self, cell: Cell) -> None:
         self.logs[cell.identity], self.steps[cell.identity] = self.open(cell), set()
 
@@ -167,6 +169,9 @@ class Several:
 
     def begin(self, total_cells: int, finished_cells: int) -> None:
         self._tell("begin", total_cells, finished_cells)
+
+    def added(self, cells: int) -> None:
+        self._tell("added", cells)
 
     def started(self, cell: Cell) -> None:
         self._tell("started", cell)

@@ -12,23 +12,30 @@ from .inference import (
     LEVEL,
     MINIMUM_FOR_INTERVAL,
     SIGNIFICANCE,
+    SMALLEST_EFFECT,
     Interval,
+    example_error,
     finite,
     holm,
     log_rank_p,
     mean_interval,
     median_steps,
+    restricted_steps,
     sign_flip_p,
     solve_curve,
+    wider,
     wilson_interval,
 )
-from .results import Setting, StudyResults
+from .results import Condition, Setting, StudyResults
 
 __all__ = [
     "BASELINE",
     "LEVEL",
+    "MINIMUM_CONTEXTS",
     "MINIMUM_FOR_INTERVAL",
+    "MINIMUM_PREDICTIONS",
     "SIGNIFICANCE",
+    "SMALLEST_EFFECT",
     "Comparison",
     "Finding",
     "Interval",
@@ -53,6 +60,10 @@ __all__ = [
 
 BASELINE = "dot_product"
 
+# A condition counts with so many scored predictions, on so many different contexts, that training never saw.
+MINIMUM_PREDICTIONS = 512
+MINIMUM_CONTEXTS = 256
+
 _NAMES = {
     "expressive": "EA",
     "dot_product": "DPA",
@@ -61,6 +72,11 @@ _NAMES = {
     "relu_squared": "ReLU²",
     "sigmoid": "sigmoid",
     "softmax_abs": "softmax of |z|",
+    "sigmoid_abs": "sigmoid of |z|",
+    "absolute": "|z|",
+    "relu": "ReLU",
+    "quartic": "z⁴/(1 + z⁴)",
+    "one_sided_quartic": "one-sided z⁴/(1 + z⁴)",
 }
 
 
@@ -82,6 +98,7 @@ class Summary:
         rollout_digits: Mean share of tokens right in rollouts, None where the task has none.
         rollout_exact: Mean share of rollouts right as a whole, likewise.
         median_steps: Steps by which at least half of the seeds had solved, None if fewer than half did.
+        restricted_steps: Mean over all seeds of the steps before the task was solved, all steps where it was not.
         steps: Most optimizer steps that any of the seeds took.
         diverged: Number of seeds whose loss stopped being finite.
     """
@@ -99,6 +116,7 @@ class Summary:
     rollout_digits: float | None
     rollout_exact: float | None
     median_steps: float | None
+    restricted_steps: float
     steps: int
     diverged: int
 
@@ -115,8 +133,17 @@ class Comparison:
         difference: Mean of the differences.
         interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
         p: Of the sign-flip test of that mean, adjusted by Holm's method over the conditions on which this mechanism is
-            compared; None, and not counted there, with fewer than `MINIMUM_FOR_INTERVAL` pairs.
+            compared, or over the family of the study; None, and not counted there, where `untested` says why.
+        raw_p: The same, not adjusted.
         steps_p: Of the log-rank test of the steps to solve, likewise.
+        steps_difference: Mean difference in the steps before the task was solved, over all pairs.
+        steps_interval: Bootstrap interval of that mean.
+        validation_difference: Mean difference in accuracy on the validation sequences; None: not kept.
+        validation_interval: Its interval over seeds.
+        example_interval: As `interval`, for the drawing of the test examples as well; None where there are more
+            examples than are tested, so that this is no matter.
+        untested: Why there is no test; None: there is one.
+        neither_learned: Neither mechanism is better than a guess.
     """
 
     candidate: Summary
@@ -126,7 +153,15 @@ class Comparison:
     difference: float
     interval: Interval | None
     p: float | None
+    raw_p: float | None
     steps_p: float | None
+    steps_difference: float
+    steps_interval: Interval | None
+    validation_difference: float | None
+    validation_interval: Interval | None
+    example_interval: Interval | None
+    untested: str | None
+    neither_learned: bool
 
     @property
     def condition(self) -> str:
@@ -135,15 +170,25 @@ class Comparison:
 
     @property
     def leader(self) -> str | None:
-        """The mechanism that is ahead: the one that the mean favours where `p` is below 0.05; None elsewhere."""
-        if self.p is None or self.p >= SIGNIFICANCE:
+        """The mechanism that is ahead, the one that the mean favours; None where none is.
+
+        One is where `p` is below 0.05, the mean at least `SMALLEST_EFFECT`, and 0 outside of `example_interval`, if
+        there is one.
+        """
+        if self.p is None or self.p >= SIGNIFICANCE or abs(self.difference) < SMALLEST_EFFECT:
+            return None
+        if self.example_interval is not None and self.example_interval.low <= 0 <= self.example_interval.high:
             return None
         return self.candidate.mechanism if self.difference > 0 else self.baseline.mechanism
 
     @property
     def verdict(self) -> str:
-        """``"EA ahead"``, ``"DPA ahead"`` or ``"no difference shown"``."""
-        return f"{mechanism_name(self.leader)} ahead" if self.leader else "no difference shown"
+        """``"EA ahead"``, ``"DPA ahead"``, ``"neither learned"``, ``"not counted"`` or ``"no difference shown"``."""
+        if self.leader:
+            return f"{mechanism_name(self.leader)} ahead"
+        if self.neither_learned:
+            return "neither learned"
+        return "not counted" if self.untested else "no difference shown"
 
 
 @dataclass(frozen=True)
@@ -156,7 +201,7 @@ class TuningSummary:
         setting: The learning rate and gain tried.
         seeds: Number of tuning seeds.
         solved: Number of them that solved the task.
-        accuracy: Their mean accuracy.
+        accuracy: Their mean accuracy on validation sequences; in protocol 2, on test sequences.
         chosen: Whether the final seeds ran with this setting.
     """
 
@@ -191,7 +236,8 @@ class Finding:
 
 def mechanism_name(mechanism: str) -> str:
     """Returns the name that people use: ``"EA"``, ``"DPA"``, or the mechanism itself."""
-    return _NAMES.get(mechanism, mechanism)
+    first = mechanism.removesuffix("_again")
+    return _NAMES.get(first, first) + (" again" if first != mechanism else "")
 
 
 def median_curve(curves: pl.DataFrame) -> pl.DataFrame:
@@ -220,11 +266,13 @@ def median_curve(curves: pl.DataFrame) -> pl.DataFrame:
     return by_seed.select("step", accuracy=pl.concat_list(pl.exclude("step")).list.median())
 
 
-def evidence(table: pl.DataFrame, condition: str, mechanism: str) -> pl.DataFrame:
-    """Rows of `StudyResults.seeds` or `.curves` that count: final seeds of one condition and mechanism."""
+def evidence(
+    table: pl.DataFrame, condition: str, mechanism: str, *, role: str = "final", by: str = "seed"
+) -> pl.DataFrame:
+    """Rows of a table of `StudyResults` of one condition and mechanism, in the order of `by`: final seeds count."""
     return table.filter(
-        pl.col("role") == "final", pl.col("condition") == condition, pl.col("mechanism") == mechanism
-    ).sort("seed")
+        pl.col("role") == role, pl.col("condition") == condition, pl.col("mechanism") == mechanism
+    ).sort(by)
 
 
 @lru_cache(maxsize=4)  # figures, tables and sentences all ask for them
@@ -253,8 +301,10 @@ def comparisons(results: StudyResults) -> list[Comparison]:
     found = []
     for mechanism in results.mechanisms:
         if mechanism != BASELINE:
-            compared = [_compare(results.seeds, label, mechanism) for label in order]
-            found += _adjusted([comparison for comparison in compared if comparison is not None])
+            compared = [_compare(results, condition, mechanism) for condition in results.conditions]
+            # The family is of EA; another mechanism's tests are the study's own.
+            family = results.family if mechanism == "expressive" else 0
+            found += _adjusted([comparison for comparison in compared if comparison is not None], family)
     return sorted(found, key=lambda comparison: order.index(comparison.condition))
 
 
@@ -283,7 +333,7 @@ def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
                         setting=setting,
                         seeds=rows.height,
                         solved=int(rows["solved"].sum()),
-                        accuracy=_mean(rows, "accuracy"),
+                        accuracy=_mean(rows, "accuracy" if results.protocol < 3 else "validation"),
                         chosen=chosen.get((condition.label, mechanism)) == setting,
                     )
                 )
@@ -353,15 +403,35 @@ def _explain(comparison: Comparison) -> str:
         f"{_reached(comparison.candidate)}; {_reached(comparison.baseline)}. "
         f"Paired difference {comparison.difference:+.4f} "
         f"({describe_interval(comparison.interval, pairs, '+.4f')}; {_plural(pairs, 'pair')}"
-        f"{_tested(comparison.p)}).{_steps(comparison)}"
+        f"{_tested(comparison.p)}).{_fixed_data(comparison)}{_steps(comparison)}"
+        + (f" Not counted: {comparison.untested}." if comparison.untested else "")
     )
+
+
+def _fixed_data(comparison: Comparison) -> str:
+    """What validation examples say where there are no more than those at hand; none elsewhere."""
+    if comparison.example_interval is None:
+        return ""
+    drawn = f" With the drawing of test examples: {LEVEL:.0%} interval {comparison.example_interval:+.4f}."
+    if comparison.validation_difference is None:
+        return drawn
+    interval = describe_interval(comparison.validation_interval, len(comparison.differences), "+.4f")
+    return f"{drawn} On validation examples the difference is {comparison.validation_difference:+.4f} ({interval})."
 
 
 def _steps(comparison: Comparison) -> str:
     """Whether the steps to solve differ, as a sentence; none where no seed solved the task or too few ran."""
     if comparison.steps_p is None or not comparison.candidate.solved + comparison.baseline.solved:
         return ""
-    return f" Steps to solve differ with {describe_p(comparison.steps_p)} (log-rank)."
+    spent, interval = (
+        comparison.steps_difference,
+        describe_interval(comparison.steps_interval, len(comparison.differences), "+,.0f"),
+    )
+    return (
+        f" Steps before it is solved, over all seeds: {comparison.candidate.restricted_steps:,.0f} against "
+        f"{comparison.baseline.restricted_steps:,.0f}, {spent:+,.0f} ({interval}; log-rank "
+        f"{describe_p(comparison.steps_p)})."
+    )
 
 
 def _tested(p: float | None) -> str:
@@ -390,14 +460,15 @@ def _summarize(rows: pl.DataFrame) -> Summary:
         rollout_digits=_mean_if_any(rows, "rollout_digits"),
         rollout_exact=_mean_if_any(rows, "rollout_exact"),
         median_steps=median_steps(rows["steps_to_solve"].to_list(), steps),
+        restricted_steps=float(np.mean(restricted_steps(rows["steps_to_solve"].to_list(), steps))),
         steps=steps,
         diverged=rows.height - rows["diverged_at"].null_count(),
     )
 
 
-def _compare(seeds: pl.DataFrame, condition: str, mechanism: str) -> Comparison | None:
+def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Comparison | None:
     """The mechanism against `BASELINE` on the seeds that both have, None if there is none."""
-    candidate, baseline = evidence(seeds, condition, mechanism), evidence(seeds, condition, BASELINE)
+    candidate, baseline = (evidence(results.seeds, condition.label, name) for name in (mechanism, BASELINE))
     candidate = candidate.join(baseline, on="seed", how="semi")
     baseline = baseline.join(candidate, on="seed", how="semi")
     if candidate.is_empty():
@@ -405,27 +476,82 @@ def _compare(seeds: pl.DataFrame, condition: str, mechanism: str) -> Comparison 
     candidate_summary, baseline_summary = _summarize(candidate), _summarize(baseline)
     paired = candidate.join(baseline, on="seed", suffix="_baseline", validate="1:1").sort("seed")
     differences = (paired["accuracy"] - paired["accuracy_baseline"]).to_list()
+    difference, interval = float(np.mean(differences)), mean_interval(differences)
     steps = max(candidate_summary.steps, baseline_summary.steps)
-    enough = len(differences) >= MINIMUM_FOR_INTERVAL
+    spent = [paired[f"steps_to_solve{side}"].to_list() for side in ("", "_baseline")]
+    ours, theirs = (restricted_steps(taken, steps) for taken in spent)
+    more = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+    validation = (paired["validation"] - paired["validation_baseline"]).drop_nulls().to_list()
+    error = _example_error(results, condition, mechanism)
+    untested = _untested(condition, paired)
+    raw_p = None if untested else sign_flip_p(differences)
     return Comparison(
         candidate=candidate_summary,
         baseline=baseline_summary,
         seeds=tuple(paired["seed"].to_list()),
         differences=tuple(differences),
-        difference=float(np.mean(differences)),
-        interval=mean_interval(differences),
-        p=sign_flip_p(differences) if enough else None,
-        steps_p=log_rank_p(
-            paired["steps_to_solve"].to_list(), paired["steps_to_solve_baseline"].to_list(), steps
-        ) if enough else None,
-    )  # fmt: skip
+        difference=difference,
+        interval=interval,
+        p=raw_p,
+        raw_p=raw_p,
+        steps_p=None if untested else log_rank_p(spent[0], spent[1], steps),
+        steps_difference=float(np.mean(more)),
+        steps_interval=mean_interval(more),
+        validation_difference=float(np.mean(validation)) if validation else None,
+        validation_interval=mean_interval(validation) if validation else None,
+        example_interval=None if error is None else wider(difference, interval, error),
+        untested=untested,
+        neither_learned=_neither_learned(condition, candidate_summary, baseline_summary),
+    )
 
 
-def _adjusted(compared: list[Comparison]) -> list[Comparison]:
-    """The comparisons of one mechanism, with p adjusted over the conditions on which it is tested."""
+def _untested(condition: Condition, paired: pl.DataFrame) -> str | None:
+    """Why a condition is not counted, None where it is."""
+    if paired.height < MINIMUM_FOR_INTERVAL:
+        return f"fewer than {MINIMUM_FOR_INTERVAL} pairs of seeds"
+    predictions, contexts = (
+        min([condition.facts[name], *paired[column].drop_nulls(), *paired[f"{column}_baseline"].drop_nulls()])
+        if name in condition.facts
+        else None
+        for name, column in (("predictions", "unseen_predictions"), ("contexts", "unseen_contexts"))
+    )
+    if predictions is None or contexts is None:
+        return None
+    if predictions >= MINIMUM_PREDICTIONS and contexts >= MINIMUM_CONTEXTS:
+        return None
+    return (
+        f"its test has {predictions} scored predictions on {contexts} contexts that training never saw, fewer than "
+        f"{MINIMUM_PREDICTIONS} on {MINIMUM_CONTEXTS}"
+    )
+
+
+def _neither_learned(condition: Condition, *both: Summary) -> bool:
+    guess = max(condition.facts.get(name) or 0.0 for name in ("chance", "majority"))
+    return all(summary.accuracy < guess + SMALLEST_EFFECT for summary in both)
+
+
+def _example_error(results: StudyResults, condition: Condition, mechanism: str) -> float | None:
+    """Standard error of the difference by the drawing of test examples; None where there are more of them."""
+    if not condition.facts.get("fixed_data"):
+        return None
+    sides = []
+    for name in (mechanism, BASELINE):
+        rows = evidence(results.examples, condition.label, name, by="example")
+        if rows.is_empty():
+            return None
+        sides.append(
+            rows.group_by("example", maintain_order=True).agg(
+                pl.col("scored").first(), share=pl.col("right").sum() / pl.col("seeds").sum()
+            )
+        )
+    return example_error((sides[0]["share"] - sides[1]["share"]).to_list(), sides[0]["scored"].to_list())
+
+
+def _adjusted(compared: list[Comparison], family: int) -> list[Comparison]:
+    """The comparisons of one mechanism, with p adjusted over the conditions on which it is tested, or the family."""
     tested = [comparison for comparison in compared if comparison.p is not None]
-    p = holm([comparison.p for comparison in tested if comparison.p is not None])
-    steps_p = holm([comparison.steps_p for comparison in tested if comparison.steps_p is not None])
+    p = holm([comparison.p for comparison in tested if comparison.p is not None], family)
+    steps_p = holm([comparison.steps_p for comparison in tested if comparison.steps_p is not None], family)
     adjusted = {
         comparison.condition: replace(comparison, p=p[index], steps_p=steps_p[index])
         for index, comparison in enumerate(tested)
@@ -441,13 +567,18 @@ def _counts(compared: list[Comparison]) -> list[str]:
     more, fewer = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
     leaders = [comparison.leader for comparison in compared]
     ahead, behind = leaders.count(first.candidate.mechanism), leaders.count(first.baseline.mechanism)
+    neither = sum(comparison.verdict == "neither learned" for comparison in compared)
+    uncounted = sum(comparison.verdict == "not counted" for comparison in compared)
+    rest = leaders.count(None) - neither - uncounted
     solved = (
         f"On {more} of {total} {candidate} solved more seeds than {baseline}, on {fewer} fewer, "
         f"on {margins.count(0)} equally many."
     )
     accuracy = (
         f"By the paired difference in accuracy {candidate} is ahead on {ahead} of {total}, "
-        f"{baseline} on {behind}; on {leaders.count(None)} no difference is shown."
+        f"{baseline} on {behind}; on {rest} no difference is shown."
+        + (f" On {neither} neither learned." if neither else "")
+        + (f" {_plural(uncounted, 'condition')} not counted." if uncounted else "")
     )
     return [solved, accuracy]
 

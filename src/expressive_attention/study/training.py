@@ -20,10 +20,12 @@ from .checkpoints import Checkpoint, CheckpointFile
 from .config import Cell, ModelConfig, TrainingConfig
 from .devices import CPU
 from .ensemble import stack
-from .measures import Prepared, contexts_seen, rollouts, score
-from .results import CURVE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
+from .measures import Prepared, Scores, rollouts, score
+from .results import CURVE_SCHEMA, EXAMPLE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
 from .streams import stream
 from .tasks import IGNORED, Examples, Task
+from .tasks.contexts import Unseen, unseen
+from .user_mechanisms import ensure
 
 __all__ = [
     "CellResult",
@@ -48,6 +50,7 @@ class CellResult:
         seeds: One row per seed, `SEED_SCHEMA`.
         curves: One row per seed and evaluation, `CURVE_SCHEMA`.
         splits: One row per seed and group of test positions, `SPLIT_SCHEMA`.
+        examples: One row per test example, `EXAMPLE_SCHEMA`; none of tuning seeds.
         weights: Trained parameters, ``(R, ...)`` each.
         seconds: Time of the training.
     """
@@ -55,6 +58,7 @@ class CellResult:
     seeds: pl.DataFrame
     curves: pl.DataFrame
     splits: pl.DataFrame
+    examples: pl.DataFrame
     weights: dict[str, Tensor]
     seconds: float
 
@@ -120,6 +124,7 @@ class Trajectory:
     steps: list[int]
     losses: list[float]
     accuracies: list[float]
+    cross_entropy: float = math.nan  # of the last evaluation
     diverged_at: int | None = None
 
     @property
@@ -140,15 +145,16 @@ class Trajectory:
     @property
     def ended(self) -> bool:
         """Whether nothing is to be learned from training on."""
-        return self.diverged_at is not None or (self.training.early_stop and self.solved)
+        return self.diverged_at is not None
 
-    def add(self, step: int, loss: float, value: float) -> None:
+    def add(self, step: int, loss: float, value: float, cross_entropy: float = math.nan) -> None:
         """Record an evaluation, unless the seed has ended."""
         if self.ended:
             return
         self.steps.append(step)
         self.losses.append(loss)
         self.accuracies.append(value)
+        self.cross_entropy = cross_entropy
         if not math.isfinite(loss):
             self.diverged_at = step
 
@@ -175,6 +181,7 @@ def train_cell(
             trained, and their model, ``(R, ...)`` each parameter; `member` takes one of them out.
     """
     start = time.perf_counter()
+    ensure(cell.mechanism_file)
     training = cell.training
     state = _State.at_the_start_of(cell, device)
     if file is not None and (checkpoint := file.read()) is not None:
@@ -193,12 +200,13 @@ def train_cell(
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
             continue
-        values = score(model, validation, len(active)).accuracy.tolist()
+        scores = score(model, validation, len(active))
         # The last step can ruin parameters that no loss has seen yet.
         finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in model.parameters()]).all(0)
         means = torch.where(finite, losses.double() / since, torch.nan).tolist()
-        for index, loss, value in zip(active, means, values, strict=True):
-            trajectories[index].add(step + 1, loss, value)
+        values = (means, scores.accuracy.tolist(), scores.cross_entropy.tolist())
+        for index, loss, value, cross_entropy in zip(active, *values, strict=True):
+            trajectories[index].add(step + 1, loss, value, cross_entropy)
         if watch is not None:
             watch(step + 1, active, model)
         if report is not None:
@@ -242,13 +250,13 @@ class _State:
     @classmethod
     def at_the_start_of(cls, cell: Cell, device: torch.device) -> _State:
         task, training = cell.task, cell.training
-        model = stack([build_model(task, cell.model, cell.mechanism, seed, cell.initial_gain) for seed in cell.seeds])
+        model = stack([build_model(task, cell.model, cell.function, seed, cell.initial_gain) for seed in cell.streams])
         model.to(device)
         return cls(
             model,
             copy.deepcopy(model),
             make_optimizer(model, cell.learning_rate, training),
-            _Batches(task, cell.seeds, training, device),
+            _Batches(task, cell.streams, training, device),
             [Trajectory(training, [], [], []) for _ in cell.seeds],
             list(range(len(cell.seeds))),
         )
@@ -339,7 +347,14 @@ class _Batches:
         return torch.from_numpy(np.stack(parts)).to(self.device).unflatten(1, (_STEPS_DRAWN, -1)).unbind(1)
 
     def draw(self, bits: np.random.Philox) -> Examples:
-        return self.task.training_examples(bits, _STEPS_DRAWN * self.size)
+        drawn = self.task.training_examples(bits, _STEPS_DRAWN * self.size)
+        without = (drawn.targets == IGNORED).reshape(_STEPS_DRAWN, -1).all(1)
+        if without.any():
+            raise ValueError(
+                f"{self.task.label}: a training batch of {self.size} examples has no target at all, and nothing to "
+                "learn; raise training.batch_size, or have the task give more targets"
+            )
+        return drawn
 
 
 def train_step(
@@ -385,27 +400,23 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer, going: list[int]) 
 def _measured(
     cell: Cell, model: nn.Module, trajectories: list[Trajectory], start: float, device: torch.device
 ) -> CellResult:
-    """Final measures, on test sequences that no decision was taken on."""
-    task, training, members = cell.task, cell.training, len(cell.seeds)
-    test = task.held_out_examples(training.test_sequences, "test")
-    scores = score(model, Prepared.of(task, test, device), members)
-    rolled = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members, device)
+    """Final measures: of tuning seeds those on validation sequences alone, of all others those on the test as well."""
+    training = cell.training
+    tested = None if cell.role == "tuning" else _tested(cell, model, trajectories, device)
     rows, curves = [], []
     for index, (seed, trajectory) in enumerate(zip(cell.seeds, trajectories, strict=True)):
-        steps = trajectory.steps[-1]
-        solved = trajectory.solved and float(scores.accuracy[index]) >= training.solved_accuracy
+        found: dict[str, Any] = dict.fromkeys(_TEST_COLUMNS) if tested is None else tested.rows[index]
+        solved = trajectory.solved and (tested is None or found["accuracy"] >= training.solved_accuracy)
         rows.append({
             "seed": seed,
-            "steps": steps,
+            "steps": trajectory.steps[-1],
             "loss": trajectory.losses[-1],
-            "accuracy": float(scores.accuracy[index]),
-            "cross_entropy": float(scores.cross_entropy[index]),
+            "validation": trajectory.accuracies[-1],
+            "validation_cross_entropy": trajectory.cross_entropy,
             "solved": solved,
             "steps_to_solve": trajectory.steps[-trajectory.streak] if solved else None,
-            "rollout_digits": None if rolled is None else float(rolled[0][index]),
-            "rollout_exact": None if rolled is None else float(rolled[1][index]),
-            "contexts_seen": _contexts_seen(task, seed, steps, training, test),
             "diverged_at": trajectory.diverged_at,
+            **found,
         })  # fmt: skip
         curves += [
             {"seed": seed, "step": step, "loss": loss, "accuracy": value}
@@ -415,9 +426,56 @@ def _measured(
     return CellResult(
         pl.DataFrame(rows, schema=SEED_SCHEMA),
         pl.DataFrame(curves, schema=CURVE_SCHEMA),
-        _splits(cell, test, scores.right.cpu()),
+        pl.DataFrame(schema=SPLIT_SCHEMA) if tested is None else tested.splits,
+        pl.DataFrame(schema=EXAMPLE_SCHEMA) if tested is None else tested.examples,
         weights,
         time.perf_counter() - start,
+    )
+
+
+_TEST_COLUMNS = (
+    *("accuracy", "cross_entropy", "rollout_digits", "rollout_exact"),
+    *("contexts_seen", "unseen_predictions", "unseen_contexts"),
+)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """What the test sequences tell: `_TEST_COLUMNS` of each seed, and tables as in `CellResult`."""
+
+    rows: list[dict[str, Any]]
+    splits: pl.DataFrame
+    examples: pl.DataFrame
+
+
+def _tested(cell: Cell, model: nn.Module, trajectories: list[Trajectory], device: torch.device) -> _Tested:
+    """Measures on test sequences, which are touched here alone, once, after the last decision."""
+    task, training, members = cell.task, cell.training, len(cell.seeds)
+    test = task.held_out_examples(training.test_sequences, "test")
+    prepared = Prepared.of(task, test, device)
+    scores = score(model, prepared, members)
+    rolled = rollouts(model, task, test[: training.rollouts], training.rollout_digits, members, device)
+    rows = []
+    for index, (stream_seed, trajectory) in enumerate(zip(cell.streams, trajectories, strict=True)):
+        new = _unseen(task, stream_seed, trajectory.steps[-1], training, test)
+        rows.append({
+            "accuracy": float(scores.accuracy[index]),
+            "cross_entropy": float(scores.cross_entropy[index]),
+            "rollout_digits": None if rolled is None else float(rolled[0][index]),
+            "rollout_exact": None if rolled is None else float(rolled[1][index]),
+            "contexts_seen": new.seen,
+            "unseen_predictions": new.predictions,
+            "unseen_contexts": new.contexts,
+        })  # fmt: skip
+    return _Tested(rows, _splits(cell, test, scores.right.cpu()), _examples(prepared, scores, members))
+
+
+def _examples(test: Prepared, scores: Scores, members: int) -> pl.DataFrame:
+    """How many seeds are right on each test example."""
+    counts, right = test.scored.sum(1).cpu(), (scores.right & test.scored).sum((0, 2)).cpu()
+    return pl.DataFrame(
+        {"example": range(len(counts)), "scored": counts.tolist(), "seeds": members, "right": right.tolist()},
+        schema=EXAMPLE_SCHEMA,
     )
 
 
@@ -445,20 +503,19 @@ def _splits(cell: Cell, test: Examples, right: Tensor) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SPLIT_SCHEMA)
 
 
-def _contexts_seen(task: Task, seed: int, steps: int, training: TrainingConfig, test: Examples) -> float | None:
-    """Share of the test contexts in what the seed has been trained on in its first `steps` steps, drawn again."""
-    if task.contexts(test[:1]) is None:
-        return None
+def _unseen(task: Task, seed: int, steps: int, training: TrainingConfig, test: Examples) -> Unseen:
+    """What of the test is new to a seed after its first `steps` steps, whose examples are drawn again."""
     batches = _Batches(task, (seed,), training)
     left, parts = steps * training.batch_size, []
-    while left > 0:
+    while left > 0 and task.contexts(test[:1]) is not None:
         parts.append(batches.draw(batches.streams[0])[:left])
         left -= len(parts[-1])
-    return contexts_seen(task, parts, test)
+    return unseen(task, parts, test)
 
 
 def trained_model(cell: Cell, weights: dict[str, Tensor], index: int) -> Transformer:
     """The trained model of the cell's seed number `index`, from the weights of its result."""
-    model = build_model(cell.task, cell.model, cell.mechanism, cell.seeds[index])
+    ensure(cell.mechanism_file)
+    model = build_model(cell.task, cell.model, cell.function, cell.streams[index])
     model.load_state_dict({name: x[index] for name, x in weights.items()})
     return model

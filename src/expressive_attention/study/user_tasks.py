@@ -18,18 +18,36 @@ import numpy as np
 from .streams import stream
 from .tasks import IGNORED, TASKS, Examples, Task
 
-__all__ = ["TaskFile", "TaskFileError", "blame", "check_task", "file_of", "load_task_files"]
+__all__ = [
+    "TaskFile",
+    "TaskFileError",
+    "blame",
+    "check_task",
+    "file_of",
+    "load_module",
+    "load_task_files",
+    "named",
+    "read_file",
+]
 
 _PREFIX = "expressive_attention_task_file_"
 
 
 class TaskFileError(ValueError):
-    """A file of tasks that cannot be used; the message says which and why, in one line."""
+    """A file of tasks or mechanisms that cannot be used; the message says which and why, in one line.
+
+    Attributes:
+        key: Of the configuration that names the file.
+    """
+
+    def __init__(self, message: str, key: str = "task_files") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The name of a file of tasks, without folders, and its text as it was read."""
+    """The name of a file of tasks or mechanisms, without folders, and its text as it was read."""
 
     name: str
     text: str
@@ -54,12 +72,8 @@ def load_task_files(paths: Sequence[Path]) -> tuple[TaskFile, ...]:
     found: list[TaskFile] = []
     defined: dict[str, type[Task]] = {}
     for path in paths:
-        try:
-            file = TaskFile(path.name, path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-            raise TaskFileError(f"{path}: cannot be read: {reason}") from None
-        tasks = [task for task in _tasks(_module(file, path)) if isinstance(task.model_fields["kind"].default, str)]
+        file = read_file(path)
+        tasks = [task for task in _tasks(load_module(file, path)) if isinstance(task.model_fields["kind"].default, str)]
         if not tasks:
             raise TaskFileError(f"{path}: defines no task: no subclass of Task whose field kind has a default")
         for task in tasks:
@@ -78,16 +92,29 @@ def load_task_files(paths: Sequence[Path]) -> tuple[TaskFile, ...]:
     return tuple(found)
 
 
-def file_of(task: Task) -> TaskFile | None:
-    """The file that the task's class was defined in; None: it is one of the package."""
-    return _FILES.get(type(task))
+def read_file(path: Path, key: str = "task_files") -> TaskFile:
+    """A file as it is now.
+
+    Raises:
+        TaskFileError: It cannot be read.
+    """
+    try:
+        return TaskFile(path.name, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise TaskFileError(f"{path}: cannot be read: {reason}", key) from None
+
+
+def file_of(task: Any) -> TaskFile | None:
+    """The file that the task's class was defined in, or that is on record; None: it is one of the package."""
+    return getattr(task, "file", None) if not isinstance(task, Task) else _FILES.get(type(task))
 
 
 def blame(error: BaseException) -> str | None:
     """``"my_task.py, line 12: NameError: ..."``, the last line of a file of tasks on the way to the error, if any."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if str(frame.f_globals.get("__name__")).startswith(_PREFIX):
-            return f"{frame.f_code.co_filename}, line {line}: {_named(error)}"
+            return f"{frame.f_code.co_filename}, line {line}: {named(error)}"
     return None
 
 
@@ -98,7 +125,10 @@ def check_task(task: Task) -> None:
         TaskFileError: It does not keep to what `Task` says.
     """
     file = file_of(task)
-    problem = None if file is None else _problem(task)
+    try:
+        problem = None if file is None else _problem(task)
+    except SystemExit as error:
+        raise TaskFileError(blame(error) or named(error)) from None
     if file is not None and problem is not None:
         raise TaskFileError(f"{file.name}: {type(task).__name__}: {problem}")
 
@@ -106,8 +136,12 @@ def check_task(task: Task) -> None:
 # ---- modules ----
 
 
-def _module(file: TaskFile, path: Path) -> ModuleType:
-    """The file as a module, run once in a process; its tasks are not among `TASKS` by that."""
+def load_module(file: TaskFile, path: Path, key: str = "task_files") -> ModuleType:
+    """The file as a module, run once in a process; its tasks are not among `TASKS` by that.
+
+    Raises:
+        TaskFileError: It cannot be run.
+    """
     name = _PREFIX + file.digest
     if name in sys.modules:
         return sys.modules[name]
@@ -119,10 +153,10 @@ def _module(file: TaskFile, path: Path) -> ModuleType:
         exec(compile(file.text, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         del sys.modules[name]
-        raise TaskFileError(f"{error.filename}, line {error.lineno}: {_named(error)}") from None
+        raise TaskFileError(f"{error.filename}, line {error.lineno}: {named(error)}", key) from None
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TaskFileError(blame(error) or f"{path}: {_named(error)}") from None
+        raise TaskFileError(blame(error) or f"{path}: {named(error)}", key) from None
     finally:
         TASKS.clear()
         TASKS.update(before)
@@ -145,11 +179,12 @@ def _reduce(task: Task) -> tuple[Any, ...]:
 
 def _blank(file: TaskFile, name: str) -> Task:
     """An object of the class `name` in the file, for its state to be put into."""
-    task = vars(_module(file, Path(file.name)))[name]
+    task = vars(load_module(file, Path(file.name)))[name]
     return task.__new__(task)
 
 
-def _named(error: BaseException) -> str:
+def named(error: BaseException) -> str:
+    """An error in one line: its class and what it says."""
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from .config import Cell
+from .config import PROTOCOL, Cell, runs_files
 from .devices import CPU
 from .store import Store, StoreError, environment, finished_cells
 from .training import CellResult, train_cell
@@ -19,7 +19,10 @@ from .training import CellResult, train_cell
 __all__ = ["Verification", "sample_cells", "verify_cell"]
 
 # What makes a row of each table unique.
-_KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"]}
+_KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
+
+# By which a difference is told, the first that a table has.
+_MEASURES = ("right", "accuracy", "validation")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,29 @@ class Verification:
     seconds: float
 
 
-def sample_cells(store: Store, count: int, seed: int) -> list[Cell]:
+def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) -> list[Cell]:
     """Up to `count` finished cells of a study, drawn at random.
 
+    Args:
+        store: The study.
+        count: How many at most.
+        seed: Of the choice.
+        trust: Run the study's Python files, which a study that has any needs.
+
     Raises:
-        StoreError: The folder is not a study, or has no finished cell.
+        StoreError: The folder is not a study, has no finished cell, is of another protocol than this version runs, or
+            has Python files and is not trusted.
         ConfigError: Its configuration does not fit.
     """
-    cells, _ = finished_cells(store, store.config()[0])
+    config, text = store.config(trust=trust)
+    if config.protocol != PROTOCOL:
+        raise StoreError(
+            f"{store.directory} is of protocol {config.protocol}: this version trains by protocol {PROTOCOL}, and "
+            "would find something else"
+        )
+    if runs_files(text) and not trust:
+        raise StoreError(f"{store.directory} has tasks or mechanisms in Python files, which --trust runs")
+    cells, _ = finished_cells(store, config)
     if not cells:
         raise StoreError(f"{store.directory}: no cell is finished yet")
     return random.Random(seed).sample(cells, min(count, len(cells)))
@@ -94,18 +112,21 @@ def compare(kept: CellResult, again: CellResult) -> list[str]:
 
 def _table_difference(before: pl.DataFrame, after: pl.DataFrame, keys: list[str]) -> str:
     joined = before.join(after, on=keys, suffix="_again", validate="1:1")
-    found = [f"accuracy by up to {_largest(*_tensors(joined)):.2g}"]
+    # Tuning seeds have no accuracy on test sequences, but one on validation sequences.
+    present = [name for name in _MEASURES if name in before.columns and before[name].null_count() < len(before)]
+    found = [f"{measure} by up to {_largest(*_tensors(joined, measure)):.2g}" for measure in present[:1]]
     if (alone := max(len(before), len(after)) - len(joined)) > 0:
         found.append(f"{alone} {'row' if alone == 1 else 'rows'} in one alone")
-    others = [name for name in before.columns if name not in (*keys, "accuracy")]
+    others = [name for name in before.columns if name not in (*keys, *present[:1])]
     others = [name for name in others if not joined[name].equals(joined[f"{name}_again"])]
     if others:
         found.append(f"also {', '.join(others)}")
     return ", ".join(found)
 
 
-def _tensors(joined: pl.DataFrame) -> tuple[Tensor, Tensor]:
-    before, after = (joined[name].to_numpy(writable=True) for name in ("accuracy", "accuracy_again"))
+def _tensors(joined: pl.DataFrame, measure: str) -> tuple[Tensor, Tensor]:
+    columns = (joined[name].cast(pl.Float64).fill_null(torch.nan) for name in (measure, f"{measure}_again"))
+    before, after = (column.to_numpy(writable=True) for column in columns)
     return torch.from_numpy(before), torch.from_numpy(after)
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.measures import contexts_seen
 from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.nt import NTTask
 
 sums = st.builds(
@@ -139,7 +139,7 @@ def test_contexts_seen_against_sets():
     seen = set(windows(training))
     expected = sum(w in seen for w in windows(test)) / len(windows(test))
     assert 0 < expected < 1
-    assert contexts_seen(task, [training[:10], training[10:]], test) == pytest.approx(expected)
+    assert unseen(task, [training[:10], training[10:]], test).seen == pytest.approx(expected)
 
 
 def test_rollouts_continue_the_prompt():

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.measures import contexts_seen
 from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.parity import ParityTask
 
 tasks = st.builds(ParityTask, context=st.integers(1, 40), asked=st.sampled_from(["every", "last"]))
@@ -34,7 +34,7 @@ def test_beginnings_seen_in_training_against_sets(asked):
 
     seen = set(beginnings(training))
     expected = sum(b in seen for b in beginnings(test)) / len(beginnings(test))
-    assert contexts_seen(task, [training[:100], training[100:]], test) == pytest.approx(expected)
+    assert unseen(task, [training[:100], training[100:]], test).seen == pytest.approx(expected)
     assert (0 < expected < 1) if asked == "every" else expected == 0  # held-out strings as a whole are never seen
 
 

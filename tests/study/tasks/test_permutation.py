@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.measures import contexts_seen
 from expressive_attention.study.streams import stream
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.permutation import PermutationTask
 
 tasks = st.builds(PermutationTask, degree=st.integers(2, 6), context=st.integers(2, 20))
@@ -58,7 +58,7 @@ def test_beginnings_seen_in_training_against_sets():
     seen = set(beginnings(training))
     expected = sum(b in seen for b in beginnings(test)) / len(beginnings(test))
     assert 0 < expected < 1
-    assert contexts_seen(task, [training], test) == pytest.approx(expected)
+    assert unseen(task, [training], test).seen == pytest.approx(expected)
 
 
 def test_what_it_is_worth():

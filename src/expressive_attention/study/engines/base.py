@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a cell failed, in one line."""
     return blame(error) or f"{type(error).__name__}: {error}"
 

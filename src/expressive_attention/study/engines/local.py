@@ -21,7 +21,7 @@ import torch
 
 from ..checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ..config import Cell
-from ..devices import CPU
+from ..devices import CPU, available_cores
 from ..store import Store, environment
 from ..training import train_cell
 from .base import Engine, Outcome, reason
@@ -30,8 +30,10 @@ __all__ = ["LocalEngine", "threads_per_cell"]
 
 
 def threads_per_cell(workers: int) -> int:
-    """Threads of each of so many workers on this machine."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Threads of each of so many workers: their share of `available_cores`, and no more than ``OMP_NUM_THREADS``."""
+    share = max(1, available_cores() // workers)
+    allowed = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(share, int(allowed)) if allowed.isdecimal() and int(allowed) else share
 
 
 class LocalEngine(Engine):
@@ -170,6 +172,6 @@ def _run(connection: Connection, store: Store, checkpoint_seconds: float, device
         store.save(cell, train_cell(cell, partial(tell, "advanced"), file, device), environment(device))
     except EOFError:  # the parent is gone
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task may call sys.exit
         return reason(error)
     return None

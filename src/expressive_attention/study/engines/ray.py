@@ -183,6 +183,6 @@ def _run(
     is_shared = checkpoint.parent.is_dir()
     try:
         result = train_cell(cell, partial(tell, "advanced"), file if is_shared else None, device)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task may call sys.exit
         return reason(error)
     return result, environment(device)

@@ -122,11 +122,17 @@ class Task(BaseModel, ABC):
         return f"{split} {group}"
 
     def contexts(self, examples: Examples) -> np.ndarray | None:
-        """An identifier, uint64, of what determines each scored target, to tell which were seen in training.
+        """An identifier, uint64, of what determines the target at each of the last k positions ``(n, k)``.
 
-        None: examples are never met twice, or this says nothing.
+        They tell which of the targets that are scored were seen in training. None: what is tested is never met in
+        training, or this says nothing.
         """
         return None
+
+    @property
+    def fixed_data(self) -> bool:
+        """Whether there are no more examples than those at hand, so that the drawing of the test's is a matter."""
+        return False
 
     def continued(self, examples: Examples, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Prompts ``(n, p)`` and their true continuations ``(n, tokens)``, for rollouts; None: there are none."""

@@ -108,6 +108,10 @@ class LanguageTask(Task):
 
     # ---- what is measured ----
 
+    @property
+    def fixed_data(self) -> bool:
+        return True
+
     def solve(self, inputs: np.ndarray) -> None:
         return None
 

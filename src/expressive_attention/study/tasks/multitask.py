@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from .base import IGNORED, Examples, Task
 from .nt import NTTask, Operation
+from .sampled import prefix_identifiers
 
 __all__ = ["MultiTask"]
 
@@ -157,6 +158,10 @@ class MultiTask(Task):
     def scored(self, examples: Examples) -> np.ndarray:
         certain = self.ceiling(examples) > 1 - 1e-9
         return certain & (examples.targets != IGNORED)
+
+    def contexts(self, examples: Examples) -> np.ndarray:
+        """The tokens up to each position: which rules they follow, and the state of each."""
+        return prefix_identifiers(examples.inputs)
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
         possible = (self.posterior(examples.inputs) > 0).sum(0)

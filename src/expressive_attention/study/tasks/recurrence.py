@@ -24,6 +24,10 @@ _ENUMERABLE = 1 << 20
 # One of this many starting states is held out of training, in spaces of at least twice as many states.
 _HELD_OUT = 8
 
+# Training sequences with up to so many states never pass through one that is held out; in longer ones too few starts
+# would be left.
+_AVOIDED = 4
+
 
 class Recurrence(Task):
     """x_t = F(x_{t-delay}, ..., x_{t-1}), started from `delay` random digits.
@@ -117,9 +121,12 @@ class Recurrence(Task):
     # ---- starting states ----
 
     def training_starts(self, bits: np.random.Philox, count: int) -> np.ndarray:
-        """The next `count` starting states ``(count, delay)`` of a stream, none of which is held out."""
+        """The next `count` starting states ``(count, delay)`` of a stream, none of which is held out.
+
+        Nor do their sequences lead to a state that is, where they are short.
+        """
         starts = self._digits(bits, count)
-        while (held := self._is_held_out(starts)).any():
+        while (held := self._leads_to_held_out(starts)).any():
             starts[held] = self._digits(bits, int(held.sum()))
         return starts
 
@@ -151,6 +158,16 @@ class Recurrence(Task):
         if threshold is None:
             return np.zeros(len(starts), dtype=bool)
         return mixed(self._identifiers(starts)) < threshold
+
+    def _leads_to_held_out(self, starts: np.ndarray) -> np.ndarray:
+        """Whether a training sequence must not start here."""
+        held = self._is_held_out(starts)
+        if not _avoids_held_out(self):  # pyright: ignore[reportArgumentType]: frozen, so hashable
+            return held
+        sequences = self.sequences(starts, self.length)
+        for t in range(1, self.length - self.delay + 1):
+            held |= self._is_held_out(sequences[:, t : t + self.delay])
+        return held
 
     def _held_out_starts(self, count: int) -> np.ndarray:
         """Up to `count` different starting states that training never uses, in a fixed random order."""
@@ -208,6 +225,20 @@ def _held_out_threshold(task: Recurrence) -> np.uint64 | None:
         return np.uint64((1 << 64) // _HELD_OUT)
     hashes = np.sort(mixed(np.arange(task.state_space, dtype=np.uint64)))
     return hashes[task.state_space // _HELD_OUT]
+
+
+@lru_cache(maxsize=64)
+def _avoids_held_out(task: Recurrence) -> bool:
+    """Whether training sequences can avoid all states that are held out, with at least half of the starts left."""
+    states = task.length - task.delay + 1
+    if task._threshold() is None or not 1 < states <= _AVOIDED:
+        return False
+    starts = task._digits(stream(0, "starts that lead to held-out states"), 1 << 14)
+    held, sequences = task._is_held_out(starts), task.sequences(starts, task.length)
+    left = ~held
+    for t in range(1, states):
+        left &= ~task._is_held_out(sequences[:, t : t + task.delay])
+    return 2 * int(left.sum()) >= int((~held).sum())
 
 
 @lru_cache(maxsize=64)
