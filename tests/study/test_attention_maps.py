@@ -19,6 +19,11 @@ WEIGHTS = {
     "relu_squared": lambda z: z.relu() ** 2,
     "sigmoid": torch.sigmoid,
     "softmax_abs": lambda z: z.abs().exp(),
+    "sigmoid_abs": lambda z: 1 / (1 + (-z.abs()).exp()),
+    "absolute": lambda z: z.abs(),
+    "relu": lambda z: z.clamp(min=0),
+    "quartic": lambda z: z**4 / (1 + z**4),
+    "one_sided_quartic": lambda z: z.relu() ** 4 / (1 + z.relu() ** 4),
 }
 
 
