@@ -55,6 +55,7 @@ class Poison:
         if target is not None and target.is_floating_point() and target.numel():
             place = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
             place.view(-1)[torch.randint(place.numel(), (), generator=generator)] = True
+            place &= target > -torch.inf  # a bias that hides goes on hiding
             target = replaced(target, place, abs(self.number) if self.seen == "mask" else self.number)
             if self.seen == "query":
                 query, touched = target, visible & place.any(-1, keepdim=True)

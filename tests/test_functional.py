@@ -158,6 +158,7 @@ def test_autocast_computes_in_the_dtype_of_the_region(backend, enabled):
         ({"alibi_slopes": [1.0]}, TypeError, ["alibi_slopes", "list"]),
         ({"alibi_slopes": torch.tensor([0.0, 1.0, -2.0, 1.0])}, ValueError, ["alibi_slopes", "at least 0", "-2.0"]),
         ({"key_lengths": torch.tensor([6, 7])}, ValueError, ["key_lengths", "0 to the 6 keys", "6 to 7"]),
+        ({"key_lengths": torch.tensor([-1, 6])}, ValueError, ["key_lengths", "0 to the 6 keys", "-1 to 6"]),
         ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, ["key_lengths", "(2,)", "(3,)"]),
         ({"key_lengths": torch.ones(2)}, ValueError, ["key_lengths", "int32 or int64", "torch.float32"]),
         ({"key_lengths": torch.ones(2, device="meta").int()}, ValueError, ["key_lengths", "cpu", "meta"]),

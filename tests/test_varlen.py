@@ -21,6 +21,10 @@ CU_Q, CU_K = (starts([pair[i] for pair in LENGTHS]) for i in range(2))
 ROWS, KEYS = int(CU_Q[-1]), int(CU_K[-1])
 
 
+def with_end(cu, end):
+    return torch.cat([cu[:-1], cu.new_tensor([end])])
+
+
 def packed(dtype=torch.float32, groups=2, rest=0):
     """Queries, keys and values, with so many rows after the last sequence."""
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +152,13 @@ BAD = [
     ({"cu_seqlens_q": CU_Q.float()}, ValueError, "cu_seqlens_q must be int32 or int64, got torch.float32"),
     ({"cu_seqlens_q": CU_Q + 1}, ValueError, "cu_seqlens_q must start at 0, never fall, and end at the 17 rows"),
     ({"cu_seqlens_k": CU_K * 2}, ValueError, "cu_seqlens_k must start at 0, never fall, and end at the 25 rows"),
+    ({"cu_seqlens_q": with_end(CU_Q, ROWS + 1)}, ValueError, "cu_seqlens_q must .* end at the 17 rows"),
+    ({"cu_seqlens_k": with_end(CU_K, KEYS + 1), "max_seqlen_k": 10}, ValueError, "cu_seqlens_k must .* the 25 rows"),
+    (
+        {"seqused_k": torch.tensor([3, -1, 0, 0, 9])},
+        ValueError,
+        "seqused_k must be from 0 to the 25 keys .* got -1 to 9",
+    ),
     ({"cu_seqlens_k": CU_K.flip(0)}, ValueError, "cu_seqlens_k must start at 0"),
     ({"cu_seqlens_k": CU_K[:-1]}, ValueError, r"cu_seqlens_k must have the shape \(6,\) of cu_seqlens_q, got \(5,\)"),
     ({"cu_seqlens_q": CU_Q[:1]}, ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\) for B >= 1"),
@@ -176,6 +187,21 @@ BAD = [
     ({"backend": "flash"}, ValueError, "backend must be one of"),
     ({"causal_alignment": "left"}, ValueError, "causal_alignment must be one of"),
 ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},  # sequences that end with the last row, and bounds that some of them reach
+        {"cu_seqlens_q": with_end(CU_Q, ROWS - 1), "cu_seqlens_k": with_end(CU_K, KEYS - 1)},
+        {"max_seqlen_q": 8, "max_seqlen_k": 10},
+        {"seqused_k": torch.full((len(LENGTHS),), KEYS)},
+        {"seqused_k": torch.zeros(len(LENGTHS), dtype=torch.int64)},
+    ],
+)
+def test_bounds_are_inclusive(change):
+    arguments = dict(zip("qkv", packed(), strict=True)) | GOOD | change
+    assert expressive_attention_varlen(**arguments).isfinite().all()
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)

@@ -169,3 +169,48 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
     # sum of 4000 equal weights, each kept with probability 3/4 and divided by it
     assert output.std().item() == pytest.approx(math.sqrt(0.25 / 0.75 / 4000), rel=0.2)
     assert expressive_attention(q, k, v, dropout_p=1.0).abs().max() == 0
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_is_hidden_does_not_reach_derivatives(number):
+    """Those of `torch.func`, of forward mode, of second order, and compiled."""
+    torch.manual_seed(10)
+    q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind(0)
+    bias = torch.randn(5, 5, dtype=torch.float64)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    lengths = torch.tensor([4, 4])
+    options = {"is_causal": True, "key_lengths": lengths}
+    dirty_k, dirty_v = k.clone(), v.clone()
+    dirty_k[:, :, 4], dirty_v[:, :, 4] = number, number
+    dirty_bias = bias.masked_fill(hidden, number)
+    found = []
+    for key, value, mask in ((k, v, bias), (dirty_k, dirty_v, dirty_bias)):
+
+        def function(q, mask=mask, key=key, value=value):
+            return attention(q, key, value, mask, **options).square().sum()
+
+        direction = torch.ones_like(q)
+        gradients = grad(function, (0, 1))(q, mask)
+        _, tangent = jvp(function, (q,), (direction,))
+        second = hessian(function)(q, mask)
+        several = vmap(grad(function), (0, None))(torch.stack([q, 2 * q]), mask)
+        compiled = torch.compile(grad(function), backend="aot_eager")(q)
+        found.append((*gradients, tangent, second, several, compiled))
+        torch._dynamo.reset()
+    torch.testing.assert_close(found[1], found[0])
+    assert all(x.isfinite().all() for x in found[1])
+    assert (found[1][1][hidden] == 0).all()
+
+
+def test_a_row_that_sees_nan_leaves_the_gradients_of_others_alone():
+    torch.manual_seed(11)
+    q, k, v = (torch.randn(1, 1, 4, 3, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        k[0, 0, 3] = torch.nan
+    output = attention(q, k, v, is_causal=True)
+    assert output[0, 0, :3].isfinite().all()
+    assert output[0, 0, 3].isnan().all()
+    got = torch.autograd.grad(output[:, :, :3].sum(), (q, k, v))
+    cut = [x.detach()[:, :, :3].requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(attention(*cut, is_causal=True).sum(), cut)
+    torch.testing.assert_close([x[:, :, :3] for x in got], list(want))
