@@ -172,7 +172,7 @@ def test_a_row_that_one_key_decides_has_no_gradient(name, rows, keys, kind, form
         leaves.append(mask.requires_grad_())
     with fused(name) as backend:
         output = expressive_attention(*leaves[:3], mask, enable_gqa=True, form=form, backend=backend, **options)
-    gradients = torch.autograd.grad(output.square().sum(), leaves)
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
     assert gradients[2].abs().max() > 0
     for gradient in (*gradients[:2], *gradients[3:]):
         assert gradient.abs().max() == 0
@@ -197,7 +197,9 @@ def test_a_key_with_score_zero_hides_no_others_behind_its_bias(name, best, dtype
         own = got[result]
         if result in ("key", "value", "mask"):
             own = own[..., without] if result == "mask" else own[:, :, without]
-        torch.testing.assert_close(own, x, rtol=1e-5, atol=1e-5 * float(x.abs().max()) + 1e-12)
+        # Kernels may round weights to bfloat16, which another peak lets them do otherwise.
+        near = max(1e-5, 2 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(own, x, rtol=near, atol=near * float(x.abs().max()) + 1e-12)
 
 
 @pytest.mark.parametrize("form", ["expressive", "squared"])
