@@ -233,16 +233,16 @@ def expressive_attention(
         pattern = with_window(pattern, window_size)
     if key_lengths is not None:
         check_lengths("key_lengths", key_lengths, query, keys)
-        pattern = pattern._replace(key_lengths=_expanded("key_lengths", key_lengths, batch).reshape(-1))
+        pattern = pattern.but(key_lengths=_expanded("key_lengths", key_lengths, batch).reshape(-1))
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, query, heads)
         slopes = alibi_slopes.unsqueeze(0)
         if alibi_slopes.ndim > 1:
             slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
-        pattern = pattern._replace(slopes=slopes)
+        pattern = pattern.but(slopes=slopes)
         if mask is not None or _may_need_gradient(slopes):  # no kernel has both, or gradients of slopes
-            mask, _ = pattern._replace(left=None, right=None).as_mask(mask, query, key)
-            pattern = pattern._replace(slopes=None)
+            mask, _ = pattern.but(left=None, right=None).as_mask(mask, query, key)
+            pattern = pattern.but(slopes=None)
 
     results = run(query, key, value, mask, pattern, scale, form, dropout_p, backend)
     output, normalizer, peak = results
@@ -363,7 +363,7 @@ def with_window(pattern: Pattern, window_size: tuple[int, int]) -> Pattern:
     left, right = (None if size == -1 or size >= _LONGEST else size for size in window_size)
     if pattern.right is not None or right is not None:
         right = min(size for size in (pattern.right, right) if size is not None)
-    return pattern._replace(left=left, right=right)
+    return pattern.but(left=left, right=right)
 
 
 def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:

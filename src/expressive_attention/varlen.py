@@ -189,7 +189,7 @@ def expressive_attention_varlen(
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError("alibi_slopes must not require a gradient: there is none for packed sequences")
         alibi_slopes = alibi_slopes.reshape(-1, heads)
-    pattern = pattern._replace(
+    pattern = pattern.but(
         slopes=alibi_slopes, key_lengths=seqused_k, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
         longest_query=max_seqlen_q, longest_key=max_seqlen_k,
     )  # fmt: skip

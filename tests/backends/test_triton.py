@@ -574,7 +574,8 @@ def test_it_is_not_there_without_a_recent_triton(monkeypatch):
     assert triton._missing() == "triton must be 3.4 or later, got 3.2.1"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(triton, "_MISSING", triton._missing())
-    assert "expressive-attention[gpu]" in str(triton.supports(Problem("cuda", torch.float32)))
+    for device in ("cuda", "mps"):
+        assert "expressive-attention[gpu]" in str(triton.supports(Problem(device, torch.float32)))
 
 
 def test_a_call_by_name_says_why_it_declines():

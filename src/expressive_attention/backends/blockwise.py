@@ -45,7 +45,7 @@ def supports(problem: Problem) -> str | None:
 
 def takes(pattern: Pattern) -> bool:
     """Whether this backend knows all that a pattern asks for."""
-    return pattern.is_diagonal
+    return pattern.is_diagonal()
 
 
 def forward(

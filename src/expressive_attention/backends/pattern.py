@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,10 @@ class Pattern(NamedTuple):
     longest_query: int = 0
     longest_key: int = 0
 
-    @property
+    def but(self, **members: Any) -> Pattern:
+        """The pattern with other `members`; the torch.compile of torch 2.6 does not trace `_replace`."""
+        return Pattern(*[members.get(name, own) for name, own in zip(Pattern._fields, self, strict=True)])
+
     def is_diagonal(self) -> bool:
         """Whether all that it says is how far right a query sees: every backend knows that much."""
         return self.left is None and self.slopes is None and self.key_lengths is None and self.query_starts is None
@@ -67,11 +70,11 @@ class Pattern(NamedTuple):
             query: ``(B, Hq, L, E)``.
             key: ``(B, Hkv, S, E)``.
         """
-        if self.is_diagonal:
+        if self.is_diagonal():
             return attn_mask, self
         same_for_all = self.key_lengths is None and self.query_starts is None
         rest = Pattern(right=self.right, lower_right=self.lower_right) if same_for_all else Pattern()
-        inside = self._replace(right=None) if same_for_all else self
+        inside = self.but(right=None) if same_for_all else self
         mask = inside.mask_of(torch.arange(query.shape[2], device=query.device), query, key)
         if attn_mask is not None:
             mask = _joined(attn_mask, mask, accumulation_dtype(query.dtype))

@@ -27,7 +27,7 @@ _OLDEST = (3, 4)  # Triton
 def supports(problem: Problem) -> str | None:
     """The reason why this backend declines `problem`; None: it does not."""
     if problem.device != "cuda" and not (problem.device == "cpu" and _interpreted()):
-        return f"it runs on GPUs, not on {problem.device}"
+        return f"it runs on GPUs, not on {problem.device}" + (f"; {_MISSING}" if _MISSING else "")
     if problem.dtype == torch.float64:
         return "float64 is not implemented"
     if problem.head_dim > _WIDEST:
