@@ -344,7 +344,7 @@ def test_a_broken_library_matters_to_its_own_models_alone(monkeypatch):
     monkeypatch.delitem(sys.modules, "expressive_attention.integrations.timm", raising=False)
     convert(Attn())
     of_timm = type("Attention", (Attn,), {"__module__": "timm.layers.attention"})
-    with pytest.raises(ImportError, match=r"timm 1\.0 or newer is needed"):
+    with pytest.raises(ImportError, match=r"timm 1\.0\.16 or newer is needed"):
         convert(of_timm())
 
 
