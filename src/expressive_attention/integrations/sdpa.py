@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 from torch.overrides import TorchFunctionMode
 
@@ -115,7 +114,7 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
 
     def _flex_attention(
         self, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: float, *_: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """FlexAttention's operator: the output, and statistics of softmax, which there are none of."""
         if getattr(score_mod, "__name__", "") != "_identity":
             raise NotImplementedError(
@@ -125,7 +124,7 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
         gqa = query.shape[1] != key.shape[1]
         output = self._attention(query, key, value, keep, scale=scale, enable_gqa=gqa)
         none = torch.full(query.shape[:-1], torch.nan, dtype=torch.float32, device=query.device)
-        return (output, none, none) if hasattr(flex_attention, "AuxOutput") else (output, none)  # before torch 2.9
+        return output, none, none
 
 
 def _visible(block_mask: tuple[Any, ...], query: Tensor, key: Tensor) -> Tensor | None:
