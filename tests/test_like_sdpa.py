@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expressive_attention import expressive_attention
 from tests.budget import ON_CPU
+from tests.oldest import OLDEST, not_on_oldest
 
 Q, K, V = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 3)
 
@@ -35,7 +36,8 @@ def test_a_scale_that_varies_is_compiled(backend, compiler, dynamic):
         torch.testing.assert_close(output, expected)
         gradients = [torch.autograd.grad(x.square().sum(), q) for x in (output, expected)]
         torch.testing.assert_close(*gradients)
-    with pytest.raises(Exception, match="scale must be finite"):
+    # The compiler of torch 2.6 does not say what it has caught.
+    with pytest.raises(Exception, match="Observed exception" if OLDEST else "scale must be finite"):
         compiled(float("nan"))
 
 
@@ -76,6 +78,7 @@ def test_transforms_within_a_compiled_function(name):
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(Q), function(Q))
 
 
+@not_on_oldest("its gradient of a compiled function, compiled, is the value, of SDPA as well")
 def test_a_function_compiled_within_and_without_a_transform():
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(Q), loss(Q))

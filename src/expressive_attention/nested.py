@@ -63,7 +63,7 @@ def nested_attention(
         key_lengths = key_lengths.expand(query.shape[0])
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     results = expressive_attention_varlen(
-        q, k, v, starts, key_starts, query._get_max_seqlen(), key._get_max_seqlen(),
+        q, k, v, starts, key_starts, query._max_seqlen, key._max_seqlen,
         softmax_scale=scale, causal=is_causal, seqused_k=key_lengths, return_normalizer=True, **options,
     )  # fmt: skip
     output, normalizer = results[0].transpose(0, 1), results[1]
@@ -135,9 +135,7 @@ def _packed(x: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _as(like: Any, values: Tensor) -> Tensor:
-    """Values as a nested tensor, with the offsets of another one, and of its bounds those that it knows."""
-    # Not its properties of such bounds: the torch.compile of torch 2.6 does not trace them.
-    least = None if like._min_seqlen_tensor is None else like._get_min_seqlen()
-    most = None if like._max_seqlen_tensor is None else like._get_max_seqlen()
-    offsets, lengths = like.offsets(), like.lengths()
-    return torch.nested.nested_tensor_from_jagged(values, offsets, lengths, _ragged_dim(like), least, most)
+    """Values as a nested tensor, with the offsets of another one."""
+    return torch.nested.nested_tensor_from_jagged(
+        values, like.offsets(), like.lengths(), _ragged_dim(like), like._maybe_min_seqlen, like._maybe_max_seqlen
+    )

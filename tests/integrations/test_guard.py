@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expressive_attention import expressive_attention
 from expressive_attention.integrations import ConversionError, convert
+from tests.oldest import not_on_oldest
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
 
@@ -222,7 +223,14 @@ def test_timm_switched_back_to_softmax_of_its_own():
         model(IMAGES)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "eager",
+        "sdpa",
+        pytest.param("flex_attention", marks=not_on_oldest("no mode sees FlexAttention in compiled code")),
+    ],
+)
 def test_transformers_with_another_implementation(implementation):
     pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
     from .transformers_models import build, inputs_of

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM  # 
 from transformers.masking_utils import AttentionMaskInterface, eager_mask  # noqa: E402
 
 from expressive_attention.integrations import ConversionError, convert, huggingface  # noqa: E402
+from tests.oldest import OLDEST  # noqa: E402
 
 from .transformers_models import DECODERS, FAMILIES, LLAMA, NEW, build, inputs_of  # noqa: E402
 
@@ -142,6 +143,10 @@ def test_weights_are_returned_when_asked_for(family):
     model.set_attn_implementation("spelled_out")
     model.config.output_attentions = False
     convert(model)
+    if family == "bert" and not NEW:  # in transformers 4, BERT goes through no interface: its weights are softmax
+        with pytest.raises(ConversionError, match="has computed softmax"), torch.no_grad():
+            model(**inputs, output_attentions=True)
+        return
     with torch.no_grad():
         attentions = model(**inputs, output_attentions=True).attentions
     assert len(attentions) == 2
@@ -227,6 +232,8 @@ def test_compile_and_export():
         wanted = model(ids, use_cache=False).logits
         found = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        if OLDEST:  # which does not export such a model of transformers, switched or not
+            return
         exported = torch.export.export(model, (ids,), {"use_cache": False})
         torch.testing.assert_close(exported.module()(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
 

@@ -25,7 +25,7 @@ try:
     from diffusers.models.attention_processor import AttnProcessor2_0
 except ImportError as error:
     raise ImportError(
-        "diffusers 0.30 or newer is needed; the extra 'diffusers' installs it: "
+        "diffusers 0.31 or newer is needed; the extra 'diffusers' installs it: "
         "pip install 'expressive-attention[diffusers]'"
     ) from error
 

@@ -20,7 +20,7 @@ try:
     from timm.layers.attention import Attention as _Attention
 except ImportError as error:
     raise ImportError(
-        "timm 1.0.16 or newer is needed; the extra 'timm' installs it: pip install 'expressive-attention[timm]'"
+        "timm 1.0.23 or newer is needed; the extra 'timm' installs it: pip install 'expressive-attention[timm]'"
     ) from error
 
 __all__ = ["Attention", "find", "switch"]
