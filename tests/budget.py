@@ -59,7 +59,7 @@ class Case:
         mask: Broadcastable to ``(B, Hq, L, S)``, bool or floating, or None.
         settings: Further arguments of `expressive_attention`.
         through_normalizer: Whether the normalizer takes part in the gradient.
-        poison: What is put into the inputs of those that are judged.
+        poison: The poison that is put into the inputs of those that are judged.
         margin: How many numbers before and after each tensor hold NaN.
     """
 
@@ -223,7 +223,7 @@ class Case:
 
 
 class Judge:
-    """What the results of a case have to be: the definition in float64, on inputs without poison."""
+    """The results that a case has to have: the definition in float64, on inputs without poison."""
 
     def __init__(self, case: Case) -> None:
         self.case = case

@@ -1,4 +1,4 @@
-"""What the oldest torch that is supported, 2.6, cannot do by itself."""
+"""A mark of tests for what the oldest torch that is supported, 2.6, cannot do by itself."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ class Packed:
         cases: Each of them, with batch dimension 1 and the settings that it has on its own.
         settings: Further arguments of `expressive_attention_varlen`.
         rest: How many rows of queries, and of keys, there are after the last sequence.
-        number: What these rows hold.
+        number: The number that these rows hold.
     """
 
     cases: list[Case]
@@ -32,7 +32,7 @@ class Packed:
     number: float
 
     def results(self, backend: str, cases: list[Case]) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-        """Those of each case, of which `cases` have the inputs, and those of the rows after the last."""
+        """The results of each case, of which `cases` have the inputs, and those of the rows after the last."""
         margin, rows, keys = cases[0].margin, [x.query.shape[2] for x in cases], [x.key.shape[2] for x in cases]
         q = self._leaf([x.query for x in cases], self.rest[0], margin)
         k, v = (self._leaf([getattr(x, name) for x in cases], self.rest[1], margin) for name in ("key", "value"))
@@ -63,7 +63,7 @@ class Packed:
         return placed(torch.cat([_packed(parts), after]), margin).requires_grad_()
 
     def _upstream(self, cases: list[Case]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of outputs and of normalizers, as ``(1, H, L, E)`` and ``(1, H, L, 1)``."""
+        """Upstream gradients of outputs and of normalizers, as ``(1, H, L, E)`` and ``(1, H, L, 1)``."""
         both = [case.upstream() for case in cases]
         return [do for do, _ in both], [dn.unsqueeze(-1) for _, dn in both]
 

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 # How many numbers before and after each tensor hold NaN: odd, so that vectors of the kernels are not aligned.
 MARGIN = 5
 
-# What each of the results is compared by; see `Poison.into`.
+# A mask for each of the results selects what is compared; see `Poison.into`.
 Selection = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Poison:
-    """What is put into inputs.
+    """Numbers that are put into inputs.
 
     Attributes:
         number: NaN or an infinity. Keys and values that no query sees hold nothing else, nor do queries that see none.
         bias: In a float mask, wherever something other than the mask hides all that an element of it is for.
         seen: Which input holds `number` in one place that is seen: "query", "key", "value", "mask" (there -inf is inf),
             or "nothing".
-        seed: Of the choice of that place.
+        seed: The seed of the choice of that place.
     """
 
     number: float

@@ -19,7 +19,7 @@ LIBRARIES = {"integrations.huggingface": "transformers", "integrations.timm": "t
 
 
 def public():
-    """What docs/api.md documents, by its name below `expressive_attention`, methods included."""
+    """The objects that docs/api.md documents, by their names below `expressive_attention`, methods included."""
     make_importable()
     found = {}
     for path, options in DIRECTIVE.findall((DOCS / "api.md").read_text()):

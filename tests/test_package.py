@@ -10,7 +10,7 @@ from expressive_attention import functional, varlen
 
 
 def fresh(code):
-    """What a new interpreter prints."""
+    """The text that a new interpreter prints."""
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 

@@ -74,7 +74,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions of the operators of this package, for `torch.export.ExportedProgram.run_decompositions`.
 
     Returns:
-        What gives the forward pass in plain operators: ``exported.run_decompositions(decompositions())``.
+        A table: ``exported.run_decompositions(decompositions())`` gives the forward pass in plain operators.
 
     Example:
         >>> from expressive_attention.integrations import convert, decompositions

@@ -80,7 +80,7 @@ def nested_attention(
 def _of_ragged_heads(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *, key_lengths: Tensor | None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Of ``(B, j, L, E)``: batches whose sequences are of one length are a dense problem of all heads."""
+    """Attention of ``(B, j, L, E)``: batches whose sequences are of one length are a dense problem of all heads."""
     if key_lengths is not None or options["alibi_slopes"] is not None:
         raise ValueError("key_lengths and alibi_slopes must be None for nested tensors that are ragged in their heads")
     for name, x in (("key", key), ("value", value)):

@@ -1,7 +1,7 @@
 """The operators of the library, registered with torch.
 
 ``expressive_attention::attention`` and ``expressive_attention::attention_backward`` run a fused backend by
-name, with the conventions of `backends.problem`. What torch has to know about them is here:
+name, with the conventions of `backends.problem`. Everything that torch has to know about them is here:
 schema, shapes for tracing (fake), autograd (twice), vmap and autocast. Rules for DTensor and for counters of FLOPs are
 in `sharding` and `flops`.
 """

@@ -23,7 +23,7 @@ def listening(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def tell(function: Callable[..., Any], told: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-    """What those who are told of a call make of it."""
+    """Return what those who are told of a call make of it."""
     return handle_torch_function(function, told, *args, **kwargs)
 
 

@@ -56,7 +56,7 @@ def _backward(
     rules = []
     mask_gradient = rest[-1]
     for rows, keys, mask, pattern in _ways(query, key, attn_mask, Pattern(*rest[:_SIZE])):
-        # What is whole everywhere, and used for a part, gets a part of its gradient.
+        # An argument that is whole everywhere, and used for a part, gets a part of its gradient.
         dkeys, dmask = (Partial() if x == Replicate() != rows else x for x in (keys, mask))
         rules.append(
             (

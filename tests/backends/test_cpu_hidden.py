@@ -1,4 +1,4 @@
-"""What the C kernels make of numbers that a row does not see: nothing, whatever they are."""
+"""The C kernels make nothing of numbers that a row does not see, whatever they are."""
 
 import pytest
 import torch

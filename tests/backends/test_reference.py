@@ -173,7 +173,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_what_is_hidden_does_not_reach_derivatives(number):
-    """Those of `torch.func`, of forward mode, of second order, and compiled."""
+    """The derivatives are those of `torch.func`, of forward mode, of second order, and compiled."""
     torch.manual_seed(10)
     q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind(0)
     bias = torch.randn(5, 5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a user sees: conversions as context managers and tables, modules that say what they compute."""
+"""The parts that a user sees: conversions as context managers and tables, modules that say what they compute."""
 
 from types import SimpleNamespace
 

@@ -316,7 +316,7 @@ NAMED = {
     # A mask of chosen keys is made for eager and sdpa alone; here it is made of the indices.
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "hy_v4_vl"), "indices"),
     **dict.fromkeys(("minimax_m3_vl", "mistral_large4"), "indices"),
-    # Of transformers 4: the name is asked for to warn, or to choose among classes of layers, which convert reads.
+    # A transformers 4 model: the name is asked for to warn, or to choose among classes of layers, which convert reads.
     "t5gemma": "eager alone, to warn",
 }
 

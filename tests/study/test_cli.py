@@ -21,7 +21,7 @@ runpy.run_module("expressive_attention", run_name="__main__")
 
 
 def light(*arguments, **environment):
-    """What a command prints, if it ends well and without the heavy packages."""
+    """The text that a command prints, if it ends well and without the heavy packages."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True,
         env={**os.environ, "TERMINAL_WIDTH": "300", "COLUMNS": "300", **environment},

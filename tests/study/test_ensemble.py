@@ -8,7 +8,7 @@ from torch import nn
 from expressive_attention.nn import MECHANISMS, NORMS, POSITIONS, Transformer
 from expressive_attention.study.ensemble import member_state, stack
 
-# What a model may be made of. All of it is tried with EA and DPA; other mechanisms differ from them by a function, and
+# Parts that a model may be made of. All are tried with EA and DPA; other mechanisms differ from them by a function, and
 # each gets a part.
 PARTS = [
     dict(

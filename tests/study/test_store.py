@@ -99,7 +99,7 @@ def test_folders_that_are_no_study_are_refused(tmp_path, store):
 
 def test_the_learning_rate_is_the_most_accurate_then_the_fastest(trained):
     def result(rate, accuracy, steps):
-        # What the test sequences say is the opposite, and does not count.
+        # The test sequences say the opposite, which does not count.
         seeds = trained.seeds.with_columns(
             validation=pl.lit(accuracy), accuracy=pl.lit(1 - accuracy), steps_to_solve=pl.lit(steps, dtype=pl.Int64)
         )

@@ -420,7 +420,7 @@ def _scored_peak(q_tile: Tensor, k: Tensor, mask: Tensor, tile: _Tile, diagonal:
 
 
 def _mask_factor(mask: Tensor | None, tile: _Tile, columns: slice, peak: Tensor | None) -> Tensor | None:
-    """What multiplies the weights of a tile of keys: ``exp(bias - peak)``, or a bool mask; None: nothing.
+    """The factor of the weights of a tile of keys: ``exp(bias - peak)``, or a bool mask; None: there is none.
 
     A bias above the peak is that of a key that is hidden or has the score 0, and may be of any size.
     """

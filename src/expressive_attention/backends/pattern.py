@@ -148,7 +148,7 @@ def _joined(attn_mask: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask.masked_fill(~attn_mask, -torch.inf)
     if mask.dtype == torch.bool:
         return attn_mask.to(dtype).masked_fill(~mask, -torch.inf)
-    # What is hidden stays so, whatever bias it has.
+    # A hidden pair stays hidden, whatever bias it has.
     return torch.where(mask == -torch.inf, mask, mask + attn_mask)
 
 

@@ -159,7 +159,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, form: st
     if form == "expressive":
         largest = largest.clamp(max=0.0)
     limits = torch.finfo(q.dtype)
-    # Of pairs that are hidden it can be anything; 2^shift has to be finite, or their gradients were 0 * inf.
+    # The shift of hidden pairs can be anything; 2^shift has to be finite, or their gradients were 0 * inf.
     shift = (exponent - largest).clamp(math.log2(limits.tiny), math.frexp(limits.max)[1] - 1)
     y = (y * torch.exp2(shift.to(q.dtype))).clamp(-_SATURATED, _SATURATED)
     return y, largest.to(q.dtype)

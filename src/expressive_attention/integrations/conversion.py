@@ -202,7 +202,7 @@ class Conversion(Table):
                 f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
                 f"{', '.join(changed)}; take that back first"
             )
-        # What has taken its place may keep, and call, the forward pass of a class that the layer would no longer have.
+        # A replacement may keep, and call, the forward pass of a class that the layer would no longer have.
         hidden = [
             name
             for name, made in self._classes.items()
@@ -298,7 +298,7 @@ def convert(
 
 
 def _parts_to_give(pipeline: Any) -> str:
-    """Of what is no module and holds some, as pipelines do, which of its attributes to give instead."""
+    """The attributes to give instead of an object that is no module and holds some, as pipelines do."""
     parts = {**getattr(pipeline, "components", {}), **getattr(pipeline, "__dict__", {})}
     names = [name for name, part in parts.items() if isinstance(part, nn.Module) and not name.startswith("_")]
     return f"; give {' or '.join(f'its .{name}' for name in names)}" if names else ""

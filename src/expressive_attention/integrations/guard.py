@@ -44,14 +44,14 @@ _SOFTMAX = frozenset(name + overload for name in _NAMES for overload in ("", ".d
 
 @dataclass(frozen=True)
 class Guard:
-    """What a layer was when it was switched.
+    """The state of a layer when it was switched.
 
     Attributes:
         name: Its dotted name in the model that was converted.
         by_class: Whether the switch gave it another class.
         implementation: The name that its configuration has for its attention, if it goes by that.
         watched: Whether its own code has softmax in it beside what was switched.
-        state: What else may change, to tell.
+        state: Everything else that may change, to be named in messages.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Guard:
 
 
 class _Note:
-    """Of a running layer: did expressive attention run in it, and which function computed softmax?"""
+    """Whether expressive attention ran in a running layer, and which function computed softmax."""
 
     __slots__ = ("expressive", "module", "softmax", "watch")
 
@@ -169,7 +169,7 @@ def _changed(module: Any, found: Guard) -> bool:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """What may decide how a layer computes attention, as far as it can be told in words."""
+    """Everything that may decide how a layer computes attention, as far as it can be told in words."""
     found = {
         name: value
         for name, value in vars(module).items()

@@ -162,7 +162,7 @@ def _chosen_keys(
 
 
 def _starts(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int, int] | None:
-    """Of packed sequences, where they start among queries and keys, and the longest of them; None: there are none."""
+    """Where packed sequences start among queries and keys, and the longest of them; None: there are none."""
     queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if queries is None:
         return None

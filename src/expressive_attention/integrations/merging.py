@@ -33,7 +33,7 @@ def merge_gains(conversion: Conversion | nn.Module) -> list[str]:
     projection can be merged: where queries are normalized afterwards, gains would be lost.
 
     Args:
-        conversion: What `convert` returned, or its model.
+        conversion: The conversion that `convert` returned, or its model.
 
     Returns:
         Names of the layers whose gains were merged.
@@ -56,7 +56,7 @@ def merge_gains(conversion: Conversion | nn.Module) -> list[str]:
     layers = {name: module for name, module in modules.items() if has_gain(module)}
     merges = []
     for name, layer in layers.items():
-        # Of x-transformers, the layer weighs keys, and the projections are those of the module around it.
+        # The layer of x-transformers weighs keys, and the projections are those of the module around it.
         around = modules[name.rpartition(".")[0]] if name else layer
         found = _merge_of(layer, layer) or (_merge_of(around, layer) if type(around) is not type(layer) else None)
         if found is None:
@@ -75,7 +75,7 @@ def merge_gains(conversion: Conversion | nn.Module) -> list[str]:
 
 
 def _merge_of(module: Any, layer: nn.Module) -> Callable[[], None] | None:
-    """What multiplies the query projection of a module by the gains of a layer; None: there is none."""
+    """A function that multiplies the query projection of a module by the gains of a layer; None: there is none."""
     gain = getattr(layer, GAIN)
     normed = [name for name, child in module.named_children() if _NORM.search(name) and type(child) is not nn.Identity]
     normalizes = getattr(module, "qk_norm", bool(names_used(type(module)) & {"normalize", "l2norm"}))

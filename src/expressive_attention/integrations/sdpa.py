@@ -21,8 +21,8 @@ __all__ = ["expressive_sdpa"]
 # The same function as torch's own, by its operator.
 _OPERATORS = (torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
-# What computes softmax inside, and is called otherwise: torch's fused inference paths, from the parameters of a whole
-# layer; its kernels by their names; attention over packed sequences (`torch.nn.attention.varlen`).
+# Operators that compute softmax inside, and are called otherwise: torch's fused inference paths, from the parameters of
+# a whole layer; its kernels by their names; attention over packed sequences (`torch.nn.attention.varlen`).
 _FUSED = frozenset(
     name + overload
     for name in (

@@ -1,4 +1,4 @@
-"""What shows as its text, wherever it is shown."""
+"""An object that shows as its text, wherever it is shown."""
 
 from __future__ import annotations
 

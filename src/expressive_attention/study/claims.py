@@ -200,7 +200,7 @@ def _at_least_as_good(results: StudyResults) -> _Answer:
 
 
 def _not_excluded(compared: Sequence[Comparison]) -> str:
-    """What so few seeds cannot exclude: an interval knows those that it has seen, among which no rare collapse is."""
+    """A note on what so few seeds cannot exclude: an interval knows the seeds it saw, and no rare collapse is there."""
     bounds = {
         found.condition: upper_bound(
             sum(d < -NON_INFERIORITY_MARGIN for d in found.differences), len(found.differences)
@@ -264,9 +264,9 @@ class ExclusiveRange:
         owner: ``"expressive"`` or ``"dot_product"``, by the shares of final seeds solved: a candidate; None if neither.
         confirmed: Whether the fresh seeds say the same; None: there are none yet, or none were asked for.
         ea: Final seeds that EA solved, and their number.
-        dpa: Of DPA.
-        ea_fresh: Of EA's confirming seeds.
-        dpa_fresh: Of DPA's.
+        dpa: The same for DPA.
+        ea_fresh: The same for EA's confirming seeds.
+        dpa_fresh: The same for DPA's confirming seeds.
         excluded: By exact bounds, the final seeds exclude that it is EA's.
     """
 
@@ -351,7 +351,7 @@ def _exclusive_range(results: StudyResults) -> _Answer:
 
 
 def _fresh_counts(own: Sequence[ExclusiveRange], other: Sequence[ExclusiveRange]) -> str:
-    """What the fresh seeds of the first few candidates say, with exact intervals of the shares."""
+    """The counts of the fresh seeds of the first few candidates, with exact intervals of the shares."""
     told = []
     for found in [found for found in (*own, *other) if found.confirmed is not None][:_SHOWN]:
         shares = [

@@ -52,7 +52,7 @@ __all__ = [
 PROTOCOL = 3
 # As part of every cell's identity.
 _PROTOCOLS = {2: "ladder-2", 3: "study-3"}
-# What an older protocol had where a configuration says nothing.
+# Values that an older protocol had where a configuration says nothing.
 _OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
 
 # Seeds on which learning rates and gains are chosen, and those that confirm an exclusive range, start so much
@@ -152,7 +152,7 @@ class TrainingConfig(_Strict):
     # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
     solved_accuracy: float = Field(default=0.995, gt=0, le=1)
     solved_evaluations: int = Field(default=3, ge=1)
-    # Of protocol 2 alone, where a seed ended when it had reached that many evaluations in a row.
+    # Only protocol 2 has this: a seed ended when it had reached that many evaluations in a row.
     early_stop: bool = False
 
     @property
@@ -215,7 +215,7 @@ class StudyConfig(_Strict):
     seeds: SeedsConfig = SeedsConfig()
     # Python files that define tasks, relative to the file that names them.
     task_files: Annotated[tuple[str, ...], AfterValidator(_different_files)] = ()
-    # Those that define mechanisms.
+    # Python files that define mechanisms, relative to the same file.
     mechanism_files: Annotated[tuple[str, ...], AfterValidator(_different_files)] = ()
     grid: tuple[Grid, ...] = Field(min_length=1)
 
@@ -293,7 +293,7 @@ class StudyConfig(_Strict):
         ]
 
     def record(self) -> Record:
-        """What reading a study needs of the files that define its tasks and mechanisms, in place of running them."""
+        """The facts of the files of tasks and mechanisms that reading a study needs, in place of running them."""
         tasks = [task for grid in self.grid for task in _combinations(grid.task)]
         return Record.of(
             [(content, task) for content in tasks if file_of(task := self._files.task(content)) is not None],
@@ -486,8 +486,8 @@ def parse_config(
         text: The TOML.
         source: Where it is from, to be named in errors.
         find: Where a file named in `task_files` is; by default, relative to the working directory.
-        protocol: What it is of, where it does not say.
-        record: What is known of the files, which are then not run.
+        protocol: The number of its protocol, where it does not say.
+        record: The facts known of the files, which are then not run.
 
     Raises:
         ConfigError: Not TOML, a key or value does not fit, or a file of tasks or mechanisms cannot be used.

@@ -39,7 +39,7 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), groups: Path = Path(
 
     Args:
         cgroups: Where control groups are, of version 2 or 1.
-        groups: What says which one the process is in.
+        groups: The file that says which one the process is in.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _groups(cgroups, groups) if (quota := _quota(folder)) is not None]

@@ -49,7 +49,7 @@ SIGNIFICANCE = 0.05
 # Chance alone gives n differences one sign with probability 2^(1 - n): n = 6 is the first at which that is rarer
 # than 5%.
 MINIMUM_FOR_INTERVAL = 6
-# Of accuracy: what is smaller is no lead, and what falls short by less is as good.
+# A smaller difference in accuracy is no lead, and a mechanism that falls short by less is as good.
 SMALLEST_EFFECT = 0.01
 
 _RESAMPLES = 9999
@@ -370,7 +370,7 @@ def wider(value: float, interval: Interval | None, error: float) -> Interval:
     Statistics in Medicine 27:1693-1702), which keeps the skew of the interval.
 
     Args:
-        value: What both are about.
+        value: The value that both are about.
         interval: Over seeds; None: they do not differ.
         error: The other standard error, of a normal distribution.
     """

@@ -1,4 +1,4 @@
-"""What a study's own tasks and mechanisms are, kept so that reading the study does not run their files."""
+"""A record of a study's own tasks and mechanisms, kept so that reading the study does not run their files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RecordedTask:
     Attributes:
         label: As `Task.label`.
         content: Its fields, as JSON has them.
-        facts: What an accuracy is worth, as in `study.results.Condition`.
+        facts: Facts that say what an accuracy is worth, as in `study.results.Condition`.
         file: The file that defines it.
     """
 
@@ -76,7 +76,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """What `to_json` has written.
+        """The record that `to_json` has written.
 
         Raises:
             RecordError: The text is something else.
@@ -93,7 +93,7 @@ class Record:
 
 
 def facts_of(task: Task | RecordedTask, test_sequences: int) -> dict[str, Any]:
-    """What an accuracy on so many test sequences is worth, as in `study.results.Condition`."""
+    """Facts that say what an accuracy on so many test sequences is worth, as in `study.results.Condition`."""
     return task.facts if isinstance(task, RecordedTask) else task.facts() | facts_of_test(task, test_sequences)
 
 

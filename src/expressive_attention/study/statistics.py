@@ -409,7 +409,7 @@ def _explain(comparison: Comparison) -> str:
 
 
 def _fixed_data(comparison: Comparison) -> str:
-    """What validation examples say where there are no more than those at hand; none elsewhere."""
+    """A note on what validation examples say where there are no more than those at hand; none elsewhere."""
     if comparison.example_interval is None:
         return ""
     drawn = f" With the drawing of test examples: {LEVEL:.0%} interval {comparison.example_interval:+.4f}."

@@ -60,7 +60,7 @@ _CHECKPOINT = ".checkpoint-"
 
 _RECORD = "record.json"
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA, "examples": EXAMPLE_SCHEMA}
-# What protocol 2 did not have yet.
+# Columns that protocol 2 did not have yet.
 _LATER = {
     "seeds": ("validation", "validation_cross_entropy", "unseen_predictions", "unseen_contexts"),
     "examples": tuple(EXAMPLE_SCHEMA),
@@ -96,7 +96,7 @@ class Store:
         Args:
             text: The configuration; the number of the protocol is put before it where it does not say.
             sources: The files of tasks and mechanisms that it names, to be kept beside it.
-            record: What they define.
+            record: The tasks and mechanisms that they define.
 
         Raises:
             StoreError: The folder holds something else or a study of another protocol, cannot be made, or another run
@@ -354,7 +354,7 @@ class Progress:
 
     Attributes:
         comparison: Which one.
-        cells: Those that it needs, as far as is known: the final ones once a setting is chosen.
+        cells: The cells that it needs, as far as is known: the final ones once a setting is chosen.
         setting: The one chosen; None: the tuning is not finished.
     """
 
@@ -389,7 +389,7 @@ def progress_of(store: Store, comparison: Comparison) -> Progress:
 def candidates(store: Store, config: StudyConfig, progress: Sequence[Progress]) -> list[Progress]:
     """The comparisons whose conditions EA or DPA has to itself by the final seeds, where the study asks for that.
 
-    Of a condition, both are there or neither.
+    Either both comparisons of a condition are there or neither is.
     """
     if "exclusive_range" not in config.claims or not config.seeds.confirmation:
         return []

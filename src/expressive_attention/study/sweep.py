@@ -128,7 +128,7 @@ class _Plan:
         return new
 
     def _new(self, cells: list[Cell]) -> list[Cell]:
-        """Those of the cells that are neither finished nor at work."""
+        """Return the cells that are neither finished nor at work."""
         new = [cell for cell in cells if cell.identity not in self.cells and not self._finished(cell)]
         self.cells.update({cell.identity: cell for cell in new})
         return new

@@ -441,7 +441,7 @@ _TEST_COLUMNS = (
 
 @dataclass(frozen=True)
 class _Tested:
-    """What the test sequences tell: `_TEST_COLUMNS` of each seed, and tables as in `CellResult`."""
+    """The results that the test sequences give: `_TEST_COLUMNS` of each seed, and tables as in `CellResult`."""
 
     rows: list[dict[str, Any]]
     splits: pl.DataFrame
@@ -504,7 +504,7 @@ def _splits(cell: Cell, test: Examples, right: Tensor) -> pl.DataFrame:
 
 
 def _unseen(task: Task, seed: int, steps: int, training: TrainingConfig, test: Examples) -> Unseen:
-    """What of the test is new to a seed after its first `steps` steps, whose examples are drawn again."""
+    """The part of the test that is new to a seed after its first `steps` steps, whose examples are drawn again."""
     batches = _Batches(task, (seed,), training)
     left, parts = steps * training.batch_size, []
     while left > 0 and task.contexts(test[:1]) is not None:

@@ -69,7 +69,7 @@ def names_in(file: TaskFile) -> list[str]:
 
 
 def _problem(module: ModuleType) -> str | None:
-    """What is wrong with the mechanisms of a file, None where nothing was found."""
+    """The problem with the mechanisms of a file, None where nothing was found."""
     tables = {name: getattr(module, name) for name in _TABLES if hasattr(module, name)}
     if not any(tables.values()):
         return f"defines no mechanism: no dictionary {' or '.join(_TABLES)} of names and functions"

@@ -37,7 +37,7 @@ class TaskFileError(ValueError):
     """A file of tasks or mechanisms that cannot be used; the message says which and why, in one line.
 
     Attributes:
-        key: Of the configuration that names the file.
+        key: The key of the configuration that names the file.
     """
 
     def __init__(self, message: str, key: str = "task_files") -> None:

@@ -46,7 +46,7 @@ def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) ->
     Args:
         store: The study.
         count: How many at most.
-        seed: Of the choice.
+        seed: The seed of the choice.
         trust: Run the study's Python files, which a study that has any needs.
 
     Raises:

@@ -252,7 +252,7 @@ def _query_tiles(
 
 @triton.jit
 def _along(q, exponent, dq, wanted):
-    """What dq lacks along the rows 2^exponent q, so that their product with it is the wanted one."""
+    """The part that dq lacks along the rows 2^exponent q, so that their product with it is the wanted one."""
     size = add(q * q, 1)
     return q * quotient(scaled(wanted, -exponent) - add(q * dq, 1), size)[:, None]
 

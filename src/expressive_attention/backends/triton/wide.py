@@ -53,7 +53,7 @@ _LOG_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def lost_rows(stats, plane, index, exist):
-    """Those of the rows that are computed once more, and their exponents."""
+    """Return which rows are computed once more, and their exponents."""
     exponent = tl.load(stats + 4 * plane + index, mask=exist, other=_NOT_LOST)
     return exist & (exponent != _NOT_LOST), exponent.to(tl.int32)
 
@@ -76,7 +76,7 @@ def wide_kernel(
     """Output, normalizer and peak of the lost rows; with `BACKWARD`, their numbers, as of `backward_pass.row_kernel`.
 
     These are six planes here: the last are r and p; the normalizer is that of the weights relative to both, the slope
-    that by ``z / 2^r``. Of other rows r is `_NOT_LOST`, and the rest is not written. `lost` tells of every key head
+    that by ``z / 2^r``. The r of other rows is `_NOT_LOST`, and the rest is not written. `lost` tells of every key head
     whether it has such rows; where it is 2, there are results that are not finite, and all rows are computed once more.
     Rows that are written here have no part in what `stats` says any more.
     """
@@ -186,7 +186,7 @@ def wide_kernel(
         else:
             output = selected_product(weight, v, pairs, output, PRECISION)
 
-    # What the normalizer has to be multiplied by: 4^r exp(p - peak), as a factor and an exponent. One below float32 is
+    # The normalizer has to be multiplied by 4^r exp(p - peak), as a factor and an exponent. One below float32 is
     # told by a lower peak, but not so low that exp(peak) is; it is small enough for the backward pass to find the row.
     factor, exponent = tl.full((BLOCK_M,), 1.0, tl.float32), 2 * row_exponent
     if MASK >= FLOAT:

@@ -1,4 +1,4 @@
-"""What a test rests on: how many predictions, on how many different contexts, and which of them training never saw."""
+"""The basis of a test: how many predictions, on how many different contexts, and which of them training never saw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Unseen", "facts_of_test", "scored_contexts", "unseen"]
 
 @dataclass(frozen=True)
 class Unseen:
-    """What of a test did not occur in training.
+    """The part of a test that did not occur in training.
 
     Attributes:
         seen: Share of the scored predictions whose context did; None where the task does not tell.
@@ -55,7 +55,7 @@ def unseen(task: Task, training: Iterable[Examples], test: Examples) -> Unseen:
 
 
 def facts_of_test(task: Task, test_sequences: int) -> dict[str, Any]:
-    """What an accuracy on so many test examples rests on; keys as in `study.results.Condition`."""
+    """The facts that an accuracy on so many test examples rests on; keys as in `study.results.Condition`."""
     test = task.held_out_examples(test_sequences, "test")
     contexts = scored_contexts(task, test)
     return {"predictions": len(contexts), "contexts": len(np.unique(contexts)), "fixed_data": task.fixed_data}

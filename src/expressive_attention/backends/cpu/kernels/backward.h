@@ -38,7 +38,7 @@ typedef struct {
   not_finite bad;
 } backward_room;
 
-// Of a row: sum_j w f g and sum_j w f.
+// Sums of a row: sum_j w f g and sum_j w f.
 typedef struct {
   REAL along, share;
 } row_sums;
@@ -284,7 +284,7 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
 
 // ---- gradients ----
 
-// What the gradients of a row are made of: g = product - mean + grad_normalizer.
+// Terms of the gradients of a row: g = product - mean + grad_normalizer.
 typedef struct {
   const REAL *product;
   REAL normalizer, mean, grad_normalizer;

@@ -1,7 +1,7 @@
 // Vectors with numbers that are not finite, in the backward pass. In a matrix product, 0 times such a number is NaN, and
 // would reach what does not see it. So these vectors take part as zeros, and the pairs that do see one are made NaN.
 
-// Of the rows and keys of a block: NaN for those with such a number in their vectors, 0 for the others.
+// NaN for the rows and keys of a block that have such a number in their vectors, 0 for the others.
 typedef struct {
   REAL *rows;           // in query or upstream
   REAL *keys, *values;

@@ -69,7 +69,7 @@ static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range 
   return peak == (REAL)-INFINITY ? range->largest : peak;
 }
 
-// How many keys of a batch exist. What lies behind them is not read.
+// How many keys of a batch exist. Keys behind them are not read.
 INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
   return p->key_lengths ? most(0, least(p->keys, p->key_lengths[batch])) : p->keys;
 }
