@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import expressive_attention
-from expressive_attention import functional, varlen
+from expressive_attention import functional, integrations, varlen
 
 
 def fresh(code):
@@ -24,6 +24,8 @@ def test_torch_is_imported_with_the_first_name():
 def test_the_names_are_what_they_say():
     assert expressive_attention.expressive_attention is functional.expressive_attention
     assert expressive_attention.expressive_attention_varlen is varlen.expressive_attention_varlen
+    assert expressive_attention.convert is integrations.convert
+    assert expressive_attention.calibrate is integrations.calibrate
     assert fresh("import expressive_attention as package; print(package.nn.SelfAttention.__module__)") == (
         "expressive_attention.nn.attention\n"
     )

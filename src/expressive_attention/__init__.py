@@ -6,15 +6,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import nn
     from .functional import expressive_attention
+    from .integrations import calibrate, convert
     from .varlen import expressive_attention_varlen
 
-__all__ = ["expressive_attention", "expressive_attention_varlen", "nn"]
+__all__ = ["calibrate", "convert", "expressive_attention", "expressive_attention_varlen", "nn"]
 
 __version__ = _version("expressive-attention")
 
 if not TYPE_CHECKING:
     # The names are imported when they are first asked for (PEP 562), so that `ea --help` starts without torch.
-    _MODULES = {"expressive_attention": "functional", "expressive_attention_varlen": "varlen", "nn": "nn"}
+    _MODULES = {
+        "calibrate": "integrations",
+        "convert": "integrations",
+        "expressive_attention": "functional",
+        "expressive_attention_varlen": "varlen",
+        "nn": "nn",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:
