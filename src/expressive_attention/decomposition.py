@@ -73,6 +73,9 @@ def _attention(
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions of the operators of this package, for `torch.export.ExportedProgram.run_decompositions`.
 
+    Plain operators multiply hidden values by 0, so NaN or an infinity that is hidden makes rows NaN; the kernels leave
+    it out. A key with score 0 and a bias that is larger by 88 or more hides the others.
+
     Returns:
         A table: ``exported.run_decompositions(decompositions())`` gives the forward pass in plain operators.
 

@@ -13,7 +13,7 @@ docs/statistics.md has the reasons. Two rules hold throughout:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -453,7 +453,7 @@ def _two_sidedness(results: StudyResults) -> _Answer:
         for index, (first, second) in enumerate(shapes)
     )
     over = _over_conditions(_contrast(accuracies, len(two)))
-    where = f"Mean accuracies, two-sided first: {pairs}. Of these mechanisms alone, over seeds: {over}."
+    where = f"Mean accuracies, two-sided first: {pairs}. These mechanisms alone, over seeds: {over}."
     if (others := _accuracies(results, shifted, [*two, *one])) is not None:
         moved = _by_shape(others)
         where += (
@@ -641,10 +641,6 @@ def _named(labels: Sequence[str]) -> str:
     shown = "; ".join(labels[:_SHOWN])
     more = len(labels) - _SHOWN
     return f"{shown}; and {more} more" if more > 0 else shown
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 def _plural(count: int, noun: str) -> str:

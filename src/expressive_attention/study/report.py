@@ -414,10 +414,6 @@ def _contexts_seen(results: StudyResults) -> dict[str, float]:
     return dict(final.group_by("condition").agg(pl.col("contexts_seen").mean()).iter_rows())
 
 
-def _data_uri(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
 def _interval(interval: Interval | None) -> str:
     return f"[{interval:.3f}]" if interval else "no interval"
 
