@@ -27,7 +27,7 @@ CONDITION, RATE, DELAY = "sum, basis 16, delay 5, rope, embed_dim 16, heads 1", 
 
 
 def cell_of(mechanism: str, seeds: int, steps: int) -> Cell:
-    """The ladder's cell of final seeds, trained to the end even if solved before."""
+    """The ladder's cell of final seeds."""
     comparisons = load_config("ladder")[0].comparisons()
     chosen = next(c for c in comparisons if c.condition == CONDITION and c.mechanism == mechanism)
     cell = chosen.final_cells(Setting(RATE, 1.0))[0]
