@@ -14,7 +14,7 @@ PARTS = [
     dict(
         zip(("position", "norm", "norm_affine", "gain", "bias", "qkv_bias"), (position, *norm, *switches), strict=True)
     )
-    for position in POSITIONS
+    for position in (*POSITIONS, "rope+relative", "learned+learned_alibi+relative")
     for norm in [*itertools.product(NORMS[:2], (False, True)), ("none", False)]
     for switches in itertools.product((False, True), repeat=3)
 ]
