@@ -14,7 +14,7 @@ PARTS = [
     dict(
         zip(("position", "norm", "norm_affine", "gain", "bias", "qkv_bias"), (position, *norm, *switches), strict=True)
     )
-    for position in (*POSITIONS, "rope+relative", "learned+learned_alibi+relative")
+    for position in POSITIONS
     for norm in [*itertools.product(NORMS[:2], (False, True)), ("none", False)]
     for switches in itertools.product((False, True), repeat=3)
 ]
@@ -22,6 +22,11 @@ MODELS = [
     {"mechanism": mechanism, **parts}
     for i, mechanism in enumerate(MECHANISMS)
     for parts in (PARTS if mechanism in ("expressive", "dot_product") else PARTS[i % 7 :: 7])
+]
+MODELS += [
+    {"mechanism": mechanism, "position": position, "gain": True}
+    for mechanism in ("expressive", "dot_product", "quartic")
+    for position in ("rope+relative", "learned+learned_alibi+relative", "learned+sinusoidal")
 ]
 
 

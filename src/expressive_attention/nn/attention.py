@@ -47,9 +47,9 @@ class SelfAttention(nn.Module):
         embed_dim: Width D of the input, a multiple of `num_heads`.
         num_heads: H; head dimension E = D / H.
         mechanism: One of `MECHANISMS`.
-        position: ``"rope"``, ``"alibi"``, ``"relative"``, ``"learned_alibi"`` or ``"none"``, or several joined by a plus,
-            such as ``"rope+relative"``: their biases add. Learned and sinusoidal positions are added to the input, by
-            the `Transformer`: here they are the same as ``"none"``.
+        position: ``"rope"``, ``"alibi"``, ``"relative"``, ``"learned_alibi"`` or ``"none"``, or several joined by a
+            plus, such as ``"rope+relative"``: their biases add. Learned and sinusoidal positions are added to the
+            input, by the `Transformer`: here they are the same as ``"none"``.
         max_length: Longest sequence; sizes the table of ``"relative"``, which needs it.
         gain: Learn a factor g per head on z.
         initial_gain: Its value at the start.

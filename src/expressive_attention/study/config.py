@@ -292,14 +292,18 @@ class StudyConfig(_Strict):
             for mechanism in self.mechanisms
         ]  # fmt: skip
 
-    def conditions(self) -> list[Condition]:
-        """The conditions with their facts, for a report."""
+    def conditions(self, facts: Callable[[Task | RecordedTask, int], dict[str, Any]] = facts_of) -> list[Condition]:
+        """The conditions with their facts, for a report.
+
+        Args:
+            facts: Tells those of a task and a number of test sequences; by default they are counted.
+        """
         return [
             Condition(
                 label,
                 task.model_dump(exclude_none=True),
                 model.model_dump(exclude_none=True),
-                facts_of(task, self.training.test_sequences),
+                facts(task, self.training.test_sequences),
             )
             for label, task, model in self.expanded()
         ]
@@ -414,7 +418,8 @@ class Comparison(_Strict):
         return Cell(
             condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
             learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
-            training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol, mechanism_file=self.mechanism_file,
+            training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol,
+            mechanism_file=self.mechanism_file,
         )  # fmt: skip
 
 
