@@ -414,10 +414,16 @@ def _explain(comparison: Comparison) -> str:
 
 
 def _fixed_data(comparison: Comparison) -> str:
-    """A note on what validation examples say where there are no more than those at hand; none elsewhere."""
+    """A note on cross-entropy and on what validation examples say, where there are no more examples; none elsewhere."""
     if comparison.example_interval is None:
         return ""
     drawn = f" With the drawing of test examples: {LEVEL:.0%} interval {comparison.example_interval:+.4f}."
+    if comparison.cross_entropy_difference is not None:
+        interval = describe_interval(comparison.cross_entropy_interval, len(comparison.differences), "+.4f")
+        drawn += (
+            f" Cross-entropy {comparison.candidate.cross_entropy:.4f} against {comparison.baseline.cross_entropy:.4f} "
+            f"nats, difference {comparison.cross_entropy_difference:+.4f} ({interval})."
+        )
     if comparison.validation_difference is None:
         return drawn
     interval = describe_interval(comparison.validation_interval, len(comparison.differences), "+.4f")
