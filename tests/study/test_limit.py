@@ -153,7 +153,7 @@ def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):
     for path in (run.directory / "limit").iterdir():
         path.write_bytes(b"damaged")
     assert limit_tables(collect(run), run) == {}
-    assert CliRunner().invoke(app, arguments).output == first.output
+    assert CliRunner().invoke(app, arguments).stdout == first.stdout
     after = limit_tables(collect(run), run)
     assert all(after[name].equals(table) for name, table in before.items())
 

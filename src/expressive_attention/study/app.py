@@ -404,7 +404,9 @@ def limit(
     with _one_line_errors():
         store = Store(directory)
         results = collect(store)
-        for cell in limit_cells(results, store, trust=trust):
+        cells = limit_cells(results, store, trust=trust)
+        for index, cell in enumerate(cells):
+            typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
             write_limit(cell, store, share)
         tables = limit_tables(results, store)
     for sentence in limit_sentences(results, tables):
