@@ -135,11 +135,6 @@ def load_twins(folder: Path | str) -> Twins:
 
     Raises:
         TwinsError: A file is missing or is not what was written; the message names it.
-
-    Example:
-        >>> twins = load_twins("runs/quick/twins")
-        >>> with capture(twins.models["expressive"]) as record:
-        ...     twins.models["expressive"](twins.inputs)
     """
     folder = Path(folder)
     tensors, _ = _read(folder / _EXAMPLES_FILE)
