@@ -23,6 +23,11 @@ MODELS = [
     for i, mechanism in enumerate(MECHANISMS)
     for parts in (PARTS if mechanism in ("expressive", "dot_product") else PARTS[i % 7 :: 7])
 ]
+MODELS += [
+    {"mechanism": mechanism, "position": position, "gain": True}
+    for mechanism in ("expressive", "dot_product", "quartic")
+    for position in ("rope+relative", "learned+learned_alibi+relative", "learned+sinusoidal")
+]
 
 
 def make_members(count: int = 3, **options: object) -> list[Transformer]:
