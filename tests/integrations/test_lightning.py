@@ -1,4 +1,4 @@
-"""Checkpoints of Lightning, which are state dicts: what was trained with expressive attention is not loaded as softmax."""
+"""Checkpoints of Lightning are state dicts: what was trained with expressive attention is not loaded as softmax."""
 
 import pytest
 import torch
