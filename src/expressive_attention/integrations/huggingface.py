@@ -189,6 +189,17 @@ def _same_sequence(query: Tensor, key: Tensor, query_starts: Tensor, key_starts:
     return rows[:, None, :, None] == columns[:, None, None, :]
 
 
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """As torch's attention is given it; but with a static cache, the first queries of many keys have a mask, too.
+
+    Without one, they could not be told from queries that are the last ones.
+    """
+    queries = kwargs["cache_position"].shape[0] if "cache_position" in kwargs else kwargs.get("q_length")
+    if queries != 1 and queries != kwargs.get("kv_length"):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
 def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
     raise ConversionError(
         f"{type(module).__name__}: this model was saved with expressive attention in some of its layers; load it with "
@@ -199,7 +210,7 @@ def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
 for _form, _name in IMPLEMENTATIONS.items():
     AttentionInterface.register(_name, partial(_attention, _form))
     AttentionInterface.register(f"paged|{_name}", partial(_attention, _form))  # as transformers 5.0 calls it
-    AttentionMaskInterface.register(_name, sdpa_mask)
+    AttentionMaskInterface.register(_name, _mask)
 allow(IMPLEMENTATIONS.values())
 AttentionInterface.register(_PARTLY, _partly)
 AttentionMaskInterface.register(_PARTLY, sdpa_mask)
