@@ -95,11 +95,13 @@ def test_a_sliding_window_is_one():
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache):
+@pytest.mark.parametrize("padded", [True, False])
+def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache, padded):
     model = build(family)
     convert(model)
     ids, mask = torch.randint(1, 64, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    mask[0, :4], mask[1, :1] = 0, 0  # left-padded
+    if padded:
+        mask[0, :4], mask[1, :1] = 0, 0  # on the left
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -113,9 +115,8 @@ def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache):
         for size in (5, 3, 1, 1, 2):  # prefill, a second chunk, two tokens, a chunk
             part = slice(start, start + size)
             where = {"position_ids": positions[:, part], "cache_position": torch.arange(start, start + size)}
-            parts.append(
-                model(ids[:, part], attention_mask=mask[:, : start + size], past_key_values=made, **where).logits
-            )
+            seen = mask[:, : start + size] if padded else None
+            parts.append(model(ids[:, part], attention_mask=seen, past_key_values=made, **where).logits)
             start += size
     found = torch.cat(parts, 1)
     torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-9, atol=1e-9)
