@@ -1,5 +1,6 @@
 import ast
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -371,6 +372,62 @@ def test_keys_that_a_layer_chooses_are_the_ones_it_sees():
     found, _ = huggingface._attention("expressive", layer, q, k, v, causal, indices=indices)
     wanted, _ = spelled_out(layer, q, k, v, (keep * causal).log())
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+MLA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 3,
+       "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+       "qk_nope_head_dim": 6, "v_head_dim": 5, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 3, "n_group": 1,
+       "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}  # fmt: skip
+
+# Models that choose keys for each query. A layer of the second one takes the choice of the layer before it.
+CHOOSING = {
+    "deepseek_v32": ("DeepseekV32ForCausalLM", MLA),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**MLA, "indexer_types": ["full", "shared", "full"]}),
+}
+
+
+def build_choosing(family):
+    name, options = CHOOSING[family]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = model_class(model_class.config_class(**options)).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def parts_of(model, ids, mask):
+    """Logits of a prefill, a second chunk, two tokens and a chunk against a cache."""
+    cache, logits, start = transformers.DynamicCache(config=model.config), [], 0
+    for size in (3, 3, 1, 1, 1):
+        part = slice(start, start + size)
+        logits.append(model(ids[:, part], attention_mask=mask[:, : start + size], past_key_values=cache).logits)
+        start += size
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", CHOOSING)
+def test_models_that_choose_keys_see_the_chosen_ones_alone(family, left, monkeypatch):
+    model, inputs = build_choosing(family), inputs_of("llama", left)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    seen = mask.bool()
+    # Under this name the model makes its mask by itself; under ours the mask comes from what it has chosen.
+    monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", spelled_out)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        wanted = model(**inputs, use_cache=False).logits, parts_of(model, ids, mask)
+        model.set_attn_implementation("sdpa")
+        assert not convert(model).verify(**inputs, use_cache=False).softmax
+        found = model(**inputs, use_cache=False).logits, parts_of(model, ids, mask)
+        for each, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(each[seen], other[seen], rtol=1e-9, atol=1e-9)
+        for module in model.modules():
+            if hasattr(module, "index_topk"):
+                module.index_topk = 64  # every key, of more than three
+        assert (model(**inputs, use_cache=False).logits - wanted[0])[seen].abs().max() > 0.1
 
 
 PACKED = ["llama", "mistral", "gemma"]
