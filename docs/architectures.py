@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from expressive_attention.integrations import ConversionError, convert
 
-SECONDS, PARAMETERS, PROCESSES = 45, 100_000_000, 2
+SECONDS, PARAMETERS, PROCESSES = 75, 100_000_000, 2
 MEMORY = 10 * 2**30  # bytes that a process may take
 
 

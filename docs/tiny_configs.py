@@ -64,6 +64,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "Granite4VisionConfig": {"downsample_rate": "1/2"},
+    "Step3p7TextConfig": {"sliding_window": 4},
     "MoonshineStreamingConfig": {"num_key_value_heads": 8},
 }
 

@@ -123,7 +123,7 @@ class Maker:
 
     def lengths(self) -> list[int]:
         """Of sound, in frames."""
-        return list(dict.fromkeys((2 * self.find(("max_source_positions",), 64, "audio|encoder|speech"), 128)))
+        return list(dict.fromkeys((2 * self.find(("max_source_positions",), 64, "audio|encoder|speech"), 128, 200)))
 
     def sound(self) -> Iterator[torch.Tensor]:
         bins, longest = self.find(("num_mel_bins",)), self.find(("max_length",))

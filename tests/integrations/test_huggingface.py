@@ -274,6 +274,31 @@ def test_parts_of_a_model_get_back_what_each_had():
         assert torch.equal(model(**inputs).logits, wanted)
 
 
+def test_layers_with_a_configuration_that_the_model_does_not_know_are_switched(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0}
+    vision = {**small, "image_size": 8, "patch_size": 4, "num_frames": 2, "mit_hidden_size": 16,
+              "mit_num_hidden_layers": 1, "mit_intermediate_size": 32, "mit_num_attention_heads": 4}  # fmt: skip
+    config = transformers.XCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.XCLIPModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    inputs = {"input_ids": torch.randint(1, 64, (1, 5)), "pixel_values": torch.randn(1, 2, 3, 8, 8)}
+    with torch.no_grad():
+        before = model(**inputs).logits_per_video
+        conversion = convert(model)  # and in mit, whose configuration is made of that of the vision model
+        assert "mit.encoder.layers.0.self_attn" in conversion.verify(**inputs).calls
+        found = model(**inputs).logits_per_video
+        assert (found - before).abs() > 1e-2
+        model.save_pretrained(tmp_path)
+        for again in (AutoModel.from_pretrained(tmp_path), huggingface.from_pretrained(AutoModel, tmp_path)):
+            huggingface.check(again)
+            torch.testing.assert_close(again(**inputs).logits_per_video, found, rtol=1e-4, atol=1e-4)
+        conversion.undo()
+        assert torch.equal(model(**inputs).logits_per_video, before)
+
+
 def test_a_model_inside_of_a_module_is_found():
     class Holder(torch.nn.Module):
         def __init__(self):
