@@ -134,7 +134,8 @@ def _shrink(config: Any, size: Size) -> None:
     if not isinstance(heads, int) or not isinstance(width, int) or not heads:
         return
     for name, value in (("head_dim", width // heads), ("num_key_value_heads", heads)):
-        if get(config, name, 0) is None or (name == "num_key_value_heads" and not grouped and hasattr(config, name)):
+        now = get(config, name, 0)
+        if now is None or (now and name == "num_key_value_heads" and not grouped):
             with contextlib.suppress(Exception):
                 setattr(config, name, value)
     if "rope_type" in (rope := get(config, "rope_parameters") or {}):
