@@ -404,17 +404,22 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     if whole:
-        yield _switch_models([module for module in model.modules() if isinstance(module, PreTrainedModel)], name)
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        yield _switch_models(models, [found.module for found in layers], name)
     else:
         for found in layers:
             yield _switch_layer(found.module, name)
 
 
-def _switch_models(models: Sequence[PreTrainedModel], name: str) -> Undo:
-    configs = [config for model in models for config in _with_parts(model.config)]
+def _switch_models(models: Sequence[PreTrainedModel], layers: Sequence[Any], name: str) -> Undo:
+    # Layers may have a configuration that their model has made of its own and does not know, as in X-CLIP.
+    hidden = [layer.config for layer in layers]
+    configs = [*(config for model in models for config in _with_parts(model.config)), *hidden]
     before = [config._attn_implementation_internal for config in configs]
     for model in models:
         model.set_attn_implementation(name)
+    for config in hidden:
+        config._attn_implementation_internal = name
 
     def undo() -> None:
         for config, implementation in zip(configs, before, strict=True):
