@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..backends.problem import check_form
+from ..call import check_form
 from .errors import ConversionError
 from .guard import guard, is_guarded, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mechanisms import attend, joined, known_mechanisms
+from ..masks import join_masks
+from .mechanisms import attend, known_mechanisms
 from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, position_codes
 
 __all__ = ["HeadGain", "SelfAttention", "check_choice"]
@@ -125,7 +126,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x)
         bias = self.position_bias(x)
         if bias is not None:
-            attn_mask = bias if attn_mask is None else joined(attn_mask, bias)
+            attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
         dropout_p = self.dropout_p if self.training else 0.0
         y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
         return self.out(y.transpose(-3, -2).flatten(-2))

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import expressive_attention
+from ..masks import join_masks
 
-__all__ = ["MECHANISMS", "attend", "joined", "known_mechanisms", "register"]
+__all__ = ["MECHANISMS", "attend", "known_mechanisms", "register"]
 
 
 def _saturated(z: Tensor) -> Tensor:
@@ -140,15 +141,4 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_
 
 def _with_causal(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    return causal if attn_mask is None else joined(causal, attn_mask)
-
-
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """One mask that does what two do, of which either may be bool or a bias."""
-    if a.dtype == b.dtype == torch.bool:
-        return a & b
-    if a.dtype == torch.bool:
-        return torch.where(a, b, -torch.inf)
-    if b.dtype == torch.bool:
-        return torch.where(b, a, -torch.inf)
-    return a + b
+    return causal if attn_mask is None else join_masks(causal, attn_mask)
