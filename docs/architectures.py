@@ -1,10 +1,12 @@
 """Which architectures of Hugging Face transformers run expressive attention, and which do not and why.
 
-    .venv/bin/python docs/architectures.py [--only TEXT] [--write]
+    .venv/bin/python docs/architectures.py [--only PATTERN] [--results FILE] [--write]
 
-Every architecture of `AutoModel` is built from a tiny configuration with random weights, converted, and verified by a
-forward pass: nothing is downloaded. Those that read images need torchvision. `--write` puts the list into
-docs/architectures.md.
+Every architecture of `AutoModel` is built from a small configuration with random weights, converted, and verified by a
+forward pass: nothing is downloaded. Those that read images need torchvision. Each has a process of its own, two at a
+time. With a file of results, a run that was ended is resumed. `--write` puts the list into docs/architectures.md.
+
+Sizes and inputs are made by rules, of `tiny_configs` and `tiny_inputs`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from expressive_attention.integrations import ConversionError, convert
 
-SECONDS, PARAMETERS, PROCESSES = 75, 100_000_000, 2
+SECONDS, PARAMETERS, PROCESSES = 75, 150_000_000, 2
 MEMORY = 10 * 2**30  # bytes that a process may take
 
 
