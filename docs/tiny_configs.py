@@ -118,6 +118,7 @@ def _shrink(config: Any, size: Size) -> None:
     for name, value in EXCEPTIONS.get(type(config).__name__, {}).items():
         setattr(config, name, value)
     grouped = get(config, "num_key_value_heads") not in (None, get(config, "num_attention_heads"))
+    staged = any(isinstance(get(config, name), list | tuple) for name in ("depth", "depths"))
     depths = [get(config, name) for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers")]
     for name, value in list(_attributes(config)):
         if name in getattr(config, "sub_configs", {}) or hasattr(value, "sub_configs"):
@@ -125,7 +126,7 @@ def _shrink(config: Any, size: Size) -> None:
                 _shrink(value, size)
             continue
         new = _small(name, value, size)
-        if isinstance(new, list | tuple) and len(new) in depths and not hasattr(config, "depths"):
+        if isinstance(new, list | tuple) and len(new) in depths and not staged:
             new = new[: size.layers]
         if new is not value:
             with contextlib.suppress(Exception):  # some raise errors of their own
@@ -174,7 +175,8 @@ def _small(name: str, value: Any, size: Size) -> Any:
     if _EXPERTS.search(name) or name == "num_experts_per_tok":
         return _each(value, lambda x: min(x, 2 if "per_tok" in name or "shared" in name else 4))
     if _DEPTH.search(name):
-        return _each(value, lambda x: min(x, size.layers))
+        of_stages = isinstance(value, list | tuple)  # one of which may be numbered up to the layers in it, as in CvT
+        return _each(value, lambda x: min(x, size.layers + of_stages))
     if size.fixed:
         return FIXED.get(name, value)
     if "feature_sizes" in name or name == "image_size":
