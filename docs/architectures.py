@@ -148,8 +148,8 @@ def of_pass(model: Any, inputs: dict[str, Any]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of an error, in short and without the place of a file on this machine."""
+    line = re.sub(r"[^\s'\"]*/site-packages/", "", (str(error).strip().splitlines() or [""])[0])
     kind = "" if isinstance(error, (ConversionError, NotImplementedError)) else f"{type(error).__name__}: "
     return f"{kind}{textwrap.shorten(line, 150, placeholder=' ...')}"
 

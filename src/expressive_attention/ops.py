@@ -133,7 +133,7 @@ def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
-    query, key, value, mask, output, normalizer, *_ = ctx.saved_tensors
+    query, key, value, mask, output, normalizer = ctx.saved_tensors[:6]
     visibility, scale, form, backend = ctx.settings
     wants_mask = ctx.needs_input_grad[3]
     if grad_output is None:

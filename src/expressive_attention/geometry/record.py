@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional import Call
+from ..call import Call
 from ..integrations.table import Table
 from . import measures
 

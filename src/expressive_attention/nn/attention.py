@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import join_masks
-from .mechanisms import attend, known_mechanisms
+from .mechanisms import attend, check_mechanism
 from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, position_codes
 
 __all__ = ["HeadGain", "SelfAttention", "check_choice"]
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
         rope_base: float = 10_000.0,
     ) -> None:
         super().__init__()
-        check_choice("mechanism", mechanism, known_mechanisms())
+        check_mechanism(mechanism)
         codes = position_codes(position)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..functional import expressive_attention
 from ..masks import join_masks
 
-__all__ = ["MECHANISMS", "attend", "known_mechanisms", "register"]
+__all__ = ["MECHANISMS", "attend", "check_mechanism", "known_mechanisms", "register"]
 
 
 def _saturated(z: Tensor) -> Tensor:
@@ -75,6 +75,18 @@ def register(name: str, function: Callable[[Tensor], Tensor], *, is_log: bool = 
     (_LOG_WEIGHTS if is_log else _WEIGHTS)[name] = function
 
 
+# Names under which users look for a mechanism.
+_OTHER_NAMES = {"softmax": "dot_product", "dpa": "dot_product", "sdpa": "dot_product", "ea": "expressive"}
+
+
+def check_mechanism(mechanism: str) -> None:
+    """Raise ValueError if `mechanism` is none of `known_mechanisms`."""
+    if mechanism not in known_mechanisms():
+        meant = _OTHER_NAMES.get(mechanism.lower()) if isinstance(mechanism, str) else None
+        hint = "" if meant is None else f"; {meant!r} is its name here"
+        raise ValueError(f"mechanism must be one of {known_mechanisms()}, got {mechanism!r}{hint}")
+
+
 def known_mechanisms() -> tuple[str, ...]:
     """`MECHANISMS`, and what was registered."""
     return tuple(dict.fromkeys([*MECHANISMS, *_WEIGHTS, *_LOG_WEIGHTS]))
@@ -99,6 +111,9 @@ def attend(
         attn_mask: Broadcastable to ``(..., L, S)``: bool (True: takes part) or a bias in log-weight space.
         dropout_p: Probability of dropping a weight.
         is_causal: A query sees its own position and what came before, in addition to the mask.
+
+    Raises:
+        ValueError: There is no mechanism of that name.
     """
     if mechanism == "expressive":
         return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal)
@@ -106,6 +121,7 @@ def attend(
         return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal, form="squared")
     if mechanism == "dot_product":
         return _softmax(query, key, value, attn_mask, dropout_p, is_causal)
+    check_mechanism(mechanism)
     if is_causal:
         attn_mask = _with_causal(attn_mask, query, key)
     weights = _masked_weights(mechanism, query @ key.mT * query.shape[-1] ** -0.5, attn_mask)
