@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from expressive_attention import expressive_attention
@@ -18,11 +18,18 @@ def backend(request):
         yield name
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(problems(), st.integers(1, 5))
-def test_random_problems_within_budget(case, threads):
-    with threads_of_torch(threads):
-        assert_within_budget(case, *FUSED, *(["reference"] if case.poison else []))
+@pytest.mark.parametrize("part", range(8))
+def test_random_problems_within_budget(part):
+    """2,000 in all, in parts that the workers of pytest share."""
+
+    @seed(part)
+    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(problems(), st.integers(1, 5))
+    def check(case, threads):
+        with threads_of_torch(threads):
+            assert_within_budget(case, *FUSED, *(["reference"] if case.poison else []))
+
+    check()
 
 
 @pytest.mark.slow
