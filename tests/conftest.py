@@ -60,6 +60,6 @@ def browser(tmp_path_factory):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    window.set_script_timeout(600)  # less than that of a test
+    window.set_script_timeout(240)  # less than that of a test
     yield window
     window.quit()
