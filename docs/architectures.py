@@ -3,7 +3,7 @@
     .venv/bin/python docs/architectures.py [--only PATTERN] [--results FILE] [--write]
 
 Every architecture of `AutoModel` is built from a small configuration with random weights, converted, and verified by a
-forward pass: nothing is downloaded. Those that read images need torchvision. Each has a process of its own, two at a
+forward pass: nothing is downloaded. Models that read images need torchvision. Each has a process of its own, two at a
 time. With a file of results, a run that was ended is resumed. `--write` puts the list into docs/architectures.md.
 
 Sizes and inputs are made by rules, of `tiny_configs` and `tiny_inputs`.
@@ -179,7 +179,7 @@ def in_process(config_class: Any) -> str:
 
 
 def send_outcomes(config_class: Any, there: Any) -> None:
-    """What runs in the process."""
+    """Send the outcomes of a configuration; this runs in the process of its own."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with contextlib.redirect_stdout(io.StringIO()):

@@ -25,7 +25,7 @@ FIXED: dict[str, int] = {
     **dict.fromkeys(("patch_size",), 8),
 }
 
-# What a configuration leaves open, or what has no rule.
+# Values for attributes that a configuration leaves open, or that have no rule.
 GIVEN: dict[str, Any] = {
     "use_cache": False,
     "upsample_groups": 1,
@@ -93,7 +93,7 @@ class Size:
 
 
 def sizes(layers: int) -> Iterator[Size]:
-    """The smallest first. What fits together in one may not in another: some code has sizes of its own."""
+    """Yield sizes, the smallest first. Some models hold sizes of their own, so a size that fits one may not fit another."""
     yield Size(layers, fixed=True)
     for divisor in (8, 4, 2):
         for heads in (True, False):

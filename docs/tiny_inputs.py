@@ -137,7 +137,7 @@ class Maker:
     # -- all --
 
     def candidates(self, name: str) -> list[Any]:
-        """What an argument may be given; none: it is not known."""
+        """Return values that an argument may take; an empty list if the argument is not known."""
         made = RULES.get(name)
         if made is None:
             return []
@@ -211,7 +211,7 @@ def _count(found: Any) -> int:
 SAME = {"input_ids": ("hidden_states", "pixel_values", "query_embeds"), "pixel_values": ("hidden_states",),
         "input_values": ("hidden_states",)}  # fmt: skip
 
-# What is given beside what is needed.
+# Arguments that are given although the signature does not require them.
 OPTIONAL = (
     "input_ids", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features",
     "input_values", "bbox", "visual_feats", "visual_pos", "lang_ids", "decoder_input_values", "decoder_input_ids",
@@ -223,13 +223,13 @@ OPTIONAL = (
 # Models that take one of these take patches of images.
 PATCHED = ("grid_thw", "image_grid_thw", "pixel_position_ids", "image_position_ids", "spatial_shapes")
 
-# What configurations call the number of features of a frame of sound.
+# Names in configurations for the number of features of a frame of sound.
 BINS = (
     "num_mel_bins", "n_mels", "mel_bins", "feature_size", "input_feat_per_channel", "model_in_channels",
     "feature_projection_input_dim", "input_dim", "input_feat_size", "audio_input_feat_size",
 )  # fmt: skip
 
-# What many take, and few need.
+# Arguments that many models take, and few need.
 EXTRAS = ("image_sizes", "encoder_hidden_states", "target_sizes", "pixel_attention_mask", "input_features_mask")
 
 MASKS = {
