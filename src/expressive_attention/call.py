@@ -209,7 +209,7 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
         output: ``(B, Hq, L, Ev)``.
@@ -223,7 +223,7 @@ class Result(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What a backward pass starts from.
+    """The upstream gradients of a backward pass.
 
     Attributes:
         output: The gradient of the output.
@@ -237,7 +237,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward pass gives: gradients of the tensors of a call; None: that of the mask was not asked for."""
+    """The gradients of the tensors of a call; `attn_mask` is None if its gradient was not asked for."""
 
     query: Tensor
     key: Tensor
