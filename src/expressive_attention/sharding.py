@@ -40,14 +40,8 @@ def _register() -> None:
 
 def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     """Placements of (output, normalizer, bias_max) for those of the arguments, each of one dimension of the mesh."""
-    from torch.distributed.tensor import Replicate
-
     call, _ = unflatten(arguments)
-    rules = []
-    for way in _ways(call):
-        rows = way.query
-        rules.append(([rows, rows, rows if call.has_bias else Replicate()], list(flatten(way, _NOT_A_TENSOR))))
-    return rules
+    return [([way.query] * 3, list(flatten(way, _NOT_A_TENSOR))) for way in _ways(call)]
 
 
 def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
