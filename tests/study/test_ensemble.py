@@ -43,7 +43,7 @@ def test_any_two_values_of_any_two_parts_meet_in_some_model():
 
     for (one, of_one), (other, of_other) in itertools.combinations(zip(names, values, strict=True), 2):
         met = {(value(model, one), value(model, other)) for model in MODELS}
-        assert met == set(itertools.product(of_one, of_other)), (one, other)
+        assert met >= set(itertools.product(of_one, of_other)), (one, other)  # and combined positions besides
 
 
 def make_members(count: int = 3, **options: object) -> list[Transformer]:
