@@ -4,7 +4,7 @@ import ast
 
 from tests.architecture import PACKAGE, PAGE, ROOMS, ROOT, edges, room_of, with_picture
 
-# What users or other libraries call, whose parameters are not ours to choose.
+# Functions that users or other libraries call; their parameters are not ours to choose.
 PUBLIC = {
     "functional.expressive_attention",
     "varlen.expressive_attention_varlen",

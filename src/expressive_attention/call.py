@@ -195,7 +195,7 @@ class Call(NamedTuple):
 
     @property
     def diagonal(self) -> int | None:
-        """Of a diagonal visibility: query i sees key j if and only if ``j <= i + diagonal``; None: it sees all."""
+        """The d of a diagonal visibility: query i sees key j if and only if ``j <= i + d``; None: it sees all."""
         right = self.visibility.right
         if right is None or not self.visibility.lower_right:
             return right

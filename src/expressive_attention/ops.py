@@ -80,7 +80,7 @@ def _is_eager(*tensors: Tensor | None) -> bool:
 
 
 def _no_bias_max(normalizer: Tensor) -> Tensor:
-    """What the operator has in the place of None: ``(B, Hq, 0)``."""
+    """An empty tensor ``(B, Hq, 0)``, which stands for None in the results of the operator."""
     return normalizer.new_empty((*normalizer.shape[:-1], 0))
 
 

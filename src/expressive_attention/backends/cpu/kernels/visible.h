@@ -130,7 +130,7 @@ INLINE visible_range range_of(const row_span *rows, int64_t count) {
   return range;
 }
 
-// What the mask makes of the weights of `n` keys from `key`: exp(bias - bias_max) in room->factor.
+// Write the factors of the weights of `n` keys from `key`, exp(bias - bias_max), to room->factor.
 static void read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
   int64_t stride = p->mask.stride[3], size = dtype_size(p->mask_dtype);
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
