@@ -249,7 +249,7 @@ class Backend(Protocol):
     """An implementation of the operator: a module with these functions."""
 
     def declines(self, call: Call) -> str | None:
-        """The reason why it does not run the call; None: it does. No reason is that a query sees up to a diagonal."""
+        """The reason why it does not run the call; None: it does. A diagonal visibility is never a reason."""
 
     def forward(self, call: Call) -> Result:
         """Output, normalizer and largest biases of a call that it does not decline."""
