@@ -412,26 +412,30 @@ class _Named(Guarded):
     """A layer that asks the attention interface for the implementation of its configuration."""
 
     _original: Any
-    _interface: Any  # what its code calls ALL_ATTENTION_FUNCTIONS, which may be a table of its own
+    # The entries of what its code calls ALL_ATTENTION_FUNCTIONS: those of its module, which come first, and of all.
+    _entries: tuple[dict[str, Any], dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
         modules = [sys.modules[base.__module__] for base in cls._original.__mro__ if base.__module__ in sys.modules]
         tables = [vars(module)[_TABLE] for module in modules if _TABLE in vars(module)]
-        cls._interface = tables[0] if tables else AttentionInterface()
+        table: Any = tables[0] if tables else AttentionInterface()
+        cls._entries = table._local_mapping, table._global_mapping
         cls._has_notes = own_softmax(cls._original)
 
     def _has_changed(self) -> bool:
         name: Any = implementation_of(self)
+        own, everyones = self._entries
         return (
             self._has_notes  # its own code computes softmax for some calls, and torch's functions are to be seen
             or name != self.__dict__[GUARD].implementation
             or "forward" in self.__dict__
-            or self._interface.get(name) is not _ENTRIES.get(name)
+            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
         )
 
     def _changes(self) -> list[str]:
         name: Any = implementation_of(self)
-        changes, entry = super()._changes(), self._interface.get(name)
+        own, everyones = self._entries
+        changes, entry = super()._changes(), own.get(name, everyones.get(name))
         if name in _ENTRIES and entry is not _ENTRIES[name]:
             told = f"the entry {name!r} of transformers' attention interface was that of this package and is "
             changes.append(told + getattr(entry, "__name__", repr(entry)))
