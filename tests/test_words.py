@@ -36,7 +36,6 @@ TO_DO = {
     "src/expressive_attention/integrations/inspection.py",
     "src/expressive_attention/integrations/pytorch.py",
     "src/expressive_attention/integrations/sdpa.py",
-    "src/expressive_attention/integrations/switching.py",
     "src/expressive_attention/nn/multihead.py",
     "src/expressive_attention/study/attention_maps.py",
     "src/expressive_attention/study/checkpoints.py",
