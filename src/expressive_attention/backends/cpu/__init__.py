@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..dropout import threshold
 from ..pattern import Pattern
 from ..problem import Problem, accumulation_dtype, empty_peak
 from . import library
@@ -58,6 +59,7 @@ def forward(
     pattern: Pattern,
     scale: float,
     form: str,
+    dropout: tuple[float, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalizer and peak, as `reference.forward`."""
     batch, heads, rows, _ = query.shape
@@ -68,7 +70,7 @@ def forward(
     _run(
         library.chosen().forward,
         FORWARD.pack(
-            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
+            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths, dropout),
             output.data_ptr(),
             normalizer.data_ptr(),
             peak.data_ptr(),
@@ -90,6 +92,7 @@ def backward(
     scale: float,
     form: str,
     mask_gradient: bool,
+    dropout: tuple[float, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value))
@@ -104,7 +107,7 @@ def backward(
     _run(
         library.chosen().backward,
         BACKWARD.pack(
-            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
+            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths, dropout),
             output.data_ptr(),
             normalizer.data_ptr(),
             0,
@@ -130,6 +133,7 @@ def _inputs(
     scale: float,
     form: str,
     lengths: Tensor | None,
+    dropout: tuple[float, Tensor] | None,
 ) -> tuple[float, ...]:
     """The members of ``ea_problem`` from the first to the mask; `lengths` are `_lengths`, which the caller keeps."""
     batch, heads, rows, width = query.shape
@@ -153,6 +157,7 @@ def _inputs(
         value_width,
         scale,
         0 if lengths is None else lengths.data_ptr(),
+        *_dropout(dropout, batch),
         _address("query", query),
         *query.stride(),
         _address("key", key),
@@ -190,6 +195,14 @@ def _lengths(pattern: Pattern) -> Tensor | None:
 def _mask_strides(mask: Tensor) -> tuple[int, ...]:
     """Strides that repeat the dimensions of size one."""
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _dropout(dropout: tuple[float, Tensor] | None, batch: int) -> tuple[float, ...]:
+    if dropout is None:
+        return 0, 1.0, 0, 0
+    dropout_p, keys = dropout
+    keep = 1.0 if dropout_p == 1 else 1.0 - dropout_p
+    return threshold(dropout_p), keep, _address("keys", keys), max(1, batch // keys.shape[0])
 
 
 def _run(kernel, problem: bytes) -> None:

@@ -4,6 +4,7 @@
 //     dv_j = sum_i w_ij u_i,   dq_i = sum_j h_ij g_ij (2 scale k_j),   dk_j = 2 sum_i h_ij g_ij (scale q_i),
 //     dbias_ij = w_ij g_ij.
 //
+// With dropout, u_i . v_j above and w_ij in dv_j are divided by 1 - p where the weight is kept, and 0 where it is dropped.
 // Hidden pairs have w = h = 0. The part of dq along q is what remains of terms that cancel where f is small, since
 // sum_j w_ij (g_ij - dN_i) = 0. Without them it is
 //
@@ -34,6 +35,7 @@ typedef struct {
   row_place *rows;
   REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *slopes, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
+  uint64_t *kept;  // with dropout
   mask_room mask;
   not_finite bad;
 } backward_room;
@@ -101,6 +103,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .room = take(&a, most(keys, V * round_up(most(p->width, p->value_width), V)) * sizeof(REAL)),
+      .kept = take(&a, p->dropout_keys ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
       .mask = {.factor = take(&a, keys * sizeof(REAL))},
       .bad = {.rows = take(&a, rows * sizeof(REAL)),
               .keys = take(&a, keys * sizeof(REAL)),
@@ -165,6 +168,16 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
   }
 }
 
+// Which weights are kept, where some are dropped.
+static void read_block_kept(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
+                            int64_t key, int64_t n) {
+  if (p->dropout_keys) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
+}
+
+INLINE const uint64_t *kept_of(const backward_plan *plan, const backward_room *room, int64_t r) {
+  return room->kept + r * kept_words(0, plan->block_keys);
+}
+
 static void pack_key_block(const ea_problem *p, backward_room *room, int64_t b, int64_t kv_head, int64_t key,
                            int64_t n) {
   pack_transposed(room->keys_transposed, &p->key, p->dtype, b, kv_head, key, n, p->width, room->room);
@@ -179,9 +192,9 @@ static void pack_row_block(const ea_problem *p, const backward_plan *plan, backw
   pack_places(room->upstream, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
   for (int64_t r = 0; r < count; r++) {
     REAL *query = room->query + r * plan->columns, *upstream = room->upstream + r * plan->value_columns;
-    if (normalizer) {
-      REAL total = normalizer[index_of(p, room->rows + r)];
-      scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total);
+    REAL total = normalizer ? normalizer[index_of(p, room->rows + r)] : 1;
+    if (normalizer || p->dropout_keys) {
+      scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total / (REAL)p->keep);
     }
     room->bad.rows[r] = check_row(query, plan->columns) + check_row(upstream, plan->value_columns);
     if (room->bad.rows[r] != 0) {
@@ -194,14 +207,17 @@ static void pack_row_block(const ea_problem *p, const backward_plan *plan, backw
 // Whether row r, or one of the keys of the block, is not finite.
 INLINE int is_bad(const backward_room *room, int64_t r) { return room->bad.any_key || room->bad.rows[r] != 0; }
 
-// dO_i . v_j of a group of rows and the n keys of the block.
+// dO_i . v_j of a group of rows and the n keys of the block; 0 where the weight is dropped.
 static void group_products(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t r, int mr,
-                           int64_t n, int64_t columns) {
+                           int64_t key, int64_t n, int64_t columns) {
   for (int64_t start = 0; start < columns; start += PANEL) {
     int nr = columns - start >= PANEL ? NR : tile_vectors(columns - start);
     product(mr, nr, p->value_width, room->upstream + r * plan->value_columns, plan->value_columns,
             room->values_transposed + start * p->value_width, panel_width(start, n), room->products + start,
             leading(plan->block_keys));
+  }
+  for (int i = 0; p->dropout_keys && i < mr; i++) {
+    drop(room->products + i * leading(plan->block_keys), columns, kept_of(plan, room, r + i), key);
   }
 }
 
@@ -244,10 +260,11 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
     int64_t n = least(plan->block_keys, end - key);
     pack_key_block(p, room, b, kv_head, key, n);
     backward_weights(p, plan, room, count, key, n);
+    read_block_kept(p, plan, room, count, key, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key);
-      group_products(p, plan, room, r, mr, n, columns);
+      group_products(p, plan, room, r, mr, key, n, columns);
       for (int i = 0; i < mr; i++) {
         int64_t index = index_of(p, room->rows + r + i);
         bad[r + i] |= add_numbers(p, room, r + i, key, columns, room->weights + (r + i) * ldw, room->products + i * ldw,
@@ -361,7 +378,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   visible_range seen = range_of(room->rows + r, mr);
   int64_t columns = least(n, seen.end - key);
   if (columns <= 0) return;
-  group_products(p, plan, room, r, mr, n, columns);
+  group_products(p, plan, room, r, mr, key, n, columns);
   int complete = key <= seen.begin && seen.end <= key + n;
   for (int i = 0; i < mr; i++) {
     const row_place *row = room->rows + r + i;
@@ -383,6 +400,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     if (is_bad(room, r + i) || own.along != own.along) {
       own = correct_gradient(p, room, r + i, key, round_up(columns, V), w, share, h, &t, bias);
     }
+    if (p->dropout_keys) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
     sums[index].along += own.along;
     sums[index].share += own.share;
     if (bias) add_to_mask(run, row, key, columns, bias);
@@ -396,6 +414,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys), columns = plan->columns, value_columns = plan->value_columns;
   backward_weights(p, plan, room, count, key, n);
+  read_block_kept(p, plan, room, count, key, n);
   for (int64_t r = 0; r < count; r += MR) group_gradient(run, room, r, (int)least(MR, count - r), key, n, sums);
   for (int64_t c = 0; c < columns; c += PANEL) {
     int nr = (int)(panel_width(c, columns) / V);

@@ -50,6 +50,7 @@ typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #else
 typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #endif
+typedef uint32_t uvec __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE vec load(const REAL *p) { return *(const unaligned_vec *)p; }
 INLINE void store(REAL *p, vec x) { *(unaligned_vec *)p = x; }
