@@ -138,7 +138,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
       const REAL *w = room->weights + r * ldw;
       REAL *output = room->output + r * plan->value_columns + c;
       if (plan->pairs) {
-        add_pairs(mr, nr, (columns + 1) / 2, w, ldw, values + c, plan->value_columns, output, plan->value_columns);
+        add_pairs(mr, nr, (columns + 1) / 2, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
       } else {
         add(mr, nr, columns, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
       }

@@ -101,22 +101,22 @@ INLINE vec weight(vec x, int squared, REAL scale2, REAL inverse) {
 #endif
 }
 
-// f(z), and f'(z) / 2.
-INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
-  vec s = saturate(z * z);
+// f(x sqrt(scale2)) as `weight`, and its derivative by x / 2, divided by scale2 where `squared` and else multiplied by it.
+INLINE vec weight_and_slope(vec x, int squared, REAL scale2, REAL inverse, vec *half_slope) {
+  vec s = saturate(x * x);
   if (squared) {
-    *half_slope = z;
-    return s;
+    *half_slope = x;
+    return scale2 == 1 ? s : s * scale2;
   }
-  vec d = s + (REAL)1;
+  vec d = s + inverse;
 #if defined(__AVX512F__) && !REAL_IS_DOUBLE
   // The operations of `weight`: a weight over the sum of its row has to be the same number.
   vec r = (vec)_mm512_rcp14_ps((__m512)d), e = (REAL)1 - d * r, w = s * r;
   r += r * e;
-  *half_slope = z * r * r;
+  *half_slope = x * r * r;
   return w + w * e;
 #else
-  *half_slope = z / d / d;
+  *half_slope = x / d / d;
   return s / d;
 #endif
 }
