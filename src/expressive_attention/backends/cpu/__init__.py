@@ -48,7 +48,7 @@ def warn_of_fallback() -> None:
 
 def takes(pattern: Pattern) -> bool:
     """Whether this backend knows all that a pattern asks for."""
-    return pattern.slopes is None and pattern.query_starts is None
+    return pattern.query_starts is None
 
 
 def forward(
@@ -65,7 +65,7 @@ def forward(
     batch, heads, rows, _ = query.shape
     output = torch.empty((batch, heads, rows, value.shape[-1]), dtype=query.dtype, device="cpu")
     normalizer = torch.empty((batch, heads, rows), dtype=accumulation_dtype(query.dtype), device="cpu")
-    peak = empty_peak(normalizer, attn_mask)
+    peak = empty_peak(normalizer, attn_mask, pattern.slopes)
     lengths = _lengths(pattern)
     _run(
         library.chosen().forward,
@@ -157,6 +157,7 @@ def _inputs(
         value_width,
         scale,
         0 if lengths is None else lengths.data_ptr(),
+        *_slopes(pattern.slopes),
         *_dropout(dropout, batch),
         _address("query", query),
         *query.stride(),
@@ -195,6 +196,12 @@ def _lengths(pattern: Pattern) -> Tensor | None:
 def _mask_strides(mask: Tensor) -> tuple[int, ...]:
     """Strides that repeat the dimensions of size one."""
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _slopes(slopes: Tensor | None) -> tuple[int, int]:
+    if slopes is None:
+        return 0, 0
+    return _address("alibi_slopes", slopes), 0 if slopes.shape[0] == 1 else slopes.stride(0)
 
 
 def _dropout(dropout: tuple[float, Tensor] | None, batch: int) -> tuple[float, ...]:

@@ -84,12 +84,14 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   plan.parts = least(p->threads / greatest_common_divisor(units, p->threads), plan.key_blocks);
   if (shared && p->mask_size[3] == 1) plan.parts = 1;  // all keys add to the same elements
   forward_plan forward = plan_forward(p);
-  plan.pairs = may_use_pairs && forward.pairs && can_use_pairs_backward(p);
+  // An output of 16 bits is not exact enough for the gradient of a wider mask.
+  int exact = p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype);
+  plan.pairs = may_use_pairs && forward.pairs && !exact && can_use_pairs_backward(p);
   double scale2 = p->scale * p->scale;
   plan.factor = !plan.pairs ? 2 : p->squared ? 2 * scale2 : 2 / scale2;
   // Where the forward pass adds the numbers of a score in another order, its N is not the sum of the same weights. In
   // double, those of float may have lost what counts.
-  plan.recompute = forward.few_rows || forward.pairs != plan.pairs || (REAL_IS_DOUBLE && p->dtype != REAL_DTYPE);
+  plan.recompute = exact || forward.few_rows || forward.pairs != plan.pairs || (REAL_IS_DOUBLE && p->dtype != REAL_DTYPE);
   plan.keeps_shares = has_bias(p) && !p->squared;
   plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1;
   return plan;
@@ -116,7 +118,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .room = take(&a, most(keys, V * round_up(most(p->width, p->value_width), V)) * sizeof(REAL)),
       .kept = take(&a, p->dropout_keys ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
-      .mask = {.factor = take(&a, keys * sizeof(REAL))},
+      .mask = take_mask_room(p, &a, rows, keys),
       .bad = {.rows = take(&a, rows * sizeof(REAL)),
               .keys = take(&a, keys * sizeof(REAL)),
               .values = take(&a, keys * sizeof(REAL)),

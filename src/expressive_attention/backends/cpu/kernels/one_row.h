@@ -20,7 +20,7 @@ static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *
       .sums = take(&a, p->value_width * sizeof(double)),
       .seen = take(&a, PANEL),
       .kept = take(&a, kept_words(KEPT_KEYS - 1, PANEL) * (int64_t)sizeof(uint64_t)),
-      .mask = {.factor = take(&a, PANEL * sizeof(REAL))},
+      .mask = take_mask_room(p, &a, PANEL, PANEL),
   };
   return a.used;
 }
@@ -42,8 +42,8 @@ static int one_row_weights(const ea_problem *p, const row_place *row, one_row_ro
   weights_target to = {.squared = (int)p->squared, .scale2 = 1, .inverse = 1, .weights = room->weights, .ld = PANEL};
   weights(1, NR, p->width, room->query, p->width, room->panel, PANEL, &to, 0, 0);
   if (has_bias(p)) {
-    read_bias(p, row, key, n, &room->mask);
-    for (int64_t j = 0; j < n; j++) room->weights[j] *= room->seen[j] ? room->mask.factor[j] : 0;
+    const REAL *factor = read_bias(p, row, key, n, &room->mask);
+    for (int64_t j = 0; j < n; j++) room->weights[j] *= room->seen[j] ? factor[j] : 0;
   }
   return 1;
 }

@@ -121,28 +121,34 @@ INLINE vec weight_and_slope(vec x, int squared, REAL scale2, REAL inverse, vec *
 #endif
 }
 
-// exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place.
+#if !REAL_IS_DOUBLE
+// exp of the smaller of x and 0; NaN stays NaN. 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7:
+// error below an ulp.
+INLINE vec exponential(vec x) {
+  const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
+  const float magic = 0x1.8p23f;  // added to a number, leaves its nearest integer in the last bits
+  vec y = choose(x < -104.0f, splat(-104), choose(x > 0.0f, splat(0), x));
+  vec shifted = y * log2e + magic, k = shifted - magic, r = y - k * high - k * low;
+  vec e = splat(1.0f / 5040);
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r * r + r + 1.0f;
+  // Two factors, as 2^k may be smaller than the least normal number.
+  ivec whole = (ivec)shifted - (ivec)splat(magic), half = whole >> 1;
+  whole -= half;
+  e = e * (vec)((half + 127) << 23) * (vec)((whole + 127) << 23);
+  return choose(x < -104.0f, splat(0), e);
+}
+#endif
+
+// exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place; there is room for whole vectors.
 static void exponentials(REAL *x, int64_t n) {
 #if REAL_IS_DOUBLE
   for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? 1 : exp(x[i]);
 #else
-  // 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7: error below an ulp.
-  const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
-  for (int64_t i = 0; i < n; i++) {
-    float y = x[i] < -104.0f ? -104.0f : x[i] > 0.0f ? 0.0f : x[i];
-    float k = rintf(y * log2e);
-    float r = y - k * high - k * low;
-    float e = 1.0f / 5040;
-    e = e * r + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r * r + r + 1.0f;
-    // Two factors, as 2^k may be smaller than the least normal number.
-    int32_t whole = k == k ? (int32_t)k : 0, half = whole / 2;
-    union { int32_t bits; float number; } a = {(half + 127) << 23}, b = {(whole - half + 127) << 23};
-    x[i] = x[i] < -104.0f ? 0.0f : e * a.number * b.number;
-  }
+  for (int64_t i = 0; i < n; i += V) store(x + i, exponential(load(x + i)));
 #endif
 }
