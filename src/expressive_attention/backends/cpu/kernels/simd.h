@@ -127,7 +127,12 @@ INLINE vec weight_and_slope(vec x, int squared, REAL scale2, REAL inverse, vec *
 INLINE vec exponential(vec x) {
   const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
   const float magic = 0x1.8p23f;  // added to a number, leaves its nearest integer in the last bits
+  // Below -104 the result is 0, as it is at -104.
+#if defined(__AVX512F__)
+  vec y = (vec)_mm512_min_ps((__m512)splat(0), _mm512_max_ps((__m512)splat(-104), (__m512)x));
+#else
   vec y = choose(x < -104.0f, splat(-104), choose(x > 0.0f, splat(0), x));
+#endif
   vec shifted = y * log2e + magic, k = shifted - magic, r = y - k * high - k * low;
   vec e = splat(1.0f / 5040);
   e = e * r + 1.0f / 720;
@@ -136,11 +141,14 @@ INLINE vec exponential(vec x) {
   e = e * r + 1.0f / 6;
   e = e * r + 0.5f;
   e = e * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)e, (__m512)k);
+#else
   // Two factors, as 2^k may be smaller than the least normal number.
   ivec whole = (ivec)shifted - (ivec)splat(magic), half = whole >> 1;
   whole -= half;
-  e = e * (vec)((half + 127) << 23) * (vec)((whole + 127) << 23);
-  return choose(x < -104.0f, splat(0), e);
+  return e * (vec)((half + 127) << 23) * (vec)((whole + 127) << 23);
+#endif
 }
 #endif
 

@@ -62,6 +62,12 @@ static void subtract_distances(const row_place *row, int64_t key, int64_t n, REA
   }
 }
 
+// Where the biases of a row over n keys from `key` on are, if they can be used in their place.
+INLINE const REAL *biases_in_place(const ea_problem *p, const row_place *row, int64_t key) {
+  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || p->slopes) return NULL;
+  return (const REAL *)row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query) + key;
+}
+
 // The biases of n keys from `key` on.
 static void read_biases(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x) {
   if (has_float_mask(p)) {
@@ -87,11 +93,17 @@ static bias_range read_range(const ea_problem *p, const row_place *row, REAL *ro
   if (!p->slopes && p->mask.stride[3] == 0) end = least(end, start + 1);
   vec largest = splat((REAL)-INFINITY), smallest = splat((REAL)INFINITY);
   for (int64_t j = start; j < end; j += room_size) {
-    int64_t n = least(room_size, end - j);
-    read_biases(p, row, j, n, room);
+    int64_t n = least(room_size, end - j), whole = 0;
+    const REAL *from = biases_in_place(p, row, j);
+    if (from) {
+      whole = n / V * V;
+      for (int64_t i = whole; i < n; i++) room[i] = from[i];
+    } else {
+      read_biases(p, row, j, n, room);
+    }
     for (int64_t i = n; i < round_up(n, V); i++) room[i] = (REAL)-INFINITY;
     for (int64_t i = 0; i < n; i += V) {
-      vec x = load(room + i);
+      vec x = load((i < whole ? from : room) + i);
       largest = choose((x > largest) | (x != x), x, largest);
       smallest = choose((x < smallest) & (x > (REAL)-INFINITY), x, smallest);
     }
@@ -217,9 +229,19 @@ static const REAL *read_bias(const ea_problem *p, const row_place *row, int64_t 
     from += key * p->mask.stride[3] * dtype_size(p->mask_dtype);
     if (room->from == from && room->peak == row->peak && room->count >= n) return room->factor;
   }
-  read_biases(p, row, key, n, room->factor);
-  for (int64_t j = 0; j < n; j++) room->factor[j] -= row->peak;
-  exponentials(room->factor, n);
+  int64_t done = 0;
+#if !REAL_IS_DOUBLE
+  const REAL *biases = biases_in_place(p, row, key);
+  for (; biases && done + V <= n; done += V) {
+    __builtin_prefetch(biases + 2 * p->mask.stride[2] + done, 0, 3);  // of a row that follows
+    store(room->factor + done, exponential(load(biases + done) - row->peak));
+  }
+#endif
+  if (done < n) {
+    read_biases(p, row, key + done, n - done, room->factor + done);
+    for (int64_t j = done; j < n; j++) room->factor[j] -= row->peak;
+    exponentials(room->factor + done, n - done);
+  }
   room->from = from;
   room->peak = row->peak;
   room->count = n;
