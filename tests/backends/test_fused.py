@@ -197,7 +197,7 @@ def test_a_key_with_score_zero_hides_no_others_behind_its_bias(name, best, dtype
         own = got[result]
         if result in ("key", "value", "mask"):
             own = own[..., without] if result == "mask" else own[:, :, without]
-        # Kernels may round weights to bfloat16, which another peak lets them do otherwise.
+        # Kernels may round weights to bfloat16, which another largest bias lets them do otherwise.
         near = max(1e-5, 2 * torch.finfo(dtype).eps)
         torch.testing.assert_close(own, x, rtol=near, atol=near * float(x.abs().max()) + 1e-12)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends.problem import check_form
+from ..call import check_form
 from .errors import ConversionError
 from .guard import guard, is_guarded, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used

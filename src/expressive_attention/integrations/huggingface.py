@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import expressive_attention
-from ..nn.mechanisms import joined
+from ..masks import join_masks
 from ..varlen import expressive_attention_varlen
 from .conversion import (
     ConversionError,
@@ -116,7 +116,7 @@ def _attention(
     for bias in (position_bias, *_chosen_keys(module, query, key, keep, kwargs)):
         if bias is not None:
             bias = bias[..., : key.shape[2]]
-            keep = bias if keep is None else joined(keep, bias)
+            keep = bias if keep is None else join_masks(keep, bias)
     if (gain := getattr(module, GAIN, None)) is not None:
         query = query * gain[:, None, None]
     wants_weights = kwargs.get(
@@ -131,7 +131,7 @@ def _attention(
         return output.unflatten(0, (query.shape[0], -1)), None
     if starts is not None:
         same = _same_sequence(query, key, *starts[:2])
-        keep = same if keep is None else joined(keep, same)
+        keep = same if keep is None else join_masks(keep, same)
     # A mask tells all there is to tell. Without one, queries that are fewer than keys are the last ones: they continue
     # a cache, or a model has left out those before them.
     settings: dict[str, Any] = {

@@ -34,11 +34,11 @@ typedef struct {
 } backward_plan;
 
 typedef struct {
-  row_place *rows;
-  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *slopes, *products;
+  row_span *rows;
+  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *derivatives, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
   // With pairs: rows two by two, and h g row by row.
-  REAL *query_pairs, *upstream_pairs, *weight_pairs, *slope_pairs, *narrow_slopes;
+  REAL *query_pairs, *upstream_pairs, *weight_pairs, *derivative_pairs, *narrow_derivatives;
   uint64_t *kept;  // with dropout
   mask_room mask;
   not_finite bad;
@@ -51,7 +51,7 @@ typedef struct {
 
 // Numbers of all rows (B, Hq, L).
 typedef struct {
-  REAL *normalizer, *mean, *peak;
+  REAL *normalizer, *mean, *bias_max;
 } row_numbers;
 
 typedef struct {
@@ -104,7 +104,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys, head_rows = p->heads / p->kv_heads * p->rows;
   *room = (backward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * plan->columns * sizeof(REAL)),
       .upstream = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .keys_transposed = take(&a, keys * p->width * sizeof(REAL)),
@@ -112,12 +112,12 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .keys = take(&a, keys * plan->columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
       .shares = take(&a, plan->keeps_shares ? rows * leading(keys) * sizeof(REAL) : 0),
-      .slopes = take(&a, rows * leading(keys) * sizeof(REAL)),
+      .derivatives = take(&a, rows * leading(keys) * sizeof(REAL)),
       .products = take(&a, MR * leading(keys) * sizeof(REAL)),
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .room = take(&a, most(keys, V * round_up(most(p->width, p->value_width), V)) * sizeof(REAL)),
-      .kept = take(&a, p->dropout_keys ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
+      .kept = take(&a, p->dropout_seeds ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
       .mask = take_mask_room(p, &a, rows, keys),
       .bad = {.rows = take(&a, rows * sizeof(REAL)),
               .keys = take(&a, keys * sizeof(REAL)),
@@ -129,8 +129,8 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
     room->query_pairs = take(&a, pairs * plan->columns * sizeof(REAL));
     room->upstream_pairs = take(&a, pairs * plan->value_columns * sizeof(REAL));
     room->weight_pairs = take(&a, pairs * leading(keys) * sizeof(REAL));
-    room->slope_pairs = take(&a, pairs * leading(keys) * sizeof(REAL));
-    room->narrow_slopes = take(&a, rows * leading(keys) * sizeof(REAL) / 2);
+    room->derivative_pairs = take(&a, pairs * leading(keys) * sizeof(REAL));
+    room->narrow_derivatives = take(&a, rows * leading(keys) * sizeof(REAL) / 2);
   }
   if (!plan->in_place && plan->parts == 1) room->grad_query = take(&a, head_rows * plan->columns * sizeof(REAL));
   return a.used;
@@ -141,7 +141,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
 static void numbers_from_stored(backward_run *run, backward_room *room, int64_t count) {
   const ea_problem *p = run->p;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *row = room->rows + r;
+    const row_span *row = room->rows + r;
     int64_t index = index_of(p, row);
     const REAL *output = (const REAL *)p->output + index * p->value_width;
     const REAL *upstream = row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query);
@@ -162,7 +162,7 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
   }
 }
 
-// Weights, slopes and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
+// Weights, derivatives and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
 // sees there are zeros.
 static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                              int64_t key, int64_t n) {
@@ -173,8 +173,8 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start;
       if (columns <= 0) continue;
-      slopes(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * plan->columns, plan->columns,
-             room->keys_transposed + start * width, ld, room->weights + r * ldw + start, room->slopes + r * ldw + start,
+      derivatives(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * plan->columns, plan->columns,
+             room->keys_transposed + start * width, ld, room->weights + r * ldw + start, room->derivatives + r * ldw + start,
              ldw, (REAL)(p->scale * p->scale), (REAL)(1 / (p->scale * p->scale)), (int)p->squared, plan->pairs);
     }
   }
@@ -183,14 +183,14 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
     visible_range seen = range_of(room->rows + r, mr);
     if (is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
-      const row_place *row = room->rows + r + i;
+      const row_span *row = room->rows + r + i;
       int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
       if (plan->keeps_shares) {
         memcpy(room->shares + at, room->weights + at, (size_t)visible * sizeof(REAL));
         memset(room->shares + at + visible, 0, (size_t)(whole - visible) * sizeof(REAL));
       }
       apply_mask(p, row, key, whole, room->weights + at, &room->mask, 1);
-      apply_mask(p, row, key, whole, room->slopes + at, &room->mask, 1);
+      apply_mask(p, row, key, whole, room->derivatives + at, &room->mask, 1);
     }
   }
 }
@@ -198,7 +198,7 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
 // Which weights are kept, where some are dropped.
 static void read_block_kept(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                             int64_t key, int64_t n) {
-  if (p->dropout_keys) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
+  if (p->dropout_seeds) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
 }
 
 INLINE const uint64_t *kept_of(const backward_plan *plan, const backward_room *room, int64_t r) {
@@ -250,7 +250,7 @@ static void pack_row_block(const ea_problem *p, const backward_plan *plan, backw
   for (int64_t r = 0; r < count; r++) {
     REAL *query = room->query + r * plan->columns, *upstream = room->upstream + r * plan->value_columns;
     REAL total = normalizer ? normalizer[index_of(p, room->rows + r)] : 1;
-    if (normalizer || p->dropout_keys) {
+    if (normalizer || p->dropout_seeds) {
       scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total / (REAL)p->keep);
     }
     room->bad.rows[r] = check_row(query, plan->columns) + check_row(upstream, plan->value_columns);
@@ -274,7 +274,7 @@ static void group_products(const ea_problem *p, const backward_plan *plan, backw
             room->values_transposed + start * width, panel_width(start, n), room->products + start,
             leading(plan->block_keys), plan->pairs);
   }
-  for (int i = 0; p->dropout_keys && i < mr; i++) {
+  for (int i = 0; p->dropout_seeds && i < mr; i++) {
     drop(room->products + i * leading(plan->block_keys), columns, kept_of(plan, room, r + i), key);
   }
 }
@@ -348,7 +348,7 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
   room->mask.from = NULL;
   place_rows(p, b, kv_head, first, count, room->rows, room->room, plan->block_keys);
   if (has_bias(p)) {
-    for (int64_t r = 0; r < count; r++) run->numbers.peak[index_of(p, room->rows + r)] = room->rows[r].peak;
+    for (int64_t r = 0; r < count; r++) run->numbers.bias_max[index_of(p, room->rows + r)] = room->rows[r].bias_max;
   }
   if (plan->recompute) {
     numbers_from_inputs(run, room, b, kv_head, count);
@@ -405,7 +405,7 @@ static row_sums correct_gradient(const ea_problem *p, backward_room *room, int64
   return sums;
 }
 
-static void add_to_mask(backward_run *run, const row_place *row, int64_t key, int64_t n, const REAL *bias) {
+static void add_to_mask(backward_run *run, const row_span *row, int64_t key, int64_t n, const REAL *bias) {
   const ea_problem *p = run->p;
   const int64_t *size = p->mask_size;
   int64_t b = size[0] == 1 ? 0 : row->batch, h = size[1] == 1 ? 0 : row->head, i = size[2] == 1 ? 0 : row->query;
@@ -435,12 +435,12 @@ static void narrow_group(const backward_plan *plan, backward_room *room, int64_t
   int64_t ldw = leading(plan->block_keys);
   static const REAL zeros[BACKWARD_KEYS];
   for (int i = 0; i < mr; i += 2, r += 2) {
-    const REAL *w = room->weights + r * ldw, *h = room->slopes + r * ldw;
+    const REAL *w = room->weights + r * ldw, *h = room->derivatives + r * ldw;
     int alone = i + 1 == mr;
     narrow_rows(room->weight_pairs + r / 2 * ldw, w, factor[i], alone ? zeros : w + ldw, alone ? 0 : factor[i + 1], n);
-    narrow_rows(room->slope_pairs + r / 2 * ldw, h, 1, alone ? zeros : h + ldw, 1, n);
-    narrow_row(room->narrow_slopes + r * ldw / 2, h, n);
-    if (!alone) narrow_row(room->narrow_slopes + (r + 1) * ldw / 2, h + ldw, n);
+    narrow_rows(room->derivative_pairs + r / 2 * ldw, h, 1, alone ? zeros : h + ldw, 1, n);
+    narrow_row(room->narrow_derivatives + r * ldw / 2, h, n);
+    if (!alone) narrow_row(room->narrow_derivatives + (r + 1) * ldw / 2, h + ldw, n);
   }
 }
 #endif
@@ -457,7 +457,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     int64_t begin = most(0, round_up(columns, V)), bytes = (padded(n) - begin) * (int64_t)sizeof(REAL);
     for (int i = 0; bytes > 0 && i < mr; i += 2) {
       memset(room->weight_pairs + (r + i) / 2 * ldw + begin, 0, (size_t)bytes);
-      memset(room->slope_pairs + (r + i) / 2 * ldw + begin, 0, (size_t)bytes);
+      memset(room->derivative_pairs + (r + i) / 2 * ldw + begin, 0, (size_t)bytes);
     }
   }
   if (columns <= 0) return;
@@ -465,9 +465,9 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   REAL factor[MR];
   int complete = key <= seen.begin && seen.end <= key + n;
   for (int i = 0; i < mr; i++) {
-    const row_place *row = room->rows + r + i;
+    const row_span *row = room->rows + r + i;
     int64_t index = index_of(p, row);
-    REAL *w = room->weights + (r + i) * ldw, *h = room->slopes + (r + i) * ldw;
+    REAL *w = room->weights + (r + i) * ldw, *h = room->derivatives + (r + i) * ldw;
     REAL *share = plan->keeps_shares ? room->shares + (r + i) * ldw : NULL;
     REAL total = run->numbers.normalizer[index];
     row_terms t = {.product = room->products + i * ldw,
@@ -487,7 +487,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     if (!plan->pairs && (is_bad(room, r + i) || own.along != own.along)) {
       own = correct_gradient(p, room, r + i, key, round_up(columns, V), w, share, h, &t, bias);
     }
-    if (p->dropout_keys) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
+    if (p->dropout_seeds) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
     sums[index].along += own.along;
     sums[index].share += own.share;
     if (bias) add_to_mask(run, row, key, columns, bias);
@@ -516,17 +516,17 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
       int64_t seen = least(n, range_of(room->rows + r, mr).end - key);
       REAL *to = grad_query + r * columns + c;
       if (plan->pairs) {
-        add_pairs(mr, nr, (seen + 1) / 2, room->narrow_slopes + r * ldw / 2, ldw / 2, 0, room->keys + c, columns, to,
+        add_pairs(mr, nr, (seen + 1) / 2, room->narrow_derivatives + r * ldw / 2, ldw / 2, 0, room->keys + c, columns, to,
                   columns);
       } else {
-        add(mr, nr, seen, room->slopes + r * ldw, ldw, 0, room->keys + c, columns, to, columns);
+        add(mr, nr, seen, room->derivatives + r * ldw, ldw, 0, room->keys + c, columns, to, columns);
       }
     }
   }
   int step = plan->pairs ? 2 : 1;
   void (*add_some)(int, int, int64_t, const REAL *, int64_t, int, const REAL *, int64_t, REAL *, int64_t) =
       plan->pairs ? add_pairs : add;
-  const REAL *w = plan->pairs ? room->weight_pairs : room->weights, *h = plan->pairs ? room->slope_pairs : room->slopes;
+  const REAL *w = plan->pairs ? room->weight_pairs : room->weights, *h = plan->pairs ? room->derivative_pairs : room->derivatives;
   const REAL *query = plan->pairs ? room->query_pairs : room->query;
   const REAL *upstream = plan->pairs ? room->upstream_pairs : room->upstream;
   // Rows before `first` see no key from j on.
@@ -616,7 +616,7 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
       visible_range seen = range_of(room->rows, count);
       if (seen.end <= key || seen.begin >= key + n) continue;
       if (has_bias(p)) {
-        for (int64_t r = 0; r < count; r++) room->rows[r].peak = run->numbers.peak[index_of(p, room->rows + r)];
+        for (int64_t r = 0; r < count; r++) room->rows[r].bias_max = run->numbers.bias_max[index_of(p, room->rows + r)];
       }
       pack_row_block(p, plan, room, count, run->numbers.normalizer);
       backward_block(run, room, count, key, n, grad_query + first * columns, sums);
@@ -709,7 +709,7 @@ static int backward_once(const ea_problem *p, int may_use_pairs) {
     run.rooms = take(&a, most(1, least(p->threads, most(tasks, p->batch * p->kv_heads * plan->row_blocks))) * run.room_bytes);
     run.numbers.normalizer = take(&a, rows * sizeof(REAL));
     run.numbers.mean = take(&a, rows * sizeof(REAL));
-    run.numbers.peak = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
+    run.numbers.bias_max = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
     run.sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
     run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
     run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);

@@ -1,6 +1,6 @@
 // Dropout: which weights are kept, without storing it. Pair (b, h, i, j) is dropped if the upper 24 bits of word
 // j / 16 % 4 of Philox4x32-10 (Salmon et al., SC 2011) are less than p 2^24. Its key is the seed, its counter is
-// (j / 64 * 16 + j % 16, i, b Hq + h, offset). So 16 lanes decide 64 keys in a row. dropout.py has the same in torch.
+// (j / 64 * 16 + j % 16, first + i, b Hq + h, offset). So 16 lanes decide 64 keys in a row. dropout.py has the same in torch.
 
 #define PHILOX_M0 0xD2511F53u
 #define PHILOX_M1 0xCD9E8D57u
@@ -47,7 +47,7 @@ typedef struct {
 } philox_lanes;
 
 typedef struct {
-  uint32_t seed[2], offset;
+  uint32_t seed[2], offset, first_row;
   int64_t first_head;  // b Hq
 } philox_key;
 
@@ -101,9 +101,10 @@ INLINE uint64_t kept_lanes(uvec word, uint32_t threshold) {
 
 INLINE philox_key key_of(const ea_problem *p, int64_t batch) {
   int64_t batches = p->dropout_batches;
-  const int64_t *key = p->dropout_keys + batch / batches * 2;
+  const int64_t *key = p->dropout_seeds + batch / batches * 3;
   return (philox_key){.seed = {(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)},
                       .offset = (uint32_t)key[1],
+                      .first_row = (uint32_t)key[2],
                       .first_head = batch % batches * p->heads};
 }
 
@@ -112,7 +113,7 @@ INLINE int64_t kept_words(int64_t key, int64_t n) { return (key % KEPT_KEYS + n 
 
 // A bit for each of n keys from `key` on, in words that begin at multiples of KEPT_KEYS, `ld` apart for rows. Words of
 // which a row sees no key are 0.
-static void read_kept(const ea_problem *p, const row_place *rows, int64_t count, int64_t key, int64_t n, uint64_t *kept,
+static void read_kept(const ea_problem *p, const row_span *rows, int64_t count, int64_t key, int64_t n, uint64_t *kept,
                       int64_t ld) {
   uvec lane;
   for (int i = 0; i < FLOAT_LANES; i++) lane[i] = (uint32_t)i;
@@ -132,7 +133,7 @@ static void read_kept(const ea_problem *p, const row_place *rows, int64_t count,
           lanes = prepare_lanes(&k, (uint32_t)(k.first_head + head), lane + (uint32_t)(block * 16 + part));
         }
         uvec c[4];
-        philox(&k, (uint32_t)(k.first_head + head), (uint32_t)rows[r].query, &lanes, c);
+        philox(&k, (uint32_t)(k.first_head + head), (uint32_t)rows[r].query + k.first_row, &lanes, c);
         UNROLL for (int i = 0; i < 4; i++) *to |= kept_lanes(c[i], threshold) << (16 * i + part);
       }
     }

@@ -22,7 +22,7 @@ typedef struct {
 
 // Memory of one thread.
 typedef struct {
-  row_place *rows;
+  row_span *rows;
   REAL *query, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
   uint64_t *kept;  // with dropout
   mask_room mask;
@@ -42,7 +42,7 @@ static forward_plan plan_forward(const ea_problem *p) {
   plan.block_keys = least(plan.block_keys, padded(p->keys));
   int64_t tasks = p->batch * p->kv_heads * plan.row_blocks;
   int64_t parts = tasks >= p->threads ? 1 : (p->threads + tasks - 1) / tasks;
-  int64_t multiple = p->dropout_keys ? most(PANEL, KEPT_KEYS) : PANEL;
+  int64_t multiple = p->dropout_seeds ? most(PANEL, KEPT_KEYS) : PANEL;
   plan.part_keys = most(multiple, round_up((p->keys + parts - 1) / parts, multiple));
   plan.parts = most(1, (p->keys + plan.part_keys - 1) / plan.part_keys);
   return plan;
@@ -53,7 +53,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys;
   *room = (forward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * p->width * sizeof(REAL)),
       .keys = take(&a, keys * p->width * sizeof(REAL)),
       .values = take(&a, keys * plan->value_columns * sizeof(REAL)),
@@ -63,7 +63,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
       .output = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .sums = take(&a, rows * sizeof(vec)),
       .room = take(&a, most(keys, V * round_up(p->width, V)) * sizeof(REAL)),
-      .kept = take(&a, p->dropout_keys ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
+      .kept = take(&a, p->dropout_seeds ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
       .mask = take_mask_room(p, &a, rows, keys),
   };
   return a.used;
@@ -82,7 +82,7 @@ static void mask_and_sum(const ea_problem *p, const forward_plan *plan, forward_
   vec sum = load(room->sums + r * V);
   for (int64_t j = 0; j < n; j += V) sum += load(w + j);
   store(room->sums + r * V, sum);
-  if (p->dropout_keys) drop(w, n, room->kept + r * kept_words(0, plan->block_keys), key);
+  if (p->dropout_seeds) drop(w, n, room->kept + r * kept_words(0, plan->block_keys), key);
 }
 
 // Add a block of keys to the rows: weights first, by panels of keys that stay in the first cache, then their
@@ -109,7 +109,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
         prefetch_rows(&p->value, p->dtype, b, kv_head, key + n + ahead, rows, p->value_width);
         ahead += rows;
       }
-      int plain = !p->dropout_keys && is_plain(p, seen, key, n);
+      int plain = !p->dropout_seeds && is_plain(p, seen, key, n);
       to.weights = (plain || !plan->pairs ? room->weights : room->wide_weights) + r * ldw;
       to.sums = plain ? room->sums + r * V : NULL;
       to.column = start;
@@ -121,7 +121,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     int mr = (int)least(MR, count - r);
     visible_range seen = range_of(room->rows + r, mr);
     int64_t columns = least(n, seen.end - key);
-    if (columns <= 0 || (!p->dropout_keys && is_plain(p, seen, key, n))) continue;
+    if (columns <= 0 || (!p->dropout_seeds && is_plain(p, seen, key, n))) continue;
     for (int i = 0; i < mr; i++) {
       REAL *w = (plan->pairs ? room->wide_weights : room->weights) + (r + i) * ldw;
       mask_and_sum(p, plan, room, r + i, key, columns, w);
@@ -175,7 +175,7 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
                  p->value.stride[2] == value_columns;
   for (int64_t key = begin; key < end; key += plan->block_keys) {
     int64_t n = least(plan->block_keys, end - key);
-    if (p->dropout_keys) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
+    if (p->dropout_seeds) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
     if (plan->few_rows) {
       few_rows_block(p, plan, room, b, kv_head, count, key, n);
       continue;
@@ -196,22 +196,22 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
 }
 
 // Where the numbers of a row are in (B, Hq, L).
-INLINE int64_t index_of(const ea_problem *p, const row_place *row) {
+INLINE int64_t index_of(const ea_problem *p, const row_span *row) {
   return (row->batch * p->heads + row->head) * p->rows + row->query;
 }
 
 // Write the results of a row.
-static void write_results(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer) {
+static void write_results(const ea_problem *p, const row_span *row, const REAL *output, REAL normalizer) {
   int64_t index = index_of(p, row);
   write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
-  // N = 0 stays 0, however large the exponential of the peak is.
-  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, normalizer == 0 ? 0 : row->peak);
+  // N = 0 stays 0, however large the exponential of the bias_max is.
+  if (has_bias(p)) write_number(p->bias_max, sums_dtype(p), index, normalizer == 0 ? 0 : row->bias_max);
 }
 
 // Write the results of a row: o = output / N. Return whether N lost what counts, or o is not finite. `output` has room
 // for whole vectors, and is changed.
-static int finish_row(const ea_problem *p, const row_place *row, REAL *output, REAL normalizer) {
+static int finish_row(const ea_problem *p, const row_span *row, REAL *output, REAL normalizer) {
   REAL total = (normalizer == 0 ? 1 : normalizer) * (REAL)p->keep;
   vec beyond = {0};
   for (int64_t c = 0; c < p->value_width; c += V) {
@@ -236,7 +236,7 @@ typedef struct {
 static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer);
 
 // The results of row `index` of a key head, from its sums.
-static void settle_row(forward_run *run, const row_place *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
+static void settle_row(forward_run *run, const row_span *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
                        REAL normalizer) {
   if (!finish_row(run->p, row, output, normalizer)) return;
   int status = rescue_row(run->p, b, kv_head, index, normalizer);

@@ -44,10 +44,10 @@ static void pack_row_pairs(REAL *to, int64_t ld, const ea_tensor *t, int64_t b, 
 }
 
 // The same of the rows at these places.
-static void pack_place_pairs(REAL *to, int64_t ld, const ea_tensor *t, const row_place *rows, int64_t count,
+static void pack_place_pairs(REAL *to, int64_t ld, const ea_tensor *t, const row_span *rows, int64_t count,
                              int64_t columns) {
   for (int64_t r = 0; r < count; r += 2, to += ld) {
-    const row_place *even = rows + r, *odd = even + 1;
+    const row_span *even = rows + r, *odd = even + 1;
     pair_rows(to, ld, row_of(t, EA_BFLOAT16, even->batch, even->head, even->query),
               r + 1 < count ? row_of(t, EA_BFLOAT16, odd->batch, odd->head, odd->query) : NULL, columns);
   }

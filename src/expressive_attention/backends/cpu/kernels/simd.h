@@ -102,10 +102,10 @@ INLINE vec weight(vec x, int squared, REAL scale2, REAL inverse) {
 }
 
 // f(x sqrt(scale2)) as `weight`, and its derivative by x / 2, divided by scale2 where `squared` and else multiplied by it.
-INLINE vec weight_and_slope(vec x, int squared, REAL scale2, REAL inverse, vec *half_slope) {
+INLINE vec weight_and_half_derivative(vec x, int squared, REAL scale2, REAL inverse, vec *half_derivative) {
   vec s = saturate(x * x);
   if (squared) {
-    *half_slope = x;
+    *half_derivative = x;
     return scale2 == 1 ? s : s * scale2;
   }
   vec d = s + inverse;
@@ -113,10 +113,10 @@ INLINE vec weight_and_slope(vec x, int squared, REAL scale2, REAL inverse, vec *
   // The operations of `weight`: a weight over the sum of its row has to be the same number.
   vec r = (vec)_mm512_rcp14_ps((__m512)d), e = (REAL)1 - d * r, w = s * r;
   r += r * e;
-  *half_slope = x * r * r;
+  *half_derivative = x * r * r;
   return w + w * e;
 #else
-  *half_slope = x / d / d;
+  *half_derivative = x / d / d;
   return s / d;
 #endif
 }

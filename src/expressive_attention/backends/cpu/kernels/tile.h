@@ -59,17 +59,17 @@ INLINE void weights_tile(const int mr, const int nr, int64_t n, const REAL *a, i
   (void)narrow;
 }
 
-// W = f(A B), H = f'(A B) / 2 as `weight_and_slope` has them.
-INLINE void slopes_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
+// W = f(A B), H = f'(A B) / 2 as `weight_and_half_derivative` has them.
+INLINE void derivatives_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
                         REAL *w, REAL *h, int64_t ldw, REAL scale2, REAL inverse, const int squared, const int pairs) {
   vec z[MR][NR] = {0};
   multiply(z, mr, nr, n, a, lda, 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) {
-      vec half_slope;
-      vec x = weight_and_slope(z[i][j], squared, pairs ? scale2 : 1, pairs ? inverse : 1, &half_slope);
+      vec half_derivative;
+      vec x = weight_and_half_derivative(z[i][j], squared, pairs ? scale2 : 1, pairs ? inverse : 1, &half_derivative);
       store(w + i * ldw + j * V, x);
-      store(h + i * ldw + j * V, half_slope);
+      store(h + i * ldw + j * V, half_derivative);
     }
   }
 }
@@ -144,23 +144,23 @@ static void weights(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const
   }
 }
 
-static void slopes(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
+static void derivatives(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
                    int64_t ldw, REAL scale2, REAL inverse, int squared, int pairs) {
 #if HAS_PAIRS
   if (pairs && squared) {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 1)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 1)
     return;
   }
   if (pairs) {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 1)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 1)
     return;
   }
 #endif
   (void)pairs;
   if (squared) {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 0)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 0)
   } else {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 0)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 0)
   }
 }
 

@@ -7,8 +7,8 @@ typedef struct {
   int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
   int64_t place;         // of the query among the keys
   REAL slope;            // of ALiBi, or 0
-  REAL peak;             // its largest visible bias, as `peak_of` has it; 0 without a bias
-} row_place;
+  REAL bias_max;             // its largest visible bias, as `bias_max_of` has it; 0 without a bias
+} row_span;
 
 INLINE int has_float_mask(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
 
@@ -19,7 +19,7 @@ INLINE int has_bias(const ea_problem *p) { return p->slopes || has_float_mask(p)
 typedef struct {
   REAL *factor;
   const void *from;
-  REAL peak;
+  REAL bias_max;
   int64_t count;
   // exp(-slope |d|) for distances d = first, ..., first + size - 1 of keys after a query: those of a row are part of it.
   REAL *table;
@@ -43,7 +43,7 @@ typedef struct {
 } bias_range;
 
 // The bias of key j, which the row sees but for a bool mask.
-INLINE REAL bias_of(const ea_problem *p, const row_place *row, int64_t j) {
+INLINE REAL bias_of(const ea_problem *p, const row_span *row, int64_t j) {
   const char *mask = p->mask_dtype == EA_NONE ? NULL : row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   REAL bias = 0;
   if (has_float_mask(p)) {
@@ -55,7 +55,7 @@ INLINE REAL bias_of(const ea_problem *p, const row_place *row, int64_t j) {
 }
 
 // Subtract slope times distance from n numbers, of the keys from `key` on.
-static void subtract_distances(const row_place *row, int64_t key, int64_t n, REAL *x) {
+static void subtract_distances(const row_span *row, int64_t key, int64_t n, REAL *x) {
   for (int64_t j = 0; j < n; j++) {
     int64_t d = key + j - row->place;
     x[j] -= row->slope * (REAL)(d < 0 ? -d : d);
@@ -63,13 +63,13 @@ static void subtract_distances(const row_place *row, int64_t key, int64_t n, REA
 }
 
 // Where the biases of a row over n keys from `key` on are, if they can be used in their place.
-INLINE const REAL *biases_in_place(const ea_problem *p, const row_place *row, int64_t key) {
+INLINE const REAL *biases_in_place(const ea_problem *p, const row_span *row, int64_t key) {
   if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || p->slopes) return NULL;
   return (const REAL *)row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query) + key;
 }
 
 // The biases of n keys from `key` on.
-static void read_biases(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x) {
+static void read_biases(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x) {
   if (has_float_mask(p)) {
     const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
     int64_t stride = p->mask.stride[3];
@@ -83,7 +83,7 @@ static void read_biases(const ea_problem *p, const row_place *row, int64_t key, 
   if (p->slopes) subtract_distances(row, key, n, x);
 }
 
-static bias_range read_range(const ea_problem *p, const row_place *row, REAL *room, int64_t room_size) {
+static bias_range read_range(const ea_problem *p, const row_span *row, REAL *room, int64_t room_size) {
   int64_t start = row->start, end = row->limit;
   if (p->mask_dtype == EA_NONE && start < end) {  // distances alone
     int64_t nearest = least(most(row->place, start), end - 1);
@@ -117,7 +117,7 @@ static bias_range read_range(const ea_problem *p, const row_place *row, REAL *ro
 }
 
 // Whether the score of a row and key j is not 0. In double, where no product of floats is rounded. `room` is for two rows.
-static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL *room) {
+static int has_score(const ea_problem *p, const row_span *row, int64_t j, REAL *room) {
   double sum = 0;
   REAL *key = room + p->width;
   read_row(room, row_of(&p->query, p->dtype, row->batch, row->head, row->query), p->dtype, p->query.stride[3], p->width);
@@ -131,19 +131,19 @@ static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL 
 #define WIDE_RANGE 60
 
 // The largest bias of a key whose score is not 0: one with score 0 has no weight, and would leave those far below it none.
-static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range *range, REAL *room) {
+static REAL bias_max_of(const ea_problem *p, const row_span *row, const bias_range *range, REAL *room) {
   if (range->largest == (REAL)-INFINITY) return 0;
   if (!((double)range->largest - (double)range->least > WIDE_RANGE)) return range->largest;
   if (p->mask_dtype == EA_NONE && has_score(p, row, least(most(row->place, row->start), row->limit - 1), room)) {
     return range->largest;
   }
-  REAL peak = (REAL)-INFINITY;
+  REAL bias_max = (REAL)-INFINITY;
   for (int64_t j = row->start; j < row->limit; j++) {
     REAL bias = bias_of(p, row, j);
     if (bias == range->largest && has_score(p, row, j, room)) return range->largest;
-    if (bias > peak && has_score(p, row, j, room)) peak = bias;
+    if (bias > bias_max && has_score(p, row, j, room)) bias_max = bias;
   }
-  return peak == (REAL)-INFINITY ? range->largest : peak;
+  return bias_max == (REAL)-INFINITY ? range->largest : bias_max;
 }
 
 // How many keys of a batch exist. Keys behind them are not read.
@@ -153,7 +153,7 @@ INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
 
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                        row_place *rows) {
+                        row_span *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
   int64_t keys = key_count(p, batch);
   int64_t corner = p->lower_right ? keys - p->rows : 0;
@@ -161,30 +161,30 @@ static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
     int64_t start = p->window ? most(0, least(limit, query + corner - p->left)) : 0;
     REAL slope = p->slopes ? p->slopes[batch * p->slopes_stride + head] : 0;
-    rows[r] = (row_place){batch, head, query, start, limit, query + corner, slope, 0};
+    rows[r] = (row_span){batch, head, query, start, limit, query + corner, slope, 0};
     if (++query == p->rows) head++, query = 0;
   }
 }
 
 // The places of rows with their peaks. `room` may be changed; it also holds two rows of E numbers.
 static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                       row_place *rows, REAL *room, int64_t room_size) {
+                       row_span *rows, REAL *room, int64_t room_size) {
   locate_rows(p, batch, kv_head, first, count, rows);
   if (!has_bias(p)) return;
   bias_range range;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *before = rows + r - 1;
+    const row_span *before = rows + r - 1;
     if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
         p->slopes || p->mask.stride[2] != 0) {
       range = read_range(p, rows + r, room, room_size);
     }
-    rows[r].peak = peak_of(p, rows + r, &range, room);
+    rows[r].bias_max = bias_max_of(p, rows + r, &range, room);
   }
 }
 
 // The rows of `t` at these places, as `pack_rows` would.
 static void pack_places(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype, const ea_problem *p,
-                        const row_place *rows, int64_t count, int64_t columns, REAL scale) {
+                        const row_span *rows, int64_t count, int64_t columns, REAL scale) {
   for (int64_t r = 0, n; r < count; r += n) {
     n = least(count - r, p->rows - rows[r].query);  // in one head
     pack_rows(to + r * ld, ld, t, dtype, rows[r].batch, rows[r].head, rows[r].query, n, columns, scale);
@@ -197,7 +197,7 @@ typedef struct {
   int64_t begin, end, all_begin, all_end;
 } visible_range;
 
-INLINE visible_range range_of(const row_place *rows, int64_t count) {
+INLINE visible_range range_of(const row_span *rows, int64_t count) {
   visible_range range = {rows[0].start, rows[0].limit, rows[0].start, rows[0].limit};
   for (int64_t r = 1; r < count; r++) {
     range.begin = least(range.begin, rows[r].start);
@@ -208,16 +208,16 @@ INLINE visible_range range_of(const row_place *rows, int64_t count) {
   return range;
 }
 
-// What biases make of the weights of `n` keys from `key`: exp(bias - peak).
-static const REAL *read_bias(const ea_problem *p, const row_place *row, int64_t key, int64_t n, mask_room *room) {
-  if (!has_float_mask(p) && row->peak == 0) {
+// What biases make of the weights of `n` keys from `key`: exp(bias - bias_max).
+static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
+  if (!has_float_mask(p) && row->bias_max == 0) {
     int64_t d = key - row->place;
     if (room->slope != row->slope || d < room->first || d + n > room->first + room->size) {
       // The rows that follow have smaller distances.
       room->slope = row->slope;
       room->first = d + n - room->size;
       for (int64_t i = 0; i < room->size; i++) room->table[i] = 0;
-      row_place origin = {.slope = row->slope};
+      row_span origin = {.slope = row->slope};
       subtract_distances(&origin, room->first, room->size, room->table);
       exponentials(room->table, room->size);
     }
@@ -227,31 +227,31 @@ static const REAL *read_bias(const ea_problem *p, const row_place *row, int64_t 
   if (!p->slopes) {
     from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
     from += key * p->mask.stride[3] * dtype_size(p->mask_dtype);
-    if (room->from == from && room->peak == row->peak && room->count >= n) return room->factor;
+    if (room->from == from && room->bias_max == row->bias_max && room->count >= n) return room->factor;
   }
   int64_t done = 0;
 #if !REAL_IS_DOUBLE
   const REAL *biases = biases_in_place(p, row, key);
   for (; biases && done + V <= n; done += V) {
     __builtin_prefetch(biases + 2 * p->mask.stride[2] + done, 0, 3);  // of a row that follows
-    store(room->factor + done, exponential(load(biases + done) - row->peak));
+    store(room->factor + done, exponential(load(biases + done) - row->bias_max));
   }
 #endif
   if (done < n) {
     read_biases(p, row, key + done, n - done, room->factor + done);
-    for (int64_t j = done; j < n; j++) room->factor[j] -= row->peak;
+    for (int64_t j = done; j < n; j++) room->factor[j] -= row->bias_max;
     exponentials(room->factor + done, n - done);
   }
   room->from = from;
-  room->peak = row->peak;
+  room->bias_max = row->bias_max;
   room->count = n;
   return room->factor;
 }
 
 // Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
-// multiplied by exp(bias - peak). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
+// multiplied by exp(bias - bias_max). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
 // a finite one, which hides nothing. With `clear` it becomes 0 there.
-static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room,
+static void apply_mask(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x, mask_room *room,
                        const int clear) {
   int64_t visible = most(0, least(n, row->limit - key));
   for (int64_t j = visible; j < n; j++) x[j] = 0;
@@ -279,7 +279,7 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
 }
 
 // Whether the row sees each of `n` keys from `key` on.
-static void read_seen(const ea_problem *p, const row_place *row, int64_t key, int64_t n, uint8_t *seen) {
+static void read_seen(const ea_problem *p, const row_span *row, int64_t key, int64_t n, uint8_t *seen) {
   const char *mask = NULL;
   if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = 0; j < n; j++) {
@@ -291,7 +291,7 @@ static void read_seen(const ea_problem *p, const row_place *row, int64_t key, in
 
 #if !REAL_IS_DOUBLE
 // Whether the row has a key that is not masked and a query that is not 0: then N = 0 may be an underflow.
-static int may_have_weight(const ea_problem *p, const row_place *row) {
+static int may_have_weight(const ea_problem *p, const row_span *row) {
   const char *query = row_of(&p->query, p->dtype, row->batch, row->head, row->query);
   int zero = 1;
   for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
@@ -313,7 +313,7 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
 INLINE int is_in_range(REAL normalizer) { return normalizer > LEAST_SUM && normalizer <= LARGEST; }
 
 // Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
-INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
+INLINE int is_unsafe(const ea_problem *p, const row_span *row, REAL normalizer) {
 #if REAL_IS_DOUBLE
   (void)p, (void)row, (void)normalizer;
   return 0;
