@@ -203,7 +203,7 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     none: Any = None
     found: list[Any] = [by_name.get(name) for name in names]
     do, dn, dq, dk, dv, dmask = found
-    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none)
+    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none, none)
     return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none))
 
 
