@@ -1,4 +1,4 @@
-"""Ours and its rivals: each makes, for a problem, the function of query, key and value that is timed."""
+"""Our operator and its rivals. For a problem, each makes the timed function of query, key and value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Implementation:
-    """Something to time; `expressive`: it computes expressive attention, which is then checked."""
+    """An implementation to time; if `expressive`, it computes expressive attention and is checked."""
 
     name: str
     make: Callable[[Problem], Attention]
@@ -32,7 +32,7 @@ class Implementation:
 
 
 def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
-    """The output and, with `upstream`, the gradients of one call."""
+    """Return the output and, with `upstream`, the gradients of one call."""
     query, key, value = inputs
     if upstream is None:
         with torch.no_grad():
@@ -42,7 +42,7 @@ def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None)
 
 
 def prepared(attention: Attention, problem: Problem, inputs: Sequence[Tensor], upstream: Tensor | None):
-    """What is timed: the function that gives the output and the gradients of one call."""
+    """Return the function to time, which gives the output and the gradients of one call."""
     if not problem.backward_alone:
         return partial(run, attention, inputs, upstream)
     output = attention(*inputs)
@@ -50,18 +50,18 @@ def prepared(attention: Attention, problem: Problem, inputs: Sequence[Tensor], u
 
 
 def automatic(dtype: torch.dtype, device: str = "cpu") -> str:
-    """The backend that expressive_attention chooses by itself for `dtype`."""
+    """The backend that expressive_attention chooses by default for `dtype`."""
     return next(name for name in AUTOMATIC if why_not(name, dtype, device) is None)
 
 
 def why_not(backend: str, dtype: torch.dtype, device: str = "cpu") -> str | None:
-    """Why `backend` does not run `dtype` on the device; None: it does."""
+    """Why `backend` does not run `dtype` on the device; None if it does."""
     x = torch.empty(1, 1, 1, 1, dtype=dtype, device=device)
     return BACKENDS[backend].declines(Call(x, x, x, None, Visibility(), 1.0, "expressive"))
 
 
 def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Implementation:
-    """Expressive attention as a user calls it, or by the backend of that name."""
+    """Expressive attention with the named backend, or by default as a user calls it."""
 
     def make(problem: Problem) -> Attention:
         return partial(expressive_attention, is_causal=problem.causal, backend=backend)
@@ -74,7 +74,7 @@ def _sdpa(problem: Problem) -> Attention:
 
 
 def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
-    """SDPA by one of its own backends and no other."""
+    """SDPA forced to one of its own backends."""
 
     def make(problem: Problem) -> Attention:
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
 
 
 def _twin(problem: Problem) -> Attention:
-    """Our own kernels with exp in the place of f, and no maximum: what f costs."""
+    """Our own kernels with exp in place of f, and no maximum, to show the cost of f."""
     from expressive_attention.backends import triton
 
     settings = (None, Visibility(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
@@ -110,8 +110,8 @@ def _twin(problem: Problem) -> Attention:
 
 def _flex(problem: Problem) -> Attention:
     """FlexAttention: the softmax of log f(z) is f(z) over its sum."""
-    functorch_config.donated_buffer = not problem.backward_alone  # whose forward pass is kept
-    torch.compiler.reset()  # one compiled function per problem, and none of them dynamic
+    functorch_config.donated_buffer = not problem.backward_alone  # repeated backward needs the buffers
+    torch.compiler.reset()  # compile one static function per problem
 
     def log_weight(z: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = z * z
@@ -135,7 +135,7 @@ def _flex(problem: Problem) -> Attention:
 
 
 def _formula(problem: Problem) -> Attention:
-    """Expressive attention as one would write it first."""
+    """Expressive attention as a plain formula."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         z = (query @ key.mT) * query.shape[-1] ** -0.5

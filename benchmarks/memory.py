@@ -1,16 +1,16 @@
-"""Peak memory of one call beyond its inputs and outputs, in a process of its own.
+"""Measure peak memory of one call beyond its inputs and outputs, in a new process.
 
     python benchmarks/memory.py BACKEND|sdpa|automatic LENGTH forward|backward THREADS
 
-prints it in bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget. On a GPU
-`measured_on_gpu` counts what torch allocates there, for ``(1, 16, LENGTH, 64)``.
+The command prints bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget. On
+a GPU, `measured_on_gpu` counts torch's allocations there, for ``(1, 16, LENGTH, 64)``.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: it has a file with the name of a module of the standard library.
+# This folder goes last: it has a file named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import json
@@ -33,7 +33,7 @@ _CHECKED_ROWS = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes beyond inputs and outputs, and the error as a share of its budget; None: not expressive attention."""
+    """Bytes beyond inputs and outputs, and the error as a share of its budget (None without expressive attention)."""
 
     bytes: int
     error: float | None
@@ -43,7 +43,7 @@ def measured(implementation: str, length: int, backward: bool, threads: int) -> 
     """`Usage` of one call, in a new process.
 
     Raises:
-        RuntimeError: It could not be measured; the message is one line.
+        RuntimeError: The measurement failed; the message is one line.
     """
     passes = "backward" if backward else "forward"
     command = [sys.executable, __file__, implementation, str(length), passes, str(threads)]
@@ -54,7 +54,7 @@ def measured(implementation: str, length: int, backward: bool, threads: int) -> 
 
 
 def measured_on_gpu(implementation: Implementation, length: int, backward: bool) -> Usage:
-    """`Usage` of one call on the current GPU, in bfloat16; kernels are compiled before."""
+    """`Usage` of one call on the current GPU, in bfloat16, with kernels already compiled."""
     problem = Problem("memory", (1, 16, length, 64), backward=backward, dtype=torch.bfloat16, device="cuda")
     inputs, upstream, attention = problem.inputs(), problem.upstream(), implementation.make(problem)
     results = run(attention, inputs, upstream)
@@ -72,12 +72,12 @@ def is_linear(shorter: int, longer: int) -> bool:
 
 
 def usage(implementation: Implementation, length: int, backward: bool) -> Usage:
-    """`Usage` of one call in this process, which should have done nothing before."""
+    """`Usage` of one call in this process, which should be fresh."""
     small = Problem("memory", (1, 1, 64, 64), backward=backward)
     run(implementation.make(small), small.inputs(), small.upstream())
     problem = Problem("memory", (1, 1, length, 64), backward=backward)
     inputs, upstream, attention = problem.inputs(), problem.upstream(), implementation.make(problem)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     before = _status("VmRSS")
     results = run(attention, inputs, upstream)
     beyond = _status("VmHWM") - before - sum(x.nbytes for x in results)

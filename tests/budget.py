@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -302,9 +303,12 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x == y, 0.0, (x - y).abs()).max()
 
 
-def assert_within_budget(case: Case, *backends: str) -> None:
-    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants."""
+def assert_within_budget(case: Case, *backends: str, threads: Sequence[int] = ()) -> None:
+    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants.
+
+    With each of these numbers of threads, or with that of torch.
+    """
     judge = Judge(case)
-    for name in backends:
-        with fused(name) as backend:
-            judge.check(name, judge.poisoned.results(backend))
+    for count, name in itertools.product(threads or [torch.get_num_threads()], backends):
+        with threads_of_torch(count), fused(name) as backend:
+            judge.check(f"{name}, {count} threads", judge.poisoned.results(backend))

@@ -14,7 +14,7 @@ COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import mai
 
 
 def bench(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=800)
+    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=250)
 
 
 def test_what_is_printed_is_checked_and_written(tmp_path):
@@ -77,7 +77,7 @@ for off in (1.0, 1.001, float("nan")):
 
 def script(name, *arguments):
     command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=800)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
 
 
 def test_errors_of_long_problems():

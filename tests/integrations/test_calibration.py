@@ -301,3 +301,16 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path):
     huggingface.check(again)
     with torch.no_grad():
         assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+def test_an_optimizer_that_existed_before_trains_gains_that_it_is_given():
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 6, 16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    calibration = calibrate(convert(model), [x])
+    gains = list(calibration.gains.values())
+    optimizer.add_param_group({"params": gains})
+    model(x).square().mean().backward()
+    wanted = [gain.detach() - 0.1 * gain.grad for gain in gains]
+    assert all(gain.grad.abs().max() > 0 for gain in gains)
+    optimizer.step()
+    torch.testing.assert_close([gain.detach() for gain in gains], wanted)

@@ -22,15 +22,16 @@ def test_a_block_is_attention_and_mlp_on_residuals(kind):
 
 
 @pytest.mark.parametrize("kind", ["pre", "post", "none"])
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", [*POSITIONS, "learned+relative", "learned+sinusoidal", "rope+sinusoidal"])
 def test_the_model_is_its_parts(kind, position):
     torch.manual_seed(1)
     model = Transformer(10, 6, 8, 2, 2, position=position, norm=kind, gain=True)
     tokens = torch.randint(10, (3, 5))
     x = model.embedding(tokens)
-    if position == "learned":
-        x = x + model.positions.table.weight[:5]
-    elif position == "sinusoidal":
+    if "learned" in position.split("+"):
+        table = next(module for module in model.positions.modules() if isinstance(module, torch.nn.Embedding))
+        x = x + table.weight[:5]
+    if "sinusoidal" in position:
         x = SinusoidalPositions(8)(x)
     for block in model.blocks:
         x = block(x)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Call
+from ..call import Call
 from .conversion import Conversion, record_choice
 from .switching import GAIN
 from .table import Table
