@@ -178,8 +178,8 @@ class Call(NamedTuple):
         scale: Factor on the dot product.
         form: ``"expressive"`` or ``"squared"``.
         dropout_p: Probability with which weights are dropped.
-        dropout_seeds: Which ones, as `backends.dropout` has it: ``(n, 3)`` of int64, of which each is for an n-th of the
-            batch; None: none are dropped.
+        dropout_seeds: Which ones, as `backends.dropout` has it: ``(n, 3)`` of int64, each for an n-th of the batch;
+            None: none are dropped.
     """
 
     query: Tensor
