@@ -15,6 +15,7 @@ from torch._decomp import register_decomposition
 
 from . import ops as ops  # which defines the operator
 from .backends import reference
+from .backends.dropout import kept_weights
 from .call import accumulation_dtype, lower
 from .masks import row_bias_max
 from .schema import unflatten
@@ -35,7 +36,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     (z / m)^2 / (1 + z^2), which a row of small scores does not underflow.
     """
     call = lower(unflatten(arguments)[0], reference)
-    query, key, value, mask, _, scale, form, _ = call
+    query, key, value, mask, _, scale, form, dropout_p, _ = call
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -65,6 +66,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         bias_max = largest_bias.squeeze(-1).expand(query.shape[:3])
     weight = weight if keep is None else torch.where(keep, weight, 0.0)
     total = weight.sum(-1, keepdim=True)
+    if dropout_p:
+        weight = kept_weights(weight, call)
     output = (weight / torch.where(total == 0, 1.0, total) @ v).to(query.dtype)
     normalizer = (total * largest.square()).squeeze(-1)
     return output, normalizer, bias_max
