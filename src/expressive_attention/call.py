@@ -178,8 +178,8 @@ class Call(NamedTuple):
         scale: Factor on the dot product.
         form: ``"expressive"`` or ``"squared"``.
         dropout_p: Probability with which weights are dropped.
-        dropout_seeds: Which ones, as `backends.dropout` has it: ``(n, 3)`` of int64, of which each is for an n-th of the
-            batch; None: none are dropped.
+        dropout_seeds: Seeds of the weights to drop, as in `backends.dropout`: ``(n, 3)`` of int64, one for each n-th
+            of the batch; None: none are dropped.
     """
 
     query: Tensor

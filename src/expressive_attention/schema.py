@@ -12,7 +12,16 @@ import torch
 
 from .call import Call, Result, Upstream, Visibility
 
-__all__ = ["ATTENTION", "BACKWARD", "SEEDS", "Backward", "flatten", "flatten_backward", "unflatten", "unflatten_backward"]
+__all__ = [
+    "ATTENTION",
+    "BACKWARD",
+    "SEEDS",
+    "Backward",
+    "flatten",
+    "flatten_backward",
+    "unflatten",
+    "unflatten_backward",
+]
 
 ATTENTION = "expressive_attention::attention"
 BACKWARD = "expressive_attention::attention_backward"
