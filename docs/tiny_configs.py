@@ -93,7 +93,7 @@ class Size:
 
 
 def sizes(layers: int) -> Iterator[Size]:
-    """Yield sizes, the smallest first. Some models hold sizes of their own, so a size that fits one may not fit another."""
+    """Yield sizes, the smallest first. Some models hold sizes of their own, so not every size fits."""
     yield Size(layers, fixed=True)
     for divisor in (8, 4, 2):
         for heads in (True, False):

@@ -43,12 +43,11 @@ def test_opcheck_of_the_backward(backend, name):
     mask, visibility, form = CASES[name]
     q, k, v = tensors()
     with torch.no_grad():
-        output, normalizer, _ = torch.ops.expressive_attention.attention(
-            q, k, v, mask, *visibility, 0.5, form, 0.0, None, backend
-        )
+        inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, backend)
+        output, normalizer, _ = torch.ops.expressive_attention.attention(*inputs)
     bias = mask is not None and mask.requires_grad
     upstream = torch.randn_like(output), torch.randn_like(normalizer), bias
-    arguments = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, backend, output, normalizer, *upstream)
+    arguments = (*inputs, output, normalizer, *upstream)
     torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
 
 

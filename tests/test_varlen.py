@@ -157,6 +157,7 @@ BAD = [
     ({"v": torch.randn(KEYS, 1, 5)}, ValueError, "v must have the 2 heads of k, got 1"),
     ({"q": torch.randn(ROWS, 3, 8)}, ValueError, "q must have a multiple of the 2 heads of k, at least one, got 3"),
     ({"cu_seqlens_q": CU_Q.float()}, ValueError, "cu_seqlens_q must be int32 or int64, got torch.float32"),
+    ({"cu_seqlens_q": torch.cat([CU_Q[:1] + 1, CU_Q[1:]])}, ValueError, "cu_seqlens_q must start at 0"),
     ({"cu_seqlens_q": CU_Q + 1}, ValueError, "cu_seqlens_q must start at 0, never fall, and end at the 17 rows"),
     ({"cu_seqlens_k": CU_K * 2}, ValueError, "cu_seqlens_k must start at 0, never fall, and end at the 25 rows"),
     ({"cu_seqlens_q": with_end(CU_Q, ROWS + 1)}, ValueError, "cu_seqlens_q must .* end at the 17 rows"),

@@ -178,8 +178,8 @@ class Call(NamedTuple):
         scale: Factor on the dot product.
         form: ``"expressive"`` or ``"squared"``.
         dropout_p: Probability with which weights are dropped.
-        dropout_seeds: Which ones, as `backends.dropout` has it: ``(n, 3)`` of int64, each for an n-th of the batch;
-            None: none are dropped.
+        dropout_seeds: Seeds of the weights to drop, as in `backends.dropout`: ``(n, 3)`` of int64, one for each n-th
+            of the batch; None: none are dropped.
     """
 
     query: Tensor
@@ -212,7 +212,7 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
         output: ``(B, Hq, L, Ev)``.
@@ -226,7 +226,7 @@ class Result(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What a backward pass starts from.
+    """The upstream gradients of a backward pass.
 
     Attributes:
         output: The gradient of the output.
@@ -240,7 +240,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward pass gives: gradients of the tensors of a call; None: that of the mask was not asked for."""
+    """The gradients of the tensors of a call; `attn_mask` is None if its gradient was not asked for."""
 
     query: Tensor
     key: Tensor

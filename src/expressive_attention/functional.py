@@ -125,8 +125,8 @@ def expressive_attention(
             in log-weight space. It multiplies the weight by ``exp(attn_mask)`` and is never added to z, so
             ``-inf`` masks, and ALiBi or relative biases mean what they mean for softmax. May be combined with
             `is_causal`.
-        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0; weights that
-            are kept are divided by 1 - dropout_p. Torch's generator of the device decides which are.
+        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0. Kept weights
+            are divided by 1 - dropout_p. The generator of torch for the device decides which weights are dropped.
         is_causal: Query i sees keys up to its own position.
         scale: Factor on the dot product; ``1 / sqrt(E)`` if None.
         enable_gqa: Let ``Hq`` be a multiple of ``Hkv``: query head h reads key head ``h // (Hq // Hkv)``.

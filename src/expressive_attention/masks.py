@@ -1,4 +1,4 @@
-"""What masks have in common: how two are joined, how they are read, and the largest bias of a row."""
+"""Operations on masks: joining two, their strides, and the largest bias of a row."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ torch.library.define(
 
 
 class Backward(NamedTuple):
-    """What the operator of the backward pass is told."""
+    """The arguments of the operator of the backward pass, as objects."""
 
     call: Call
     backend: str
@@ -75,6 +75,6 @@ def flatten_backward(call: Call, backend: str, result: Result, upstream: Upstrea
 
 
 def unflatten_backward(arguments: Sequence[Any]) -> Backward:
-    """What the operator of the backward pass is told by its arguments."""
+    """Rebuild the arguments of the operator of the backward pass."""
     output, normalizer, *upstream = arguments[_SIZE:]
     return Backward(*unflatten(arguments), Result(output, normalizer, None), Upstream(*upstream))

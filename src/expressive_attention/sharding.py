@@ -52,10 +52,12 @@ def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     from torch.distributed.tensor import Replicate
 
     call, _ = unflatten(arguments)
+    mask: Any = call.attn_mask  # a placement, whose dtype is not where that of a tensor is
+    has_bias = call.visibility.slopes is not None or (mask is not None and mask.tensor_meta.dtype != torch.bool)
     rules = []
     for way in _ways(call):
         rows = way.query
-        rules.append(([rows, rows, rows if call.has_bias else Replicate()], list(flatten(way, _NOT_A_TENSOR))))
+        rules.append(([rows, rows, rows if has_bias else Replicate()], list(flatten(way, _NOT_A_TENSOR))))
     return rules
 
 

@@ -1,5 +1,7 @@
 """Dropout: the generator, which weights it drops in every backend, and what torch does to the numbers it draws."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -56,13 +58,8 @@ def test_every_backend_drops_the_same_weights(name, dtype, batch, heads, rows, k
     expected = kept(q, k, 0.3)
     width = min(keys, 512)
     for start in {0, keys - width}:
-        v = (
-            torch.eye(keys)[:, start : start + width]
-            .to(dtype)
-            .expand(batch, 2, keys, width)
-            .contiguous()
-            .requires_grad_()
-        )
+        v = torch.eye(keys)[:, start : start + width].to(dtype).expand(batch, 2, keys, width)
+        v = v.contiguous().requires_grad_()
         for threads in (1, 3):
             with fused(name) as backend, threads_of_torch(threads):
                 torch.manual_seed(0)
@@ -153,8 +150,8 @@ def test_compiled_calls_have_one_pattern_forward_and_backward(backend):
 def test_modes_of_randomness_of_vmap():
     q = torch.randn(1, 2, 20, 8).expand(3, 1, 2, 20, 8).contiguous()
 
-    def attend(q):
-        return expressive_attention(q, q, q, dropout_p=0.5, backend="cpu")
+    def attend(q, backend="cpu"):
+        return expressive_attention(q, q, q, dropout_p=0.5, backend=backend)
 
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(attend)(q)
@@ -165,11 +162,9 @@ def test_modes_of_randomness_of_vmap():
     torch.manual_seed(6)
     torch.vmap(attend, randomness="different")(leaf).square().sum().backward()
     torch.manual_seed(6)
-    by_reference = torch.vmap(
-        lambda x: expressive_attention(x, x, x, dropout_p=0.5, backend="reference"), randomness="different"
-    )
+    by_reference = partial(attend, backend="reference")
     other = q.clone().requires_grad_()
-    by_reference(other).square().sum().backward()
+    torch.vmap(by_reference, randomness="different")(other).square().sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad)
 
 

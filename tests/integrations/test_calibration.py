@@ -261,6 +261,9 @@ def models_with_gains():
 
 def test_merged_gains_are_part_of_the_weights():
     for model, inputs in models_with_gains():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)  # many start at 0, and then any factor would do
         conversion = convert(model.eval())
         calibration = calibrate(conversion, [inputs], target=0.7)
         names = [layer.name for layer in conversion.switched]

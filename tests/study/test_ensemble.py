@@ -81,6 +81,12 @@ def test_every_member_computes_what_its_own_model_computes(options):
             torch.testing.assert_close(grads[name][index], parameter.grad, rtol=1e-10, atol=1e-10)
 
 
+def test_norms_keep_the_number_that_guards_their_division():
+    members = [nn.LayerNorm(4, eps=0.5), nn.LayerNorm(4, eps=0.5)]
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(stack(members)(x), torch.stack([f(part) for f, part in zip(members, x, strict=True)]))
+
+
 def test_members_differ():
     logits = stack(make_members())(make_tokens()[:1].expand(3, -1, -1))
     assert (logits[0] - logits[1]).abs().min() > 0

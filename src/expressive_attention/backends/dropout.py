@@ -58,7 +58,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list[Tens
 
 
 def kept(call: Call, batch: Tensor, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Which weights of a call are kept, of some sequences, heads, queries and keys: bool, ``(b, h, l, s)``.
+    """Which weights of some sequences, heads, queries and keys of a call are kept: bool, ``(b, h, l, s)``.
 
     Args:
         call: One with seeds.

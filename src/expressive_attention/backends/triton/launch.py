@@ -207,7 +207,7 @@ class _Inputs:
     """What all kernels are told about a problem."""
 
     def __init__(self, call: Call) -> None:
-        query, key, value, attn_mask, visibility, scale, form, _, _ = call
+        query, key, value, attn_mask, visibility, scale, form, *_ = call
         self.device = query.device
         self.groups = query.shape[1] // key.shape[1]
         sequences, self.longest_query, self.longest_key = query.shape[0], query.shape[2], key.shape[2]

@@ -41,7 +41,7 @@ INLINE void multiply_words(uvec x, uint32_t m, uvec *high, uvec *low) {
 
 INLINE uint32_t multiply_high(uint32_t x, uint32_t m) { return (uint32_t)((uint64_t)x * m >> 32); }
 
-// What the rounds 0 to 2 make of a counter is in part the same for all rows, and in part for all lanes.
+// The result of rounds 0 to 2 on a counter is in part the same for all rows, and in part for all lanes.
 typedef struct {
   uvec x3, y1, z2, z3;
 } philox_lanes;
