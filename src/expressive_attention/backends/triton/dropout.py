@@ -1,6 +1,6 @@
 """Which weights dropout keeps, as `backends.dropout` has it: a tile at a time, from the same generator."""
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
