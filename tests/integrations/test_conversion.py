@@ -399,3 +399,31 @@ def test_the_softmax_of_a_router_is_none_of_attention():
             return super().forward(x) * shares.unflatten(0, x.shape[:2])[..., :8]
 
     assert str(convert(Routed()).verify(X)) == "EA ran in 1/1 layers"
+
+
+def test_a_conversion_is_copied_with_the_model_that_holds_it_and_undone_where_it_was_made():
+    model = nn.Sequential(Attn(), Attn())
+    model.conversion = convert(model)
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.conversion.model is twin
+        assert str(twin.conversion) == str(model.conversion)
+        assert str(twin.conversion.verify(x)) == "EA ran in 2/2 layers"
+        with pytest.raises(ConversionError, match="a copy of a conversion cannot undo it"):
+            twin.conversion.undo()
+        assert torch.equal(twin(x), expected)
+    model.conversion.undo()
+    assert type(model[0]) is Attn
+    assert type(twin[0]) is not Attn
+
+
+def test_layers_that_are_gone_are_named_and_undone_where_they_are():
+    model = nn.Sequential(Attn(), Attn(), Attn())
+    conversion, gone = convert(model), model[2]
+    model[0] = Attn()
+    del model[2]
+    with pytest.raises(ConversionError, match="no longer has the layers 2; convert it as it is now"):
+        conversion.verify(torch.randn(2, 5, 8))
+    conversion.undo()
+    assert [type(layer) for layer in (*model, gone)] == [Attn] * 3

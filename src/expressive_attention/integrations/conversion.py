@@ -140,8 +140,8 @@ class Conversion(Table):
     def __init__(self, model: nn.Module, form: str, layers: Sequence[Layer], strict: bool, undos: list[Undo]) -> None:
         self.model, self.form, self.layers, self.strict = model, form, tuple(layers), strict
         self._undos: list[Undo] | None = undos
-        modules = dict(model.named_modules())
-        self._classes = {layer.name: type(modules[layer.name]) for layer in self.switched}
+        # With the classes that they were given: undone where they are then, in the model or not.
+        self._made = [(name, module, type(module)) for name, module in self.modules(self.switched).items()]
 
     def __enter__(self) -> Conversion:
         return self
@@ -155,6 +155,18 @@ class Conversion(Table):
         """The layers that compute expressive attention now."""
         return [layer for layer in self.layers if layer.how]
 
+    def modules(self, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+        """The modules of layers, by name.
+
+        Raises:
+            ConversionError: The model has no such modules any more.
+        """
+        modules = dict(self.model.named_modules())
+        names = [layer.name for layer in layers]
+        if gone := [name for name in names if name not in modules]:
+            raise ConversionError(f"the model no longer has the layers {', '.join(gone)}; convert it as it is now")
+        return {name: modules[name] for name in names}
+
     @torch.no_grad()
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Run ``model(*inputs, **kwargs)`` and count calls of expressive attention in each layer.
@@ -164,12 +176,11 @@ class Conversion(Table):
 
         Raises:
             ConversionError: With `strict`, a layer that was switched ran softmax, or no expressive attention; or no
-                switched layer ran at all. The message names the layers.
+                switched layer ran at all; or a layer is gone. The message names the layers.
         """
         if self._undos is None:
             raise ConversionError("the conversion has been undone; there is nothing to verify")
-        modules = dict(self.model.named_modules())
-        layers = {layer.name: modules[layer.name] for layer in self.layers}
+        layers = self.modules(self.layers)
         expressive: Counter[str] = Counter()
         with (
             unguarded(),
@@ -194,23 +205,18 @@ class Conversion(Table):
 
         Raises:
             ConversionError: A layer was given another class since, as by a parametrization, or another forward pass, as
-                by a hook of accelerate. Nothing is changed.
+                by a hook of accelerate; or this is a copy of a conversion. Nothing is changed.
         """
         if self._undos is None:
             return
-        modules = dict(self.model.named_modules())
-        changed = [name for name, made in self._classes.items() if type(modules.get(name)) is not made]
+        changed = [name for name, module, made in self._made if type(module) is not made]
         if changed:
             raise ConversionError(
                 f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
                 f"{', '.join(changed)}; take that back first"
             )
         # A replacement may keep, and call, the forward pass of a class that the layer would no longer have.
-        hidden = [
-            name
-            for name, made in self._classes.items()
-            if issubclass(made, Switched) and "forward" in vars(modules[name])
-        ]
+        hidden = [name for name, module, made in self._made if issubclass(made, Switched) and "forward" in vars(module)]
         if hidden:
             raise ConversionError(
                 f"the forward methods of these layers have been replaced since the conversion, as hooks of accelerate "
@@ -219,6 +225,10 @@ class Conversion(Table):
         for undo in reversed(self._undos):
             undo()
         self._undos = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model may hold its conversion, and be copied or pickled with it. What undoes it knows the original alone.
+        return {**self.__dict__, "_made": [], "_undos": None if self._undos is None else [_refuse_to_undo]}
 
     def __str__(self) -> str:
         rows = [("layer", "class", "")] + [
@@ -298,6 +308,10 @@ def convert(
             undo()
         raise
     return Conversion(model, form, _in_order(model, rows), strict, undos)
+
+
+def _refuse_to_undo() -> None:
+    raise ConversionError("a copy of a conversion cannot undo it; undo the conversion before its model is copied")
 
 
 def _parts_to_give(pipeline: Any) -> str:
@@ -416,7 +430,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if issubclass(type(module), Guarded)
+        if isinstance(module, Guarded) and module.is_switched()
     ]
     yield None, done
     taken = [found.name for found in done]

@@ -122,6 +122,10 @@ class Guarded(Subclassed):
         """Whether something has changed since the switch by which it may compute softmax."""
         raise NotImplementedError
 
+    def is_switched(self) -> bool:
+        """Whether it goes by the name of expressive attention still, if it goes by a name."""
+        return GUARD in self.__dict__ and implementation_of(self) == self.__dict__[GUARD].implementation
+
     def _changes(self) -> list[str]:
         """Everything that has changed, in words."""
         found, now = self.__dict__[GUARD].state, _state(self)  # pyright: ignore[reportArgumentType]

@@ -241,6 +241,7 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     record = getattr(config, _RECORD, None)
     if record is None:
         return model_class.from_pretrained(name, config=config, **kwargs)
+    gains = getattr(config, _GAINS, [])
     # The record alone says what there is to do; converting anew leaves it as it is.
     for key in ("attn_implementation", _RECORD, _GAINS):
         config.__dict__.pop(key, None)
@@ -250,14 +251,19 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     for form, layers in record.items():
         convert(model, form=form, layers=layers)
     where.pop("trust_remote_code", None)
-    _restore_gains(model, name, where)
+    _restore_gains(model, name, where, kwargs.get("variant"))
+    if missing := sorted({*gains} - {*_gains(model)}):
+        raise ConversionError(
+            f"{type(model).__name__} was saved with gains in {', '.join(missing)}, which are not in its files of "
+            "safetensors"
+        )
     record_choice(model)
     return loaded
 
 
-def _restore_gains(model: PreTrainedModel, name: str, where: dict[str, Any]) -> None:
+def _restore_gains(model: PreTrainedModel, name: str, where: dict[str, Any], variant: str | None) -> None:
     """Give layers the gains that lie in the files of a saved model, which transformers has no place for."""
-    for file, keys in _files(name, where).items():
+    for file, keys in _files(name, where, variant).items():
         with safe_open(file, "pt") as weights:
             for key in keys or weights.keys():
                 if key.endswith(f".{GAIN}"):
@@ -275,15 +281,19 @@ def _restore_gain(model: PreTrainedModel, layer: str, gain: Tensor) -> None:
     module.register_parameter(GAIN, nn.Parameter(gain.to(like.device, dtype)))
 
 
-def _files(name: str, where: dict[str, Any]) -> dict[str, list[str]]:
+def _files(name: str, where: dict[str, Any], variant: str | None) -> dict[str, list[str]]:
     """The files of weights of a saved model, and the names in each; none: to be seen in it."""
+    index_name, file_name = (
+        f".{variant}.".join(known.rsplit(".", 1)) if variant else known
+        for known in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
     find_file = partial(cached_file, name, **where, _raise_exceptions_for_missing_entries=False)
-    if (index := find_file(filename=SAFE_WEIGHTS_INDEX_NAME)) is not None:
+    if (index := find_file(filename=index_name)) is not None:
         keys: dict[str, list[str]] = {}
         for key, file in json.loads(Path(index).read_text())["weight_map"].items():
             keys.setdefault(file, []).append(key)
         return {str(find_file(filename=file)): names for file, names in keys.items() if any(GAIN in n for n in names)}
-    return {} if (file := find_file(filename=SAFE_WEIGHTS_NAME)) is None else {file: []}
+    return {} if (file := find_file(filename=file_name)) is None else {file: []}
 
 
 def record(model: nn.Module) -> None:
@@ -446,7 +456,8 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     for found in layers:
-        yield give_class(found.module, _Named)
+        if not isinstance(found.module, _Named):  # as it is where another name was set after a conversion
+            yield give_class(found.module, _Named)
     if whole:
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         yield _switch_models(models, [found.module for found in layers], name)
