@@ -17,7 +17,6 @@ LEFT_OUT = {"docs/findings.md"}
 
 # Files that still have such sentences; a file leaves the list when it has none.
 TO_DO = {
-    "docs/integrations.md",
     "docs/operator.md",
     "docs/study.md",
     "src/expressive_attention/backends/blockwise.py",
@@ -30,14 +29,6 @@ TO_DO = {
     "src/expressive_attention/backends/triton/tiles.py",
     "src/expressive_attention/backends/triton/wide.py",
     "src/expressive_attention/functional.py",
-    "src/expressive_attention/integrations/calibration.py",
-    "src/expressive_attention/integrations/conversion.py",
-    "src/expressive_attention/integrations/huggingface.py",
-    "src/expressive_attention/integrations/inspection.py",
-    "src/expressive_attention/integrations/pytorch.py",
-    "src/expressive_attention/integrations/sdpa.py",
-    "src/expressive_attention/integrations/switching.py",
-    "src/expressive_attention/nn/multihead.py",
     "src/expressive_attention/study/attention_maps.py",
     "src/expressive_attention/study/checkpoints.py",
     "src/expressive_attention/study/claims.py",

@@ -97,7 +97,7 @@ def calibrate(conversion: Conversion, batches: Iterable[Any], *, target: float =
     A head whose scores are all zero, as with zero-initialized projections, keeps its gain.
 
     Args:
-        conversion: What `convert` returned.
+        conversion: The conversion that `convert` returned.
         batches: Inputs of the model, on its device: a tensor, a tuple of positional or a mapping of named arguments
             each. A few are enough.
         target: Root mean square of z that is aimed at.

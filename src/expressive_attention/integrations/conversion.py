@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..call import check_form
 from .classes import set_attributes
 from .errors import ConversionError
-from .guard import Guarded, guard, unguarded
+from .guard import guard, is_switched, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
 from .marks import mark
 from .switching import GAIN, Switched
@@ -62,7 +62,7 @@ class Found:
 
 
 class Adapter(Protocol):
-    """What a file of this folder offers to `convert`."""
+    """The functions that a file of this folder offers to `convert`."""
 
     def find(self, model: nn.Module) -> list[Found]:
         """The attention layers that it knows, switchable or not."""
@@ -227,7 +227,7 @@ class Conversion(Table):
         self._undos = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model may hold its conversion, and be copied or pickled with it. What undoes it knows the original alone.
+        # A model may hold its conversion, and be copied with it. The functions that undo it know the original alone.
         return {**self.__dict__, "_made": [], "_undos": None if self._undos is None else [_refuse_to_undo]}
 
     def __str__(self) -> str:
@@ -262,7 +262,7 @@ def convert(
         strict: A layer that cannot be switched is an error, and nothing is changed; otherwise it is left alone.
 
     Returns:
-        What was done, and how to verify or undo it.
+        The conversion: it says what was done, and verifies or undoes it.
 
     Raises:
         TypeError: `model` is no module.
@@ -358,7 +358,7 @@ def has_gain(module: nn.Module) -> bool:
 
 
 def _keep_gain(module: nn.Module) -> Undo:
-    """What gives a layer back the gain that it has now, or none."""
+    """Return a function that gives a layer back the gain that it has now, or none."""
     before = module._parameters.get(GAIN)
 
     def undo() -> None:
@@ -426,11 +426,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
-    """What each adapter finds that none before it has found, and that is not inside of such a layer."""
+    """Each adapter with the layers that it finds, without those that one before it has found and parts of these."""
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if isinstance(module, Guarded) and module.is_switched()
+        if is_switched(module)
     ]
     yield None, done
     taken = [found.name for found in done]
@@ -450,7 +450,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         ]
         taken += [found.name for found in new]
         yield adapter, new
-    # What has an attention layer's name and is nobody's: it would go on with softmax, unseen.
+    # Modules with an attention layer's name that no adapter knows: they would go on with softmax, unseen.
     left = {
         name: module
         for name, module in model.named_modules()

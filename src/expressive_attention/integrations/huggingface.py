@@ -78,7 +78,7 @@ _RECORD = "expressive_attention"
 # Key of config.json with the names of the layers that have gains.
 _GAINS = "expressive_gains"
 
-# What a softmax layer may be given that expressive attention does not define. To leave it out would change the model.
+# Arguments of softmax layers that expressive attention does not define. To leave them out would change the model.
 _UNDEFINED = {
     "softcap": "a soft cap of the scores",
     "logits_soft_cap": "a soft cap of the scores",
@@ -109,7 +109,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in every layer: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
+    """Attention of a layer of transformers: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
     note_expressive()
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
@@ -426,6 +426,7 @@ class _Named(Guarded):
     _entries: tuple[dict[str, Any], dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         modules = [sys.modules[base.__module__] for base in cls._original.__mro__ if base.__module__ in sys.modules]
         tables = [vars(module)[_TABLE] for module in modules if _TABLE in vars(module)]
         table: Any = tables[0] if tables else AttentionInterface()
@@ -434,11 +435,12 @@ class _Named(Guarded):
 
     def _has_changed(self) -> bool:
         name: Any = implementation_of(self)
+        attributes = self.__dict__
         own, everyones = self._entries
         return (
             self._has_notes  # its own code computes softmax for some calls, and torch's functions are to be seen
-            or name != self.__dict__[GUARD].implementation
-            or "forward" in self.__dict__
+            or (GUARD in attributes and name != attributes[GUARD].implementation)
+            or "forward" in attributes
             or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
         )
 
