@@ -427,3 +427,32 @@ def test_layers_that_are_gone_are_named_and_undone_where_they_are():
         conversion.verify(torch.randn(2, 5, 8))
     conversion.undo()
     assert [type(layer) for layer in (*model, gone)] == [Attn] * 3
+
+
+class KeyIndexer(nn.Module):
+    """Weighs keys by softmax, to choose some."""
+
+    def forward(self, x):
+        return (x.unsqueeze(1).softmax(-1) * x.unsqueeze(1)).sum(-1) > 0
+
+
+class ChoosingAttn(Attn):
+    """Attention to keys that a part of it has chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.indexer = KeyIndexer()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, self.indexer(x).unsqueeze(-2)).squeeze(1)
+
+
+def test_softmax_that_chooses_keys_is_told_and_is_no_error():
+    model, x = nn.Sequential(ChoosingAttn(), Attn()), torch.randn(2, 5, 8)
+    conversion = convert(model)
+    found = conversion.verify(x)
+    assert found.calls == {"0": 1, "1": 1}
+    assert found.softmax == {"0.indexer": 1}
+    assert not found.failed
+    assert str(found) == "EA ran in 2/2 layers; softmax ran in: 0.indexer"

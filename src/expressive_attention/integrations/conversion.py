@@ -167,12 +167,22 @@ class Conversion(Table):
             raise ConversionError(f"the model no longer has the layers {', '.join(gone)}; convert it as it is now")
         return {name: modules[name] for name in names}
 
+    def _choosers(self) -> dict[str, nn.Module]:
+        """Parts of layers that choose keys, and do not attend to them: their softmax is not that of the layer."""
+        layers = [layer.name for layer in self.layers]
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if "indexer" in type(module).__name__.lower() and any(_inside(name, layer) for layer in layers)
+        }
+
     @torch.no_grad()
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Run ``model(*inputs, **kwargs)`` and count calls of expressive attention in each layer.
 
         Softmax is found where an operator of torch computes it, fused ones included; that of a matrix, as routers of
-        experts compute it, does not count. No gradients are computed; training or evaluation mode is left as it is.
+        experts compute it, does not count. Parts of layers that choose keys (indexers) count as layers of their own.
+        No gradients are computed; training or evaluation mode is left as it is.
 
         Raises:
             ConversionError: With `strict`, a layer that was switched ran softmax, or no expressive attention; or no
@@ -180,7 +190,7 @@ class Conversion(Table):
         """
         if self._undos is None:
             raise ConversionError("the conversion has been undone; there is nothing to verify")
-        layers = self.modules(self.layers)
+        layers = {**self.modules(self.layers), **self._choosers()}
         expressive: Counter[str] = Counter()
         with (
             unguarded(),
