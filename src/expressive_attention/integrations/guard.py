@@ -124,13 +124,14 @@ class Guarded(Subclassed):
 
     # Whether calls of a layer that has not changed have a note.
     _has_notes = True
-    _plain_call: Any
+    _call_impl: Any
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         original: Any = cls.__dict__.get("_original")
         if original is not None:
-            cls._plain_call = original._call_impl
+            # Between `__call__` and `forward`, so that a forward pass that is an attribute of the layer is seen.
+            cls._call_impl = _guarded(original._call_impl, cls._has_changed, cls._has_notes)
 
     def _has_changed(self) -> bool:
         """Whether something has changed since the switch by which it may compute softmax."""
@@ -142,26 +143,6 @@ class Guarded(Subclassed):
         names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
         return [f"{name} was {found.get(name)!r} and is {now.get(name)!r}" for name in names]
 
-    # Between `__call__` and `forward`, so that a forward pass that is an attribute of the layer is seen. It runs in
-    # every call, so it does as little as possible; hooks of torch would cost several times as much.
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        changed = self._has_changed()
-        if not (changed or self._has_notes):
-            return self._plain_call(*args, **kwargs)
-        note, notes = _Note(), _here.notes
-        notes.append(note)
-        try:
-            if changed:
-                with _Watch():
-                    output = self._plain_call(*args, **kwargs)
-            else:
-                output = self._plain_call(*args, **kwargs)
-        finally:
-            notes.pop()
-        if note.function and not note.expressive and not _here.off:
-            raise ConversionError(_told(self, note.function))
-        return output
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and GUARD in self.__dict__ and not issubclass(value, Guarded):
             raise ConversionError(
@@ -169,6 +150,30 @@ class Guarded(Subclassed):
                 f"attention, and the class {value.__name__} would take that away; call undo() of the conversion first"
             )
         super().__setattr__(name, value)
+
+
+def _guarded(plain_call: Callable[..., Any], has_changed: Callable[[Any], bool], has_notes: bool) -> Callable[..., Any]:
+    # It runs in every call, so it looks up as little as possible: attributes of modules are slow, and hooks of torch
+    # would cost several times as much.
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = has_changed(self)
+        if not (changed or has_notes):
+            return plain_call(self, *args, **kwargs)
+        note, notes = _Note(), _here.notes
+        notes.append(note)
+        try:
+            if changed:
+                with _Watch():
+                    output = plain_call(self, *args, **kwargs)
+            else:
+                output = plain_call(self, *args, **kwargs)
+        finally:
+            notes.pop()
+        if note.function and not note.expressive and not _here.off:
+            raise ConversionError(_told(self, note.function))
+        return output
+
+    return call
 
 
 def guard(module: nn.Module, name: str) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -418,31 +418,42 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
+def _always(_: Any) -> bool:
+    return True
+
+
+def _named_otherwise(own: dict[str, Any], everyones: dict[str, Any]) -> Callable[[Any], bool]:
+    """Whether a layer goes by another name, another entry has its name, or its forward pass has been replaced."""
+
+    def has_changed(self: Any) -> bool:
+        attributes: Any = self.__dict__
+        name: Any = implementation_of(self)
+        return (
+            (GUARD in attributes and name != attributes[GUARD].implementation)
+            or "forward" in attributes
+            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
+        )
+
+    return has_changed
+
+
 class _Named(Guarded):
     """A layer that asks the attention interface for the implementation of its configuration."""
 
     _original: Any
+    _has_notes = False
     # The entries of what its code calls ALL_ATTENTION_FUNCTIONS: those of its module, which come first, and of all.
     _entries: tuple[dict[str, Any], dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
         modules = [sys.modules[base.__module__] for base in cls._original.__mro__ if base.__module__ in sys.modules]
         tables = [vars(module)[_TABLE] for module in modules if _TABLE in vars(module)]
         table: Any = tables[0] if tables else AttentionInterface()
         cls._entries = table._local_mapping, table._global_mapping
-        cls._has_notes = own_softmax(cls._original)
-
-    def _has_changed(self) -> bool:
-        name: Any = implementation_of(self)
-        attributes = self.__dict__
-        own, everyones = self._entries
-        return (
-            self._has_notes  # its own code computes softmax for some calls, and torch's functions are to be seen
-            or (GUARD in attributes and name != attributes[GUARD].implementation)
-            or "forward" in attributes
-            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
-        )
+        # Its own code computes softmax for some calls, and torch's functions are to be seen.
+        check: Any = _always if own_softmax(cls._original) else _named_otherwise(*cls._entries)
+        cls._has_changed = check
+        super().__init_subclass__()
 
     def _changes(self) -> list[str]:
         name: Any = implementation_of(self)
