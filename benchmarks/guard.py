@@ -7,10 +7,13 @@ Valgrind has to be installed. Instructions do not depend on what else the machin
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder has a file named like a module of the standard library
+
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,9 +108,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         tool = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet"]
-        subprocess.run(
-            [*tool, sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--run"], cwd=folder, check=True
-        )
+        tool.append(f"--callgrind-out-file={folder}/callgrind.out.%p")
+        subprocess.run([*tool, sys.executable, "-W", "ignore", __file__, "--run"], check=True)
         totals: dict[str, dict[int, int]] = {}
         for file in Path(folder).glob("callgrind.out.*"):
             text = file.read_text()
