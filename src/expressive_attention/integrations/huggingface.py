@@ -252,7 +252,8 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
         convert(model, form=form, layers=layers)
     where.pop("trust_remote_code", None)
     _restore_gains(model, name, where, kwargs.get("variant"))
-    if missing := sorted({*gains} - {*_gains(model)}):
+    prefix = f"{model.base_model_prefix}."  # of the layers of a base model inside of one with a head
+    if missing := sorted({n.removeprefix(prefix) for n in gains} - {n.removeprefix(prefix) for n in _gains(model)}):
         raise ConversionError(
             f"{type(model).__name__} was saved with gains in {', '.join(missing)}, which are not in its files of "
             "safetensors"
