@@ -17,14 +17,7 @@ LEFT_OUT = {"docs/findings.md"}
 
 # Files that still have such sentences; a file leaves the list when it has none.
 TO_DO = {
-    "docs/integrations.md",
     "docs/study.md",
-    "src/expressive_attention/integrations/calibration.py",
-    "src/expressive_attention/integrations/conversion.py",
-    "src/expressive_attention/integrations/huggingface.py",
-    "src/expressive_attention/integrations/inspection.py",
-    "src/expressive_attention/integrations/pytorch.py",
-    "src/expressive_attention/integrations/sdpa.py",
     "src/expressive_attention/study/attention_maps.py",
     "src/expressive_attention/study/checkpoints.py",
     "src/expressive_attention/study/claims.py",
