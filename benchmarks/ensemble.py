@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expressive_attention.study.config import Cell, load_config
-from expressive_attention.study.ensemble import stack
-from expressive_attention.study.presets import preset_names
-from expressive_attention.study.streams import stream
+from expressive_attention.study.config.presets import preset_names
+from expressive_attention.study.config.study import Cell, load_config
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.training import build_model, make_optimizer, train_step
+from expressive_attention.study.tasks.rng import stream
+from expressive_attention.study.training.ensemble import stack
+from expressive_attention.study.training.loop import build_model, make_optimizer, train_step
 from timing import paired
 
 STEPS = 20

@@ -15,10 +15,10 @@ from torch import nn
 
 from expressive_attention.geometry import Record, capture, figures
 from expressive_attention.geometry.folder import write_folder
-from expressive_attention.study.config import Cell, parse_config
-from expressive_attention.study.ensemble import member_state
-from expressive_attention.study.results import Setting
-from expressive_attention.study.training import build_model, train_cell
+from expressive_attention.study.config.study import Cell, parse_config
+from expressive_attention.study.runs.results import Setting
+from expressive_attention.study.training.ensemble import member_state
+from expressive_attention.study.training.loop import build_model, train_cell
 
 STUDY = """
 name = "geometry"

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from expressive_attention.geometry import capture
 from expressive_attention.nn import Transformer
-from expressive_attention.study.config import Cell, load_config
-from expressive_attention.study.ensemble import member_state
-from expressive_attention.study.results import Setting
+from expressive_attention.study.config.study import Cell, load_config
+from expressive_attention.study.runs.results import Setting
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.training import build_model, train_cell
+from expressive_attention.study.training.ensemble import member_state
+from expressive_attention.study.training.loop import build_model, train_cell
 
 CONDITION, RATE, DELAY = "sum, basis 16, delay 5, rope, embed_dim 16, heads 1", 2e-2, 5
 

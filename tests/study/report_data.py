@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from expressive_attention.study.results import (
+from expressive_attention.study.runs.results import (
     CURVE_SCHEMA,
     EXAMPLE_SCHEMA,
     SEED_SCHEMA,
@@ -19,8 +19,8 @@ from expressive_attention.study.results import (
     Condition,
     StudyResults,
 )
-from expressive_attention.study.store import Store, collect
-from expressive_attention.study.training import train_cell
+from expressive_attention.study.runs.store import Store, collect
+from expressive_attention.study.training.loop import train_cell
 
 from .tiny import tiny
 

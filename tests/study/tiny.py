@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expressive_attention.study.config import Cell, ModelConfig, StudyConfig, TrainingConfig, parse_config
+from expressive_attention.study.config.study import Cell, ModelConfig, StudyConfig, TrainingConfig, parse_config
 from expressive_attention.study.tasks.nt import NTTask
 
 TINY = """

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.config import parse_config
+from expressive_attention.study.config.study import parse_config
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.linear import LinearTask
 from expressive_attention.study.tasks.nt import NTTask

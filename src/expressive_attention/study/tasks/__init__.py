@@ -7,8 +7,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .base import IGNORED, TASKS, Examples, Task
+from .rng import stream
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "stream"]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..streams import stream
 from .base import IGNORED, Examples, Task
+from .rng import stream
 from .sampled import integers
 
 __all__ = ["ModularAdditionTask"]

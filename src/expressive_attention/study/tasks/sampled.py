@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..streams import stream
 from .base import Examples, Task
 from .recurrence import mixed
+from .rng import stream
 
 __all__ = ["SampledTask", "by_distance", "distinct", "integers", "prefix_identifiers"]
 

@@ -1,0 +1,182 @@
+"""Run all cells of a study, keeping each as soon as it is finished."""
+
+from __future__ import annotations
+
+from ..config.study import Cell, Comparison, StudyConfig
+from ..training.loop import CellResult
+from .engines import Engine
+from .progress import Display
+from .results import Setting
+from .store import CorruptCellError, Store, candidates, choose_setting, progress_of
+
+__all__ = ["SweepError", "run_study"]
+
+_ANY = Setting(0.0, 0.0)  # where only the number of cells matters
+
+
+class SweepError(RuntimeError):
+    """Some cells could not be run; the message says which and why. Finished ones are kept."""
+
+
+def run_study(config: StudyConfig, store: Store, engine: Engine, display: Display) -> None:
+    """Run the cells of a study that are not finished yet.
+
+    Settings are chosen per condition and mechanism as soon as their tuning cells are finished; the final
+    cells follow, and where they show an exclusive range, and the study asks for one, fresh seeds that confirm it.
+    Killed at any moment, it goes on from the finished cells, and from the checkpoints of those that were at work, when
+    called again.
+
+    Args:
+        config: The study.
+        store: Where it is kept; its lock must be held.
+        engine: What runs the cells; it is started here, and stopped.
+        display: Told what happens.
+
+    Raises:
+        SweepError: A cell failed.
+        EngineError: The engine cannot be started.
+        KeyboardInterrupt: As it came, after the engine was stopped.
+    """
+    store.clean()
+    plan = _Plan(config, store, display)
+    missing = plan.missing_cells()  # which removes corrupt ones
+    total = plan.total_cells()
+    display.begin(total, total - missing)
+    failures: list[str] = []
+    try:
+        ready = plan.ready()
+        if ready:
+            engine.start(store, display)
+        running = 0
+        while ready or running:
+            for cell in ready:
+                engine.submit(cell)
+            running += len(ready)
+            cell, failure = engine.next()
+            running -= 1
+            ready = []
+            if failure is not None:
+                failures.append(f"{cell}: {failure}")
+                display.note(f"failed: {failures[-1]}")
+                continue
+            display.finished(cell, _summary(store.load(cell)))
+            ready = plan.after(cell)
+            if (total_now := plan.total_cells()) > total:
+                display.added(total_now - total)
+                total = total_now
+    finally:
+        engine.stop()
+        store.clean()  # of what workers were writing when they were killed
+        display.end()
+    if failures:
+        raise SweepError(f"{len(failures)} cells failed, the first: {failures[0]}")
+
+
+class _Plan:
+    """Which cells there are, and which can run now."""
+
+    def __init__(self, config: StudyConfig, store: Store, display: Display) -> None:
+        self.store, self.display, self.config = store, display, config
+        self.comparisons = config.comparisons()
+        self.of: dict[str, Comparison] = {}
+        self.cells: dict[str, Cell] = {}
+        self.confirmed: dict[str, list[Cell]] = {}  # by condition
+
+    def total_cells(self) -> int:
+        """Number of cells as far as is known: those of a confirmation are, once final seeds ask for it."""
+        every = [len(self._tuning(c)) + len(self._expected_finals(c)) for c in self.comparisons]
+        return sum(every) + sum(len(cells) for cells in self.confirmed.values())
+
+    def missing_cells(self) -> int:
+        missing = 0
+        for comparison in self.comparisons:
+            tuning = [cell for cell in self._tuning(comparison) if not self._finished(cell)]
+            finals = self._expected_finals(comparison)
+            missing += len(tuning) + sum(1 for cell in finals if tuning or not self._finished(cell))
+        for condition in dict.fromkeys(comparison.condition for comparison in self.comparisons):
+            missing += sum(1 for cell in self._confirming(condition) if not self._finished(cell))
+        return missing
+
+    def ready(self) -> list[Cell]:
+        """The cells that can run at the start."""
+        cells = [cell for comparison in self.comparisons for cell in self._next(comparison)]
+        for condition in list(self.confirmed):
+            cells += self._new(self.confirmed[condition])
+        return cells
+
+    def after(self, cell: Cell) -> list[Cell]:
+        """The cells that can run now that `cell` is finished."""
+        if cell.role == "confirmation":
+            return []
+        if cell.role == "final":
+            return self._new(self._confirming(cell.condition))
+        comparison = self.of[cell.identity]
+        new = self._next(comparison)
+        if new or all(self.store.has(tuning) for tuning in self._tuning(comparison)):
+            for final in self._expected_finals(comparison):
+                # Only now is it known to be one of this study's. A tuning cell may have ended since `_next` looked:
+                # then the final ones have not run, and wait for `after` of that cell.
+                if final.identity not in self.cells and self._finished(final):
+                    self.cells[final.identity] = final
+                    self.display.finished(final, "finished before")
+        return new or self._new(self._confirming(comparison.condition))
+
+    def _next(self, comparison: Comparison) -> list[Cell]:
+        tuning = [cell for cell in self._tuning(comparison) if not self._finished(cell)]
+        new = self._new(tuning or self._finals(comparison))
+        self.of.update({cell.identity: comparison for cell in new})
+        return new
+
+    def _new(self, cells: list[Cell]) -> list[Cell]:
+        """Return the cells that are neither finished nor at work."""
+        new = [cell for cell in cells if cell.identity not in self.cells and not self._finished(cell)]
+        self.cells.update({cell.identity: cell for cell in new})
+        return new
+
+    def _tuning(self, comparison: Comparison) -> list[Cell]:
+        return comparison.tuning_cells(self.store.has)
+
+    def _expected_finals(self, comparison: Comparison) -> list[Cell]:
+        """The final cells; before the setting is known as many at any, to be counted and never to be run."""
+        if not all(self.store.has(cell) for cell in self._tuning(comparison)):
+            return comparison.final_cells(_ANY)
+        return self._finals(comparison)
+
+    def _finals(self, comparison: Comparison) -> list[Cell]:
+        """The final cells of a comparison whose tuning is finished."""
+        tuning = self._tuning(comparison)
+        if not tuning:
+            return comparison.final_cells(comparison.training.settings[0], self.store.has)
+        setting = choose_setting((cell, self.store.load(cell)) for cell in tuning)
+        return comparison.final_cells(setting, self.store.has)
+
+    def _confirming(self, condition: str) -> list[Cell]:
+        """The cells that confirm what the final seeds of a condition show, if there is something to confirm."""
+        progress = [progress_of(self.store, c) for c in self.comparisons if c.condition == condition]
+        cells = [
+            cell
+            for found in candidates(self.store, self.config, progress)
+            for cell in found.confirmation_cells(self.store)
+        ]
+        if cells:
+            self.confirmed[condition] = cells
+        return cells
+
+    def _finished(self, cell: Cell) -> bool:
+        """Whether the cell is on disk and whole; a corrupt one is named and removed."""
+        if not self.store.has(cell):
+            return False
+        try:
+            self.store.load(cell, weights=True)
+        except CorruptCellError as error:
+            self.display.note(f"{error}; it is computed again")
+            self.store.discard(cell)
+            return False
+        return True
+
+
+def _summary(result: CellResult) -> str:
+    seeds = result.seeds
+    solved, count = int(seeds["solved"].sum()), len(seeds)
+    reached = seeds["accuracy"] if seeds["accuracy"].null_count() < count else seeds["validation"]
+    return f"{solved} of {count} seeds solved, mean accuracy {reached.mean():.3f}, {result.seconds:.0f} s"
