@@ -11,8 +11,9 @@ from pathlib import Path
 import matplotlib as mpl
 
 from expressive_attention.geometry.folder import landscape_figure
-from expressive_attention.study.report.with_matplotlib import accuracy_figure, margin_map_figure
-from expressive_attention.study.runs.store import Store, collect
+from expressive_attention.study.report.figures.with_matplotlib import accuracy_figure, margin_map_figure
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store
 
 # By the name of the study; an accuracy figure for those that are not here.
 FIGURES = {"ladder": margin_map_figure}

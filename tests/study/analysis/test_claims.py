@@ -9,18 +9,20 @@ import pytest
 from scipy import stats
 
 from expressive_attention.nn import MECHANISMS
-from expressive_attention.study.analysis.claims import SHAPES, exclusive_ranges, verdicts
+from expressive_attention.study.analysis.claims import verdicts
+from expressive_attention.study.analysis.claims.exclusive_range import exclusive_ranges
+from expressive_attention.study.analysis.claims.two_sidedness import SHAPES
+from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.estimators import (
     clustered_interval,
     exact_interval,
     false_range_probability,
     lower_bound,
     mean_interval,
-    sign_flip_p,
-    trend,
     upper_bound,
 )
-from expressive_attention.study.analysis.summaries import comparisons
+from expressive_attention.study.analysis.significance import sign_flip_p
+from expressive_attention.study.analysis.trend import trend
 from expressive_attention.study.config.study import Claim
 
 from ..report_data import LADDER, make_condition, make_results, results_of, seed_row

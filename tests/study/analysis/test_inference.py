@@ -14,28 +14,22 @@ from expressive_attention.study.analysis.estimators import (
     exact_interval,
     example_error,
     false_range_probability,
-    holm,
-    log_rank_p,
     lower_bound,
     mean_interval,
-    median_steps,
-    restricted_steps,
-    sign_flip_p,
-    slope_within,
-    solve_curve,
-    tau_within,
-    trend,
     upper_bound,
     wider,
     wilson_interval,
 )
+from expressive_attention.study.analysis.significance import holm, sign_flip_p
+from expressive_attention.study.analysis.survival import log_rank_p, median_steps, restricted_steps, solve_curve
+from expressive_attention.study.analysis.trend import slope_within, tau_within, trend
 from expressive_attention.study.config.exclusive import alone
 
 
 @pytest.fixture
 def few_resamples(monkeypatch):
     """For simulations, which average over many intervals."""
-    monkeypatch.setattr(inference, "_RESAMPLES", 999)
+    monkeypatch.setattr(inference, "RESAMPLES", 999)
 
 
 @pytest.mark.parametrize(

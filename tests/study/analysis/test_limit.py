@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 from expressive_attention.nn import SelfAttention
 from expressive_attention.study.analysis.limit import HEAD_SCHEMA, LIMIT_SCHEMA, limit_of, limit_tables
 from expressive_attention.study.cli.app import app
-from expressive_attention.study.config.study import load_config
+from expressive_attention.study.config.load import load_config
 from expressive_attention.study.runs.engines import LocalEngine
 from expressive_attention.study.runs.progress import make_display
+from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.scheduler import run_study
-from expressive_attention.study.runs.store import Store, collect
-from expressive_attention.study.tasks.nt import NTTask
-from expressive_attention.study.training.loop import build_model, train_cell, trained_model
+from expressive_attention.study.runs.store import Store
+from expressive_attention.study.tasks.recurrences.nt import NTTask
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.model import build_model, trained_model
 
 from ..tiny import cell, tiny
 
@@ -175,7 +177,9 @@ def test_facts_are_counted_once(run, monkeypatch):
     assert json.loads(path.read_text())["facts"]
     calls = []
     own = type(run.config()[0].expanded()[0][1]).facts
-    monkeypatch.setattr("expressive_attention.study.tasks.nt.NTTask.facts", lambda self: calls.append(1) or own(self))
+    monkeypatch.setattr(
+        "expressive_attention.study.tasks.recurrences.nt.NTTask.facts", lambda self: calls.append(1) or own(self)
+    )
     assert collect(run).conditions == first
     assert calls == []
     path.write_text(path.read_text().replace('"chance": 0.25', '"chance": 0.75'))

@@ -4,17 +4,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from expressive_attention.study.analysis.estimators import holm, log_rank_p, sign_flip_p, wilson_interval
-from expressive_attention.study.analysis.summaries import (
-    comparisons,
-    findings,
-    findings_by_condition,
-    mechanism_name,
-    median_curve,
-    summaries,
-    tuning_summaries,
-)
-from expressive_attention.study.runs.results import CURVE_SCHEMA, EXAMPLE_SCHEMA
+from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.analysis.estimators import wilson_interval
+from expressive_attention.study.analysis.findings import findings, findings_by_condition
+from expressive_attention.study.analysis.significance import holm, sign_flip_p
+from expressive_attention.study.analysis.summaries import median_curve, summaries, tuning_summaries
+from expressive_attention.study.analysis.survival import log_rank_p
+from expressive_attention.study.analysis.wording import mechanism_name
+from expressive_attention.study.training.result import CURVE_SCHEMA, EXAMPLE_SCHEMA
 
 from ..report_data import KEY_SCHEMA, make_condition, make_results, results_of, seed_row
 

@@ -2,18 +2,13 @@ from pathlib import Path
 
 import pytest
 
+from expressive_attention.study.config.condition import Setting
 from expressive_attention.study.config.family import PRIMARY_COMPARISONS
+from expressive_attention.study.config.load import load_config, parse_config
 from expressive_attention.study.config.presets import preset_names, preset_text
-from expressive_attention.study.config.study import (
-    ConfigError,
-    ModelConfig,
-    SeedsConfig,
-    TrainingConfig,
-    load_config,
-    parse_config,
-    tomllib,
-)
-from expressive_attention.study.runs.results import Setting
+from expressive_attention.study.config.schema import ModelConfig, SeedsConfig, TrainingConfig
+from expressive_attention.study.config.toml import tomllib
+from expressive_attention.study.errors import ConfigError
 from expressive_attention.study.tasks.contexts import facts_of_test
 from tests.study.tiny import TINY, cell, tiny, tiny_config
 
@@ -98,7 +93,7 @@ def test_an_identity_changes_with_all_that_matters_and_nothing_else():
 
 
 def test_more_seeds_keep_the_cells_there_are():
-    few, many = (tiny_config(final=n).comparisons()[0] for n in ("2", "6"))
+    few, many = (tiny_config(final=n).arms()[0] for n in ("2", "6"))
     kept = {c.identity for c in few.final_cells(Setting(1e-2, 1.0))}
     assert kept < {c.identity for c in many.final_cells(Setting(1e-2, 1.0))}
     tuning, final = (
@@ -158,7 +153,7 @@ def test_presets_on_text_give_all_mechanisms_the_same_and_decide_nothing():
 
 def test_tuning_may_be_shorter():
     def cells(**replaced):
-        first = tiny_config(**replaced).comparisons()[0]
+        first = tiny_config(**replaced).arms()[0]
         return first.tuning_cells() + first.final_cells(Setting(1e-2, 1.0))
 
     whole, shorter = cells(), cells(steps="30\ntuning_steps = 10")
@@ -190,11 +185,11 @@ def test_codes_of_position_have_one_spelling():
 
 def test_seeds_can_start_anywhere():
     first, other = (parse_config(tiny() + "", "x"), parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 9000"), "x"))
-    for one, moved in zip(first.comparisons(), other.comparisons(), strict=True):
+    for one, moved in zip(first.arms(), other.arms(), strict=True):
         for cells in (lambda c: c.tuning_cells(), lambda c: c.final_cells(Setting(1e-2, 1.0))):
             seeds = [[seed for cell in cells(c) for seed in cell.seeds] for c in (one, moved)]
             assert seeds[1] == [seed + 9000 for seed in seeds[0]]
-    confirming = [s for c in other.comparisons()[0].confirmation_cells(Setting(1e-2, 1.0)) for s in c.seeds]
+    confirming = [s for c in other.arms()[0].confirmation_cells(Setting(1e-2, 1.0)) for s in c.seeds]
     assert confirming == list(range(2_009_000, 2_009_032))
     with pytest.raises(ConfigError, match=r"seeds: start \+ final must be at most 1000000"):
         parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 999_999"), "x")
@@ -215,7 +210,7 @@ def test_seeds_of_a_finished_cell_are_not_trained_again():
 
     def cells(final, finished=()):
         config = parse_config(tiny(final=str(final), together="16"), "x")
-        return config.comparisons()[0].final_cells(setting, lambda c: c.identity in finished)
+        return config.arms()[0].final_cells(setting, lambda c: c.identity in finished)
 
     (eight,) = cells(8)
     grown = cells(20, {eight.identity})

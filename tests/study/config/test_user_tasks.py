@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from expressive_attention.nn import attend
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config import task_files as user_tasks
-from expressive_attention.study.config.study import ConfigError, load_config
-from expressive_attention.study.runs.store import Store, StoreError, collect
+from expressive_attention.study.config.load import load_config
+from expressive_attention.study.errors import ConfigError
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
 from expressive_attention.study.tasks.rng import stream
 from tests.study.tiny import tiny
@@ -47,7 +49,7 @@ def written(directory, source=ECHO, name="echo.py", files=None, task='{ kind = "
 
 def only_cell(path):
     config, _ = load_config(str(path))
-    return config.comparisons()[0].tuning_cells()[0]
+    return config.arms()[0].tuning_cells()[0]
 
 
 def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
@@ -345,7 +347,7 @@ def test_a_study_of_mechanisms_of_ones_own(tmp_path):
 
 
 def test_own_mechanisms_weigh_as_they_say(tmp_path):
-    cells = {c.mechanism: c.tuning_cells()[0] for c in load_config(str(own_mechanism(tmp_path)))[0].comparisons()}
+    cells = {c.mechanism: c.tuning_cells()[0] for c in load_config(str(own_mechanism(tmp_path)))[0].arms()}
     z = torch.randn(2, 3, 5, dtype=torch.float64)
     eye, q = torch.eye(5, dtype=torch.float64).expand(2, 5, 5), torch.randn(2, 3, 5, dtype=torch.float64)
     found = attend(cells["cubic"].function, q, 5**0.5 * eye, eye)
@@ -357,12 +359,12 @@ def test_own_mechanisms_weigh_as_they_say(tmp_path):
 def test_the_text_of_its_file_is_part_of_what_a_mechanism_is(tmp_path):
     def identities(source):
         config, _ = load_config(str(own_mechanism(tmp_path, source)))
-        return {c.mechanism: c.tuning_cells()[0].identity for c in config.comparisons()}
+        return {c.mechanism: c.tuning_cells()[0].identity for c in config.arms()}
 
     first, other = identities(CUBIC), identities(CUBIC.replace("** 3", "** 5"))
     assert first["cubic"] != other["cubic"]
     assert first["dot_product"] == other["dot_product"]
-    cell = load_config(str(own_mechanism(tmp_path, CUBIC)))[0].comparisons()[0].tuning_cells()[0]
+    cell = load_config(str(own_mechanism(tmp_path, CUBIC)))[0].arms()[0].tuning_cells()[0]
     assert pickle.loads(pickle.dumps(cell)).identity == cell.identity == first["cubic"]
 
 

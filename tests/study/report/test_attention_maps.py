@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from expressive_attention.nn import MECHANISMS, SelfAttention, Transformer
 from expressive_attention.study.report.attention import attention_maps, attention_weights, captured_weights
 from expressive_attention.study.runs.store import Store
-from expressive_attention.study.training.loop import trained_model
+from expressive_attention.study.training.model import trained_model
 
 from ..report_data import trained
 
@@ -90,7 +90,7 @@ def test_maps_are_of_the_worst_and_the_best_seed(tmp_path):
         (mechanism, rank, 0) for mechanism in results.mechanisms for rank in ("worst", "best")
     ]
     config, _ = store.config()
-    for comparison in config.comparisons():
+    for comparison in config.arms():
         (cell,) = comparison.final_cells(config.training.settings[0])
         rows = results.seeds.filter(mechanism=comparison.mechanism).sort("accuracy", "seed")
         parameters = load_file(store.path(cell) / "weights.safetensors")

@@ -5,11 +5,12 @@ import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-from expressive_attention.study.analysis.estimators import sign_flip_p
-from expressive_attention.study.analysis.summaries import comparisons, mean_interval, wilson_interval
+from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.analysis.estimators import mean_interval, wilson_interval
+from expressive_attention.study.analysis.significance import sign_flip_p
 from expressive_attention.study.cli.app import app
+from expressive_attention.study.config.condition import Condition
 from expressive_attention.study.report.export import SUMMARY_SCHEMA, export_study, latex_table, summary_table
-from expressive_attention.study.runs.results import Condition
 from expressive_attention.study.runs.store import Store
 from tests.study.report_data import make_condition, make_results, results_of, seed_row
 from tests.study.tiny import TINY

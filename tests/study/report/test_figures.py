@@ -9,16 +9,19 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from expressive_attention.study.analysis.summaries import comparisons, mechanism_name, summaries
+from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.analysis.summaries import summaries
+from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.report.attention import AttentionMap
-from expressive_attention.study.report.theme import ladder, most_different, narrowed, readable_on, styles, wrap
-from expressive_attention.study.report.with_matplotlib import (
+from expressive_attention.study.report.figures.files import save_figures
+from expressive_attention.study.report.figures.layout import ladder, most_different, narrowed
+from expressive_attention.study.report.figures.theme import readable_on, styles, wrap
+from expressive_attention.study.report.figures.with_matplotlib import (
     accuracy_figure,
     attention_figure,
     difference_figure,
     learning_figure,
     margin_map_figure,
-    save_figures,
     solved_figure,
     solved_map_figure,
     splits_figure,

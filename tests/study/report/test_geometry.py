@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.report.attention_space import look_into
 from expressive_attention.study.report.page import write_report
-from expressive_attention.study.runs.store import Store, StoreError, collect
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store, StoreError
 from tests.integrations.torchvision_stub import make_importable
 
 from ..report_data import trained

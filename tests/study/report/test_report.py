@@ -10,9 +10,11 @@ import pytest
 
 from expressive_attention.nn import MECHANISMS
 from expressive_attention.study.analysis.claims import verdicts
-from expressive_attention.study.analysis.summaries import comparisons, findings, mechanism_name
+from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.analysis.findings import findings
+from expressive_attention.study.analysis.wording import mechanism_name
+from expressive_attention.study.report.figures.theme import styles
 from expressive_attention.study.report.page import write_report
-from expressive_attention.study.report.theme import styles
 
 from ..report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained
 

@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 from expressive_attention.geometry import capture
 from expressive_attention.study.analysis.trained import cells_by_seed
 from expressive_attention.study.cli.app import app
-from expressive_attention.study.config.study import parse_config
+from expressive_attention.study.config.load import parse_config
 from expressive_attention.study.report.twins import TwinsError, load_twins, write_twins
 from expressive_attention.study.runs.store import Store, StoreError
-from expressive_attention.study.training.loop import trained_model
+from expressive_attention.study.training.model import trained_model
 
 from ..report_data import trained
 from ..tiny import tiny
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 def own_model(results, directory, mechanism, condition, seed):
     store = Store(directory)
     config, _ = store.config()
-    comparison = next(c for c in config.comparisons() if (c.condition, c.mechanism) == (condition, mechanism))
+    comparison = next(c for c in config.arms() if (c.condition, c.mechanism) == (condition, mechanism))
     cell = cells_by_seed(results, store, comparison)[seed]
     return trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed)).eval(), cell
 

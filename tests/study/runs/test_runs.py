@@ -9,7 +9,8 @@ import sys
 import pytest
 from polars.testing import assert_frame_equal
 
-from expressive_attention.study.runs.store import Store, collect
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store
 from tests.study.tiny import TINY
 from tests.waiting import is_alive, wait_until
 

@@ -7,7 +7,9 @@ import torch
 from polars.testing import assert_frame_equal
 
 from expressive_attention.study.runs import store as store_module
-from expressive_attention.study.runs.store import CorruptCellError, Store, StoreError, choose_setting, collect
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.selection import choose_setting
+from expressive_attention.study.runs.store import CorruptCellError, Store, StoreError
 from expressive_attention.study.training.loop import train_cell
 from tests.study.tiny import TINY, cell
 
@@ -184,7 +186,7 @@ def test_a_study_of_protocol_2_is_read_and_not_gone_on_with(tmp_path, trained):
     store = old(tmp_path / "old")
     config, text = store.config()
     assert (config.protocol, config.training.early_stop, config.seeds.confirmation, text) == (2, True, 0, TINY)
-    (mine, *_) = config.comparisons()[0].tuning_cells()
+    (mine, *_) = config.arms()[0].tuning_cells()
     result = dataclasses.replace(trained, seeds=trained.seeds.head(len(mine.seeds)))
     store.save(mine, result)
     folder = store.path(mine)

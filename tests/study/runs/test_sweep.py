@@ -13,11 +13,11 @@ from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
+from expressive_attention.study.config.condition import Setting
 from expressive_attention.study.runs import scheduler as sweep
 from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs.engines import LocalEngine
 from expressive_attention.study.runs.progress import Silent
-from expressive_attention.study.runs.results import Setting
 from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.store import Store
 from tests.study.tiny import tiny, tiny_config, written
@@ -293,7 +293,7 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
 def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch, before):
     """On disk, but its worker has not told yet: missing at the first looks, and there at the others."""
     store, config = make_store(tmp_path / "study"), tiny_config()
-    first, second = config.comparisons()[0].tuning_cells()
+    first, second = config.arms()[0].tuning_cells()
     plan = sweep._Plan(config, store, Record())
     assert len(plan.ready()) == 4
     for cell in (first, second):

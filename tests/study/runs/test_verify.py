@@ -7,10 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
-from expressive_attention.study.config.study import tomllib
+from expressive_attention.study.config.toml import tomllib
 from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs import verify
-from expressive_attention.study.runs.store import Store, environment, finished_cells
+from expressive_attention.study.runs.environment import environment
+from expressive_attention.study.runs.selection import finished_cells
+from expressive_attention.study.runs.store import Store
 from expressive_attention.study.runs.verify import compare, sample_cells, verify_cell
 from expressive_attention.study.training.loop import train_cell
 from tests.study.tiny import TINY, tiny_config
@@ -19,7 +21,7 @@ from tests.study.tiny import TINY, tiny_config
 @pytest.fixture(scope="module")
 def trained():
     """The tuning cells of the tiny study, with their results."""
-    cells = [cell for comparison in tiny_config().comparisons() for cell in comparison.tuning_cells()]
+    cells = [cell for comparison in tiny_config().arms() for cell in comparison.tuning_cells()]
     return [(cell, train_cell(cell)) for cell in cells]
 
 

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from expressive_attention.study.config.study import ConfigError, load_config
+from expressive_attention.study.config.load import load_config
+from expressive_attention.study.errors import ConfigError
 from expressive_attention.study.tasks import IGNORED, digits
 from expressive_attention.study.tasks.digits import DigitsTask, part
 from expressive_attention.study.tasks.rng import stream

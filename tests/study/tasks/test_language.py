@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from expressive_attention.study.config.study import ConfigError, parse_config
+from expressive_attention.study.config.load import parse_config
+from expressive_attention.study.errors import ConfigError
 from expressive_attention.study.tasks.base import Examples
 from expressive_attention.study.tasks.language import (
     LanguageTask,

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.noisy import NoisyTask
+from expressive_attention.study.tasks.recurrences.noisy import NoisyTask
 from expressive_attention.study.tasks.rng import stream
 
 SMALL = [

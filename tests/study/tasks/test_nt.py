@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.contexts import unseen
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.tasks.recurrences.nt import NTTask
 from expressive_attention.study.tasks.rng import stream
 
 sums = st.builds(

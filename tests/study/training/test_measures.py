@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from expressive_attention.study.tasks import Examples
 from expressive_attention.study.tasks.contexts import unseen
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.tasks.recurrences.nt import NTTask
 from expressive_attention.study.tasks.rng import stream
 from expressive_attention.study.training.evaluation import Prepared, rollouts, score
 

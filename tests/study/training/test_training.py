@@ -11,18 +11,16 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from expressive_attention.study.config.study import ModelConfig, TrainingConfig
+from expressive_attention.study.config.schema import ModelConfig, TrainingConfig
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.tasks.recurrences.nt import NTTask
 from expressive_attention.study.training import loop as training
+from expressive_attention.study.training import optimization
 from expressive_attention.study.training.checkpoints import CheckpointFile
-from expressive_attention.study.training.loop import (
-    Trajectory,
-    build_model,
-    learning_rate_factor,
-    train_cell,
-    trained_model,
-)
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.model import build_model, trained_model
+from expressive_attention.study.training.optimization import learning_rate_factor
+from expressive_attention.study.training.trajectory import Trajectory
 from tests.study.tiny import cell
 
 
@@ -151,7 +149,7 @@ def test_the_gradient_of_each_seed_is_clipped_alone():
     parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.clone()
-    training._clip(parameters, 1.0)
+    optimization._clip(parameters, 1.0)
     torch.testing.assert_close(parameters[0].grad, torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
 
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import SelfAttention
+from ..config.cells import Cell
 from ..config.record import RecordedTask
-from ..config.study import Cell
 from ..files import write_atomically
 from ..runs.results import StudyResults
 from ..runs.store import Store, StoreError
 from ..training.evaluation import Prepared, score
-from ..training.loop import train_further, trained_ensemble
+from ..training.loop import train_further
+from ..training.model import trained_ensemble
 from .summaries import evidence
 from .trained import cells_by_seed
 
@@ -186,9 +187,9 @@ def limit_sentences(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -
 def _cells(results: StudyResults, store: Store, *, trust: bool = False) -> list[Cell]:
     config, _ = store.config(trust=trust)
     found: dict[str, Cell] = {}
-    for comparison in config.comparisons():
-        if comparison.mechanism == "expressive":
-            found |= {cell.identity: cell for cell in cells_by_seed(results, store, comparison).values()}
+    for arm in config.arms():
+        if arm.mechanism == "expressive":
+            found |= {cell.identity: cell for cell in cells_by_seed(results, store, arm).values()}
     return list(found.values())
 
 

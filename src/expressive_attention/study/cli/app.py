@@ -69,7 +69,7 @@ def info() -> None:
 
     from ...backends import AUTOMATIC, BACKENDS, cpu
     from ...backends.problem import Problem
-    from ..runs.store import environment
+    from ..runs.environment import environment
 
     console = Console(highlight=False)
     table = Table("", "", show_header=False, box=None)
@@ -152,7 +152,8 @@ def geometry(
             records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
         if directory is not None and out is None and (directory / "report.html").exists():
-            from ..runs.store import Store, collect
+            from ..runs.results import collect
+            from ..runs.store import Store
 
             _write_report(collect(Store(directory)), directory, trust=trust)  # which links the page now
     if unseen:
@@ -223,12 +224,13 @@ def run(
     Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
     (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
-    from ..config.study import load_config
+    from ..config.load import load_config
     from ..runs.engines import LocalEngine, RayEngine
     from ..runs.loggers import Several, make_sinks
     from ..runs.progress import make_display
+    from ..runs.results import collect
     from ..runs.scheduler import SweepError, run_study
-    from ..runs.store import Store, collect
+    from ..runs.store import Store
     from ..training.devices import CPU, available_cores, devices
 
     start = time.perf_counter()
@@ -281,7 +283,8 @@ def run(
 @study.command()
 def report(directory: Directory, trust: Trust = False) -> None:
     """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
-    from ..runs.store import Store, collect
+    from ..runs.results import collect
+    from ..runs.store import Store
 
     with _one_line_errors():
         results = collect(Store(directory))
@@ -296,7 +299,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Print what a study has found so far, a row per condition and mechanism."""
-    from ..runs.store import Store, collect
+    from ..runs.results import collect
+    from ..runs.store import Store
 
     with _one_line_errors():
         results = collect(Store(directory))
@@ -329,7 +333,8 @@ def export(
     """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
     from ..analysis.limit import limit_tables
     from ..report.export import export_study
-    from ..runs.store import Store, collect
+    from ..runs.results import collect
+    from ..runs.store import Store
 
     with _one_line_errors():
         store = Store(directory)
@@ -397,7 +402,8 @@ def limit(
     told as well. Kept in DIR/limit; `export` writes it with the other tables.
     """
     from ..analysis.limit import limit_cells, limit_sentences, limit_tables, write_limit
-    from ..runs.store import Store, collect
+    from ..runs.results import collect
+    from ..runs.store import Store
 
     if not 0 < share <= 1:
         _fail(f"--share must be above 0 and at most 1, got {share:g}")
@@ -475,7 +481,7 @@ def _write_report(results: StudyResults, directory: Path, *, trust: bool = False
 
 
 def _print_findings(results: StudyResults) -> None:
-    from ..analysis.summaries import findings
+    from ..analysis.findings import findings
 
     for sentence in findings(results):
         typer.echo(sentence)

@@ -54,7 +54,7 @@ class TaskFile:
 
     @property
     def digest(self) -> str:
-        """What the file is known by: a hash of its text, wherever it lies."""
+        """The name of the file's content: a hash of its text, wherever it lies."""
         return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
 
 
@@ -193,7 +193,7 @@ def named(error: BaseException) -> str:
 
 
 def _problem(task: Task) -> str | None:
-    """What is wrong with a task, None where nothing was found."""
+    """The first fault of a task; None: it has none."""
     for name in ("vocab_size", "length"):
         value = getattr(task, name)
         if not isinstance(value, int) or value < 1:
@@ -222,7 +222,7 @@ def _problem(task: Task) -> str | None:
 
 
 def _problem_with(task: Task, origin: str, examples: Examples, again: Examples) -> str | None:
-    """What is wrong with examples, and with the same ones asked for again."""
+    """The first fault of examples, and of the same ones asked for again; None: they have none."""
     positions = (len(examples), task.length)
     tokens = task.input_dim is None
     vectors = ((*positions, task.input_dim), "float32")

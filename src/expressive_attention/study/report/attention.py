@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import SelfAttention, attend
-from ..analysis.summaries import evidence, mechanism_name
+from ..analysis.summaries import evidence
 from ..analysis.trained import cells_by_seed
+from ..analysis.wording import mechanism_name
+from ..config.cells import Cell
+from ..config.condition import Condition
 from ..config.record import RecordedTask
-from ..config.study import Cell
-from ..runs.results import Condition, StudyResults
+from ..runs.results import StudyResults
 from ..runs.store import Store
-from ..training.loop import trained_model
+from ..training.model import trained_model
 
 __all__ = ["AttentionMap", "attention_maps", "attention_weights", "captured_weights"]
 
@@ -75,7 +77,7 @@ def captured_weights(model: nn.Module, inputs: Tensor) -> list[Tensor]:
 
     Args:
         model: With modules of class `SelfAttention` in it.
-        inputs: What the model reads.
+        inputs: Input of the model.
     """
     found: list[Tensor] = []
 
@@ -98,9 +100,9 @@ def attention_maps(
     """Maps of the worst and the best final seed of each mechanism, in the order of the conditions.
 
     Args:
-        results: What the study has found.
+        results: Results of the study.
         store: Its folder; mechanisms whose final cells are not in it have no maps.
-        conditions: Those to look at.
+        conditions: Conditions to look at.
         trust: Run the study's Python files; without, tasks and mechanisms that they define have no maps.
 
     Raises:
@@ -111,18 +113,18 @@ def attention_maps(
     wanted = [condition.label for condition in conditions]
     config, _ = store.config(trust=trust)
     found: list[AttentionMap] = []
-    for comparison in config.comparisons():
-        rows = evidence(results.seeds, comparison.condition, comparison.mechanism)
-        needs_files = isinstance(comparison.task, RecordedTask) or comparison.mechanism_file is not None
-        if comparison.condition not in wanted or rows.is_empty() or (needs_files and not trust):
+    for arm in config.arms():
+        rows = evidence(results.seeds, arm.condition, arm.mechanism)
+        needs_files = isinstance(arm.task, RecordedTask) or arm.mechanism_file is not None
+        if arm.condition not in wanted or rows.is_empty() or (needs_files and not trust):
             continue
-        cells = cells_by_seed(results, store, comparison)
+        cells = cells_by_seed(results, store, arm)
         ranked = rows.filter(pl.col("seed").is_in(list(cells))).sort("accuracy", "seed")
         ends = {"worst": 0, "best": -1} if ranked.height > 1 else {"best": -1} if ranked.height else {}
         for rank, place in ends.items():
             seed, accuracy = ranked.select("seed", "accuracy").row(place)
             found += [
-                AttentionMap(comparison.condition, comparison.mechanism, seed, rank, accuracy, layer, weights)
+                AttentionMap(arm.condition, arm.mechanism, seed, rank, accuracy, layer, weights)
                 for layer, weights in enumerate(_mean_weights(store, cells[seed], seed))
             ]
     return sorted(found, key=lambda each: wanted.index(each.condition))

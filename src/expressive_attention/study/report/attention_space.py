@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from ...geometry import Record, capture
-from ..analysis.summaries import evidence, mechanism_name
+from ..analysis.summaries import evidence
 from ..analysis.trained import cells_by_seed
+from ..analysis.wording import mechanism_name
 from ..config.record import RecordedTask
-from ..runs.results import StudyResults
-from ..runs.store import Store, StoreError, collect
-from ..training.loop import trained_model
-from .theme import most_different
+from ..runs.results import StudyResults, collect
+from ..runs.store import Store, StoreError
+from ..training.model import trained_model
+from .figures.layout import most_different
 
 __all__ = ["Look", "chosen_condition", "look_into"]
 
@@ -24,7 +25,7 @@ _SEEN = ("expressive", "dot_product", "squared")  # others compute their weights
 
 @dataclass(frozen=True)
 class Look:
-    """What trained models do on test examples.
+    """Attention of trained models on test examples.
 
     Attributes:
         title: The condition and the seed.
@@ -58,15 +59,15 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     records: dict[str, Record] = {}
     tokens: list[list[str]] = []
     config, _ = store.config(trust=trust)
-    comparisons = [c for c in config.comparisons() if c.condition == label]
-    if any(isinstance(c.task, RecordedTask) for c in comparisons):
+    arms = [c for c in config.arms() if c.condition == label]
+    if any(isinstance(c.task, RecordedTask) for c in arms):
         raise StoreError(f"{directory}: the task of {label!r} is in a Python file, which --trust runs")
-    unseen = sorted({mechanism_name(c.mechanism) for c in comparisons if c.mechanism not in _SEEN})
-    comparisons = [c for c in comparisons if c.mechanism in _SEEN]
-    for comparison in sorted(comparisons, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
-        cells = cells_by_seed(results, store, comparison)
+    unseen = sorted({mechanism_name(c.mechanism) for c in arms if c.mechanism not in _SEEN})
+    arms = [c for c in arms if c.mechanism in _SEEN]
+    for arm in sorted(arms, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
+        cells = cells_by_seed(results, store, arm)
         if seed is None and cells:
-            rows = evidence(results.seeds, label, comparison.mechanism)
+            rows = evidence(results.seeds, label, arm.mechanism)
             seed = next(s for s in rows.sort("accuracy", "seed")["seed"] if s in cells)
         if seed not in cells:
             continue
@@ -75,7 +76,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
         examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "test").inputs)
         with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
             model(examples)
-        records[mechanism_name(comparison.mechanism)] = record
+        records[mechanism_name(arm.mechanism)] = record
         if not examples.is_floating_point():
             tokens = [[str(digit) for digit in example] for example in examples.tolist()]
     if not records:

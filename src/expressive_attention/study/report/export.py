@@ -9,7 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from ..analysis.summaries import BASELINE, LEVEL, Comparison, Interval, Summary, comparisons, mechanism_name, summaries
+from ..analysis.comparisons import BASELINE, Comparison, comparisons
+from ..analysis.estimators import LEVEL, Interval
+from ..analysis.summaries import Summary, summaries
+from ..analysis.wording import mechanism_name
 from ..files import write_atomically
 from ..runs.results import StudyResults
 
@@ -54,7 +57,7 @@ SUMMARY_SCHEMA: dict[str, Any] = {
     "untested": pl.String,  # why there is no test
 }
 
-# What LaTeX would take for a command, or lacks in some fonts.
+# Characters that LaTeX takes for commands, or lacks in some fonts.
 _LATEX = str.maketrans({
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -86,7 +89,7 @@ def export_study(
     `StudyResults`, and ``summary``.
 
     Args:
-        results: What was found.
+        results: Results of the study.
         directory: Where to; made if it is not there.
         formats: Some of `FORMATS`.
         more: Further tables by name, to be written beside the others.

@@ -19,14 +19,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...nn import Transformer
-from ..analysis.summaries import BASELINE, evidence
+from ..analysis.comparisons import BASELINE
+from ..analysis.summaries import evidence
 from ..analysis.trained import cells_by_seed
+from ..config.cells import Arm, Cell
 from ..config.record import RecordedTask
-from ..config.study import Cell, Comparison
 from ..errors import StudyError
 from ..files import write_atomically
-from ..runs.store import Store, StoreError, collect
-from ..training.loop import model_arguments, trained_model
+from ..runs.results import collect
+from ..runs.store import Store, StoreError
+from ..training.model import model_arguments, trained_model
 from .attention_space import chosen_condition
 
 __all__ = ["Twins", "TwinsError", "load_twins", "write_twins"]
@@ -88,12 +90,12 @@ def write_twins(
     label = chosen_condition(results, condition)
     config, _ = store.config(trust=trust)
     cells: dict[str, dict[int, Cell]] = {}
-    for comparison in sorted(config.comparisons(), key=_baseline_first):
-        if comparison.condition != label or comparison.mechanism_file is not None:
+    for arm in sorted(config.arms(), key=_baseline_first):
+        if arm.condition != label or arm.mechanism_file is not None:
             continue
-        if isinstance(comparison.task, RecordedTask):
+        if isinstance(arm.task, RecordedTask):
             raise StoreError(f"{directory}: the task of {label!r} is in a Python file, which --trust runs")
-        cells[comparison.mechanism] = cells_by_seed(results, store, comparison)
+        cells[arm.mechanism] = cells_by_seed(results, store, arm)
     finished = {mechanism: by_seed for mechanism, by_seed in cells.items() if by_seed}
     shared = set.intersection(*(set(by_seed) for by_seed in finished.values())) if finished else set()
     if seed is None and shared:
@@ -169,5 +171,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise TwinsError(f"{path} cannot be read: {error}") from None
 
 
-def _baseline_first(comparison: Comparison) -> bool:
-    return comparison.mechanism != BASELINE
+def _baseline_first(arm: Arm) -> bool:
+    return arm.mechanism != BASELINE

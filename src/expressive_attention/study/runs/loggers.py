@@ -11,14 +11,14 @@ from typing import Any
 
 import polars as pl
 
-from ..config.study import Cell
+from ..config.cells import Cell
 from ..errors import StudyError
 from .progress import Display
 from .store import Store
 
 __all__ = ["SINKS", "Several", "Sink", "SinkError", "TensorBoard", "WeightsAndBiases", "make_sinks"]
 
-# What is logged of a finished cell: means over its seeds, on the test sequences.
+# The measures logged of a finished cell: means over its seeds, on the test sequences.
 MEASURES = ("accuracy", "cross_entropy", "solved", "steps", "rollout_digits", "rollout_exact")
 
 
@@ -229,7 +229,7 @@ def _mean_curve(curves: pl.DataFrame) -> Iterator[tuple[int, float]]:
 
 
 def _title(cell: Cell) -> str:
-    """What tells a cell from the others of its condition."""
+    """The difference of a cell from the others of its condition."""
     gain = "" if cell.initial_gain == 1 else f", gain {cell.initial_gain:g}"
     seeds = f"seeds {cell.seeds[0]} to {cell.seeds[-1]}"
     return f"{cell.mechanism}, {cell.role}, learning rate {cell.learning_rate:g}{gain}, {seeds}"

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar per cell at work and one overall, or plain lines without a terminal."""
+"""The progress of a run: a bar per cell in training and one overall, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..config.study import Cell
+from ..config.cells import Cell
 
 __all__ = ["Bars", "Display", "Lines", "Silent", "make_display"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ..config.study import Cell, Comparison, StudyConfig
-from ..training.loop import CellResult
+from ..config.cells import Arm, Cell
+from ..config.condition import Setting
+from ..config.study import StudyConfig
+from ..training.result import CellResult
 from .engines import Engine
 from .progress import Display
-from .results import Setting
-from .store import CorruptCellError, Store, candidates, choose_setting, progress_of
+from .selection import candidates, choose_setting, progress_of
+from .store import CorruptCellError, Store
 
 __all__ = ["SweepError", "run_study"]
 
@@ -29,7 +31,7 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
     Args:
         config: The study.
         store: Where it is kept; its lock must be held.
-        engine: What runs the cells; it is started here, and stopped.
+        engine: Runs the cells; it is started and stopped here.
         display: Told what happens.
 
     Raises:
@@ -77,29 +79,29 @@ class _Plan:
 
     def __init__(self, config: StudyConfig, store: Store, display: Display) -> None:
         self.store, self.display, self.config = store, display, config
-        self.comparisons = config.comparisons()
-        self.of: dict[str, Comparison] = {}
+        self.arms = config.arms()
+        self.of: dict[str, Arm] = {}
         self.cells: dict[str, Cell] = {}
         self.confirmed: dict[str, list[Cell]] = {}  # by condition
 
     def total_cells(self) -> int:
         """Number of cells as far as is known: those of a confirmation are, once final seeds ask for it."""
-        every = [len(self._tuning(c)) + len(self._expected_finals(c)) for c in self.comparisons]
+        every = [len(self._tuning(c)) + len(self._expected_finals(c)) for c in self.arms]
         return sum(every) + sum(len(cells) for cells in self.confirmed.values())
 
     def missing_cells(self) -> int:
         missing = 0
-        for comparison in self.comparisons:
-            tuning = [cell for cell in self._tuning(comparison) if not self._finished(cell)]
-            finals = self._expected_finals(comparison)
+        for arm in self.arms:
+            tuning = [cell for cell in self._tuning(arm) if not self._finished(cell)]
+            finals = self._expected_finals(arm)
             missing += len(tuning) + sum(1 for cell in finals if tuning or not self._finished(cell))
-        for condition in dict.fromkeys(comparison.condition for comparison in self.comparisons):
+        for condition in dict.fromkeys(arm.condition for arm in self.arms):
             missing += sum(1 for cell in self._confirming(condition) if not self._finished(cell))
         return missing
 
     def ready(self) -> list[Cell]:
         """The cells that can run at the start."""
-        cells = [cell for comparison in self.comparisons for cell in self._next(comparison)]
+        cells = [cell for arm in self.arms for cell in self._next(arm)]
         for condition in list(self.confirmed):
             cells += self._new(self.confirmed[condition])
         return cells
@@ -110,21 +112,21 @@ class _Plan:
             return []
         if cell.role == "final":
             return self._new(self._confirming(cell.condition))
-        comparison = self.of[cell.identity]
-        new = self._next(comparison)
-        if new or all(self.store.has(tuning) for tuning in self._tuning(comparison)):
-            for final in self._expected_finals(comparison):
+        arm = self.of[cell.identity]
+        new = self._next(arm)
+        if new or all(self.store.has(tuning) for tuning in self._tuning(arm)):
+            for final in self._expected_finals(arm):
                 # Only now is it known to be one of this study's. A tuning cell may have ended since `_next` looked:
                 # then the final ones have not run, and wait for `after` of that cell.
                 if final.identity not in self.cells and self._finished(final):
                     self.cells[final.identity] = final
                     self.display.finished(final, "finished before")
-        return new or self._new(self._confirming(comparison.condition))
+        return new or self._new(self._confirming(arm.condition))
 
-    def _next(self, comparison: Comparison) -> list[Cell]:
-        tuning = [cell for cell in self._tuning(comparison) if not self._finished(cell)]
-        new = self._new(tuning or self._finals(comparison))
-        self.of.update({cell.identity: comparison for cell in new})
+    def _next(self, arm: Arm) -> list[Cell]:
+        tuning = [cell for cell in self._tuning(arm) if not self._finished(cell)]
+        new = self._new(tuning or self._finals(arm))
+        self.of.update({cell.identity: arm for cell in new})
         return new
 
     def _new(self, cells: list[Cell]) -> list[Cell]:
@@ -133,26 +135,26 @@ class _Plan:
         self.cells.update({cell.identity: cell for cell in new})
         return new
 
-    def _tuning(self, comparison: Comparison) -> list[Cell]:
-        return comparison.tuning_cells(self.store.has)
+    def _tuning(self, arm: Arm) -> list[Cell]:
+        return arm.tuning_cells(self.store.has)
 
-    def _expected_finals(self, comparison: Comparison) -> list[Cell]:
+    def _expected_finals(self, arm: Arm) -> list[Cell]:
         """The final cells; before the setting is known as many at any, to be counted and never to be run."""
-        if not all(self.store.has(cell) for cell in self._tuning(comparison)):
-            return comparison.final_cells(_ANY)
-        return self._finals(comparison)
+        if not all(self.store.has(cell) for cell in self._tuning(arm)):
+            return arm.final_cells(_ANY)
+        return self._finals(arm)
 
-    def _finals(self, comparison: Comparison) -> list[Cell]:
-        """The final cells of a comparison whose tuning is finished."""
-        tuning = self._tuning(comparison)
+    def _finals(self, arm: Arm) -> list[Cell]:
+        """The final cells of an arm whose tuning is finished."""
+        tuning = self._tuning(arm)
         if not tuning:
-            return comparison.final_cells(comparison.training.settings[0], self.store.has)
+            return arm.final_cells(arm.training.settings[0], self.store.has)
         setting = choose_setting((cell, self.store.load(cell)) for cell in tuning)
-        return comparison.final_cells(setting, self.store.has)
+        return arm.final_cells(setting, self.store.has)
 
     def _confirming(self, condition: str) -> list[Cell]:
         """The cells that confirm what the final seeds of a condition show, if there is something to confirm."""
-        progress = [progress_of(self.store, c) for c in self.comparisons if c.condition == condition]
+        progress = [progress_of(self.store, c) for c in self.arms if c.condition == condition]
         cells = [
             cell
             for found in candidates(self.store, self.config, progress)

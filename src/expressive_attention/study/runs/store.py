@@ -12,57 +12,37 @@ DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import tomli_w
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config.exclusive import alone
-from ..config.family import PRIMARY_COMPARISONS
+from ..config.cells import Cell
+from ..config.load import parse_config, runs_files
 from ..config.record import Record, RecordError
-from ..config.study import PROTOCOL, Cell, Comparison, StudyConfig, parse_config, runs_files, tomllib
+from ..config.schema import PROTOCOL
+from ..config.study import StudyConfig
 from ..config.task_files import TaskFile
+from ..config.toml import tomllib
 from ..errors import StudyError
 from ..files import to_disk, write_atomically
-from ..training.devices import CPU, device_name
-from ..training.loop import CellResult
-from .facts import KnownFacts
-from .results import CURVE_SCHEMA, EXAMPLE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA, Setting, StudyResults
+from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
+from .environment import environment
 
-__all__ = [
-    "CorruptCellError",
-    "Store",
-    "StoreError",
-    "candidates",
-    "choose_setting",
-    "collect",
-    "environment",
-    "finished_cells",
-    "progress_of",
-]
+__all__ = ["CorruptCellError", "Store", "StoreError"]
+
 
 _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
 
 _RECORD = "record.json"
-_FACTS = "facts.json"
-_TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA, "examples": EXAMPLE_SCHEMA}
 # Columns that protocol 2 did not have yet.
 _LATER = {
     "seeds": ("validation", "validation_cross_entropy", "unseen_predictions", "unseen_contexts"),
@@ -199,11 +179,11 @@ class Store:
 
         Args:
             cell: Which one.
-            result: What was found.
+            result: Its result.
             machine: The `environment` in which it was; None: this one.
         """
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
-        for name in _TABLES:
+        for name in TABLES:
             getattr(result, name).write_parquet(partial / f"{name}.parquet")
         save_file(result.weights, partial / "weights.safetensors")
         files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
@@ -238,7 +218,7 @@ class Store:
         later = _LATER if cell.protocol < PROTOCOL else {}
         schemas = {
             table: {name: kind for name, kind in schema.items() if name not in later.get(table, ())}
-            for table, schema in _TABLES.items()
+            for table, schema in TABLES.items()
         }
         stored = {table: schema for table, schema in schemas.items() if schema}
         for name in (*(f"{table}.parquet" for table in stored), "weights.safetensors"):
@@ -256,7 +236,7 @@ class Store:
                 raise CorruptCellError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
             if dict(tables[name].schema) != schema:
                 raise CorruptCellError(f"{path} has other columns than this version writes")
-        for name, schema in _TABLES.items():
+        for name, schema in TABLES.items():
             found = tables.get(name, pl.DataFrame(schema=schema))
             missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found]
             tables[name] = found.with_columns(missing).select(*schema)
@@ -325,203 +305,6 @@ def _describes_a_cell(about: dict[str, Any]) -> bool:
     return isinstance(about.get("seconds"), (int, float)) and all(
         isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables
     )
-
-
-def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
-    """The setting whose tuning seeds are most accurate on validation sequences, then fastest, then the smaller one.
-
-    Fastest is by the mean of the steps to solve, an unsolved seed counting as all steps. Every process that asks has to
-    choose the same: sums are exact, and do not depend on the order of the cells. Protocol 2 ranked by test sequences,
-    and by the steps taken.
-    """
-    seeds: dict[Setting, list[tuple[float, int]]] = {}
-    for cell, result in results:
-        setting = Setting(cell.learning_rate, cell.initial_gain)
-        if cell.protocol < PROTOCOL:
-            rows = result.seeds.select("accuracy", "steps")
-        else:
-            steps = pl.col("steps_to_solve").fill_null(cell.training.steps)
-            rows = result.seeds.select("validation", steps)
-        seeds.setdefault(setting, []).extend(rows.iter_rows())
-
-    def rank(setting: Setting) -> tuple[float, float, Setting]:
-        accuracies, steps = zip(*seeds[setting], strict=True)
-        return -math.fsum(accuracies) / len(accuracies), sum(steps) / len(steps), setting
-
-    return min(seeds, key=rank)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one comparison has come.
-
-    Attributes:
-        comparison: Which one.
-        cells: The cells that it needs, as far as is known: the final ones once a setting is chosen.
-        setting: The one chosen; None: the tuning is not finished.
-    """
-
-    comparison: Comparison
-    cells: list[Cell]
-    setting: Setting | None
-
-    @property
-    def final(self) -> list[Cell]:
-        """The final cells, once they are known."""
-        return [cell for cell in self.cells if cell.role == "final"]
-
-    def confirmation_cells(self, store: Store) -> list[Cell]:
-        """The cells of fresh seeds at the setting chosen."""
-        assert self.setting is not None
-        return self.comparison.confirmation_cells(self.setting, store.has)
-
-
-def progress_of(store: Store, comparison: Comparison) -> Progress:
-    """How far a comparison has come.
-
-    Raises:
-        CorruptCellError: A tuning cell is corrupt.
-    """
-    tuning = comparison.tuning_cells(store.has)
-    if not all(store.has(cell) for cell in tuning):
-        return Progress(comparison, tuning, None)
-    chosen = choose_setting((cell, store.load(cell)) for cell in tuning) if tuning else comparison.training.settings[0]
-    return Progress(comparison, tuning + comparison.final_cells(chosen, store.has), chosen)
-
-
-def candidates(store: Store, config: StudyConfig, progress: Sequence[Progress]) -> list[Progress]:
-    """The comparisons whose conditions EA or DPA has to itself by the final seeds, where the study asks for that.
-
-    Either both comparisons of a condition are there or neither is.
-    """
-    if "exclusive_range" not in config.claims or not config.seeds.confirmation:
-        return []
-    sides: dict[str, dict[str, Progress]] = {}
-    for found in progress:
-        if found.setting is not None and all(store.has(cell) for cell in found.final):
-            sides.setdefault(found.comparison.condition, {})[found.comparison.mechanism] = found
-    chosen = []
-    for by_mechanism in sides.values():
-        pair = [by_mechanism.get(name) for name in ("expressive", "dot_product")]
-        known = [found for found in pair if found is not None]
-        if len(known) == 2:
-            (ours, theirs) = (_solved(store, found.final) for found in known)
-            if alone(ours, theirs) or alone(theirs, ours):
-                chosen += known
-    return chosen
-
-
-def _solved(store: Store, cells: Sequence[Cell]) -> tuple[int, int]:
-    seeds = pl.concat([store.load(cell).seeds for cell in cells])
-    return int(seeds["solved"].sum()), len(seeds)
-
-
-def finished_cells(store: Store, config: StudyConfig) -> tuple[list[Cell], list[str]]:
-    """Those of a study's cells that are finished, and a line about each that is not.
-
-    Raises:
-        StoreError: A cell on which a setting was chosen is corrupt; the message names the file.
-    """
-    finished: list[Cell] = []
-    unfinished: list[str] = []
-    progress = [progress_of(store, comparison) for comparison in config.comparisons()]
-    confirmed = {id(found) for found in candidates(store, config, progress)}
-    for found in progress:
-        cells = list(found.cells)
-        if found.setting is None:
-            unfinished.append(f"{found.comparison.condition}, {found.comparison.mechanism}, final: waits for tuning")
-        elif id(found) in confirmed:
-            cells += found.confirmation_cells(store)
-        finished += [cell for cell in cells if store.has(cell)]
-        unfinished += [str(cell) for cell in cells if not store.has(cell)]
-    return finished, unfinished
-
-
-def collect(store: Store) -> StudyResults:
-    """All finished cells of a study; none of its Python files is run.
-
-    Raises:
-        StoreError: The folder is not a study, or a cell is corrupt; the message names the file.
-        ConfigError: Its configuration does not fit.
-    """
-    config, text = store.config()
-    facts = KnownFacts(store.directory / _FACTS)
-    conditions = config.conditions(facts.of)
-    facts.keep()
-    fixed = {condition.label for condition in conditions if condition.facts.get("fixed_data")}
-    tables: dict[str, list[pl.DataFrame]] = {name: [] for name in _TABLES}
-    finished, unfinished = finished_cells(store, config)
-    found: dict[str, str] = {}
-    seconds = 0.0
-    for cell in finished:
-        result = store.load(cell)
-        labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
-        columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-        columns += [pl.lit(getattr(cell, name)).alias(name) for name in Setting._fields]
-        for name, parts in tables.items():
-            if name != "examples" or cell.condition in fixed:
-                parts.append(getattr(result, name).with_columns(columns))
-        seconds += result.seconds
-        found = store.about(cell)["environment"]
-    empty = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
-    joined = {
-        name: pl.concat(parts) if parts else pl.DataFrame(schema={**_TABLES[name], **empty})
-        for name, parts in tables.items()
-    }
-    return StudyResults(
-        name=config.name, config=text, conditions=conditions, mechanisms=list(config.mechanisms),
-        **joined, unfinished=unfinished, claims=list(config.claims), environment=found or environment(),
-        seconds=seconds, protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
-    )  # fmt: skip
-
-
-def environment(device: torch.device = CPU) -> dict[str, str]:
-    """Versions and machine, among which are all that may change the bits of a result trained on a device.
-
-    ``revision`` is the commit, where the package runs from a checkout; ``threads`` are those of this process.
-    """
-    return {**_machine(), "threads": str(torch.get_num_threads()), "device": device_name(device)}
-
-
-@lru_cache
-def _machine() -> dict[str, str]:
-    return {
-        "expressive-attention": version("expressive-attention"),
-        **_revision(),
-        "torch": torch.__version__,
-        "numpy": version("numpy"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-    }
-
-
-def _revision() -> dict[str, str]:
-    """The commit that the package's own folder is of, marked if files differ from it."""
-    folder = Path(__file__).parent
-    try:
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=False
-        )
-        if tracked.returncode:
-            return {}
-        said = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"revision": said.stdout.strip()}
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _checksum(path: Path) -> str:

@@ -11,14 +11,19 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..config.study import PROTOCOL, Cell, runs_files
+from ..config.cells import Cell
+from ..config.load import runs_files
+from ..config.schema import PROTOCOL
 from ..training.devices import CPU
-from ..training.loop import CellResult, train_cell
-from .store import Store, StoreError, environment, finished_cells
+from ..training.loop import train_cell
+from ..training.result import CellResult
+from .environment import environment
+from .selection import finished_cells
+from .store import Store, StoreError
 
-__all__ = ["Verification", "sample_cells", "verify_cell"]
+__all__ = ["Recheck", "sample_cells", "verify_cell"]
 
-# What makes a row of each table unique.
+# The columns that make a row of each table unique.
 _KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
 
 # By which a difference is told, the first that a table has.
@@ -26,12 +31,12 @@ _MEASURES = ("right", "accuracy", "validation")
 
 
 @dataclass(frozen=True)
-class Verification:
+class Recheck:
     """A cell that was run again.
 
     Attributes:
-        differences: What differs and by how much, one phrase each; none: all tables and weights are the same.
-        circumstances: What is not as it was when the cell ran first: versions, processor, threads, device.
+        differences: The differences and their sizes, one phrase each; none: all tables and weights are the same.
+        circumstances: Changes since the cell ran first: versions, processor, threads, device.
         seconds: Time of the second training.
     """
 
@@ -68,7 +73,7 @@ def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) ->
     return random.Random(seed).sample(cells, min(count, len(cells)))
 
 
-def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Verification:
+def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck:
     """Train a finished cell again with as many threads as it had, one if that was not kept.
 
     Args:
@@ -77,7 +82,7 @@ def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Verific
         device: Where it is trained again.
 
     Raises:
-        CorruptCellError: What was kept cannot be read; the message names the file.
+        CorruptCellError: The stored result cannot be read; the message names the file.
     """
     then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
     with _threads(int(then.get("threads", 1))):
@@ -87,11 +92,11 @@ def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Verific
         for name in dict.fromkeys([*then, *now])
         if then.get(name) != now.get(name)
     ]
-    return Verification(tuple(compare(kept, again)), tuple(circumstances), again.seconds)
+    return Recheck(tuple(compare(kept, again)), tuple(circumstances), again.seconds)
 
 
 def compare(kept: CellResult, again: CellResult) -> list[str]:
-    """What differs between two results of a cell, and by how much; NaN equals NaN."""
+    """The differences between two results of a cell, and their sizes; NaN equals NaN."""
     differences = []
     for table, keys in _KEYS.items():
         before, after = getattr(kept, table), getattr(again, table)

@@ -1,4 +1,4 @@
-"""What the study asks of a task."""
+"""The interface between the study and a task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS: dict[str, type[Task]] = {}
 
 @dataclass(frozen=True)
 class Examples:
-    """What a model reads, and what it is to say at each position.
+    """The input of a model, and its target at each position.
 
     Attributes:
         inputs: Tokens ``(n, L)``, int64, or vectors ``(n, L, C)``, float32.
@@ -118,7 +118,7 @@ class Task(BaseModel, ABC):
         return {"position": np.broadcast_to(np.arange(examples.targets.shape[1]), examples.targets.shape)}
 
     def group_name(self, split: str, group: int) -> str:
-        """What a group of a split is, in words."""
+        """The name of a group of a split."""
         return f"{split} {group}"
 
     def contexts(self, examples: Examples) -> np.ndarray | None:
@@ -149,7 +149,7 @@ class Task(BaseModel, ABC):
         """Accuracy of a guess at a scored position."""
 
     def facts(self) -> dict[str, Any]:
-        """What an accuracy is worth here; keys as in `study.results.Condition`."""
+        """Facts that put an accuracy into perspective; keys as in `study.config.condition.Condition`."""
         test = self.held_out_examples(2048, "test")
         counted = self.scored(test)
         answers = test.targets[counted]

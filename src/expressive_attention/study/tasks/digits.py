@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from .base import IGNORED, Examples, Task
-from .recurrence import mixed
+from .recurrences.recurrence import mixed
 
 __all__ = ["DigitsTask", "images_and_classes", "part"]
 

@@ -62,7 +62,7 @@ class CheckpointFile:
         self.about = {
             "identity": identity,
             "format": _FORMAT,
-            # What the processor adds in which order, and so the last bits, depend on these.
+            # The order of additions, and so the last bits, depend on these.
             "torch": str(torch.__version__),
             "processor": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -86,7 +86,7 @@ class CheckpointFile:
         self.written = time.monotonic()
 
     def read(self) -> Checkpoint | None:
-        """What was written last; None where there is nothing that can be used."""
+        """The last checkpoint; None: there is none that can be used."""
         if not self.path.exists():
             return None
         try:

@@ -1,4 +1,4 @@
-"""What is measured on an ensemble of models."""
+"""Measures of an ensemble of models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Scores:
-    """What each member reaches.
+    """Scores of each member.
 
     Attributes:
         accuracy: Share ``(R,)`` of scored targets that are predicted.

@@ -1,4 +1,4 @@
-"""What the sweep asks of an engine."""
+"""The interface between the scheduler and an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import NamedTuple
 
-from ...config.study import Cell
+from ...config.cells import Cell
 from ...config.task_files import blame
 from ...errors import StudyError
 from ...training.checkpoints import SECONDS_BETWEEN
@@ -60,7 +60,7 @@ class Engine(ABC):
             display: Told of cells at work.
 
         Raises:
-            EngineError: What it needs is not there.
+            EngineError: Something that the engine needs is missing.
         """
         self.store, self.display = store, display
 

@@ -19,11 +19,12 @@ from typing import cast
 
 import torch
 
-from ...config.study import Cell
+from ...config.cells import Cell
 from ...training.checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ...training.devices import CPU, available_cores
 from ...training.loop import train_cell
-from ..store import Store, environment
+from ..environment import environment
+from ..store import Store
 from .base import Engine, Outcome, reason
 
 __all__ = ["LocalEngine", "threads_per_cell"]

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from ...config.study import Cell
+from ...config.cells import Cell
 from ...training.checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ...training.devices import CPU
-from ...training.loop import CellResult, train_cell
+from ...training.loop import train_cell
+from ...training.result import CellResult
+from ..environment import environment
 from ..progress import Display
-from ..store import Store, environment
+from ..store import Store
 from .base import Engine, EngineError, Outcome, reason
 from .local import threads_per_cell
 
@@ -28,8 +30,8 @@ _SECONDS_BETWEEN_NEWS = 0.5
 class RayEngine(Engine):
     """Each cell is a Ray task on one processor core; its result comes back here, where alone it is saved.
 
-    The nodes of a cluster need the same versions of this package and of torch. Those that see the folder of the
-    study under the same path keep checkpoints in it; on others, a cell whose node is lost starts anew.
+    The nodes of a cluster need the same versions of this package and of torch. A node that sees the folder of
+    the study under the same path keeps checkpoints in it; on others, a cell whose node is lost starts anew.
 
     Args:
         workers: Cells at a time on this machine.
@@ -156,7 +158,7 @@ def _check_is_there(address: str) -> None:
 
 
 class _News:
-    """What tasks tell, until it is asked for."""
+    """News of Ray's tasks, kept until they are asked for."""
 
     def __init__(self) -> None:
         self.news: list[tuple[Any, ...]] = []

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples
-from .sampled import SampledTask, by_distance, distinct, integers
+from ..base import IGNORED, Examples
+from ..sampled import SampledTask, by_distance, distinct, integers
 
 __all__ = ["MQARTask"]
 
@@ -33,7 +33,7 @@ class MQARTask(SampledTask):
         vocab: Number of tokens, even; at least 2 (pairs + 1).
         context: Tokens that the model reads, even, at least ``4 * pairs``; None: ``4 * pairs``.
         power: Of the distribution of the slots, above 0; 1: uniform.
-        filler: What stands between the queries: ``"blank"``, or ``"random"``, any tokens, keys among them, at which
+        filler: The tokens between the queries: ``"blank"``, or ``"random"``, any tokens, keys among them, at which
             nothing is asked.
     """
 

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import IGNORED, Examples
-from .sampled import SampledTask, by_distance, distinct, integers
+from ..base import IGNORED, Examples
+from ..sampled import SampledTask, by_distance, distinct, integers
 
 __all__ = ["SelectiveCopyTask"]
 

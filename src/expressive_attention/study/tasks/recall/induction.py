@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import IGNORED, Examples
-from .sampled import SampledTask, by_distance, integers
+from ..base import IGNORED, Examples
+from ..sampled import SampledTask, by_distance, integers
 
 __all__ = ["InductionTask"]
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples, Task
+from ..base import IGNORED, Examples, Task
+from ..sampled import prefix_identifiers
 from .nt import NTTask, Operation
-from .sampled import prefix_identifiers
 
 __all__ = ["MultiTask"]
 
@@ -19,8 +19,8 @@ __all__ = ["MultiTask"]
 class MultiTask(Task):
     """Each sequence follows one NT task, drawn from all combinations of `operations` and `delays`.
 
-    Nothing says which. What the context tells is exact: a rule k that the t tokens of the context x follow has the
-    posterior probability
+    Nothing says which. The posterior is exact: a rule k that the t tokens of the context x follow has the
+    probability
 
         P(k | x) ~ choices_k^-min(t, delay_k)
 

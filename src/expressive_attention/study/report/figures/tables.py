@@ -7,10 +7,15 @@ from typing import Any
 
 import polars as pl
 
-from ..analysis.summaries import Interval, comparisons, evidence, median_curve, solve_curve, summaries
-from ..runs.results import Condition, StudyResults
-from .attention import AttentionMap
-from .theme import PREDICTORS, finished_conditions, predictors_of
+from ...analysis.comparisons import comparisons
+from ...analysis.estimators import Interval
+from ...analysis.summaries import evidence, median_curve, summaries
+from ...analysis.survival import solve_curve
+from ...config.condition import Condition
+from ...runs.results import StudyResults
+from ..attention import AttentionMap
+from .layout import finished_conditions
+from .theme import PREDICTORS, predictors_of
 
 __all__ = ["FIGURE_DATA", "attention_table", "split_table"]
 

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from .base import IGNORED, Examples, Task
-from .rng import stream
+from ..base import IGNORED, Examples, Task
+from ..rng import stream
 
 __all__ = ["Recurrence", "mixed"]
 

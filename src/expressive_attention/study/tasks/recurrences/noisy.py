@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples
+from ..base import IGNORED, Examples
+from ..sampled import SampledTask, integers
 from .nt import NTTask
-from .sampled import SampledTask, integers
 
 __all__ = ["NoisyTask"]
 
@@ -23,7 +23,7 @@ class NoisyTask(SampledTask):
     """A sum or difference NT task whose digits are read wrong with a probability; the target is the next true one.
 
     The sequence x itself goes on undisturbed. Of each of its digits the model reads y_t = x_t with probability
-    1 - noise, else one of the ``basis - 1`` others, uniformly. What the context tells is exact: with all starting
+    1 - noise, else one of the ``basis - 1`` others, uniformly. The posterior is exact: with all starting
     states s equally probable at first,
 
         P(s | y_1 ... y_t) ~ (1 - noise)^(t - m_s) (noise / (basis - 1))^m_s

@@ -1,0 +1,1 @@
+"""Figures and their numbers: what they share, and how matplotlib and plotly draw them."""
