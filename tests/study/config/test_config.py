@@ -44,7 +44,12 @@ def test_the_ladder_preset_spells_out_the_defaults():
         ({"embed_dim": "7"}, ["model", "rope needs an even", "7"]),
         ({"learning_rates": "[]"}, ["training.learning_rates"]),
         ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),
-        ({"mechanisms": '["softmax"]'}, ["mechanisms must be of", "'expressive'", "got 'softmax'"]),
+        (
+            {"mechanisms": '["softmax"]'},
+            ["mechanisms must be of", "'expressive'", "got 'softmax', which is 'dot_product' here"],
+        ),
+        ({"mechanisms": '["EA"]'}, ["mechanisms must be of", "got 'EA', which is 'expressive' here"]),
+        ({"mechanisms": '["tanh"]'}, ["mechanisms must be of", "got 'tanh'"]),
         ({"tuning": "0"}, ["seeds.tuning", "at least 1"]),
         ({"task": "{ basis = 1, delay = 2 }"}, ["basis", "greater than or equal to 2"]),
         ({"task": '{ kind = "mt", basis = 4, delay = 2 }'}, ["grid.task.kind", "'mt'"]),

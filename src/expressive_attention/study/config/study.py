@@ -31,6 +31,10 @@ def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+# Names from papers and other libraries, for an error that tells the right word.
+_OTHER_NAMES = {"ea": "expressive", "dpa": "dot_product", "softmax": "dot_product", "sdpa": "dot_product"}
+
+
 class Grid(Strict):
     """Conditions: every combination of the values of `task` and `model`, each a value or a list of them."""
 
@@ -84,7 +88,9 @@ class StudyConfig(Strict):
         for mechanism in self.mechanisms:
             known = [*MECHANISMS, *own]
             if mechanism.removesuffix(AGAIN) not in known:
-                raise ValueError(f"mechanisms must be of {known}, got {mechanism!r}")
+                meant = _OTHER_NAMES.get(mechanism.lower())
+                hint = "" if meant is None else f", which is {meant!r} here"
+                raise ValueError(f"mechanisms must be of {known}, got {mechanism!r}{hint}")
         if self.training.early_stop and self.protocol > 2:
             raise ValueError(
                 f"training.early_stop is of protocol 2: protocol {self.protocol} trains every seed to the end of its "
