@@ -8,7 +8,7 @@ import pytest
 
 from expressive_attention.study.config.presets import preset_names, preset_text
 from expressive_attention.study.report.export import FORMATS
-from expressive_attention.study.runs.loggers import SINKS
+from expressive_attention.study.runs.loggers import LOGGERS
 
 HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib", "plotly"}
 
@@ -37,7 +37,7 @@ def light(*arguments, **environment):
         ("study", ["Usage: ea study", "run", "report", "status", "export", "verify", "show"]),
         ("info", ["Usage: ea info"]),
         ("geometry", ["Usage: ea geometry", "[RUN]"]),
-        ("study run", ["Usage: ea study run", ", ".join(preset_names()), "|".join(SINKS)]),
+        ("study run", ["Usage: ea study run", ", ".join(preset_names()), "|".join(LOGGERS)]),
         ("study report", ["Usage: ea study report", "DIR"]),
         ("study status", ["Usage: ea study status", "DIR"]),
         ("study export", ["Usage: ea study export", "|".join(FORMATS)]),

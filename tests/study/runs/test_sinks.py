@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
-from expressive_attention.study.runs.loggers import Several, SinkError, TensorBoard, WeightsAndBiases, make_sinks
+from expressive_attention.study.runs.loggers import LoggerError, Several, TensorBoard, WeightsAndBiases, make_loggers
 from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.store import Store
 from expressive_attention.study.training.loop import train_cell
@@ -36,21 +36,21 @@ def means(trained):
     return {f"test/{name}": sum(map(float, seeds[name])) / 3 for name in names}
 
 
-def run_through(sink, store, trained, evaluations):
+def run_through(logger, store, trained, evaluations):
     """A run that trains one cell, whose last evaluations alone are told, while another is finished already."""
     told, result = trained
     other = cell("expressive")
-    sink.begin(3, 0)
-    sink.started(CELL)
+    logger.begin(3, 0)
+    logger.started(CELL)
     for step, accuracy in told[-evaluations:]:
-        sink.advanced(CELL, step, accuracy)
-    sink.note("something")
-    sink.finished(other, "finished before")
+        logger.advanced(CELL, step, accuracy)
+    logger.note("something")
+    logger.finished(other, "finished before")
     store.save(CELL, result)
-    sink.finished(CELL, "done")
-    sink.started(other)
-    sink.advanced(other, 10, 0.5)
-    sink.end()
+    logger.finished(CELL, "done")
+    logger.started(other)
+    logger.advanced(other, 10, 0.5)
+    logger.end()
 
 
 # ---- TensorBoard ----
@@ -223,15 +223,15 @@ def test_a_missing_package_ends_with_one_line_before_any_work(tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sink_is_made_once_and_none_if_one_of_them_is_wrong(store, wandb):
-    (sink,) = make_sinks(["wandb", "wandb"], store)
-    assert isinstance(sink, WeightsAndBiases)
-    with pytest.raises(SinkError, match="got 'x'"):
-        make_sinks(["wandb", "x"], store)
+def test_a_logger_is_made_once_and_none_if_one_of_them_is_wrong(store, wandb):
+    (logger,) = make_loggers(["wandb", "wandb"], store)
+    assert isinstance(logger, WeightsAndBiases)
+    with pytest.raises(LoggerError, match="got 'x'"):
+        make_loggers(["wandb", "x"], store)
     assert wandb.logins == 1
 
 
-def test_all_are_told_and_a_sink_that_fails_is_left_out():
+def test_all_are_told_and_a_logger_that_fails_is_left_out():
     class Record(Silent):
         def __init__(self):
             self.heard = []

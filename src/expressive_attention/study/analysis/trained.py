@@ -1,14 +1,16 @@
-"""Which finished cells hold the trained models of a mechanism."""
+"""The trained models of a study, from its finished cells."""
 
 from __future__ import annotations
 
+from ...nn import Transformer
 from ..config.cells import Arm, Cell
 from ..config.condition import Setting
 from ..runs.results import StudyResults
 from ..runs.store import Store
+from ..training.model import trained_model
 from .summaries import evidence
 
-__all__ = ["cells_by_seed"]
+__all__ = ["cells_by_seed", "trained"]
 
 
 def cells_by_seed(results: StudyResults, store: Store, arm: Arm) -> dict[int, Cell]:
@@ -18,3 +20,12 @@ def cells_by_seed(results: StudyResults, store: Store, arm: Arm) -> dict[int, Ce
         return {}
     setting = Setting(*rows.select(Setting._fields).row(0))
     return {seed: cell for cell in arm.final_cells(setting, store.has) if store.has(cell) for seed in cell.seeds}
+
+
+def trained(store: Store, cell: Cell, seed: int) -> Transformer:
+    """The trained model of one seed of a finished cell, in evaluation mode.
+
+    Raises:
+        CorruptCellError: The stored parameters are not what was written; the message names the file.
+    """
+    return trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed)).eval()

@@ -80,7 +80,7 @@ def run(
     """
     from ..config.load import load_config
     from ..runs.engines import LocalEngine, RayEngine
-    from ..runs.loggers import Several, make_sinks
+    from ..runs.loggers import Several, make_loggers
     from ..runs.progress import make_display
     from ..runs.results import collect
     from ..runs.scheduler import SweepError, run_study
@@ -112,10 +112,10 @@ def run(
             runner = LocalEngine(workers or (cores if places == [CPU] else len(places)), devices=places)
         parsed, text = load_config(config)
         store = Store(out or Path("runs") / parsed.name)
-        sinks = make_sinks(log or [], store)
+        loggers = make_loggers(log or [], store)
         lock = store.create(text, parsed.sources, parsed.record())
     try:
-        run_study(parsed, store, runner, Several(make_display(quiet=quiet), sinks))
+        run_study(parsed, store, runner, Several(make_display(quiet=quiet), loggers))
     except StudyError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ...nn import SelfAttention, attend
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed
+from ..analysis.trained import cells_by_seed, trained
 from ..analysis.wording import mechanism_name
 from ..config.cells import Cell
 from ..config.condition import Condition
 from ..config.record import RecordedTask
 from ..runs.results import StudyResults
 from ..runs.store import Store
-from ..training.model import trained_model
 
 __all__ = ["AttentionMap", "attention_maps", "attention_weights", "captured_weights"]
 
@@ -132,7 +131,7 @@ def attention_maps(
 
 def _mean_weights(store: Store, cell: Cell, seed: int) -> list[Tensor]:
     """Weights ``(L, L)`` per layer, mean over heads and test examples."""
-    model = trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed))
+    model = trained(store, cell, seed)
     examples = cell.task.held_out_examples(_EXAMPLES, "test")
-    weights = captured_weights(model.eval(), torch.from_numpy(examples.inputs))
+    weights = captured_weights(model, torch.from_numpy(examples.inputs))
     return [layer.flatten(0, -3).mean(0) for layer in weights]

@@ -9,12 +9,11 @@ import torch
 
 from ...geometry import Record, capture
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed
+from ..analysis.trained import cells_by_seed, trained
 from ..analysis.wording import mechanism_name
 from ..config.record import RecordedTask
 from ..runs.results import StudyResults, collect
 from ..runs.store import Store, StoreError
-from ..training.model import trained_model
 from .figures.layout import most_different
 
 __all__ = ["Look", "chosen_condition", "look_into"]
@@ -72,7 +71,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
         if seed not in cells:
             continue
         cell = cells[seed]
-        model = trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed)).eval()
+        model = trained(store, cell, seed)
         examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "test").inputs)
         with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
             model(examples)

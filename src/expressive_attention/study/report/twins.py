@@ -21,14 +21,14 @@ from torch import Tensor
 from ...nn import Transformer
 from ..analysis.comparisons import BASELINE
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed
+from ..analysis.trained import cells_by_seed, trained
 from ..config.cells import Arm, Cell
 from ..config.record import RecordedTask
 from ..errors import StudyError
 from ..files import write_atomically
 from ..runs.results import collect
 from ..runs.store import Store, StoreError
-from ..training.model import model_arguments, trained_model
+from ..training.model import model_arguments
 from .attention_space import chosen_condition
 
 __all__ = ["Twins", "TwinsError", "load_twins", "write_twins"]
@@ -116,7 +116,7 @@ def write_twins(
             "seed": seed,
             **{name: reached[name] for name in ("learning_rate", "initial_gain", "accuracy", "cross_entropy")},
         }
-        model = trained_model(cell, store.load(cell, weights=True).weights, cell.seeds.index(seed))
+        model = trained(store, cell, seed)
         state = {name: x.detach().to(torch.float16 if half else x.dtype) for name, x in model.state_dict().items()}
         metadata = {"model": model_arguments(cell.task, cell.model, cell.function), "about": about}
         files[f"{mechanism}.safetensors"] = save(

@@ -16,17 +16,17 @@ from ..errors import StudyError
 from .progress import Display
 from .store import Store
 
-__all__ = ["SINKS", "Several", "Sink", "SinkError", "TensorBoard", "WeightsAndBiases", "make_sinks"]
+__all__ = ["LOGGERS", "Logger", "LoggerError", "Several", "TensorBoard", "WeightsAndBiases", "make_loggers"]
 
 # The measures logged of a finished cell: means over its seeds, on the test sequences.
 MEASURES = ("accuracy", "cross_entropy", "solved", "steps", "rollout_digits", "rollout_exact")
 
 
-class SinkError(StudyError):
+class LoggerError(StudyError):
     """A log that cannot be written; the message says why, in one line."""
 
 
-class Sink:
+class Logger:
     """A display that writes a log for each cell of a run.
 
     Subclasses say what a log is. They are told of a cell's mean accuracy at each evaluation as it comes, and of its
@@ -85,7 +85,7 @@ class Sink:
             self.abandon(self.logs.popitem()[1])
 
 
-class TensorBoard(Sink):
+class TensorBoard(Logger):
     """Event files in ``DIR/tensorboard``, a folder per cell: ``tensorboard --logdir DIR/tensorboard``."""
 
     def __init__(self, store: Store) -> None:
@@ -114,7 +114,7 @@ class TensorBoard(Sink):
         log.close()
 
 
-class WeightsAndBiases(Sink):
+class WeightsAndBiases(Logger):
     """A run per cell in the project ``expressive-attention``, grouped by study; files go to ``DIR/wandb``.
 
     ``WANDB_MODE=offline`` keeps all on this machine; the other variables of W&B hold, too.
@@ -130,9 +130,9 @@ class WeightsAndBiases(Sink):
             try:
                 known = self.wandb.login()
             except Exception as error:
-                raise SinkError(f"wandb: {' '.join(str(error).split())}") from None
+                raise LoggerError(f"wandb: {' '.join(str(error).split())}") from None
             if not known:
-                raise SinkError("wandb: no account is known: run wandb login, or set WANDB_MODE=offline")
+                raise LoggerError("wandb: no account is known: run wandb login, or set WANDB_MODE=offline")
 
     def open(self, cell: Cell) -> Any:
         run = self.wandb.init(
@@ -158,14 +158,14 @@ class WeightsAndBiases(Sink):
         log.finish(exit_code=1)
 
 
-SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 class Several:
-    """A display that tells a first one and sinks. A sink that fails is told no more, and a note says so."""
+    """A display that tells a first one and loggers. A logger that fails is told no more, and a note says so."""
 
-    def __init__(self, first: Display, sinks: Sequence[Display]) -> None:
-        self.first, self.sinks = first, list(sinks)
+    def __init__(self, first: Display, loggers: Sequence[Display]) -> None:
+        self.first, self.loggers = first, list(loggers)
 
     def begin(self, total_cells: int, finished_cells: int) -> None:
         self._tell("begin", total_cells, finished_cells)
@@ -190,32 +190,32 @@ class Several:
 
     def _tell(self, event: str, *arguments: Any) -> None:
         getattr(self.first, event)(*arguments)
-        for sink in list(self.sinks):
-            self._tell_sink(sink, event, arguments)
+        for logger in list(self.loggers):
+            self._tell_logger(logger, event, arguments)
 
-    def _tell_sink(self, sink: Display, event: str, arguments: tuple[Any, ...]) -> None:
+    def _tell_logger(self, logger: Display, event: str, arguments: tuple[Any, ...]) -> None:
         try:
-            getattr(sink, event)(*arguments)
+            getattr(logger, event)(*arguments)
         except Exception as error:  # training is not to end with a log
-            if sink in self.sinks:
-                self.sinks.remove(sink)
-            self.first.note(f"{type(sink).__name__}: {error}; the run goes on without it")
+            if logger in self.loggers:
+                self.loggers.remove(logger)
+            self.first.note(f"{type(logger).__name__}: {error}; the run goes on without it")
 
 
-def make_sinks(names: Sequence[str], store: Store) -> list[Sink]:
-    """The sinks of these names, each once.
+def make_loggers(names: Sequence[str], store: Store) -> list[Logger]:
+    """The loggers of these names, each once.
 
     Raises:
-        SinkError: A name is not one of `SINKS`, its package is missing, or it refuses to work.
+        LoggerError: A name is not one of `LOGGERS`, its package is missing, or it refuses to work.
     """
     for name in names:
-        if name not in SINKS:
-            raise SinkError(f"--log must be one of {list(SINKS)}, got {name!r}")
-    return [SINKS[name](store) for name in dict.fromkeys(names)]
+        if name not in LOGGERS:
+            raise LoggerError(f"--log must be one of {list(LOGGERS)}, got {name!r}")
+    return [LOGGERS[name](store) for name in dict.fromkeys(names)]
 
 
-def _missing(package: str) -> SinkError:
-    return SinkError(
+def _missing(package: str) -> LoggerError:
+    return LoggerError(
         f"--log {package}: the package {package!r} is missing; the extra {package!r} installs it: "
         f"pip install 'expressive-attention[{package}]'"
     )
