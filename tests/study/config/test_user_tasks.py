@@ -144,7 +144,7 @@ def test_a_task_travels_to_a_process_that_has_never_seen_its_file(tmp_path):
         ("import no_such_module\n", ["line 1", "ModuleNotFoundError", "no_such_module"]),
         ("raise SystemExit(3)\n", ["line 1", "SystemExit: 3"]),
         ("x = 1\n", ["defines no task"]),
-        (ECHO.replace('"echo"', '"nt"'), ["'nt'", "EchoTask", "NTTask in expressive_attention.study.tasks.recurrences.nt"]),
+        (ECHO.replace('"echo"', '"nt"'), ["'nt'", "NTTask in expressive_attention.study.tasks.recurrences.nt"]),
         (ECHO + "\nclass Again(EchoTask):\n    pass\n", ["'echo' of Again", "already that of EchoTask in echo.py"]),
         (ECHO.replace("def chance", "def luck"), ["EchoTask lacks chance"]),
         (ECHO.replace("uint64(self.basis)", "uint64(self.basis + 1)"),
