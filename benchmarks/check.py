@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contestants import run
 from expressive_attention import expressive_attention
+from implementations import run
 
 
 class Judge:

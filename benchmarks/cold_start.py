@@ -23,7 +23,7 @@ import time
 
 import torch
 
-from contestants import SDPA, ours, run
+from implementations import SDPA, ours, run
 from problems import Problem
 
 PROBLEM = Problem("cold start", (1, 16, 4096, 128), causal=True, backward=True, dtype=torch.bfloat16, device="cuda")
@@ -31,11 +31,11 @@ PROBLEM = Problem("cold start", (1, 16, 4096, 128), causal=True, backward=True, 
 
 def first_call(name: str) -> float:
     """Seconds of the first call in this process, after the GPU is initialized."""
-    contestant = SDPA if name == SDPA.name else ours(None, PROBLEM.dtype, "cuda")
+    implementation = SDPA if name == SDPA.name else ours(None, PROBLEM.dtype, "cuda")
     inputs, upstream = PROBLEM.inputs(), PROBLEM.upstream()
     torch.ones(1, device="cuda").sum().item()
     start = time.perf_counter()
-    run(contestant.make(PROBLEM), inputs, upstream)
+    run(implementation.make(PROBLEM), inputs, upstream)
     PROBLEM.wait()
     return time.perf_counter() - start
 

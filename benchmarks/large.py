@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from check import Judge
-from contestants import run, why_not
 from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS
+from implementations import run, why_not
 from problems import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,7 @@
 
 On a GPU, SDPA is forced to FlashAttention and to cuDNN, and our own kernels run with exp in the place of f ("twin").
 
-For every problem, the script first checks the error against float64, then times all contestants in turn. A red check
+The script first checks the error of each problem against float64, then times all implementations in turn. A red check
 gives no speed-up. Goals are printed as met or missed, and nothing is left out.
 """
 
@@ -33,8 +33,8 @@ from torch import Tensor
 import memory
 import peak
 from check import Judge
-from contestants import GPU_RIVALS, RIVALS, SDPA, Contestant, automatic, ours, prepared, why_not
 from expressive_attention.backends import BACKENDS
+from implementations import GPU_RIVALS, RIVALS, SDPA, Implementation, automatic, ours, prepared, why_not
 from problems import Problem, gpu_problems, problems
 from table import HEADER, MEMORY_HEADER, MemoryRow, Row
 from timing import Ratio, in_turn
@@ -52,23 +52,23 @@ def judge(problem: Problem) -> Judge:
 
 
 def measure(
-    problem: Problem, own: Contestant, rivals: Iterable[Contestant], pairs: int, peaks: peak.Peaks
+    problem: Problem, own: Implementation, rivals: Iterable[Implementation], pairs: int, peaks: peak.Peaks
 ) -> list[Row]:
     """The rows of a problem: ours, then the rivals."""
     inputs, upstream = problem.inputs(), problem.upstream()
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for contestant in (own, *rivals):
-        name = contestant.name
-        goal = problem.goal.share if contestant is own else getattr(problem.goal, name, None)
-        rows[name] = {"goal": goal, "is_ours": contestant is own}
+    for implementation in (own, *rivals):
+        name = implementation.name
+        goal = problem.goal.share if implementation is own else getattr(problem.goal, name, None)
+        rows[name] = {"goal": goal, "is_ours": implementation is own}
         try:
-            call = prepared(contestant.make(problem), problem, inputs, upstream)
+            call = prepared(implementation.make(problem), problem, inputs, upstream)
             results = call()
         except Exception as error:
             rows[name]["note"] = f"does not run: {first_line(error)}"
             continue
-        if contestant.expressive:
+        if implementation.expressive:
             error = judge(problem).error(results)
             rows[name]["error"] = error if math.isfinite(error) else None
             if not error <= 1:

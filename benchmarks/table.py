@@ -18,7 +18,7 @@ MEMORY_HEADER = "peak memory beyond inputs and outputs, MiB"
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant on a problem. Our goal is a share of the peak; the goal for a rival is its time over ours.
+    """An implementation on a problem. Our goal is a share of the peak; the goal for a rival is its time over ours.
 
     Attributes:
         seconds: Median of one call; None if it was not timed, and `note` says why.
@@ -29,7 +29,7 @@ class Row:
     """
 
     problem: str
-    contestant: str
+    implementation: str
     seconds: float | None = None
     ratio: Ratio | None = None
     share: float | None = None
@@ -64,13 +64,13 @@ class Row:
         error = "-" if self.error is None else f"{self.error:.2f}"
         ratio = "-" if self.ratio is None else str(self.ratio)
         goal = "" if self.goal is None else f">= {self.goal:{'.0%' if self.is_ours else 'g'}} {self.verdict}"
-        columns = f"{self.problem if first else '':45} {self.contestant:10} {milliseconds:>9}  {ratio:21}"
+        columns = f"{self.problem if first else '':45} {self.implementation:10} {milliseconds:>9}  {ratio:21}"
         return f"{columns} {share:>7} {error:>6}  {'; '.join(filter(None, (goal, self.note)))}".rstrip()
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Peak memory of a contestant, forward or forward + backward, at two lengths.
+    """Peak memory of a implementation, forward or forward + backward, at two lengths.
 
     Attributes:
         shorter: Bytes beyond inputs and outputs at the shorter length.
@@ -81,7 +81,7 @@ class MemoryRow:
     """
 
     problem: str
-    contestant: str
+    implementation: str
     shorter: int | None = None
     longer: int | None = None
     error: float | None = None
@@ -108,5 +108,5 @@ class MemoryRow:
         sizes = " ".join(f"{'-' if x is None else f'{x / 2**20:.2f}':>9}" for x in (self.shorter, self.longer))
         error = "-" if self.error is None else f"{self.error:.2f}"
         goal = f"<= {self.limit}, linear {self.verdict}" if self.is_ours else ""
-        columns = f"{self.problem if first else '':45} {self.contestant:10} {sizes} {'':19} {error:>6}"
+        columns = f"{self.problem if first else '':45} {self.implementation:10} {sizes} {'':19} {error:>6}"
         return f"{columns}  {'; '.join(filter(None, (goal, self.note)))}".rstrip()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS
 from expressive_attention.backends.cpu import library
-from expressive_attention.backends.problem import accumulation_dtype
+from expressive_attention.call import accumulation_dtype
 from tests.poison import Poison, placed
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
@@ -81,7 +82,7 @@ class Case:
         do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
         return do.to(self.query.device), dn.to(self.query.device)
 
-    def pattern_bias(self) -> Tensor:
+    def visibility_bias(self) -> Tensor:
         """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined."""
         left, right = self.settings.get("window_size", (-1, -1))
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
@@ -108,7 +109,7 @@ class Case:
 
     def bias(self) -> Tensor:
         """The logarithm of what the settings and the mask multiply weights by, ``(B, H, L, S)``; -inf: hidden."""
-        factor = self.pattern_bias()
+        factor = self.visibility_bias()
         if self.mask is None:
             return factor
         if self.mask.is_floating_point():
@@ -136,7 +137,7 @@ class Case:
         settings, whole_mask = self.settings, mask
         if explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
             settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale")}
-            whole_mask = self.pattern_bias().to(accumulation_dtype(tensors[0].dtype))
+            whole_mask = self.visibility_bias().to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
                 whole_mask = whole_mask + mask
             elif mask is not None:
@@ -172,14 +173,14 @@ class Case:
         curvature = torch.full_like(z, 2.0) if squared else (2 - 6 * z * z).abs() * r**3
         bias = self.bias()
         # Backends leave out the largest bias of a key that is seen and has a weight: it is in the normalizer alone.
-        peak = bias.masked_fill(z == 0, -torch.inf)
-        peak = torch.nn.functional.pad(peak, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
-        peak = torch.where(peak == -torch.inf, 0, peak)
-        factor = (bias - peak).clamp(max=0.0).exp()
+        bias_max = bias.masked_fill(z == 0, -torch.inf)
+        bias_max = torch.nn.functional.pad(bias_max, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+        bias_max = torch.where(bias_max == -torch.inf, 0, bias_max)
+        factor = (bias - bias_max).clamp(max=0.0).exp()
         # The sum of two biases is rounded.
         dbias = torch.zeros_like(z)
         if self.settings.get("alibi_slopes") is not None:
-            dbias = torch.where(factor == 0, 0.0, bias.abs() + self.pattern_bias().abs() + peak.abs())
+            dbias = torch.where(factor == 0, 0.0, bias.abs() + self.visibility_bias().abs() + bias_max.abs())
 
         def per_total(x: Tensor) -> Tensor:
             return x / torch.where(total == 0, torch.inf, total)
@@ -199,7 +200,7 @@ class Case:
         def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
             results = {
                 "output": a @ v.abs(),
-                "normalizer": total * peak.exp(),
+                "normalizer": total * bias_max.exp(),
                 "query": ds @ k.abs(),
                 "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
                 "value": (a.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
@@ -281,9 +282,12 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x == y, 0.0, (x - y).abs()).max()
 
 
-def assert_within_budget(case: Case, *backends: str) -> None:
-    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants."""
+def assert_within_budget(case: Case, *backends: str, threads: Sequence[int] = ()) -> None:
+    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants.
+
+    With each of these numbers of threads, or with that of torch.
+    """
     judge = Judge(case)
-    for name in backends:
-        with fused(name) as backend:
-            judge.check(name, judge.poisoned.results(backend))
+    for count, name in itertools.product(threads or [torch.get_num_threads()], backends):
+        with threads_of_torch(count), fused(name) as backend:
+            judge.check(f"{name}, {count} threads", judge.poisoned.results(backend))

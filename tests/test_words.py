@@ -17,13 +17,9 @@ LEFT_OUT = {"docs/findings.md"}
 
 # Files that still have such sentences; a file leaves the list when it has none.
 TO_DO = {
-    "docs/architectures.py",
     "docs/integrations.md",
     "docs/operator.md",
     "src/expressive_attention/backends/blockwise.py",
-    "src/expressive_attention/backends/cpu/kernels/problem.h",
-    "src/expressive_attention/backends/cpu/kernels/visible.h",
-    "src/expressive_attention/backends/problem.py",
     "src/expressive_attention/backends/triton/__init__.py",
     "src/expressive_attention/backends/triton/backward_pass.py",
     "src/expressive_attention/backends/triton/bias.py",
@@ -41,7 +37,6 @@ TO_DO = {
     "src/expressive_attention/integrations/sdpa.py",
     "src/expressive_attention/integrations/switching.py",
     "src/expressive_attention/nn/multihead.py",
-    "src/expressive_attention/ops.py",
 }
 
 

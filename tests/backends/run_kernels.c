@@ -52,7 +52,7 @@ static void run(const char *build, int64_t threads, int64_t b, int64_t heads, in
                   .value = tensor(numbers[2], kv_heads, keys, width),
                   .output = numbers[4],
                   .normalizer = numbers[5],
-                  .peak = numbers[6],
+                  .bias_max = numbers[6],
                   .grad_output = tensor(numbers[7], heads, rows, width),
                   .grad_normalizer = numbers[12],
                   .grad_query = numbers[8],

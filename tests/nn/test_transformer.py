@@ -41,6 +41,14 @@ def test_the_model_is_its_parts(kind, position):
     torch.testing.assert_close(model(tokens), model.head(x))
 
 
+@pytest.mark.parametrize(("affine", "count"), [(False, 0), (True, 10)])
+def test_all_norms_learn_a_scale_and_a_shift_or_none_does(affine, count):
+    model = Transformer(10, 6, 8, 2, 2, norm_affine=affine)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 5  # two in each of two blocks, and the last one
+    assert sum(len(list(module.parameters())) for module in norms) == count
+
+
 @pytest.mark.parametrize(("options", "std"), [({}, 0.5), ({"embedding_std": 0.2}, 0.2)])
 def test_initialization_has_the_spreads_it_says(options, std):
     torch.manual_seed(2)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..backends.pattern import Pattern
-from ..functional import Call, fold_batch, fold_mask, with_dims
+from ..call import Call, Visibility
+from ..functional import fold_batch, fold_mask, with_dims
 from ..integrations.switching import set_attributes
 from ..integrations.tracing import Tracer, traced
 from .record import LayerRecord, Record
@@ -160,8 +160,8 @@ class _Sdpa(TorchFunctionMode):
         given = given.arguments
         query, key, value, mask = _four(given["query"], given["key"], given["value"], given["attn_mask"])
         scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        pattern = Pattern(right=0 if given["is_causal"] else None)
-        self.tracer.told(self.tracer.layer, Call(query, key, value, mask, pattern, scale, "softmax"))
+        visibility = Visibility(right=0 if given["is_causal"] else None)
+        self.tracer.told(self.tracer.layer, Call(query, key, value, mask, visibility, scale, "softmax"))
 
 
 def _four(

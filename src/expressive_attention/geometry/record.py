@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional import Call
+from ..call import Call
 from ..integrations.table import Table
 from . import measures
 
@@ -378,10 +378,10 @@ def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Te
 
 def _masks(call: Call, batch: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return, for these examples and rows, where keys take part, and the bias."""
-    pattern = call.pattern.mask_of(rows.to(call.query.device), call.query, call.key)
-    pattern = pattern[batch] if len(pattern) > 1 else pattern
-    keep = pattern if pattern.dtype == torch.bool else pattern > -torch.inf
-    bias = None if pattern.dtype == torch.bool else pattern.float()
+    own = call.visibility.mask_of(rows.to(call.query.device), call.query, call.key)
+    own = own[batch] if len(own) > 1 else own
+    keep = own if own.dtype == torch.bool else own > -torch.inf
+    bias = None if own.dtype == torch.bool else own.float()
     if (mask := call.attn_mask) is not None:
         mask = mask[batch] if mask.shape[0] > 1 else mask
         mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
@@ -404,7 +404,7 @@ def _existing_keys(call: Call) -> Tensor | None:
     found = None
     if call.attn_mask is not None:
         found = _seen(call.attn_mask).any(2).expand(-1, -1, keys)
-    if call.pattern.key_lengths is not None and call.pattern.query_starts is None:
-        existing = torch.arange(keys, device=call.key.device) < call.pattern.key_lengths[:, None, None]
+    if call.visibility.key_lengths is not None and call.visibility.query_starts is None:
+        existing = torch.arange(keys, device=call.key.device) < call.visibility.key_lengths[:, None, None]
         found = existing if found is None else found & existing
     return found

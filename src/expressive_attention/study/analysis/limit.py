@@ -68,7 +68,7 @@ HEAD_SCHEMA: dict[str, Any] = {
     **dict.fromkeys(_QUANTILES, pl.Float64),
 }
 
-# More columns of the tables of a study, of z^2 trained from the start on the same seed: `squared_from_start_...`.
+# Further columns of the tables of a study, of z^2 trained from the start on the same seed: `squared_from_start_...`.
 _FROM_START = {"validation": "accuracy", "validation_cross_entropy": "cross_entropy"}
 
 
@@ -94,7 +94,7 @@ def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
 
     Args:
         cell: A finished cell of EA.
-        store: Where it is.
+        store: Where the study is kept.
         share: Steps of the training after the replacement, as a share of those of the cell.
 
     Raises:
@@ -161,7 +161,7 @@ def limit_tables(results: StudyResults, store: Store) -> dict[str, pl.DataFrame]
 
 
 def limit_sentences(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -> list[str]:
-    """Sentences on the tables of `limit_tables`, for each condition: means over seeds, and the largest of all heads."""
+    """Sentences on each condition in `limit_tables`: means over seeds, and the largest value of all heads."""
     sentences = []
     for condition in results.conditions:
         seeds, heads = (table.filter(condition=condition.label) for table in tables.values())

@@ -56,7 +56,7 @@ def info() -> None:
     import torch
 
     from ...backends import AUTOMATIC, BACKENDS, cpu
-    from ...backends.problem import Problem
+    from ...call import Call, Visibility
     from ..runs.environment import environment
 
     console = Console(highlight=False)
@@ -67,7 +67,9 @@ def info() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends = Table("backend", *devices, "chosen by itself", box=None)
     for name, module in BACKENDS.items():
-        reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
+        inputs = (torch.empty(1, 1, 1, 1, device=device) for device in devices)
+        calls = [Call(x, x, x, None, Visibility(), 1.0, "expressive") for x in inputs]
+        reasons = [module.declines(call) or "available" for call in calls]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
     if cpu.library.LEFT_OUT:

@@ -31,8 +31,8 @@ typedef struct {
 } backward_plan;
 
 typedef struct {
-  row_place *rows;
-  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *slopes, *products;
+  row_span *rows;
+  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *derivatives, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
   mask_room mask;
   not_finite bad;
@@ -45,7 +45,7 @@ typedef struct {
 
 // Numbers of all rows (B, Hq, L).
 typedef struct {
-  REAL *normalizer, *mean, *peak;
+  REAL *normalizer, *mean, *bias_max;
 } row_numbers;
 
 typedef struct {
@@ -88,7 +88,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys, head_rows = p->heads / p->kv_heads * p->rows;
   *room = (backward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * plan->columns * sizeof(REAL)),
       .upstream = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .keys_transposed = take(&a, keys * p->width * sizeof(REAL)),
@@ -96,7 +96,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .keys = take(&a, keys * plan->columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
       .shares = take(&a, plan->keeps_shares ? rows * leading(keys) * sizeof(REAL) : 0),
-      .slopes = take(&a, rows * leading(keys) * sizeof(REAL)),
+      .derivatives = take(&a, rows * leading(keys) * sizeof(REAL)),
       .products = take(&a, MR * leading(keys) * sizeof(REAL)),
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
@@ -116,7 +116,7 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
 static void numbers_from_stored(backward_run *run, backward_room *room, int64_t count) {
   const ea_problem *p = run->p;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *row = room->rows + r;
+    const row_span *row = room->rows + r;
     int64_t index = index_of(p, row);
     const REAL *output = (const REAL *)p->output + index * p->value_width;
     const REAL *upstream = row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query);
@@ -132,7 +132,7 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
   }
 }
 
-// Weights, slopes and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
+// Weights, derivatives and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
 // sees there are zeros.
 static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                              int64_t key, int64_t n) {
@@ -143,9 +143,9 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start;
       if (columns <= 0) continue;
-      slopes(mr, columns >= PANEL ? NR : tile_vectors(columns), p->width, room->query + r * plan->columns,
+      derivatives(mr, columns >= PANEL ? NR : tile_vectors(columns), p->width, room->query + r * plan->columns,
              plan->columns, room->keys_transposed + start * p->width, ld, room->weights + r * ldw + start,
-             room->slopes + r * ldw + start, ldw, (int)p->squared);
+             room->derivatives + r * ldw + start, ldw, (int)p->squared);
     }
   }
   for (int64_t r = 0; r < count; r += MR) {
@@ -153,14 +153,14 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
     visible_range seen = range_of(room->rows + r, mr);
     if (is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
-      const row_place *row = room->rows + r + i;
+      const row_span *row = room->rows + r + i;
       int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
       if (plan->keeps_shares) {
         memcpy(room->shares + at, room->weights + at, (size_t)visible * sizeof(REAL));
         memset(room->shares + at + visible, 0, (size_t)(whole - visible) * sizeof(REAL));
       }
       apply_mask(p, row, key, whole, room->weights + at, &room->mask, 1);
-      apply_mask(p, row, key, whole, room->slopes + at, &room->mask, 1);
+      apply_mask(p, row, key, whole, room->derivatives + at, &room->mask, 1);
     }
   }
 }
@@ -273,7 +273,7 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
   room->mask.from = NULL;
   place_rows(p, b, kv_head, first, count, room->rows, room->room, plan->block_keys);
   if (has_bias(p)) {
-    for (int64_t r = 0; r < count; r++) run->numbers.peak[index_of(p, room->rows + r)] = room->rows[r].peak;
+    for (int64_t r = 0; r < count; r++) run->numbers.bias_max[index_of(p, room->rows + r)] = room->rows[r].bias_max;
   }
   if (plan->recompute) {
     numbers_from_inputs(run, room, b, kv_head, count);
@@ -329,7 +329,7 @@ static row_sums correct_gradient(const ea_problem *p, backward_room *room, int64
   return sums;
 }
 
-static void add_to_mask(backward_run *run, const row_place *row, int64_t key, int64_t n, const REAL *bias) {
+static void add_to_mask(backward_run *run, const row_span *row, int64_t key, int64_t n, const REAL *bias) {
   const ea_problem *p = run->p;
   const int64_t *size = p->mask_size;
   int64_t b = size[0] == 1 ? 0 : row->batch, h = size[1] == 1 ? 0 : row->head, i = size[2] == 1 ? 0 : row->query;
@@ -364,9 +364,9 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   group_products(p, plan, room, r, mr, n, columns);
   int complete = key <= seen.begin && seen.end <= key + n;
   for (int i = 0; i < mr; i++) {
-    const row_place *row = room->rows + r + i;
+    const row_span *row = room->rows + r + i;
     int64_t index = index_of(p, row);
-    REAL *w = room->weights + (r + i) * ldw, *h = room->slopes + (r + i) * ldw;
+    REAL *w = room->weights + (r + i) * ldw, *h = room->derivatives + (r + i) * ldw;
     REAL *share = plan->keeps_shares ? room->shares + (r + i) * ldw : NULL;
     row_terms t = {.product = room->products + i * ldw,
                    .normalizer = run->numbers.normalizer[index],
@@ -402,7 +402,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t seen = least(n, range_of(room->rows + r, mr).end - key);
-      add(mr, nr, seen, room->slopes + r * ldw, ldw, 0, room->keys + c, columns, grad_query + r * columns + c, columns);
+      add(mr, nr, seen, room->derivatives + r * ldw, ldw, 0, room->keys + c, columns, grad_query + r * columns + c, columns);
     }
   }
   // Rows before `first` see no key from j on.
@@ -418,7 +418,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
             value_columns);
       }
       if (c < columns) {
-        add(mr, (int)(panel_width(c, columns) / V), count - first, room->slopes + at, ldw, 1,
+        add(mr, (int)(panel_width(c, columns) / V), count - first, room->derivatives + at, ldw, 1,
             room->query + first * columns + c, columns, room->grad_key + j * columns + c, columns);
       }
     }
@@ -492,7 +492,7 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
       visible_range seen = range_of(room->rows, count);
       if (seen.end <= key || seen.begin >= key + n) continue;
       if (has_bias(p)) {
-        for (int64_t r = 0; r < count; r++) room->rows[r].peak = run->numbers.peak[index_of(p, room->rows + r)];
+        for (int64_t r = 0; r < count; r++) room->rows[r].bias_max = run->numbers.bias_max[index_of(p, room->rows + r)];
       }
       pack_row_block(p, plan, room, count, run->numbers.normalizer);
       backward_block(run, room, count, key, n, grad_query + first * columns, sums);
@@ -585,7 +585,7 @@ static int run_backward(const ea_problem *p) {
     run.rooms = take(&a, most(1, least(p->threads, most(tasks, p->batch * p->kv_heads * plan->row_blocks))) * run.room_bytes);
     run.numbers.normalizer = take(&a, rows * sizeof(REAL));
     run.numbers.mean = take(&a, rows * sizeof(REAL));
-    run.numbers.peak = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
+    run.numbers.bias_max = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
     run.sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
     run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
     run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);

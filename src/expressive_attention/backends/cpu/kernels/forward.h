@@ -22,7 +22,7 @@ typedef struct {
 
 // Memory of one thread.
 typedef struct {
-  row_place *rows;
+  row_span *rows;
   REAL *query, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
   mask_room mask;
 } forward_room;
@@ -51,7 +51,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys;
   *room = (forward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * p->width * sizeof(REAL)),
       .keys = take(&a, keys * p->width * sizeof(REAL)),
       .values = take(&a, keys * plan->value_columns * sizeof(REAL)),
@@ -190,22 +190,22 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
 }
 
 // Where the numbers of a row are in (B, Hq, L).
-INLINE int64_t index_of(const ea_problem *p, const row_place *row) {
+INLINE int64_t index_of(const ea_problem *p, const row_span *row) {
   return (row->batch * p->heads + row->head) * p->rows + row->query;
 }
 
 // Write the results of a row.
-static void write_results(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer) {
+static void write_results(const ea_problem *p, const row_span *row, const REAL *output, REAL normalizer) {
   int64_t index = index_of(p, row);
   write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
-  // N = 0 stays 0, however large the exponential of the peak is.
-  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, normalizer == 0 ? 0 : row->peak);
+  // N = 0 stays 0, however large the exponential of the bias_max is.
+  if (has_bias(p)) write_number(p->bias_max, sums_dtype(p), index, normalizer == 0 ? 0 : row->bias_max);
 }
 
 // Write the results of a row: o = output / N. Return whether N lost what counts, or o is not finite. `output` has room
 // for whole vectors, and is changed.
-static int finish_row(const ea_problem *p, const row_place *row, REAL *output, REAL normalizer) {
+static int finish_row(const ea_problem *p, const row_span *row, REAL *output, REAL normalizer) {
   REAL total = normalizer == 0 ? 1 : normalizer;
   vec beyond = {0};
   for (int64_t c = 0; c < p->value_width; c += V) {
@@ -230,7 +230,7 @@ typedef struct {
 static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer);
 
 // The results of row `index` of a key head, from its sums.
-static void settle_row(forward_run *run, const row_place *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
+static void settle_row(forward_run *run, const row_span *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
                        REAL normalizer) {
   if (!finish_row(run->p, row, output, normalizer)) return;
   int status = rescue_row(run->p, b, kv_head, index, normalizer);

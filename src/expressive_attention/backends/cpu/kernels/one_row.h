@@ -25,7 +25,7 @@ static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *
 
 // The weights of n keys from `key`, masked; return whether the row sees one of them. In each, numbers are added in the
 // order of the tiles: the backward pass compares weights with their sum.
-static int one_row_weights(const ea_problem *p, const row_place *row, one_row_room *room, int64_t kv_head, int64_t key,
+static int one_row_weights(const ea_problem *p, const row_span *row, one_row_room *room, int64_t kv_head, int64_t key,
                            int64_t n) {
   int any = 0;
   read_seen(p, row, key, n, room->seen);
@@ -52,7 +52,7 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   void *memory;
   if (posix_memalign(&memory, 64, (size_t)lay_out_one_row(p, NULL, &room)) != 0) return EA_NO_MEMORY;
   lay_out_one_row(p, memory, &room);
-  row_place row;
+  row_span row;
   place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
   pack_places(room.query, p->width, &p->query, p->dtype, p, &row, 1, p->width, (REAL)p->scale);
   clear(room.sums, p->value_width * (int64_t)sizeof(double));

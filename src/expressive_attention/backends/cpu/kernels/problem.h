@@ -1,4 +1,4 @@
-// What the library is asked to compute. Conventions: backends/problem.py; equations: docs/operator.md.
+// A problem that the library computes. Conventions: call.py; equations: docs/operator.md.
 #ifndef EA_PROBLEM_H
 #define EA_PROBLEM_H
 
@@ -34,8 +34,8 @@ typedef struct {
   M(d, double, scale, )                                                                             \
   M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
-  /* Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64. */               \
-  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, peak, )                            \
+  /* Contiguous. Normalizer, bias_max and their like are float, double for EA_FLOAT64. */               \
+  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, bias_max, )                            \
   /* The rest is for the backward pass. */                                                          \
   M(5q, ea_tensor, grad_output, )                                                                   \
   M(q, const void *, grad_normalizer, ) /* or NULL */                                               \

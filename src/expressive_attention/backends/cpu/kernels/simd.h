@@ -101,10 +101,10 @@ INLINE vec weight(vec x, int squared, REAL scale2, REAL inverse) {
 }
 
 // f(z), and f'(z) / 2.
-INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
+INLINE vec weight_and_half_derivative(vec z, int squared, vec *half_derivative) {
   vec s = saturate(z * z);
   if (squared) {
-    *half_slope = z;
+    *half_derivative = z;
     return s;
   }
   vec d = s + (REAL)1;
@@ -112,10 +112,10 @@ INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
   // The operations of `weight`: a weight over the sum of its row has to be the same number.
   vec r = (vec)_mm512_rcp14_ps((__m512)d), e = (REAL)1 - d * r, w = s * r;
   r += r * e;
-  *half_slope = z * r * r;
+  *half_derivative = z * r * r;
   return w + w * e;
 #else
-  *half_slope = z / d / d;
+  *half_derivative = z / d / d;
   return s / d;
 #endif
 }

@@ -60,15 +60,15 @@ INLINE void weights_tile(const int mr, const int nr, int64_t n, const REAL *a, i
 }
 
 // W = f(A B), H = f'(A B) / 2.
-INLINE void slopes_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
+INLINE void derivatives_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
                         REAL *w, REAL *h, int64_t ldw, const int squared) {
   vec z[MR][NR] = {0};
   multiply(z, mr, nr, n, a, lda, 1, b, ldb, 0);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) {
-      vec half_slope;
-      store(w + i * ldw + j * V, weight_and_slope(z[i][j], squared, &half_slope));
-      store(h + i * ldw + j * V, half_slope);
+      vec half_derivative;
+      store(w + i * ldw + j * V, weight_and_half_derivative(z[i][j], squared, &half_derivative));
+      store(h + i * ldw + j * V, half_derivative);
     }
   }
 }
@@ -143,12 +143,12 @@ static void weights(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const
   }
 }
 
-static void slopes(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
+static void derivatives(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
                    int64_t ldw, int squared) {
   if (squared) {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, 1)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, 1)
   } else {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, 0)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, 0)
   }
 }
 

@@ -5,8 +5,8 @@
 typedef struct {
   int64_t batch, head, query;
   int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
-  REAL peak;      // its largest visible bias, as `peak_of` has it; 0 without a float mask
-} row_place;
+  REAL bias_max;      // its largest visible bias, as `bias_max_of` has it; 0 without a float mask
+} row_span;
 
 INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
 
@@ -14,7 +14,7 @@ INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p-
 typedef struct {
   REAL *factor;
   const void *from;
-  REAL peak;
+  REAL bias_max;
   int64_t count;
 } mask_room;
 
@@ -24,7 +24,7 @@ typedef struct {
   int64_t at;
 } bias_range;
 
-static bias_range read_range(const ea_problem *p, const row_place *row, REAL *room, int64_t room_size) {
+static bias_range read_range(const ea_problem *p, const row_span *row, REAL *room, int64_t room_size) {
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   int64_t stride = p->mask.stride[3], start = stride ? row->start : 0;
   int64_t end = stride ? row->limit : row->start < row->limit;
@@ -41,7 +41,7 @@ static bias_range read_range(const ea_problem *p, const row_place *row, REAL *ro
 }
 
 // Whether the score of a row and key j is not 0. In double, where no product of floats is rounded. `room` is for two rows.
-static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL *room) {
+static int has_score(const ea_problem *p, const row_span *row, int64_t j, REAL *room) {
   double sum = 0;
   REAL *key = room + p->width;
   read_row(room, row_of(&p->query, p->dtype, row->batch, row->head, row->query), p->dtype, p->query.stride[3], p->width);
@@ -55,18 +55,18 @@ static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL 
 #define WIDE_RANGE 60
 
 // The largest bias of a key whose score is not 0: one with score 0 has no weight, and would leave those far below it none.
-static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range *range, REAL *room) {
+static REAL bias_max_of(const ea_problem *p, const row_span *row, const bias_range *range, REAL *room) {
   if (range->largest == (REAL)-INFINITY) return 0;
   if (!((double)range->largest - (double)range->least > WIDE_RANGE) || has_score(p, row, range->at, room)) {
     return range->largest;
   }
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  REAL peak = (REAL)-INFINITY;
+  REAL bias_max = (REAL)-INFINITY;
   for (int64_t j = row->start; j < row->limit; j++) {
     REAL bias = read_number(from, p->mask_dtype, j * p->mask.stride[3]);
-    if (bias > peak && has_score(p, row, j, room)) peak = bias;
+    if (bias > bias_max && has_score(p, row, j, room)) bias_max = bias;
   }
-  return peak == (REAL)-INFINITY ? range->largest : peak;
+  return bias_max == (REAL)-INFINITY ? range->largest : bias_max;
 }
 
 // How many keys of a batch exist. Keys behind them are not read.
@@ -76,37 +76,37 @@ INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
 
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                        row_place *rows) {
+                        row_span *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
   int64_t keys = key_count(p, batch);
   int64_t corner = p->lower_right ? keys - p->rows : 0;
   for (int64_t r = 0; r < count; r++) {
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
     int64_t start = p->window ? most(0, least(limit, query + corner - p->left)) : 0;
-    rows[r] = (row_place){batch, head, query, start, limit, 0};
+    rows[r] = (row_span){batch, head, query, start, limit, 0};
     if (++query == p->rows) head++, query = 0;
   }
 }
 
 // The places of rows with their peaks. `room` may be changed; it also holds two rows of E numbers.
 static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                       row_place *rows, REAL *room, int64_t room_size) {
+                       row_span *rows, REAL *room, int64_t room_size) {
   locate_rows(p, batch, kv_head, first, count, rows);
   if (!has_bias(p)) return;
   bias_range range;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *before = rows + r - 1;
+    const row_span *before = rows + r - 1;
     if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
         p->mask.stride[2] != 0) {
       range = read_range(p, rows + r, room, room_size);
     }
-    rows[r].peak = peak_of(p, rows + r, &range, room);
+    rows[r].bias_max = bias_max_of(p, rows + r, &range, room);
   }
 }
 
 // The rows of `t` at these places, as `pack_rows` would.
 static void pack_places(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype, const ea_problem *p,
-                        const row_place *rows, int64_t count, int64_t columns, REAL scale) {
+                        const row_span *rows, int64_t count, int64_t columns, REAL scale) {
   for (int64_t r = 0, n; r < count; r += n) {
     n = least(count - r, p->rows - rows[r].query);  // in one head
     pack_rows(to + r * ld, ld, t, dtype, rows[r].batch, rows[r].head, rows[r].query, n, columns, scale);
@@ -119,7 +119,7 @@ typedef struct {
   int64_t begin, end, all_begin, all_end;
 } visible_range;
 
-INLINE visible_range range_of(const row_place *rows, int64_t count) {
+INLINE visible_range range_of(const row_span *rows, int64_t count) {
   visible_range range = {rows[0].start, rows[0].limit, rows[0].start, rows[0].limit};
   for (int64_t r = 1; r < count; r++) {
     range.begin = least(range.begin, rows[r].start);
@@ -130,22 +130,22 @@ INLINE visible_range range_of(const row_place *rows, int64_t count) {
   return range;
 }
 
-// What the mask makes of the weights of `n` keys from `key`: exp(bias - peak) in room->factor.
-static void read_bias(const ea_problem *p, const row_place *row, int64_t key, int64_t n, mask_room *room) {
+// Write the factors of the weights of `n` keys from `key`, exp(bias - bias_max), to room->factor.
+static void read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
   int64_t stride = p->mask.stride[3], size = dtype_size(p->mask_dtype);
   const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   from += key * stride * size;
-  if (room->from == from && room->peak == row->peak && room->count >= n) return;
+  if (room->from == from && room->bias_max == row->bias_max && room->count >= n) return;
   read_row(room->factor, from, p->mask_dtype, stride, n);
-  for (int64_t j = 0; j < n; j++) room->factor[j] -= row->peak;
+  for (int64_t j = 0; j < n; j++) room->factor[j] -= row->bias_max;
   exponentials(room->factor, n);
-  *room = (mask_room){room->factor, from, row->peak, n};
+  *room = (mask_room){room->factor, from, row->bias_max, n};
 }
 
 // Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
-// multiplied by exp(bias - peak). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
+// multiplied by exp(bias - bias_max). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
 // a finite one, which hides nothing. With `clear` it becomes 0 there.
-static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room,
+static void apply_mask(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x, mask_room *room,
                        const int clear) {
   int64_t visible = most(0, least(n, row->limit - key));
   for (int64_t j = visible; j < n; j++) x[j] = 0;
@@ -172,7 +172,7 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
 }
 
 // Whether the row sees each of `n` keys from `key` on.
-static void read_seen(const ea_problem *p, const row_place *row, int64_t key, int64_t n, uint8_t *seen) {
+static void read_seen(const ea_problem *p, const row_span *row, int64_t key, int64_t n, uint8_t *seen) {
   const char *mask = NULL;
   if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = 0; j < n; j++) {
@@ -184,7 +184,7 @@ static void read_seen(const ea_problem *p, const row_place *row, int64_t key, in
 
 #if !REAL_IS_DOUBLE
 // Whether the row has a key that is not masked and a query that is not 0: then N = 0 may be an underflow.
-static int may_have_weight(const ea_problem *p, const row_place *row) {
+static int may_have_weight(const ea_problem *p, const row_span *row) {
   const char *query = row_of(&p->query, p->dtype, row->batch, row->head, row->query);
   int zero = 1;
   for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
@@ -206,7 +206,7 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
 INLINE int is_in_range(REAL normalizer) { return normalizer > LEAST_SUM && normalizer <= LARGEST; }
 
 // Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
-INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
+INLINE int is_unsafe(const ea_problem *p, const row_span *row, REAL normalizer) {
 #if REAL_IS_DOUBLE
   (void)p, (void)row, (void)normalizer;
   return 0;

@@ -16,14 +16,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from expressive_attention import expressive_attention
 from expressive_attention.backends import AUTOMATIC, BACKENDS
-from expressive_attention.backends import problem as backends_problem
+from expressive_attention.call import Call, Result, Upstream, Visibility
 from problems import Problem
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """An implementation to time; if `expressive`, it computes expressive attention and is checked."""
 
     name: str
@@ -56,16 +56,17 @@ def automatic(dtype: torch.dtype, device: str = "cpu") -> str:
 
 def why_not(backend: str, dtype: torch.dtype, device: str = "cpu") -> str | None:
     """Why `backend` does not run `dtype` on the device; None if it does."""
-    return BACKENDS[backend].supports(backends_problem.Problem(device, dtype))
+    x = torch.empty(1, 1, 1, 1, dtype=dtype, device=device)
+    return BACKENDS[backend].declines(Call(x, x, x, None, Visibility(), 1.0, "expressive"))
 
 
-def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Contestant:
+def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Implementation:
     """Expressive attention with the named backend, or by default as a user calls it."""
 
     def make(problem: Problem) -> Attention:
         return partial(expressive_attention, is_causal=problem.causal, backend=backend)
 
-    return Contestant(backend or automatic(dtype, device), make)
+    return Implementation(backend or automatic(dtype, device), make)
 
 
 def _sdpa(problem: Problem) -> Attention:
@@ -88,22 +89,21 @@ def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
 def _twin(problem: Problem) -> Attention:
     """Our own kernels with exp in place of f, and no maximum, to show the cost of f."""
     from expressive_attention.backends import triton
-    from expressive_attention.backends.pattern import Pattern
 
-    settings = (Pattern(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
+    settings = (None, Visibility(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
 
     class Twin(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output, normalizer, _ = triton.forward(query, key, value, None, *settings)
-            ctx.save_for_backward(query, key, value, output, normalizer)
-            return output
+            result = triton.forward(Call(query, key, value, *settings))
+            ctx.save_for_backward(query, key, value, *result[:2])
+            return result.output
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
             query, key, value, output, normalizer = ctx.saved_tensors
-            inputs = (query, key, value, None, output, normalizer)
-            return triton.backward(gradients[0], None, *inputs, *settings, False)[:3]
+            call = Call(query, key, value, *settings)
+            return triton.backward(call, Result(output, normalizer, None), Upstream(gradients[0], None, False))[:3]
 
     return Twin.apply
 
@@ -147,11 +147,11 @@ def _formula(problem: Problem) -> Attention:
     return attention
 
 
-SDPA = Contestant("sdpa", _sdpa, expressive=False)
-RIVALS = (SDPA, Contestant("flex", _flex), Contestant("formula", _formula))
+SDPA = Implementation("sdpa", _sdpa, expressive=False)
+RIVALS = (SDPA, Implementation("flex", _flex), Implementation("formula", _formula))
 GPU_RIVALS = (
-    Contestant("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
-    Contestant("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
-    Contestant("flex", _flex),
-    Contestant("twin", _twin, expressive=False),
+    Implementation("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
+    Implementation("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
+    Implementation("flex", _flex),
+    Implementation("twin", _twin, expressive=False),
 )
