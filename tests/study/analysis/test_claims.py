@@ -1,7 +1,6 @@
 """Verdicts on studies whose answer is known."""
 
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import polars as pl
@@ -23,7 +22,7 @@ from expressive_attention.study.analysis.estimators import (
 )
 from expressive_attention.study.analysis.significance import sign_flip_p
 from expressive_attention.study.analysis.trend import trend
-from expressive_attention.study.config.study import Claim
+from expressive_attention.study.config.declared import claim_names
 
 from ..report_data import LADDER, make_condition, make_results, results_of, seed_row
 
@@ -77,7 +76,7 @@ def margins_of(results):
 # ---- all claims ----
 
 
-@pytest.mark.parametrize("claim", get_args(Claim))
+@pytest.mark.parametrize("claim", claim_names())
 def test_every_claim_of_a_configuration_is_answered_whatever_is_missing(claim):
     whole = make_results(LADDER[:6], seeds=7)
     nothing = results_of([], [condition(0)])

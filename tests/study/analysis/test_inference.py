@@ -23,7 +23,7 @@ from expressive_attention.study.analysis.estimators import (
 from expressive_attention.study.analysis.significance import holm, sign_flip_p
 from expressive_attention.study.analysis.survival import log_rank_p, median_steps, restricted_steps, solve_curve
 from expressive_attention.study.analysis.trend import slope_within, tau_within, trend
-from expressive_attention.study.config.exclusive import alone
+from expressive_attention.study.config.declared import alone
 
 
 @pytest.fixture

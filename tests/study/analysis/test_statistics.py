@@ -53,7 +53,7 @@ def test_summary_of_final_seeds_alone():
     rows += rows_of(ROPE, "expressive", [0.1, 0.1], role="tuning", learning_rate=0.005)
     (summary,) = summaries(results_of(rows, [LEARNED, ROPE]))
     assert (summary.condition, summary.mechanism) == (ROPE.label, "expressive")
-    assert (summary.learning_rate, summary.seeds, summary.solved, summary.diverged) == (0.02, 4, 3, 1)
+    assert (summary.setting.learning_rate, summary.seeds, summary.solved, summary.diverged) == (0.02, 4, 3, 1)
     assert summary.accuracy == pytest.approx(0.8995)
     assert summary.accuracy_interval is None
     assert summary.solved_interval == wilson_interval(3, 4)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from expressive_attention.study.config.condition import Setting
-from expressive_attention.study.config.family import PRIMARY_COMPARISONS
+from expressive_attention.study.config.declared import PRIMARY_COMPARISONS
 from expressive_attention.study.config.load import load_config, parse_config
 from expressive_attention.study.config.presets import preset_names, preset_text
 from expressive_attention.study.config.schema import ModelConfig, SeedsConfig, TrainingConfig
@@ -35,6 +35,13 @@ def test_the_ladder_preset_spells_out_the_defaults():
     written = tomllib.loads(text)
     for name, model in {"model": ModelConfig, "training": TrainingConfig, "seeds": SeedsConfig}.items():
         assert all(key in written[name] or f"# {key} = " in text for key in model.model_fields)
+
+
+@pytest.mark.parametrize("name", ["wins", "_base"])
+def test_a_claim_is_one_that_has_a_file(name):
+    with pytest.raises(ConfigError, match=rf"claims must be of \[.*'lead_grows'.*\], got '{name}'"):
+        parse_config(f'claims = ["lead_grows", "{name}"]\n{TINY}', "here")
+    assert parse_config(f'claims = ["lead_grows"]\n{TINY}', "here").claims == ("lead_grows",)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,18 @@ def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_file_with_the_import_of_the_first_tutorial_makes_the_same_task(tmp_path):
+    """The file's text is part of the identity of its cells, so a study that was begun with it keeps it."""
+    old = ECHO.replace("Task, stream", "Task\nfrom expressive_attention.study.streams import stream")
+    assert old != ECHO
+    with pytest.warns(FutureWarning, match="stream has moved to"):
+        task = only_cell(written(tmp_path / "old", old)).task
+    drawn = task.training_examples(stream(3, "training"), 5)
+    TASKS.pop("echo")
+    new = only_cell(written(tmp_path / "new")).task.training_examples(stream(3, "training"), 5)
+    np.testing.assert_array_equal(drawn.inputs, new.inputs)
+
+
 def test_the_tutorials_task_repeats_what_was_seen(tmp_path):
     task = only_cell(written(tmp_path)).task
     examples = task.training_examples(stream(3, "training"), 5)

@@ -13,25 +13,28 @@ from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.summaries import summaries
 from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.report.attention import AttentionMap
-from expressive_attention.study.report.figures.files import save_figures
-from expressive_attention.study.report.figures.layout import ladder, most_different, narrowed
-from expressive_attention.study.report.figures.theme import readable_on, styles, wrap
-from expressive_attention.study.report.figures.with_matplotlib import (
-    accuracy_figure,
-    attention_figure,
-    difference_figure,
-    learning_figure,
-    margin_map_figure,
-    solved_figure,
-    solved_map_figure,
-    splits_figure,
-    steps_figure,
-)
+from expressive_attention.study.report.drawing.layout import ladder, most_different, narrowed
+from expressive_attention.study.report.drawing.theme import readable_on, styles, wrap
+from expressive_attention.study.report.drawing.with_matplotlib import image
+from expressive_attention.study.report.figure import Material
+from expressive_attention.study.report.figures import FIGURES
+from expressive_attention.study.report.files import drawings_of
+from expressive_attention.study.report.files import save_figures as save
 
 from ..report_data import LADDER, MECHANISMS, make_condition, make_results, mixed_results, results_of, seed_row
 
 COMPARED = {"difference", "margin_map"}
 NAMES = {"accuracy", "solved", "solved_map", "learning_curves", "steps_to_solve"} | COMPARED
+
+
+def draw(name, results, maps=()):
+    """A figure as it is on paper."""
+    return image(FIGURES[name].draw(Material(results, maps)))
+
+
+def save_figures(results, directory):
+    material = Material(results)
+    return save(drawings_of(material), material, directory)
 
 
 def luminance(color):
@@ -123,7 +126,7 @@ def numbers_in(ax):
 
 def test_margin_map_shows_the_difference_and_who_is_ahead():
     results = make_results(LADDER, seeds=16)
-    (ax,) = margin_map_figure(results).axes
+    (ax,) = draw("margin_map", results).axes
     layout, texts = ladder(results), numbers_in(ax)
     values = np.asarray(ax.images[0].get_array())
     by_label = {comparison.condition: comparison for comparison in comparisons(results)}
@@ -140,7 +143,7 @@ def test_margin_map_shows_the_difference_and_who_is_ahead():
 def test_marks_of_a_narrowed_map_are_those_of_the_whole_study():
     grid = [(basis, delay, "rope") for basis in range(2, 10) for delay in range(2, 11)]
     results = make_results(grid, seeds=16)  # 72 conditions, of which 40 are shown
-    (ax,) = margin_map_figure(results).axes
+    (ax,) = draw("margin_map", results).axes
     ahead = {found.condition for found in comparisons(results) if found.leader}
     layout = ladder(narrowed(results))
     marked = {position for position, text in numbers_in(ax).items() if text.endswith("*")}
@@ -153,7 +156,7 @@ def test_marks_of_a_narrowed_map_are_those_of_the_whole_study():
 def test_solved_map_shows_counts_and_leaves_gaps():
     grid = ((2, 5, "rope"), (4, 5, "rope"), (4, 5, "learned"))
     results = make_results(grid, seeds=4)
-    figure = solved_map_figure(results)
+    figure = draw("solved_map", results)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["EA", "DPA"]
     for ax, mechanism in zip(figure.axes, MECHANISMS, strict=True):
         found = {each.condition: each for each in summaries(results) if each.mechanism == mechanism}
@@ -167,8 +170,8 @@ def test_solved_map_shows_counts_and_leaves_gaps():
 
 def test_splits_figure_shows_means_extremes_and_the_best_predictor():
     results = mixed_results()
-    axes = splits_figure(results, results.conditions[:1]).axes
-    assert [ax.get_xlabel() for ax in axes] == ["by position", "by rule"]
+    axes = draw("splits", results).axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["mixed\nBy position", "mixed\nBy rule"]
     for ax in axes:
         ours, theirs = (styles(MECHANISMS)[mechanism].color for mechanism in MECHANISMS)
         heights = {
@@ -182,7 +185,8 @@ def test_splits_figure_shows_means_extremes_and_the_best_predictor():
 
 def test_attention_figure_shows_the_weights():
     weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    (ax,) = attention_figure([AttentionMap("a, b", "expressive", 3, "worst", 0.5, 0, weights)], "a note").axes
+    maps = [AttentionMap("a, b", "expressive", 3, "worst", 0.5, 0, weights)]
+    (ax,) = draw("attention_maps", make_results(seeds=1), maps).axes
     np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), weights.numpy())
     assert ax.get_title(loc="left") == "a, b\nEA, worst seed: 3\naccuracy 0.500, layer 1"
 
@@ -204,15 +208,15 @@ def test_numbers_beside_a_figure_are_those_it_shows(tmp_path):
         return {point[axis] for ax in figure.axes for point in drawn(ax)}
 
     accuracies = shown("accuracy", "accuracy", "low", "high")
-    assert accuracies == heights(accuracy_figure(results), 1) - {0.0, 1.0} | accuracies & {0.0, 1.0}
-    assert shown("difference", "difference", "low", "high") | {0.0} == heights(difference_figure(results), 0) - {1.0}
+    assert accuracies == heights(draw("accuracy", results), 1) - {0.0, 1.0} | accuracies & {0.0, 1.0}
+    assert shown("difference", "difference", "low", "high") | {0.0} == heights(draw("difference", results), 0) - {1.0}
     edges = {0.0, 1.0}
-    assert shown("solved", "share", "low", "high") - edges == heights(solved_figure(results), 0) - edges
+    assert shown("solved", "share", "low", "high") - edges == heights(draw("solved", results), 0) - edges
     chances = {round(condition.facts["chance"], 9) for condition in results.conditions}
     curves = shown("learning_curves", "accuracy")
-    assert curves | chances == heights(learning_figure(results, results.conditions), 1) | chances
+    assert curves | chances == heights(draw("learning_curves", results), 1) | chances
     steps = {(step, round(share, 9)) for step, share in read["steps_to_solve"].select("step", "share").iter_rows()}
-    assert steps == set().union(*map(drawn, steps_figure(results, results.conditions).axes))
+    assert steps == set().union(*map(drawn, draw("steps_to_solve", results).axes))
 
 
 def test_numbers_beside_the_maps(tmp_path):
@@ -242,7 +246,7 @@ def test_a_ceiling_below_one_is_marked_and_others_are_not():
     plain = make_condition(16, 5, "rope")
     for ceiling in ceilings:
         condition = replace(plain, facts=plain.facts | {"ceiling": ceiling})
-        figure = accuracy_figure(results_of([seed_row(plain.label, "expressive", 0, 0.5)], [condition]))
+        figure = draw("accuracy", results_of([seed_row(plain.label, "expressive", 0, 0.5)], [condition]))
         heights = {y for _, y in drawn(figure.axes[0])}
         assert (ceiling in heights) == (ceiling < 1)
 
@@ -254,14 +258,14 @@ def test_labels_break_after_commas_only():
 def test_accuracy_figure_shows_seeds_means_and_chance():
     condition = make_condition(16, 5, "rope")
     rows = [seed_row(condition.label, "expressive", seed, value) for seed, value in enumerate((0.5, 0.75))]
-    figure = accuracy_figure(results_of(rows, [condition]))
+    figure = draw("accuracy", results_of(rows, [condition]))
     heights = sorted(y for _, y in drawn(figure.axes[0]))
     assert heights == pytest.approx(sorted([0.5, 0.75, 0.625, 1 / 16, 1 / 16 + 0.004, 1 / 16 - 0.003]))
 
 
 def test_solved_figure_shows_shares_and_wilson_intervals():
     results = make_results()
-    points = [x for x, _ in drawn(solved_figure(results).axes[0])]
+    points = [x for x, _ in drawn(draw("solved", results).axes[0])]
     for summary in summaries(results):
         for x in (summary.solved / summary.seeds, summary.solved_interval.low, summary.solved_interval.high):
             assert round(x, 9) in points
@@ -269,7 +273,7 @@ def test_solved_figure_shows_shares_and_wilson_intervals():
 
 def test_difference_figure_shows_every_pair_and_the_interval():
     results = make_results()
-    points = [x for x, _ in drawn(difference_figure(results).axes[0])]
+    points = [x for x, _ in drawn(draw("difference", results).axes[0])]
     for comparison in comparisons(results):
         assert comparison.interval is not None
         ends = (comparison.interval.low, comparison.interval.high)
@@ -278,14 +282,14 @@ def test_difference_figure_shows_every_pair_and_the_interval():
 
 
 def test_difference_figure_needs_two_mechanisms():
-    with pytest.raises(ValueError, match="no condition has finished seeds of two mechanisms"):
-        difference_figure(make_results(mechanisms=["expressive"]))
+    material = Material(make_results(mechanisms=["expressive"]))
+    assert FIGURES["difference"].draw(material) is FIGURES["margin_map"].draw(material) is None
 
 
 def test_learning_figure_shows_each_seed_and_the_median():
     results = make_results(seeds=3)
     condition = results.conditions[1]
-    (ax,) = learning_figure(results, [condition]).axes
+    ax = draw("learning_curves", results).axes[1]
     for mechanism, style in styles(MECHANISMS).items():
         rows = results.curves.filter(role="final", condition=condition.label, mechanism=mechanism)
         by_seed = [seed.sort("step")["accuracy"].to_numpy() for seed in rows.partition_by("seed")]
@@ -297,7 +301,7 @@ def test_learning_figure_shows_each_seed_and_the_median():
 
 def test_steps_figure_ends_at_the_share_solved():
     results = make_results()
-    axes = steps_figure(results, results.conditions).axes
+    axes = draw("steps_to_solve", results).axes
     assert len(axes) == 3
     for summary in summaries(results):
         ax = axes[[condition.label for condition in results.conditions].index(summary.condition)]
@@ -305,10 +309,10 @@ def test_steps_figure_ends_at_the_share_solved():
         assert points_of(line)[-1] == [summary.steps, summary.solved / summary.seeds]
 
 
-@pytest.mark.parametrize("draw", [accuracy_figure, solved_figure, difference_figure])
+@pytest.mark.parametrize("name", sorted(NAMES))
 @pytest.mark.parametrize("grid", [LADDER[:1], LADDER], ids=["1 condition", "20 conditions"])
-def test_no_text_is_cut(draw, grid):
-    figure = draw(make_results(grid, seeds=8))
+def test_no_text_is_cut(name, grid):
+    figure = draw(name, make_results(grid, seeds=8))
     figure.draw_without_rendering()
     used, canvas = figure.get_tightbbox(), figure.bbox_inches
     assert canvas.x0 <= used.x0 < used.x1 <= canvas.x1
@@ -340,13 +344,13 @@ def test_unfinished_mechanism_leaves_a_gap(tmp_path):
     lacking = (pl.col("mechanism") == "dot_product") & (pl.col("condition") == whole.conditions[0].label)
     results = replace(whole, seeds=whole.seeds.filter(~lacking), curves=whole.curves.filter(~lacking))
     assert set(save_figures(results, tmp_path)) == NAMES
-    labels = [tick.get_text() for tick in difference_figure(results).axes[0].get_yticklabels()]
+    labels = [tick.get_text() for tick in draw("difference", results).axes[0].get_yticklabels()]
     assert len(labels) == 2
 
 
 def test_settings_of_the_caller_are_neither_used_nor_changed():
     with mpl.rc_context({"font.size": 40, "lines.linewidth": 9}):
         before = dict(mpl.rcParams)
-        figure = solved_figure(make_results())
+        figure = draw("solved", make_results())
         assert dict(mpl.rcParams) == before
     assert max(float(text.get_fontsize()) for text in figure.findobj(Text) if text.get_text()) < 12

@@ -13,7 +13,7 @@ from expressive_attention.study.analysis.claims import verdicts
 from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.findings import findings
 from expressive_attention.study.analysis.wording import mechanism_name
-from expressive_attention.study.report.figures.theme import styles
+from expressive_attention.study.report.drawing.theme import styles
 from expressive_attention.study.report.page import write_report
 
 from ..report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from ..config.exclusive import EXCLUSIVE_RANGE
+from ..config.declared import EXCLUSIVE_RANGE
 
 __all__ = [
     "EXACT_UP_TO",

@@ -131,7 +131,7 @@ def limit_of(cell: Cell, weights: dict[str, Tensor], steps: int) -> tuple[pl.Dat
             heads = _heads(cell, model, validation.inputs)
         for name in (mechanism, f"{mechanism}_trained"):
             if name != mechanism:
-                train_further(cell, model, steps, _RATE * cell.learning_rate)
+                train_further(cell, model, steps, _RATE * cell.setting.learning_rate)
             scores = score(model, validation, len(cell.seeds))
             for row, accuracy, loss in zip(rows, scores.accuracy.tolist(), scores.cross_entropy.tolist(), strict=True):
                 row |= {f"{name}_accuracy": accuracy, f"{name}_cross_entropy": loss}

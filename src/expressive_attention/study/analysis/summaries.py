@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from ..config.condition import Setting
-from ..runs.results import StudyResults
+from ..runs.results import StudyResults, setting_of
 from .estimators import Interval, finite, mean_interval, wilson_interval
 from .survival import median_steps, restricted_steps
 from .wording import mechanism_name
@@ -24,8 +24,7 @@ class Summary:
     Attributes:
         condition: Label of the condition.
         mechanism: The mechanism, as in the configuration.
-        learning_rate: The rate chosen on the tuning seeds.
-        initial_gain: The gain chosen with it.
+        setting: The learning rate and gain chosen on the tuning seeds.
         seeds: Number of seeds, diverged ones included.
         solved: Number of seeds that solved the task.
         solved_interval: Wilson interval of the share solved.
@@ -42,8 +41,7 @@ class Summary:
 
     condition: str
     mechanism: str
-    learning_rate: float
-    initial_gain: float
+    setting: Setting
     seeds: int
     solved: int
     solved_interval: Interval
@@ -138,17 +136,14 @@ def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
     Raises:
         ValueError: If an accuracy is not a finite number.
     """
-    chosen = {
-        (summary.condition, summary.mechanism): Setting(summary.learning_rate, summary.initial_gain)
-        for summary in summaries(results)
-    }
+    chosen = {(summary.condition, summary.mechanism): summary.setting for summary in summaries(results)}
     tuning = results.seeds.filter(pl.col("role") == "tuning").sort(Setting._fields)
     found = []
     for condition in results.conditions:
         for mechanism in results.mechanisms:
             cell = tuning.filter(pl.col("condition") == condition.label, pl.col("mechanism") == mechanism)
             for rows in cell.partition_by(Setting._fields, maintain_order=True):
-                setting = Setting(*rows.select(Setting._fields).row(0))
+                setting = setting_of(rows)
                 found.append(
                     TuningSummary(
                         condition=condition.label,
@@ -174,8 +169,7 @@ def summarize(rows: pl.DataFrame) -> Summary:
     return Summary(
         condition=rows["condition"][0],
         mechanism=rows["mechanism"][0],
-        learning_rate=rates[0],
-        initial_gain=rows["initial_gain"][0],
+        setting=setting_of(rows),
         seeds=rows.height,
         solved=solved,
         solved_interval=wilson_interval(solved, rows.height),

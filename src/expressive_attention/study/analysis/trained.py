@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ...nn import Transformer
 from ..config.cells import Arm, Cell
-from ..config.condition import Setting
-from ..runs.results import StudyResults
+from ..runs.results import StudyResults, setting_of
 from ..runs.store import Store
 from ..training.model import trained_model
 from .summaries import evidence
@@ -18,8 +17,8 @@ def cells_by_seed(results: StudyResults, store: Store, arm: Arm) -> dict[int, Ce
     rows = evidence(results.seeds, arm.condition, arm.mechanism)
     if rows.is_empty():
         return {}
-    setting = Setting(*rows.select(Setting._fields).row(0))
-    return {seed: cell for cell in arm.final_cells(setting, store.has) if store.has(cell) for seed in cell.seeds}
+    cells = arm.final_cells(setting_of(rows), store.has)
+    return {seed: cell for cell in cells if store.has(cell) for seed in cell.seeds}
 
 
 def trained(store: Store, cell: Cell, seed: int) -> Transformer:

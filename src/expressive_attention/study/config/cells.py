@@ -42,6 +42,11 @@ class Cell(Strict):
     mechanism_file: TaskFile | None = None  # that defines the mechanism; None: it is one of the package
 
     @property
+    def setting(self) -> Setting:
+        """The setting, whose parts are fields of the cell on disk."""
+        return Setting(self.learning_rate, self.initial_gain)
+
+    @property
     def function(self) -> str:
         """The mechanism as `nn.attend` knows it, whatever the study calls it."""
         name = self.mechanism.removesuffix(AGAIN)
@@ -67,8 +72,7 @@ class Cell(Strict):
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def __str__(self) -> str:
-        gain = "" if self.initial_gain == 1 else f", gain {self.initial_gain:g}"
-        return f"{self.condition}, {self.mechanism}, {self.role}, learning rate {self.learning_rate:g}{gain}"
+        return f"{self.condition}, {self.mechanism}, {self.role}, {self.setting}"
 
 
 class Arm(Strict):
@@ -125,7 +129,6 @@ class Arm(Strict):
     def _cell(self, role: Role, setting: Setting, seeds: range) -> Cell:
         return Cell(
             condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
-            learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
-            training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol,
+            **setting._asdict(), role=role, training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol,
             mechanism_file=self.mechanism_file,
         )  # fmt: skip

@@ -14,6 +14,10 @@ class Setting(NamedTuple):
     learning_rate: float
     initial_gain: float
 
+    def __str__(self) -> str:
+        gain = "" if self.initial_gain == 1 else f", gain {self.initial_gain:g}"
+        return f"learning rate {self.learning_rate:g}{gain}"
+
 
 @dataclass(frozen=True)
 class Condition:

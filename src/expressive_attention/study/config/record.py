@@ -25,7 +25,7 @@ class RecordedTask:
     Attributes:
         label: As `Task.label`.
         content: Its fields, as JSON has them.
-        facts: Facts that say what an accuracy is worth, as in `study.runs.results.Condition`.
+        facts: Facts that say what an accuracy is worth, as in `study.config.condition.Condition`.
         file: The file that defines it.
     """
 
@@ -93,7 +93,7 @@ class Record:
 
 
 def facts_of(task: Task | RecordedTask, test_sequences: int) -> dict[str, Any]:
-    """Facts that say what an accuracy on so many test sequences is worth, as in `study.runs.results.Condition`."""
+    """Facts that say what an accuracy on so many test sequences is worth, as in `study.config.condition.Condition`."""
     return task.facts if isinstance(task, RecordedTask) else task.facts() | facts_of_test(task, test_sequences)
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ...nn import position_codes
 from .condition import Setting
 
-__all__ = ["PROTOCOL", "TUNING_SEEDS", "ModelConfig", "Role", "SeedsConfig", "Strict", "TrainingConfig", "distinct"]
+__all__ = ["PROTOCOL", "TUNING_SEEDS", "ModelConfig", "SeedsConfig", "Strict", "TrainingConfig", "distinct"]
 
 
 # Raise it when a change of the code changes what a run means; docs/protocol.md says what each was.

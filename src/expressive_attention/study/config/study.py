@@ -14,6 +14,7 @@ from ...nn import MECHANISMS
 from ..tasks import TASKS, Task
 from .cells import AGAIN, Arm
 from .condition import Condition
+from .declared import claim_names
 from .mechanism_files import names_in
 from .record import Record, RecordedTask, facts_of
 from .schema import PROTOCOL, ModelConfig, SeedsConfig, Strict, TrainingConfig, distinct
@@ -42,11 +43,12 @@ class Grid(Strict):
     model: dict[str, Any] = Field(default={})
 
 
-# The questions that a study can be asked; `study.analysis.claims` has the test of each.
-Claim = Literal[
-    "at_least_as_good", "lead_grows", "exclusive_range", "ahead_on_mixed", "ahead_at_every_position", "two_sidedness",
-    "no_difference",
-]  # fmt: skip
+def _known_claims(claims: tuple[str, ...]) -> tuple[str, ...]:
+    """The claims, each of which has a file in `study.analysis.claims`."""
+    known = claim_names()
+    if unknown := [claim for claim in claims if claim not in known]:
+        raise ValueError(f"claims must be of {known}, got {unknown[0]!r}")
+    return distinct(claims)
 
 
 class StudyConfig(Strict):
@@ -62,7 +64,7 @@ class StudyConfig(Strict):
         default=("expressive", "dot_product"), min_length=1
     )
     # The claims to test, declared before anything is run; `study.analysis.claims` has the test of each.
-    claims: Annotated[tuple[Claim, ...], AfterValidator(distinct)] = ("at_least_as_good",)
+    claims: Annotated[tuple[str, ...], AfterValidator(_known_claims)] = ("at_least_as_good",)
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     seeds: SeedsConfig = SeedsConfig()

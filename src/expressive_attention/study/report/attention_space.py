@@ -14,7 +14,7 @@ from ..analysis.wording import mechanism_name
 from ..config.record import RecordedTask
 from ..runs.results import StudyResults, collect
 from ..runs.store import Store, StoreError
-from .figures.layout import most_different
+from .drawing.layout import most_different
 
 __all__ = ["Look", "chosen_condition", "look_into"]
 

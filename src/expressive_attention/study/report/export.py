@@ -130,8 +130,7 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
         {
             "condition": summary.condition,
             "mechanism": summary.mechanism,
-            "learning_rate": summary.learning_rate,
-            "initial_gain": summary.initial_gain,
+            **summary.setting._asdict(),
             "n": summary.seeds,
             "solved": summary.solved,
             "solved_share": summary.solved / summary.seeds,

@@ -25,9 +25,10 @@ from ..runs.results import StudyResults
 from ..runs.store import Store
 from .attention import attention_maps
 from .charts import charts_of
-from .figures.files import save_figures
-from .figures.layout import MOST_CONDITIONS, MOST_PANELS, most_different
-from .figures.theme import MUTED, PREDICTORS
+from .drawing.layout import MOST_CONDITIONS, MOST_PANELS, most_different
+from .drawing.theme import MUTED, PREDICTORS
+from .figure import Material
+from .files import drawings_of, save_figures
 
 __all__ = ["write_report"]
 
@@ -53,8 +54,9 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
         CorruptCellError: If stored parameters are not what was written.
     """
     maps = attention_maps(results, Store(directory), most_different(results, _MOST_MAPPED), trust=trust)
-    images = save_figures(results, directory / "figures", maps)
-    charts = charts_of(results, images, maps)
+    material = Material(results, maps)
+    drawings = drawings_of(material)
+    charts = charts_of(drawings, save_figures(drawings, material, directory / "figures"))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("expressive_attention.study.report"),
         autoescape=True,

@@ -114,7 +114,8 @@ def write_twins(
             "task": cell.task.model_dump(mode="json", exclude_none=True),
             "mechanism": mechanism,
             "seed": seed,
-            **{name: reached[name] for name in ("learning_rate", "initial_gain", "accuracy", "cross_entropy")},
+            **cell.setting._asdict(),
+            **{name: reached[name] for name in ("accuracy", "cross_entropy")},
         }
         model = trained(store, cell, seed)
         state = {name: x.detach().to(torch.float16 if half else x.dtype) for name, x in model.state_dict().items()}

@@ -230,9 +230,8 @@ def _mean_curve(curves: pl.DataFrame) -> Iterator[tuple[int, float]]:
 
 def _title(cell: Cell) -> str:
     """The difference of a cell from the others of its condition."""
-    gain = "" if cell.initial_gain == 1 else f", gain {cell.initial_gain:g}"
     seeds = f"seeds {cell.seeds[0]} to {cell.seeds[-1]}"
-    return f"{cell.mechanism}, {cell.role}, learning rate {cell.learning_rate:g}{gain}, {seeds}"
+    return f"{cell.mechanism}, {cell.role}, {cell.setting}, {seeds}"
 
 
 def _file_name(text: str) -> str:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import polars as pl
 
 from ..config.condition import Condition, Setting
-from ..config.family import PRIMARY_COMPARISONS
+from ..config.declared import PRIMARY_COMPARISONS
 from ..training.result import TABLES
 from .environment import environment
 from .facts import KnownFacts
 from .selection import finished_cells
 from .store import Store
 
-__all__ = ["StudyResults", "collect"]
+__all__ = ["StudyResults", "collect", "setting_of"]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that what follows from it can be kept
@@ -60,6 +60,11 @@ class StudyResults:
 _FACTS = "facts.json"
 
 
+def setting_of(rows: pl.DataFrame) -> Setting:
+    """The setting of rows of a table of `StudyResults`, which have the same one."""
+    return Setting(*rows.select(Setting._fields).row(0))
+
+
 def collect(store: Store) -> StudyResults:
     """All finished cells of a study; none of its Python files is run.
 
@@ -80,7 +85,7 @@ def collect(store: Store) -> StudyResults:
         result = store.load(cell)
         labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
         columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-        columns += [pl.lit(getattr(cell, name)).alias(name) for name in Setting._fields]
+        columns += [pl.lit(value).alias(name) for name, value in cell.setting._asdict().items()]
         for name, parts in tables.items():
             if name != "examples" or cell.condition in fixed:
                 parts.append(getattr(result, name).with_columns(columns))

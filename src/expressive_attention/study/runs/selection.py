@@ -10,7 +10,7 @@ import polars as pl
 
 from ..config.cells import Arm, Cell
 from ..config.condition import Setting
-from ..config.exclusive import alone
+from ..config.declared import alone
 from ..config.schema import PROTOCOL
 from ..config.study import StudyConfig
 from ..training.result import CellResult
@@ -28,13 +28,12 @@ def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
     """
     seeds: dict[Setting, list[tuple[float, int]]] = {}
     for cell, result in results:
-        setting = Setting(cell.learning_rate, cell.initial_gain)
         if cell.protocol < PROTOCOL:
             rows = result.seeds.select("accuracy", "steps")
         else:
             steps = pl.col("steps_to_solve").fill_null(cell.training.steps)
             rows = result.seeds.select("validation", steps)
-        seeds.setdefault(setting, []).extend(rows.iter_rows())
+        seeds.setdefault(cell.setting, []).extend(rows.iter_rows())
 
     def rank(setting: Setting) -> tuple[float, float, Setting]:
         accuracies, steps = zip(*seeds[setting], strict=True)

@@ -63,7 +63,7 @@ def train_cell(
     losses, since = torch.zeros(len(state.active), device=device), 0
     for step in range(state.steps, training.steps):
         active = state.active
-        optimizer.param_groups[0]["lr"] = cell.learning_rate * learning_rate_factor(step, training)
+        optimizer.param_groups[0]["lr"] = cell.setting.learning_rate * learning_rate_factor(step, training)
         losses += train_step(model, optimizer, *state.batches.next(active), training.gradient_clip)
         since += 1
         if (step + 1) % training.evaluate_every and step + 1 < training.steps:
@@ -118,12 +118,14 @@ class _State:
     @classmethod
     def at_the_start_of(cls, cell: Cell, device: torch.device) -> _State:
         task, training = cell.task, cell.training
-        model = stack([build_model(task, cell.model, cell.function, seed, cell.initial_gain) for seed in cell.streams])
+        model = stack(
+            [build_model(task, cell.model, cell.function, seed, cell.setting.initial_gain) for seed in cell.streams]
+        )
         model.to(device)
         return cls(
             model,
             copy.deepcopy(model),
-            make_optimizer(model, cell.learning_rate, training),
+            make_optimizer(model, cell.setting.learning_rate, training),
             Batches(task, cell.streams, training, device),
             [Trajectory(training, [], [], []) for _ in cell.seeds],
             list(range(len(cell.seeds))),

@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import get_args
 
-from ...config.study import Claim
+from ...config.declared import claim_names
 from ...runs.results import StudyResults
-from .base import Answer, UntestableError
+from ._base import Answer, UntestableError
 
 __all__ = ["Verdict", "verdicts"]
 
@@ -29,7 +28,7 @@ class Verdict:
     """The answer of a study to one claim.
 
     Attributes:
-        claim: Its name in the configuration, `study.config.study.Claim`, e.g. ``"lead_grows"``.
+        claim: Its name in the configuration and of its file, e.g. ``"lead_grows"``.
         question: The question in words, e.g. ``"Does EA's lead grow with complexity?"``.
         answer: ``"supported"``, ``"contradicted"`` or ``"undecided"``.
         where: Under which conditions what is ahead, in words; where the results do not allow the test, why.
@@ -50,7 +49,7 @@ class Verdict:
     evidence: str
 
 
-_CLAIMS = {name: import_module(f"{__name__}.{name}").CLAIM for name in get_args(Claim)}
+_CLAIMS = {name: import_module(f"{__name__}.{name}").CLAIM for name in claim_names()}
 
 
 def verdicts(results: StudyResults, claims: Sequence[str]) -> list[Verdict]:
@@ -61,7 +60,7 @@ def verdicts(results: StudyResults, claims: Sequence[str]) -> list[Verdict]:
 
     Args:
         results: The study, finished or not.
-        claims: Names of claims, as in `study.config.study.Claim`.
+        claims: Names of claims, as `study.config.declared.claim_names` gives them.
 
     Raises:
         ValueError: A name is no claim, or a measure is not a finite number.

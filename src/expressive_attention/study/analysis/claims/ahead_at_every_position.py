@@ -6,7 +6,7 @@ from ...runs.results import StudyResults
 from ..estimators import SIGNIFICANCE, mean_interval
 from ..significance import holm, sign_flip_p
 from ..wording import describe_interval, describe_p, plural
-from .base import UNTESTED, Answer, Declared, UntestableError, margins_of, sample_size, tested_comparisons
+from ._base import UNTESTED, Answer, Declared, UntestableError, margins_of, sample_size, tested_comparisons
 
 __all__ = []
 

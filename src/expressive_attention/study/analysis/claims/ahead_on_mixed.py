@@ -6,7 +6,7 @@ from ...runs.results import StudyResults
 from ..comparisons import BASELINE
 from ..estimators import MINIMUM_FOR_INTERVAL
 from ..wording import plural
-from .base import (
+from ._base import (
     AHEAD,
     CANDIDATE,
     OVER,

@@ -10,7 +10,7 @@ from ...runs.results import StudyResults
 from ..comparisons import BASELINE, Comparison
 from ..estimators import LEVEL, SMALLEST_EFFECT, upper_bound
 from ..wording import describe_interval, plural
-from .base import (
+from ._base import (
     AHEAD,
     CANDIDATE,
     UNTESTED,

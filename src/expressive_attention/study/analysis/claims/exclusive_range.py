@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...config.exclusive import EXCLUSIVE_RANGE, alone
+from ...config.declared import EXCLUSIVE_RANGE, alone
 from ...runs.results import StudyResults
 from ..comparisons import BASELINE, comparisons
 from ..estimators import exact_interval, false_range_probability
 from ..summaries import evidence
 from ..wording import plural
-from .base import (
+from ._base import (
     CANDIDATE,
     SHOWN,
     UNTESTED,

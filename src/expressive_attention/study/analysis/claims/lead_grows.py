@@ -11,7 +11,7 @@ from ...runs.results import StudyResults
 from ..estimators import LEVEL, MINIMUM_FOR_INTERVAL
 from ..trend import trend
 from ..wording import describe_interval, describe_p, plural
-from .base import (
+from ._base import (
     CANDIDATE,
     Answer,
     Declared,

@@ -6,7 +6,7 @@ from ...runs.results import StudyResults
 from ..comparisons import BASELINE, comparisons
 from ..estimators import LEVEL, SIGNIFICANCE, exact_interval, lower_bound
 from ..wording import plural
-from .base import UNTESTED, Answer, Declared, UntestableError, listed, sample_size
+from ._base import UNTESTED, Answer, Declared, UntestableError, listed, sample_size
 
 __all__ = []
 

@@ -14,7 +14,7 @@ from ..comparisons import comparisons
 from ..estimators import MINIMUM_FOR_INTERVAL, SIGNIFICANCE, mean_interval
 from ..significance import sign_flip_p
 from ..wording import describe_interval, describe_p, mechanism_name, plural
-from .base import Answer, Declared, UntestableError, over_conditions, sample_size
+from ._base import Answer, Declared, UntestableError, over_conditions, sample_size
 
 __all__ = ["SHAPES"]
 

@@ -20,9 +20,12 @@ __all__ = [
     "BEHIND",
     "EMPTY",
     "GRID",
+    "GROUP",
     "INK",
+    "MEAN",
     "MUTED",
     "PREDICTORS",
+    "SEED",
     "SHARE",
     "Style",
     "crowding",
@@ -43,6 +46,8 @@ GRID = "#dddddd"
 EMPTY = "#e6e6e6"  # of a map where there is no number
 SHARE = "#1a6e52"  # of shares and weights, on white
 AHEAD, BEHIND = "#0072B2", "#D55E00"  # of the margin: the colors of EA and DPA
+
+SEED, GROUP, MEAN = 2.5, 4.0, 6.0  # diameters of marks, in points
 
 # Predictors in `Condition.facts`: name for people, marker in image files, symbol in the report, and shift in the
 # column, since the accuracies of the trivial ones nearly coincide.
