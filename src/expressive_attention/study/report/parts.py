@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from ..analysis.estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
+from ..analysis.summaries import Summary
 from ..config.condition import Condition
 from ..runs.results import StudyResults
 from .drawing.description import Axis, Cells, Drawing, Group, Panel, Part, Rule
@@ -22,11 +23,13 @@ __all__ = [
     "ORDERED",
     "PLACE",
     "SHARE_RANGE",
+    "SOLVED",
     "condition_rows",
     "drawing_against_steps",
     "ends",
     "map_panel",
     "place_in_map",
+    "solved_of",
     "tasks_axis",
 ]
 
@@ -35,6 +38,7 @@ SHARE_RANGE = (-0.03, 1.03)  # a share, with room for marks at both ends
 BOOTSTRAP = f"{LEVEL:.0%} bootstrap interval (none below {MINIMUM_FOR_INTERVAL} seeds or where all are equal)"
 ORDERED = "Tasks are ordered by the size of their state space in bits, equally spaced."
 ENDS = {"low": pl.Float64, "high": pl.Float64}
+SOLVED = {"mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64, "share": pl.Float64}
 PLACE = {"condition": pl.String, "model": pl.String, "task": pl.String, "bits": pl.Float64}
 
 
@@ -52,7 +56,13 @@ def tasks_axis(tasks: Sequence[Sequence[str]]) -> Axis:
 
 
 def drawing_against_steps(
-    material: Material, name: str, label: str, parts: Callable[[Condition], Sequence[Part]], **words: str
+    material: Material,
+    name: str,
+    label: str,
+    parts: Callable[[Condition], Sequence[Part]],
+    *,
+    alternative: str,
+    note: str,
 ) -> Drawing:
     """A share against training steps, one panel per condition: some in sight, some to unfold.
 
@@ -61,7 +71,8 @@ def drawing_against_steps(
         name: The figure's name.
         label: The share.
         parts: Draws a condition.
-        **words: `Drawing.alternative` and `Drawing.note`.
+        alternative: As `Drawing.alternative`.
+        note: As `Drawing.note`.
     """
     results = material.results
     first = most_different(results, MOST_PANELS)
@@ -73,7 +84,8 @@ def drawing_against_steps(
         return [Panel(found.label, along, up, parts(found), height=1.75) for found in conditions]
 
     return Drawing(
-        **words,
+        alternative=alternative,
+        note=note,
         groups=[Group("", panels(first))],
         shown=material.shown_note(len(first) + len(others), name),
         columns=2,
@@ -108,6 +120,12 @@ def map_panel(
         [Cells(values.tolist(), colors, limits, texts.tolist(), details.tolist())],
         height=0.42 * len(models),
     )
+
+
+def solved_of(summary: Summary) -> dict[str, Any]:
+    """The columns `SOLVED` of a mechanism on a condition."""
+    share = summary.solved / summary.seeds
+    return dict(zip(SOLVED, (summary.mechanism, summary.solved, summary.seeds, share), strict=True))
 
 
 def ends(interval: Interval | None) -> dict[str, float | None]:

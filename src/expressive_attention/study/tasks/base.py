@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "one_in", "same_as"]
 
 # The target of a position at which nothing is to be predicted; what torch's cross_entropy leaves out.
 IGNORED = -100
@@ -40,6 +40,39 @@ class Examples:
         return Examples(self.inputs[part], self.targets[part], None if self.groups is None else self.groups[part])
 
 
+def needed(doc: str) -> Any:
+    """An abstract property, which a task defines in full or with one of the three below."""
+
+    @abstractmethod
+    def get(self: Any) -> Any: ...
+
+    return property(get, doc=doc)
+
+
+def same_as(field: str) -> Any:
+    """A property that is a field of the task under another name.
+
+    A task whose tokens are digits has ``vocab_size = same_as("basis")``.
+    """
+    return property(lambda self: getattr(self, field), doc=f"The field `{field}`.")
+
+
+def always(value: Any) -> Any:
+    """A property that is the same for all tasks of a kind.
+
+    A task of bits has ``vocab_size = always(2)``.
+    """
+    return property(lambda self: value, doc=f"Always {value}.")
+
+
+def one_in(number: str) -> Any:
+    """A property that is 1 over another one.
+
+    A task whose answers are equally likely digits has ``chance = one_in("basis")``.
+    """
+    return property(lambda self: 1.0 / getattr(self, number), doc=f"1 / `{number}`.")
+
+
 class Task(BaseModel, ABC):
     """A family of problems: sequences, and what is to be predicted at some of their positions.
 
@@ -65,15 +98,8 @@ class Task(BaseModel, ABC):
     def label(self) -> str:
         """Short name, e.g. ``"sum, basis 16, delay 5"``."""
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of different tokens, of input and target alike."""
-
-    @property
-    @abstractmethod
-    def length(self) -> int:
-        """Number of positions L."""
+    vocab_size = needed("Number of different tokens, of input and target alike, int.")
+    length = needed("Number of positions L, int.")
 
     @property
     def input_dim(self) -> int | None:
@@ -143,10 +169,7 @@ class Task(BaseModel, ABC):
     def complexity(self) -> float:
         """Difficulty in bits, by which tasks of one family are ordered: log2 of the number of states."""
 
-    @property
-    @abstractmethod
-    def chance(self) -> float:
-        """Accuracy of a guess at a scored position."""
+    chance = needed("Accuracy of a guess at a scored position, float.")
 
     def facts(self) -> dict[str, Any]:
         """Facts that put an accuracy into perspective; keys as in `study.config.condition.Condition`."""

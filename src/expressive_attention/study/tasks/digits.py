@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples, Task
+from .base import IGNORED, Examples, Task, always, one_in
 from .recurrences.recurrence import mixed
 
 __all__ = ["DigitsTask", "images_and_classes", "part"]
@@ -52,9 +52,7 @@ class DigitsTask(Task):
     def label(self) -> str:
         return f"digits, patch {self.patch}, shift {self.shift}"
 
-    @property
-    def vocab_size(self) -> int:
-        return 10
+    vocab_size = always(10)
 
     @property
     def length(self) -> int:
@@ -112,9 +110,7 @@ class DigitsTask(Task):
         """log2 of the number of training images: an image has no state to count."""
         return math.log2(len(part("training")))
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.vocab_size
+    chance = one_in("vocab_size")
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from .base import Examples, Task
+from .base import Examples, Task, always, one_in, same_as
 
 __all__ = ["LanguageTask", "Text", "bigram_bits", "part_of", "source_files", "unigram_bits"]
 
@@ -78,13 +78,8 @@ class LanguageTask(Task):
     def label(self) -> str:
         return f"Python sources, context {self.context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return 256
-
-    @property
-    def length(self) -> int:
-        return self.context
+    vocab_size = always(256)
+    length = same_as("context")
 
     # ---- windows ----
 
@@ -129,9 +124,7 @@ class LanguageTask(Task):
         """log2 of the number of bytes in the training files: text has no state to count."""
         return math.log2(len(self._part("training").content))
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.vocab_size
+    chance = one_in("vocab_size")
 
     def facts(self) -> dict[str, Any]:
         training, test = self._part("training"), self.held_out_examples(2048, "test")

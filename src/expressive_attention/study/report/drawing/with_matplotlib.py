@@ -81,7 +81,7 @@ def _stacked(drawing: Drawing) -> Figure:
 def _beside_each_other(drawing: Drawing) -> Figure:
     columns = min(drawing.columns, max(len(group.panels) for group in drawing.groups))
     rows = [row for group in drawing.groups for row in _rows(group, columns)]
-    height = _AROUND + sum(max(panel.height + _LINE * len(title) for title, panel in row) for row in rows)
+    height = _AROUND + sum(max(_height(panel, columns) + _LINE * len(title) for title, panel in row) for row in rows)
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
@@ -92,6 +92,11 @@ def _beside_each_other(drawing: Drawing) -> Figure:
         for unused in axes[len(row) :]:
             unused.remove()
     return _finished(figure, drawing)
+
+
+def _height(panel: Panel, columns: int) -> float:
+    """A square panel is no higher than wide, its labels included."""
+    return min(panel.height, _WIDTH / columns - 0.3) if panel.square else panel.height
 
 
 def _rows(group: Group, columns: int) -> list[list[tuple[list[str], Panel]]]:

@@ -47,9 +47,9 @@ def plot(panels: Sequence[Panel], *, titled: bool = True) -> Markup:
             layout["annotations"].append(_text(panel.title, 0, domain[1], "left", "bottom", font={"size": 13}))
     lines = max((len(names) for names in panels[-1].x.ticks or ()), default=1)
     layout["height"] = heads[0] + whole + _TEXT * lines + (40 if panels[-1].x.label else 16)
-    layout["margin"] = {"l": 8, "r": 8, "t": heads[0], "b": 8}
-    if any(part.place == "beside" for panel in panels for part in panel.parts if isinstance(part, Note)):
-        layout["margin"]["r"] = 44
+    notes = [part for panel in panels for part in panel.parts if isinstance(part, Note)]
+    beside = max((len(note.text) for note in notes if note.place == "beside"), default=0)
+    layout["margin"] = {"l": 8, "r": 8 + (8 * beside + 6 if beside else 0), "t": heads[0], "b": 8}
     if panels[0].square:
         layout["xaxis"] |= {"constrain": "domain", "constraintoward": "left"}
         layout["yaxis"] |= {"constrain": "domain", "constraintoward": "top", "scaleanchor": "x"}

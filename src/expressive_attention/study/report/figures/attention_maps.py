@@ -36,11 +36,11 @@ def _draw(material: Material) -> Drawing | None:
 
 def _panel(found: AttentionMap) -> Panel:
     weights = [[round(weight, 3) for weight in row] for row in found.weights.tolist()]
-    ends = (-0.5, len(weights) - 0.5)
+    first, last = -0.5, len(weights) - 0.5
     return Panel(
         "\n".join(found.title),
-        Axis("key", ends),
-        Axis("query", ends[::-1]),
+        Axis("key", (first, last)),
+        Axis("query", (last, first)),
         [Cells(weights, ("#ffffff", SHARE), (0.0, 1.0))],
         height=1.8,
         square=True,

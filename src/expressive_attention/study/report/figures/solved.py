@@ -11,7 +11,7 @@ from ..drawing.description import Axis, Drawing, Group, Note, Part, Points
 from ..drawing.layout import finished_conditions
 from ..drawing.theme import MEAN, dodge
 from ..figure import Material, ReportFigure
-from ..parts import ENDS, SHARE_RANGE, condition_rows, ends
+from ..parts import ENDS, SHARE_RANGE, SOLVED, condition_rows, ends, solved_of
 
 __all__ = ["FIGURE"]
 
@@ -51,18 +51,10 @@ def _draw(material: Material) -> Drawing:
 def _table(material: Material) -> pl.DataFrame:
     """Seeds solved, their share and its interval."""
     rows = [
-        {
-            "condition": found.condition,
-            "mechanism": found.mechanism,
-            "solved": found.solved,
-            "seeds": found.seeds,
-            "share": found.solved / found.seeds,
-            **ends(found.solved_interval),
-        }
+        {"condition": found.condition, **solved_of(found), **ends(found.solved_interval)}
         for found in summaries(material.results)
     ]
-    columns = {"condition": pl.String, "mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64}
-    return pl.DataFrame(rows, schema=columns | {"share": pl.Float64} | ENDS)
+    return pl.DataFrame(rows, schema={"condition": pl.String} | SOLVED | ENDS)
 
 
 FIGURE = ReportFigure(50, "Seeds that solved the task", _draw, _table)

@@ -11,7 +11,7 @@ from ..drawing.description import Drawing, Group
 from ..drawing.layout import finished_conditions, ladder
 from ..drawing.theme import SHARE
 from ..figure import Material, ReportFigure
-from ..parts import ORDERED, PLACE, map_panel, place_in_map
+from ..parts import ORDERED, PLACE, SOLVED, map_panel, place_in_map, solved_of
 
 __all__ = ["FIGURE"]
 
@@ -52,17 +52,10 @@ def _draw(material: Material) -> Drawing:
 
 def _table(material: Material) -> pl.DataFrame:
     rows = [
-        {
-            **place_in_map(found.condition, material.results.conditions),
-            "mechanism": found.mechanism,
-            "solved": found.solved,
-            "seeds": found.seeds,
-            "share": found.solved / found.seeds,
-        }
+        place_in_map(found.condition, material.results.conditions) | solved_of(found)
         for found in summaries(material.results)
     ]
-    columns = {"mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64, "share": pl.Float64}
-    return pl.DataFrame(rows, schema=PLACE | columns)
+    return pl.DataFrame(rows, schema=PLACE | SOLVED)
 
 
 FIGURE = ReportFigure(20, "Seeds solved by complexity and model", _draw, _table)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..base import IGNORED, Examples
+from ..base import IGNORED, Examples, same_as
 from ..sampled import SampledTask, by_distance, integers
 
 __all__ = ["InductionTask"]
@@ -39,13 +39,8 @@ class InductionTask(SampledTask):
     def label(self) -> str:
         return f"induction, context {self.context}, vocab {self.vocab}"
 
-    @property
-    def vocab_size(self) -> int:
-        return self.vocab
-
-    @property
-    def length(self) -> int:
-        return self.context
+    vocab_size = same_as("vocab")
+    length = same_as("context")
 
     @property
     def problems(self) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..base import IGNORED, Examples, Task
+from ..base import IGNORED, Examples, Task, one_in, same_as
 from ..sampled import prefix_identifiers
 from .nt import NTTask, Operation
 
@@ -79,9 +79,7 @@ class MultiTask(Task):
         context = "" if self.context is None else f", context {self.context}"
         return f"mixed {' '.join(self.operations)}, basis {self.basis}, delays {delays}{tested}{context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return self.basis
+    vocab_size = same_as("basis")
 
     @property
     def length(self) -> int:
@@ -92,9 +90,7 @@ class MultiTask(Task):
         """log2 of the number of pairs of a trained rule and its state."""
         return math.log2(sum(rule.state_space for rule in self.rules if rule.delay in self.delays))
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.basis
+    chance = one_in("basis")
 
     # ---- sequences ----
 

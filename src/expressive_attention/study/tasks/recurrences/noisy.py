@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..base import IGNORED, Examples
+from ..base import IGNORED, Examples, one_in, same_as
 from ..sampled import SampledTask, integers
 from .nt import NTTask
 
@@ -67,9 +67,7 @@ class NoisyTask(SampledTask):
         context = "" if self.context is None else f", context {self.context}"
         return f"noisy {self.operation}, basis {self.basis}, delay {self.delay}, noise {self.noise!r}{context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return self.basis
+    vocab_size = same_as("basis")
 
     @property
     def length(self) -> int:
@@ -84,9 +82,7 @@ class NoisyTask(SampledTask):
         """log2 of the number of states."""
         return self.delay * math.log2(self.basis)
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.basis
+    chance = one_in("basis")
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:
         starts = integers(bits, (count, self.delay), self.basis)

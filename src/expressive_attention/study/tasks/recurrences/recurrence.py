@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from ..base import IGNORED, Examples, Task
+from ..base import IGNORED, Examples, Task, one_in, same_as
 from ..rng import stream
 
 __all__ = ["Recurrence", "mixed"]
@@ -64,9 +64,7 @@ class Recurrence(Task):
         """The end of the label: the context, where it is not the usual one."""
         return "" if self.context is None else f", context {self.context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return self.basis
+    vocab_size = same_as("basis")
 
     @property
     def length(self) -> int:
@@ -202,9 +200,7 @@ class Recurrence(Task):
     def complexity(self) -> float:
         return self.delay * math.log2(self.choices)
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.choices
+    chance = one_in("choices")
 
     def facts(self) -> dict[str, Any]:
         held_out = 0.0
