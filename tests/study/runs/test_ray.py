@@ -146,7 +146,7 @@ def test_a_driver_that_ends_in_the_middle_loses_no_finished_cell(local, tmp_path
     _, errors = run.communicate()
     if how == "Ctrl-C":
         assert run.returncode == 130
-        assert errors == f"stopped; finished cells are kept in {store.directory}: run the same command to go on\n"
+        assert errors == f"stopped; finished cells are kept in {store.directory}: run the same command to resume\n"
     wait_until(lambda: not processes(mark))
     before = {name: (store.cells / name).stat().st_ino for name in finished(store)}
     assert 2 <= len(before) < 6

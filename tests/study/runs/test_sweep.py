@@ -286,7 +286,7 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
             os.killpg(run.pid, signal.SIGKILL)
             run.communicate()
     assert run.returncode == 130
-    assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to go on\n"
+    assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to resume\n"
 
 
 @pytest.mark.parametrize("before", range(6))

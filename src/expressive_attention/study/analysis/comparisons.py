@@ -45,10 +45,10 @@ class Comparison:
         differences: Accuracy of the candidate minus that of the baseline, per shared seed.
         difference: Mean of the differences.
         interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
-        p: Of the sign-flip test of that mean, adjusted by Holm's method over the conditions on which this mechanism is
-            compared, or over the family of the study; None, and not counted there, where `untested` says why.
+        p: p of the sign-flip test of that mean, adjusted by Holm's method over the conditions on which this mechanism
+            is compared, or over the family of the study; None, and not counted there, where `untested` says why.
         raw_p: The same, not adjusted.
-        steps_p: Of the log-rank test of the steps to solve, likewise.
+        steps_p: p of the log-rank test of the steps to solve, adjusted likewise.
         steps_difference: Mean difference in the steps before the task was solved, over all pairs.
         steps_interval: Bootstrap interval of that mean.
         validation_difference: Mean difference in accuracy on the validation sequences; None: not kept.

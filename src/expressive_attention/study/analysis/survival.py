@@ -54,7 +54,7 @@ def log_rank_p(ours: Sequence[int | None], theirs: Sequence[int | None], steps: 
 
     Args:
         ours: Steps to solve of one mechanism's seeds, None where unsolved, censored as in `solve_curve`.
-        theirs: Of the other mechanism's seeds.
+        theirs: Steps to solve of the other mechanism's seeds.
         steps: Optimizer steps after which the unsolved were given up, the same for both.
 
     Returns:

@@ -18,15 +18,22 @@ def geometry(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="PATH_OR_CONFIG", help="In its place, a model of Hugging Face transformers."),
+        typer.Option(
+            "--model", metavar="PATH_OR_CONFIG", help="A model of Hugging Face transformers, in place of a study."
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="What that model reads.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text that the model of --model reads.")
+    ] = None,
     condition: Annotated[
-        str | None, typer.Option(help="Of the study; by default that on which the mechanisms differ most.")
+        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the study; by default the one that DPA does worst on.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Final seed of the study; by default the one with the lowest accuracy of DPA.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to.  [default: RUN/geometry, or geometry]")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.  [default: RUN/geometry, or geometry]"),
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -63,7 +70,7 @@ def geometry(
 
             write_page(collect(Store(directory)), directory, trust=trust)  # which links the page now
     if unseen:
-        typer.echo(f"not shown, for nothing can watch their weights: {', '.join(unseen)}\n")
+        typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
     for name, record in records.items():
         typer.echo(f"{name}\n{record}\n")
     typer.echo("\n".join(str(path) for path in written))
@@ -72,10 +79,8 @@ def geometry(
 def verify(
     directory: Directory,
     sample: Annotated[int, typer.Option("--sample", "-n", metavar="N", help="Number of cells.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of the choice of cells.")] = 0,
-    device: Annotated[
-        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="On what they are trained.")
-    ] = "cpu",
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Random seed of the choice of cells.")] = 0,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Device to train on.")] = "cpu",
     trust: Trust = False,
 ) -> None:
     """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
@@ -109,14 +114,14 @@ def limit(
     directory: Directory,
     share: Annotated[
         float,
-        typer.Option("--share", metavar="SHARE", help="Length of the training after it, as a share of the first one."),
+        typer.Option("--share", metavar="SHARE", help="Steps of the further training, as a share of the first one."),
     ] = 0.05,
     trust: Trust = False,
 ) -> None:
-    """Put z^2, which runs in linear time, in the place of EA's function in all trained models, and tell what it costs.
+    """Replace EA's function by z^2, which runs in linear time, in all trained models, and measure the difference.
 
-    Measured on validation sequences, with and without a short training after it; what EA gains by the same training is
-    told as well. Kept in DIR/limit; `export` writes it with the other tables.
+    Validation sequences are used, before and after a short further training. EA gets the same training as a control.
+    Results are kept in DIR/limit; `export` writes them with the other tables.
     """
     from ..analysis.limit import limit_cells, limit_sentences, limit_tables, write_limit
     from ..runs.results import collect
@@ -139,10 +144,10 @@ def limit(
 def twins(
     directory: Directory,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where to.  [default: DIR/twins]")
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.  [default: DIR/twins]")
     ] = None,
     condition: Annotated[
-        str | None, typer.Option(help="Of the study; by default that on which the mechanisms differ most.")
+        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="A final seed; by default the middle one by accuracy.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Parameters in float16: files of half the size.")] = False,

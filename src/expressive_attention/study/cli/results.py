@@ -35,7 +35,7 @@ def status(
     directory: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Print what a study has found so far, a row per condition and mechanism."""
+    """Print the results of a study so far, a row per condition and mechanism."""
     from ..runs.results import collect
     from ..runs.store import Store
 
@@ -59,7 +59,7 @@ def status(
 def export(
     directory: Directory,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where to.  [default: DIR/export]")
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.  [default: DIR/export]")
     ] = None,
     formats: Annotated[
         list[str] | None,

@@ -42,7 +42,7 @@ def run(
         typer.Option(
             "--engine",
             metavar="local|ray",
-            help="What runs the cells: processes on this machine, or Ray (extra 'ray').",
+            help="Engine that runs the cells: processes on this machine, or Ray (extra 'ray').",
         ),
     ] = "local",
     address: Annotated[
@@ -55,9 +55,7 @@ def run(
     ] = None,
     device: Annotated[
         str,
-        typer.Option(
-            "--device", metavar="cpu|cuda|cuda:N", help="On what cells are trained; 'cuda': on all GPUs, in turn."
-        ),
+        typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Device to train on; 'cuda': all GPUs, in turn."),
     ] = "cpu",
     gpus_per_cell: Annotated[
         float | None,
@@ -73,10 +71,10 @@ def run(
         typer.Option("--log", metavar="tensorboard|wandb", help="Log to TensorBoard or Weights & Biases, or to both."),
     ] = None,
 ) -> None:
-    """Run a study, or go on with one that was stopped, and write its report.
+    """Run a study, or resume one that was stopped, and write its report.
 
-    Cells that are finished are never run again, and those at work go on from their last checkpoint, so stopping
-    (Ctrl-C) loses a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
+    Finished cells are never run again, and a cell in progress resumes from its last checkpoint, so stopping (Ctrl-C)
+    loses about a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
     """
     from ..config.load import load_config
     from ..runs.engines import LocalEngine, RayEngine
@@ -119,7 +117,7 @@ def run(
     except StudyError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to go on", err=True)
+        typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to resume", err=True)
         raise typer.Exit(130) from None
     except SweepError as error:
         typer.echo(f"{error}; finished cells are kept in {store.directory}", err=True)

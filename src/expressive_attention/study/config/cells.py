@@ -14,12 +14,12 @@ from .task_files import TaskFile, file_of
 __all__ = ["AGAIN", "Arm", "Cell"]
 
 
-# As part of every cell's identity.
+# The protocol's name in the identity of every cell.
 _PROTOCOLS = {2: "ladder-2", 3: "study-3"}
 
-# Fields of a training that say which cells there are, and nothing of any one of them.
+# Fields of a training that decide which cells there are; no single cell depends on them.
 _NOT_OF_A_CELL = {"learning_rates", "initial_gains", "tuning_steps"}
-# As `TUNING_SEEDS`, of the seeds that confirm an exclusive range.
+# Seeds that confirm an exclusive range start so much further on than the reported ones.
 _CONFIRMATION_SEEDS = 2_000_000
 # A mechanism under a second name, for arms in which there is no difference: its seeds draw other numbers.
 AGAIN = "_again"
@@ -54,7 +54,7 @@ class Cell(Strict):
 
     @property
     def streams(self) -> tuple[int, ...]:
-        """The seeds of what is drawn at random: of a mechanism under a second name, others than of the first."""
+        """Seeds of the random numbers: those of a mechanism under a second name differ from those of the first."""
         return tuple(seed + self.mechanism.endswith(AGAIN) * _AGAIN_SEEDS for seed in self.seeds)
 
     @property

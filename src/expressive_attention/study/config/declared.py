@@ -1,4 +1,4 @@
-"""What is declared before a study runs: its claims, their family, and the counts of an exclusive range.
+"""Declarations made before a study runs: its claims, their family, and the counts of an exclusive range.
 
 docs/protocol.md has the declarations.
 """

@@ -74,7 +74,7 @@ def parse_config(
         if record is None:
             tasks, mechanisms = ([find(name) for name in _names(content, key)] for key in _FILE_KEYS)
             files = Files(load_task_files(tasks), load_mechanism_files(mechanisms))
-        # As JSON, for strictness: "30" and true are not numbers there, but a list is a tuple.
+        # JSON is stricter: "30" and true are no numbers there, but a list is a tuple.
         text = json.dumps(content, default=str)
         config = StudyConfig.model_validate_json(text, strict=True, context=files)
         for _, task, _ in config.expanded() if files.tasks else []:

@@ -35,7 +35,7 @@ class RecordedTask:
     file: TaskFile
 
     def model_dump(self, *, mode: str = "python", exclude_none: bool = False) -> dict[str, Any]:
-        """As that of a task."""
+        """The fields, as a task gives them."""
         return {name: x for name, x in self.content.items() if not (exclude_none and x is None)}
 
 

@@ -1,4 +1,4 @@
-"""Where trained models look: attention weights of the worst and the best seed, worked out from stored parameters."""
+"""Attention weights of the worst and the best seed of trained models, computed from stored parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AttentionMap:
     Attributes:
         condition: Label of the condition.
         mechanism: The mechanism, as in the configuration.
-        seed: Which final seed.
+        seed: Its final seed.
         rank: ``"worst"`` or ``"best"``: the seed's place by accuracy among the mechanism's.
         accuracy: Its test accuracy.
         layer: From 0.

@@ -90,7 +90,7 @@ def export_study(
 
     Args:
         results: Results of the study.
-        directory: Where to; made if it is not there.
+        directory: Folder to write to; it is made if it does not exist.
         formats: Some of `FORMATS`.
         more: Further tables by name, to be written beside the others.
 

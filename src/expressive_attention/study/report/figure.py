@@ -1,4 +1,4 @@
-"""A figure of the report: what a file of `figures/` declares."""
+"""A figure of the report, as a file of `figures/` declares it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Material", "ReportFigure"]
 
 @dataclass(frozen=True)
 class Material:
-    """What figures are drawn from.
+    """Results that figures are drawn from.
 
     Attributes:
         results: The study.

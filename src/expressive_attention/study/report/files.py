@@ -30,8 +30,8 @@ def save_figures(drawings: Mapping[str, Drawing], material: Material, directory:
 
     Args:
         drawings: The figures, as `drawings_of` describes them.
-        material: What they are drawn from.
-        directory: Where to write; created if missing.
+        material: Results that they are drawn from.
+        directory: Folder to write to; it is made if it does not exist.
 
     Returns:
         The image files written, by the name of the figure.

@@ -43,7 +43,7 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
 
     Args:
         results: The study, finished or not.
-        directory: Where to write; created if missing.
+        directory: Folder to write to; it is made if it does not exist.
         trust: Run the study's Python files, without which the models of its own tasks and mechanisms have no maps.
 
     Returns:

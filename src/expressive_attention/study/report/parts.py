@@ -67,7 +67,7 @@ def drawing_against_steps(
     """A share against training steps, one panel per condition: some in sight, some to unfold.
 
     Args:
-        material: What it is drawn from.
+        material: Results that it is drawn from.
         name: The figure's name.
         label: The share.
         parts: Draws a condition.

@@ -1,4 +1,4 @@
-"""Where a run's numbers can go beside the store: TensorBoard and Weights & Biases, if asked for."""
+"""Loggers, which write a run's numbers to TensorBoard and Weights & Biases, if asked for."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": Weights
 
 
 class Several:
-    """A display that tells a first one and loggers. A logger that fails is told no more, and a note says so."""
+    """A display that passes all on to a first one and to loggers. A logger that fails is dropped, with a note."""
 
     def __init__(self, first: Display, loggers: Sequence[Display]) -> None:
         self.first, self.loggers = first, list(loggers)
@@ -196,7 +196,7 @@ class Several:
     def _tell_logger(self, logger: Display, event: str, arguments: tuple[Any, ...]) -> None:
         try:
             getattr(logger, event)(*arguments)
-        except Exception as error:  # training is not to end with a log
+        except Exception as error:  # a log that fails does not stop the training
             if logger in self.loggers:
                 self.loggers.remove(logger)
             self.first.note(f"{type(logger).__name__}: {error}; the run goes on without it")

@@ -24,7 +24,7 @@ class StudyResults:
     Attributes:
         name: Name of the study.
         config: The configuration as TOML text.
-        conditions: In the order of the configuration; also those without results yet.
+        conditions: Conditions in the order of the configuration, those without results included.
         mechanisms: Mechanisms that are compared, e.g. ``["expressive", "dot_product"]``.
         seeds: `SEED_SCHEMA` plus ``condition`` (label), ``mechanism``, ``learning_rate``, ``initial_gain`` and
             ``role``: ``"tuning"`` (seeds on which rate and gain were chosen), ``"final"`` (fresh seeds with the
@@ -35,7 +35,7 @@ class StudyResults:
         examples: `EXAMPLE_SCHEMA` plus the same five columns; only of conditions with fixed data.
         unfinished: One line per cell that has no result yet.
         claims: The claims that the study tests, as `StudyConfig.claims`.
-        protocol: By which it was run.
+        protocol: Number of the protocol by which it was run.
         family: Number of comparisons over which p is adjusted where the study has fewer; 0: over its own.
         environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
         seconds: Sum of the cells' training times in seconds.

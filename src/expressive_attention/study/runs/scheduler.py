@@ -30,9 +30,9 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
 
     Args:
         config: The study.
-        store: Where it is kept; its lock must be held.
+        store: Store of the study; its lock must be held.
         engine: Runs the cells; it is started and stopped here.
-        display: Told what happens.
+        display: Display that shows what happens.
 
     Raises:
         SweepError: A cell failed.
@@ -75,7 +75,7 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
 
 
 class _Plan:
-    """Which cells there are, and which can run now."""
+    """The cells of a study, and those that can run now."""
 
     def __init__(self, config: StudyConfig, store: Store, display: Display) -> None:
         self.store, self.display, self.config = store, display, config
@@ -85,7 +85,7 @@ class _Plan:
         self.confirmed: dict[str, list[Cell]] = {}  # by condition
 
     def total_cells(self) -> int:
-        """Number of cells as far as is known: those of a confirmation are, once final seeds ask for it."""
+        """Number of cells, as far as it is known: a confirmation counts once final seeds ask for it."""
         every = [len(self._tuning(c)) + len(self._expected_finals(c)) for c in self.arms]
         return sum(every) + sum(len(cells) for cells in self.confirmed.values())
 

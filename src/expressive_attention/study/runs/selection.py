@@ -1,4 +1,4 @@
-"""Which setting is chosen, and which cells a study needs and has."""
+"""The choice of a setting, and the cells that a study needs and has."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one arm has come.
+    """The progress of one arm.
 
     Attributes:
-        arm: Which one.
+        arm: The arm.
         cells: The cells that it needs, as far as is known: the final ones once a setting is chosen.
         setting: The one chosen; None: the tuning is not finished.
     """
@@ -68,7 +68,7 @@ class Progress:
 
 
 def progress_of(store: Store, arm: Arm) -> Progress:
-    """How far an arm has come.
+    """The progress of an arm.
 
     Raises:
         CorruptCellError: A tuning cell is corrupt.

@@ -64,7 +64,7 @@ class Store:
     """The folder of one study.
 
     Args:
-        directory: Where it is, or is to be.
+        directory: Its path; it need not exist yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -163,7 +163,7 @@ class Store:
     # ---- cells ----
 
     def path(self, cell: Cell) -> Path:
-        """The folder of a cell, there or not."""
+        """The folder of a cell; it need not exist."""
         return self.cells / cell.identity
 
     def has(self, cell: Cell) -> bool:
@@ -171,14 +171,14 @@ class Store:
         return self.path(cell).exists()
 
     def checkpoint(self, cell: Cell) -> Path:
-        """The file from which a killed cell goes on, there or not."""
+        """The file from which a killed cell resumes; it need not exist."""
         return self.cells / f"{_CHECKPOINT}{cell.identity}"
 
     def save(self, cell: Cell, result: CellResult, machine: dict[str, str] | None = None) -> None:
         """Write a finished cell, all of it or, if killed, nothing; its checkpoint is removed.
 
         Args:
-            cell: Which one.
+            cell: The cell.
             result: Its result.
             machine: The `environment` in which it was; None: this one.
         """
@@ -207,7 +207,7 @@ class Store:
         """Read a finished cell.
 
         Args:
-            cell: Which one.
+            cell: The cell.
             weights: Whether to read the trained parameters too.
 
         Raises:

@@ -26,7 +26,7 @@ __all__ = ["Recheck", "sample_cells", "verify_cell"]
 # The columns that make a row of each table unique.
 _KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
 
-# By which a difference is told, the first that a table has.
+# Columns that a difference is measured in; the first that a table has is used.
 _MEASURES = ("right", "accuracy", "validation")
 
 
@@ -77,9 +77,9 @@ def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck
     """Train a finished cell again with as many threads as it had, one if that was not kept.
 
     Args:
-        cell: Which one.
-        store: Where it is kept.
-        device: Where it is trained again.
+        cell: The cell.
+        store: Store of its study.
+        device: Device to train on.
 
     Raises:
         CorruptCellError: The stored result cannot be read; the message names the file.

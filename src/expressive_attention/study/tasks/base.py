@@ -25,8 +25,8 @@ class Examples:
     Attributes:
         inputs: Tokens ``(n, L)``, int64, or vectors ``(n, L, C)``, float32.
         targets: Classes ``(n, L)``, int64; `IGNORED` where nothing is to be predicted.
-        groups: Which of the problems of a mixture each example is ``(n,)``, for measures by group; the model is not
-            told.
+        groups: Number of each example's problem in a mixture ``(n,)``, for measures by group; the model does not see
+            it.
     """
 
     inputs: np.ndarray
@@ -137,7 +137,7 @@ class Task(BaseModel, ABC):
         return np.ones(examples.targets.shape)
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By what accuracy is split: name to group ``(n, L)``, an integer; groups below 0 are left out.
+        """Groups of positions by which accuracy is split: from a name to integers ``(n, L)``; below 0: in no group.
 
         Unlike `scored`, all positions with a target count.
         """

@@ -26,7 +26,7 @@ _MEAN, _STD = 4.88, 6.02
 
 
 class DigitsTask(Task):
-    """Which digit an image shows; every position sees all of its patches.
+    """A model tells which digit an image shows; every position sees all of its patches.
 
     The patches come row by row, each a vector of its pixels and a 0. One more position has the class as its target
     and reads zeros and a 1: what the model's input map makes of it is a learned class token (Dosovitskiy et al.,

@@ -44,7 +44,7 @@ class Batches:
         return inputs[active], targets[active]
 
     def state(self) -> dict[str, Any]:
-        """Where the streams are, as JSON can hold it."""
+        """The positions of the streams, in types that JSON has."""
         streams = [
             {**x, "state": {name: part.tolist() for name, part in x["state"].items()}, "buffer": x["buffer"].tolist()}
             for x in self.before

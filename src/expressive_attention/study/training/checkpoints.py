@@ -39,12 +39,12 @@ class Checkpoint(NamedTuple):
 class CheckpointFile:
     """The checkpoint of one cell.
 
-    A file that cannot be used is named and removed: it is not what was written, or of another cell, or of other
-    circumstances, in which the rest of the training would round otherwise.
+    A file that cannot be used is named and removed: it is damaged, or it belongs to another cell, or to circumstances
+    in which the rest of the training would round differently.
 
     Args:
         path: The file, there or not.
-        identity: Of the cell.
+        identity: Identity of the cell.
         note: Told in one line what a person should read.
         seconds: Time between two checkpoints.
         device: Where the cell is trained.

@@ -1,4 +1,4 @@
-"""On what cells are trained: the processor, or GPUs that they share."""
+"""The devices that cells are trained on: the processor, or GPUs that they share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class DeviceError(StudyError):
-    """A device that there is not; the message says which there are, in one line."""
+    """A device that does not exist; the message says which there are, in one line."""
 
 
 def devices(wanted: str) -> list[torch.device]:
@@ -38,7 +38,7 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), groups: Path = Path(
     """Processor cores that this process may use: by its affinity, and by the quota of its control group.
 
     Args:
-        cgroups: Where control groups are, of version 2 or 1.
+        cgroups: Folder of the control groups, of version 2 or 1.
         groups: The file that says which one the process is in.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -98,11 +98,11 @@ class _State:
     """A cell between two evaluations: all that the rest of its training depends on.
 
     Attributes:
-        model: Of the seeds that are still trained, ``(len(active), ...)`` each parameter.
-        kept: Each seed's parameters as of its end, ``(R, ...)``.
-        optimizer: Of `model`.
+        model: Model of the seeds that are still trained; each parameter is ``(len(active), ...)``.
+        kept: Parameters of each seed at its end, ``(R, ...)``.
+        optimizer: Optimizer of `model`.
         batches: The next batches.
-        trajectories: Of all seeds.
+        trajectories: Trajectories of all seeds.
         active: Indices of the seeds that are still trained.
         steps: Number of steps taken.
     """
@@ -150,7 +150,7 @@ class _State:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> float:
-        """Go from the start to where a checkpoint was made; returns the time that it took to get there."""
+        """Resume from a checkpoint; returns the training time up to it."""
         content = checkpoint.state
         self.steps, self.active = content["steps"], content["active"]
         _drop(self.model, self.optimizer, self.active)
@@ -177,7 +177,7 @@ def _keep(kept: nn.Module, model: nn.Module, active: list[int]) -> None:
 
 
 def _drop(model: nn.Module, optimizer: torch.optim.Optimizer, going: list[int]) -> None:
-    """Go on with the members `going` alone: the others would only cost time."""
+    """Continue with the members `going` alone: the others would only cost time."""
     for parameter in model.parameters():
         parameter.data, parameter.grad = parameter.data[going], None
         state = optimizer.state[parameter]
@@ -185,16 +185,16 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer, going: list[int]) 
 
 
 def train_further(cell: Cell, model: nn.Module, steps: int, learning_rate: float) -> None:
-    """Train the seeds of a cell on, with batches that its training has not drawn.
+    """Train the seeds of a cell further, with batches that its training has not drawn.
 
     The rate rises over a third of the steps, for the optimizer starts without its averages, and falls to 0 by a cosine.
     All else is as in the training of the cell.
 
     Args:
-        cell: Which seeds.
+        cell: The cell of the seeds.
         model: Their models, which are changed, ``(R, ...)`` each parameter.
         steps: Number of steps.
-        learning_rate: The largest one.
+        learning_rate: The largest learning rate of the schedule.
     """
     training = cell.training.model_copy(update={"steps": steps, "warmup": steps // 3, "schedule": "cosine"})
     optimizer = make_optimizer(model, learning_rate, training)

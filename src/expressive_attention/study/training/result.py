@@ -16,8 +16,8 @@ SEED_SCHEMA: dict[str, Any] = {
     "seed": pl.Int64,
     "steps": pl.Int64,  # optimizer steps taken
     "loss": pl.Float64,  # training loss, mean since the evaluation before the last
-    # On test sequences, which no decision is taken on; null: a tuning seed, which does not see them (in protocol 2 all
-    # seeds did).
+    # Accuracy on test sequences, on which no decision is taken. It is null for a tuning seed, which does not see them
+    # (in protocol 2 all seeds did).
     "accuracy": pl.Float64,
     "cross_entropy": pl.Float64,  # on the same, at the same positions: mean of -ln p, in nats
     "validation": pl.Float64,  # accuracy on validation sequences at the end; by it the setting is chosen

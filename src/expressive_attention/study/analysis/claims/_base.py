@@ -85,7 +85,7 @@ class OverConditions:
     """A mean over conditions; ``f"{over}"`` gives it with its interval.
 
     Attributes:
-        mean: Of the conditions' means.
+        mean: Mean of the conditions' means.
         interval: Its interval; without spread, the mean itself.
         scope: A sentence on the conditions that the interval speaks of.
     """
@@ -135,7 +135,7 @@ def margins_of(compared: Sequence[Comparison]) -> NDArray[np.float64]:
 
 
 def interval_of(found: Comparison) -> Interval:
-    """Of the difference; without spread, the common difference itself."""
+    """Interval of the difference; without spread, the common difference itself."""
     return found.interval or Interval(found.difference, found.difference)
 
 

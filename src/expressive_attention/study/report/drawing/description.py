@@ -1,4 +1,4 @@
-"""What a figure shows, without a word on who draws it. Sizes are in points, as on paper."""
+"""The content of a figure, independent of the library that draws it. Sizes are in points, as on paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Points:
 
     Attributes:
         x: Their positions.
-        y: Likewise.
+        y: Their positions.
         style: The look of the mechanism.
         texts: Text that each shows when pointed at; ``<br>`` breaks lines.
         size: Diameter of a mark.
@@ -140,8 +140,8 @@ class Panel:
         title: Its subject.
         x: The axis below.
         y: The axis on the left.
-        parts: What is drawn, from the back to the front.
-        height: Of the axes, in inches.
+        parts: Parts that are drawn, from the back to the front.
+        height: Height of the axes, in inches.
         square: Whether x and y have the same scale.
     """
 

@@ -1,4 +1,4 @@
-"""Which conditions a figure shows, and where."""
+"""The conditions that a figure shows, and their places."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 MOST_CONDITIONS = 40  # rows, columns
 MOST_PANELS = 12  # panels in sight at once
 _MOST_SPLITS = 3
-# Fields of a task that its name in a figure goes without, where the others tell it from the rest.
+# Fields that the name of a task in a figure leaves out, where the others tell it from the rest.
 _SAY_LITTLE = ("kind", "operation", "operations", "context")
 _MOST_SPLIT_CONDITIONS = 8
 
@@ -111,7 +111,7 @@ def most_different(results: StudyResults, count: int) -> list[Condition]:
 
 @lru_cache(maxsize=4)
 def narrowed(results: StudyResults, count: int = MOST_CONDITIONS) -> StudyResults:
-    """The study itself if it has at most `count` conditions, else what its most different conditions are in it."""
+    """The study itself if it has at most `count` conditions, else the part with its most different conditions."""
     if len(results.conditions) <= count:
         return results
     return replace(results, conditions=most_different(results, count))
@@ -119,7 +119,7 @@ def narrowed(results: StudyResults, count: int = MOST_CONDITIONS) -> StudyResult
 
 @lru_cache(maxsize=4)
 def splits_of(results: StudyResults) -> dict[str, list[str]]:
-    """By what the accuracy of each finished condition is split, by its label: by position first, three at most."""
+    """Names of the splits of each finished condition, by its label: position first, three at most."""
     final = results.splits.filter(pl.col("role") == "final").select("condition", "split").unique(maintain_order=True)
     found: dict[str, list[str]] = {condition.label: [] for condition in finished_conditions(results)}
     for label, split in final.iter_rows():

@@ -61,11 +61,11 @@ PREDICTORS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a mechanism is drawn: told apart by color, marker and dash, so that grey is enough.
+    """The look of a mechanism, told apart by color, marker and dash, so that grey is enough.
 
     Attributes:
-        color: Of lines and markers (Okabe and Ito's palette, safe for color-blind readers).
-        fill: Inside of markers.
+        color: Color of lines and markers (Okabe and Ito's palette, safe for color-blind readers).
+        fill: Color inside markers.
         marker: Marker in image files.
         line: Line style in image files.
         symbol: Marker in the report.
@@ -97,7 +97,7 @@ _OTHERS = (
 
 
 def styles(mechanisms: Sequence[str]) -> dict[str, Style]:
-    """How each of the mechanisms is drawn."""
+    """The look of each of the mechanisms."""
     others = [mechanism for mechanism in mechanisms if mechanism not in ("expressive", "dot_product")]
     found = {"expressive": _EXPRESSIVE, "dot_product": _DOT_PRODUCT}
     found |= {mechanism: _OTHERS[index % len(_OTHERS)] for index, mechanism in enumerate(others)}

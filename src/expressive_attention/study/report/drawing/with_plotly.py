@@ -250,5 +250,5 @@ def _escaped(text: str) -> str:
 
 
 def _escaped_with_breaks(text: str) -> str:
-    """As `_escaped`, with breaks of lines kept."""
+    """Text that plotly shows as it is, with breaks of lines."""
     return "<br>".join(map(_escaped, text.split("<br>")))

@@ -1,4 +1,4 @@
-"""Where cells are run: an engine takes those that can run and gives them back finished."""
+"""Engines, which run cells: one takes those that can run and gives them back finished."""
 
 from .base import Engine, EngineError, Outcome
 from .local import LocalEngine

@@ -64,7 +64,7 @@ class InductionTask(SampledTask):
         return Examples(inputs, targets)
 
     def _places(self, inputs: np.ndarray) -> np.ndarray:
-        """Where the special token stands first ``(n,)``."""
+        """The first place of the special token, ``(n,)``."""
         return (inputs == self.vocab - 1).argmax(1)
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ class MQARTask(SampledTask):
         pairs: Number of keys, and of queries.
         vocab: Number of tokens, even; at least 2 (pairs + 1).
         context: Tokens that the model reads, even, at least ``4 * pairs``; None: ``4 * pairs``.
-        power: Of the distribution of the slots, above 0; 1: uniform.
+        power: Power in the distribution of the slots, above 0; 1: uniform.
         filler: The tokens between the queries: ``"blank"``, or ``"random"``, any tokens, keys among them, at which
             nothing is asked.
     """
@@ -77,7 +77,7 @@ class MQARTask(SampledTask):
 
     @property
     def chance(self) -> float:
-        """Of any value; one of those in the context is right in 1 of `pairs` cases."""
+        """The chance of any value; one of those in the context is right in 1 of `pairs` cases."""
         return 2.0 / self.vocab
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:

@@ -71,7 +71,7 @@ class SelectiveCopyTask(SampledTask):
         return Examples(inputs, targets)
 
     def _places(self, inputs: np.ndarray) -> np.ndarray:
-        """Where the tokens to repeat stand, ``(n, copied)``."""
+        """The places of the tokens to repeat, ``(n, copied)``."""
         return np.argsort(inputs[:, : -self.copied] == 0, axis=1, kind="stable")[:, : self.copied]
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:

@@ -136,7 +136,7 @@ class MultiTask(Task):
         return np.where(np.logical_and.accumulate(follows, axis=1), -tokens * math.log(rule.choices), -np.inf)
 
     def probabilities(self, inputs: np.ndarray) -> np.ndarray:
-        """Of each next digit under the best predictor, ``(n, L, basis)``."""
+        """Probabilities of each next digit under the best predictor, ``(n, L, basis)``."""
         found = np.zeros((*inputs.shape, self.basis))
         for rule, weight in zip(self.rules, self.posterior(inputs), strict=True):
             known = np.arange(1, inputs.shape[1] + 1) >= rule.delay

@@ -95,7 +95,7 @@ class NoisyTask(SampledTask):
         return Examples(np.where(replaced, others % self.basis, sequences[:, :-1]), targets)
 
     def probabilities(self, inputs: np.ndarray) -> np.ndarray:
-        """Of each next digit under the best predictor, ``(n, L, basis)``."""
+        """Probabilities of each next digit under the best predictor, ``(n, L, basis)``."""
         number = np.arange(self.basis**self.delay)
         starts = np.stack([number // self.basis**i % self.basis for i in range(self.delay)], axis=1)
         sequences = self.clean.sequences(starts, self.length + 1)
