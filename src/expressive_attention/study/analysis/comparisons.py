@@ -57,8 +57,8 @@ class Comparison:
             either diverged.
         cross_entropy_interval: Its interval over seeds.
         example_interval: As `interval`, for the drawing of the test examples as well; None where there are more
-            examples than are tested, so that this is no matter.
-        untested: Why there is no test; None: there is one.
+            examples than are tested, so that it does not matter.
+        untested: Reason why there is no test; None: there is one.
         neither_learned: Neither mechanism is better than a guess.
     """
 
@@ -171,7 +171,7 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
 
 
 def _untested(condition: Condition, paired: pl.DataFrame) -> str | None:
-    """Why a condition is not counted, None where it is."""
+    """The reason why a condition is not counted; None: it is."""
     if paired.height < MINIMUM_FOR_INTERVAL:
         return f"fewer than {MINIMUM_FOR_INTERVAL} pairs of seeds"
     predictions, contexts = (

@@ -1,4 +1,4 @@
-"""Intervals, tests and trends of numbers that stand for seeds; docs/statistics.md says which answers what."""
+"""Intervals, tests and trends of numbers that stand for seeds; docs/statistics.md says which question each answers."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _check_share(successes: int, trials: int) -> None:
 def mean_interval(values: Sequence[float]) -> Interval | None:
     """Bootstrap interval of the mean, bias-corrected and accelerated (BCa; Efron 1987, JASA 82:171-185).
 
-    Two corrections, for what few seeds do to it:
+    Two corrections are made for small numbers of seeds:
 
     - Bootstrap intervals of few values are too narrow: they use normal instead of t quantiles and the variance with
       divisor n instead of n - 1. Hesterberg (2015, The American Statistician 69:371-386) widens the level until the
@@ -212,8 +212,8 @@ def wider(value: float, interval: Interval | None, error: float) -> Interval:
     Statistics in Medicine 27:1693-1702), which keeps the skew of the interval.
 
     Args:
-        value: The value that both are about.
-        interval: Over seeds; None: they do not differ.
+        value: The value that both describe.
+        interval: Its interval over seeds; None: they do not differ.
         error: The other standard error, of a normal distribution.
     """
     reach = stats.norm.ppf((1 + LEVEL) / 2) * error

@@ -29,7 +29,7 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """All of it in one line."""
+        """The finding in one line."""
         return f"{self.condition}: {self.verdict}. {self.details}"
 
 
@@ -148,7 +148,7 @@ def _counts(compared: list[Comparison]) -> list[str]:
 
 
 def _nothing_to_compare(results: StudyResults) -> str:
-    """Why there is no comparison."""
+    """The reason why there is no comparison."""
     names = {mechanism_name(summary.mechanism): None for summary in summaries(results)}
     if not names:
         return "No final seed has finished yet: there is nothing to report."

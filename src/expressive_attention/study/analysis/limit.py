@@ -1,4 +1,4 @@
-"""The limit of small scores: how close trained EA models are to it, and what z^2 in the place of f does to them.
+"""The limit of small scores: how close trained EA models are to it, and how they change when z^2 replaces f.
 
 f(z) = z^2 / (1 + z^2) is z^2 where scores are small, and z^2 runs in linear time (docs/operator.md). All is measured on
 validation sequences: test sequences are touched once, by the training of final seeds.

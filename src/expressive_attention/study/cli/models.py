@@ -68,7 +68,7 @@ def geometry(
             from ..runs.results import collect
             from ..runs.store import Store
 
-            write_page(collect(Store(directory)), directory, trust=trust)  # which links the page now
+            write_page(collect(Store(directory)), directory, trust=trust)  # the report links the page now
     if unseen:
         typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
     for name, record in records.items():

@@ -1,4 +1,4 @@
-"""Cells: the seeds that train together, and how a cell gets its name on disk."""
+"""Cells: seeds that train together, and their names on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Cell(Strict):
     seeds: tuple[int, ...]
     training: TrainingConfig
     protocol: int = PROTOCOL
-    mechanism_file: TaskFile | None = None  # that defines the mechanism; None: it is one of the package
+    mechanism_file: TaskFile | None = None  # the file that defines the mechanism; None: it is one of the package
 
     @property
     def setting(self) -> Setting:
@@ -59,7 +59,7 @@ class Cell(Strict):
 
     @property
     def identity(self) -> str:
-        """Names the cell on disk: a hash of all that its result depends on."""
+        """The name of the cell on disk: a hash of all that its result depends on."""
         content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file"})
         content["task"] = self.task.model_dump(mode="json")
         content["training"] = self.training.model_dump(mode="json", exclude=_NOT_OF_A_CELL)

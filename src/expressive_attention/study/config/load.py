@@ -1,4 +1,4 @@
-"""Reading a configuration: a preset or a TOML file in, a study out."""
+"""Reading of configurations: from a preset or a TOML file to a study."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def parse_config(
 
     Args:
         text: The TOML.
-        source: Where it is from, to be named in errors.
-        find: Where a file named in `task_files` is; by default, relative to the working directory.
+        source: Its origin, named in errors.
+        find: Gives the path of a file named in `task_files`; by default, relative to the working directory.
         protocol: The number of its protocol, where it does not say.
-        record: The facts known of the files, which are then not run.
+        record: Facts of the files, which are then not run.
 
     Raises:
         ConfigError: Not TOML, a key or value does not fit, or a file of tasks or mechanisms cannot be used.

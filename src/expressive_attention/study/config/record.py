@@ -15,7 +15,7 @@ __all__ = ["Record", "RecordError", "RecordedTask", "facts_of"]
 
 
 class RecordError(ValueError):
-    """A record that is not what was written."""
+    """A damaged record."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RecordedTask:
     """A task as it was when the study ran: enough to name its cells and to say what an accuracy is worth.
 
     Attributes:
-        label: As `Task.label`.
+        label: Label, as `Task.label`.
         content: Its fields, as JSON has them.
         facts: Facts that say what an accuracy is worth, as in `study.config.condition.Condition`.
         file: The file that defines it.
@@ -79,7 +79,7 @@ class Record:
         """The record that `to_json` has written.
 
         Raises:
-            RecordError: The text is something else.
+            RecordError: The text is no record.
         """
         try:
             content = json.loads(text)

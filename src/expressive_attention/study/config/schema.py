@@ -12,7 +12,7 @@ from .condition import Setting
 __all__ = ["PROTOCOL", "TUNING_SEEDS", "ModelConfig", "SeedsConfig", "Strict", "TrainingConfig", "distinct"]
 
 
-# Raise it when a change of the code changes what a run means; docs/protocol.md says what each was.
+# Raise it when a change of the code changes what a run means; docs/protocol.md describes each.
 PROTOCOL = 3
 
 # Seeds on which learning rates and gains are chosen start so much further on than the reported ones.
@@ -33,7 +33,7 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _one_spelling(position: str) -> str:
-    """The same codes name the same cell, in whatever order they are given."""
+    """One spelling of position codes, so that their order does not change the identity of a cell."""
     return "+".join(position_codes(position)) or "none"
 
 
@@ -73,7 +73,7 @@ class ModelConfig(Strict):
 
 
 class TrainingConfig(Strict):
-    """How one seed is trained and judged; the same for all mechanisms."""
+    """The training and evaluation of one seed, the same for all mechanisms."""
 
     steps: int = Field(default=3000, ge=1)
     tuning_steps: int | None = Field(default=None, ge=1)  # of a tuning seed; None: as many as of all others
@@ -122,13 +122,13 @@ class TrainingConfig(Strict):
 
 
 class SeedsConfig(Strict):
-    """How many seeds, and how many train together in one program."""
+    """The numbers of seeds, and of seeds that train together in one program."""
 
     tuning: int = Field(default=8, ge=0)
     final: int = Field(default=16, ge=1)
-    # Fresh ones, for conditions on which the final seeds show an exclusive range.
+    # Fresh seeds, for conditions on which the final seeds show an exclusive range.
     confirmation: int = Field(default=32, ge=0)
-    # The first of the final seeds: who starts elsewhere repeats a study on seeds of their own, tuning included.
+    # The first of the final seeds: another start repeats a study on other seeds, tuning seeds included.
     start: int = Field(default=0, ge=0, lt=TUNING_SEEDS)
     together: int = Field(default=16, ge=1)
 

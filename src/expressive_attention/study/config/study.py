@@ -32,7 +32,7 @@ def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-# Names from papers and other libraries, for an error that tells the right word.
+# Names from papers and other libraries, for an error that names the right word.
 _OTHER_NAMES = {"ea": "expressive", "dpa": "dot_product", "softmax": "dot_product", "sdpa": "dot_product"}
 
 
@@ -58,7 +58,7 @@ class StudyConfig(Strict):
     description: str = ""
     # Studies of older protocols can be read, and not be run.
     protocol: Literal[2, 3] = PROTOCOL
-    # Over which comparisons p is adjusted: the study's own, or those of all presets that are declared primary.
+    # The comparisons over which p is adjusted: the study's own, or those of all presets that are declared primary.
     family: Literal["own", "primary"] = "own"
     mechanisms: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         default=("expressive", "dot_product"), min_length=1
@@ -141,7 +141,7 @@ class StudyConfig(Strict):
         """The conditions with their facts, for a report.
 
         Args:
-            facts: Tells those of a task and a number of test sequences; by default they are counted.
+            facts: Gives the facts of a task and a number of test sequences; by default they are counted.
         """
         return [
             Condition(
@@ -202,6 +202,6 @@ def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _label(task: Task | RecordedTask, model: ModelConfig, varying: list[str]) -> str:
-    """The task, its position code, and what else differs between the models of the study."""
+    """The task, its position code, and other fields that differ between the models of the study."""
     extra = [f"{name} {getattr(model, name)}" for name in varying if name != "position"]
     return ", ".join([task.label, model.position, *extra])

@@ -122,7 +122,7 @@ def check_task(task: Task) -> None:
     """Try a task from a file on a few examples.
 
     Raises:
-        TaskFileError: It does not keep to what `Task` says.
+        TaskFileError: It breaks a rule of `Task`.
     """
     file = file_of(task)
     try:
@@ -148,7 +148,7 @@ def load_module(file: TaskFile, path: Path, key: str = "task_files") -> ModuleTy
     before = dict(TASKS)
     module = ModuleType(name)
     module.__file__ = str(path)
-    sys.modules[name] = module  # where pickle and pydantic look for what it defines
+    sys.modules[name] = module  # pickle and pydantic look for its definitions there
     try:
         exec(compile(file.text, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
@@ -173,7 +173,7 @@ def _tasks(module: ModuleType) -> list[type[Task]]:
 
 
 def _reduce(task: Task) -> tuple[Any, ...]:
-    """How a task is pickled: with its file, which the process that unpickles it may not have run yet."""
+    """The pickled form of a task, with its file, which the process that unpickles it may not have run yet."""
     return _blank, (_FILES[type(task)], type(task).__name__), task.__getstate__()
 
 
@@ -184,7 +184,7 @@ def _blank(file: TaskFile, name: str) -> Task:
 
 
 def named(error: BaseException) -> str:
-    """An error in one line: its class and what it says."""
+    """An error in one line: its class and its message."""
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 

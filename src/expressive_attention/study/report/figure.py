@@ -74,7 +74,7 @@ class Material:
         return f"n\u00a0=\u00a0{_range([len(found.differences) for found in self.compared])} per condition"
 
     def shown_note(self, shown: int, name: str) -> str:
-        """How many of the finished conditions a figure shows, if not all; `name` is the figure's."""
+        """A sentence on the number of conditions that a figure shows, if not all; `name` is the figure's."""
         finished = len(finished_conditions(self.results))
         if shown >= finished:
             return ""

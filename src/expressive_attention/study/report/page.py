@@ -147,7 +147,7 @@ def _worth(results: StudyResults) -> tuple[list[tuple[str, bool]], list[tuple[st
 
 
 def _tuning_rows(results: StudyResults) -> list[tuple[str, list[tuple[str, dict[Setting, TuningSummary]]]]]:
-    """Per condition and mechanism, what each setting reached."""
+    """The results of each setting, per condition and mechanism."""
     return [
         (
             label,

@@ -1,7 +1,7 @@
 """Trained twins: models that differ in the mechanism alone, as files that are read without the study.
 
 FOLDER/<mechanism>.safetensors    a trained model: parameters, the arguments of `nn.Transformer`, what it reached
-FOLDER/examples.safetensors       what to show it: inputs and targets, from the validation sequences of its task
+FOLDER/examples.safetensors       examples for them: inputs and targets, from the validation sequences of its task
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXAMPLES_FILE = "examples.safetensors"
 
 
 class TwinsError(StudyError):
-    """A folder that holds no twins; the message says why."""
+    """A folder without twins; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Twins:
     """Models of one task, shape and seed.
 
     Attributes:
-        models: By mechanism, as `nn.MECHANISMS` names them, ready for inference; parameters are float32.
-        about: By mechanism, what is known of the model: ``study``, ``condition``, ``task``, ``seed``,
+        models: Models by mechanism, as `nn.MECHANISMS` names them, in evaluation mode; parameters are float32.
+        about: Facts of each model, by mechanism: ``study``, ``condition``, ``task``, ``seed``,
             ``learning_rate``, ``initial_gain``, ``accuracy`` and ``cross_entropy`` (on test sequences, in nats).
         inputs: Tokens ``(n, L)`` or vectors ``(n, L, C)`` that no training has seen.
         targets: Classes ``(n, L)``; -100 where nothing is to be predicted.

@@ -13,13 +13,13 @@ __all__ = ["Bars", "Display", "Lines", "Silent", "make_display"]
 
 
 class Display(Protocol):
-    """Told what happens in a run."""
+    """A display of the events of a run."""
 
     def begin(self, total_cells: int, finished_cells: int) -> None:
         """The run starts; so many cells were finished before."""
 
     def added(self, cells: int) -> None:
-        """So many cells more are to be run than was known."""
+        """More cells are to be run than was known."""
 
     def started(self, cell: Cell) -> None:
         """A worker has taken a cell."""
@@ -31,14 +31,14 @@ class Display(Protocol):
         """A cell is on disk."""
 
     def note(self, message: str) -> None:
-        """Something that a person should read."""
+        """A note for the user."""
 
     def end(self) -> None:
-        """The run is over, well or not."""
+        """The run is over, with or without success."""
 
 
 class Silent:
-    """Shows nothing but notes, on the error stream."""
+    """A display of notes alone, on the error stream."""
 
     def begin(self, total_cells: int, finished_cells: int) -> None: ...
 

@@ -25,8 +25,8 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
 
     Settings are chosen per condition and mechanism as soon as their tuning cells are finished; the final
     cells follow, and where they show an exclusive range, and the study asks for one, fresh seeds that confirm it.
-    Killed at any moment, it goes on from the finished cells, and from the checkpoints of those that were at work, when
-    called again.
+    After it was killed at any moment, a second call resumes from the finished cells and from the checkpoints of those
+    in progress.
 
     Args:
         config: The study.
@@ -37,7 +37,7 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
     Raises:
         SweepError: A cell failed.
         EngineError: The engine cannot be started.
-        KeyboardInterrupt: As it came, after the engine was stopped.
+        KeyboardInterrupt: The user stopped the run; the engine is stopped first.
     """
     store.clean()
     plan = _Plan(config, store, display)
@@ -116,7 +116,7 @@ class _Plan:
         new = self._next(arm)
         if new or all(self.store.has(tuning) for tuning in self._tuning(arm)):
             for final in self._expected_finals(arm):
-                # Only now is it known to be one of this study's. A tuning cell may have ended since `_next` looked:
+                # The cell is known to be one of the study only now. A tuning cell may have ended since `_next` looked:
                 # then the final ones have not run, and wait for `after` of that cell.
                 if final.identity not in self.cells and self._finished(final):
                     self.cells[final.identity] = final

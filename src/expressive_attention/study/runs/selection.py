@@ -49,7 +49,7 @@ class Progress:
     Attributes:
         arm: The arm.
         cells: The cells that it needs, as far as is known: the final ones once a setting is chosen.
-        setting: The one chosen; None: the tuning is not finished.
+        setting: The setting chosen; None: the tuning is not finished.
     """
 
     arm: Arm

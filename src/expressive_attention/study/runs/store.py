@@ -2,9 +2,9 @@
 
 DIR/config.toml                    the study's configuration
 DIR/*.py                           copies of the files of tasks and mechanisms that it names
-DIR/record.json                    what they define, so that reading a study does not run them
+DIR/record.json                    tasks and mechanisms in them, so that reading a study does not run them
 DIR/facts.json                     facts of its tasks, counted once
-DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files and of itself
+DIR/cells/<identity>/cell.toml     the cell, its machine, and checksums of the other files and of itself
 seeds, curves, splits, examples (.parquet), weights.safetensors
 DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
 """
@@ -57,7 +57,7 @@ class StoreError(StudyError):
 
 
 class CorruptCellError(StoreError):
-    """A cell on disk that is not what was written; it is never read as a result."""
+    """A cell on disk that is damaged; it is never read as a result."""
 
 
 class Store:
@@ -74,7 +74,7 @@ class Store:
     # ---- the configuration ----
 
     def create(self, text: str, sources: Iterable[TaskFile] = (), record: Record | None = None) -> FileLock:
-        """Make the folder, or take an existing study on, with this configuration; returns its `lock`.
+        """Make the folder, or extend an existing study, with this configuration; returns its `lock`.
 
         Args:
             text: The configuration; the number of the protocol is put before it where it does not say.
@@ -123,7 +123,7 @@ class Store:
 
         Args:
             trust: Run the study's files of tasks and mechanisms, as is needed to train its cells or to use its
-                models. Without, what they define is taken from the study's record.
+                models. Otherwise their tasks and mechanisms are taken from the study's record.
 
         Raises:
             StoreError: The folder is not a study, or has no record of its files and is not trusted.
@@ -148,7 +148,7 @@ class Store:
         raise StoreError(f"{path} {reason}: only --trust, which runs the study's Python files, can tell its tasks")
 
     def lock(self) -> FileLock:
-        """Held while cells are written. The system frees it with the process, however that ends.
+        """The lock that is held while cells are written. The system frees it when the process ends, in whatever way.
 
         Raises:
             StoreError: Another process holds it.
@@ -273,7 +273,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove what killed runs have left; to be called under `lock`."""
+        """Remove the remains of killed runs; to be called under `lock`."""
         for path in self.cells.glob(".partial-*"):
             shutil.rmtree(path)
         for path in self.cells.glob(f".{_CHECKPOINT}*"):  # half written
@@ -284,7 +284,7 @@ class Store:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """The content of a TOML text; none where it is not TOML, which whoever parses it will say."""
+    """The content of a TOML text; empty where it is not TOML, which the parser of the configuration reports."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
@@ -300,7 +300,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def _describes_a_cell(about: dict[str, Any]) -> bool:
-    """Whether a cell.toml has what `Store` reads of it, of the right types."""
+    """Whether a cell.toml has the entries that `Store` reads, with the right types."""
     tables = [about.get("sha256"), about.get("environment")]
     return isinstance(about.get("seconds"), (int, float)) and all(
         isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables

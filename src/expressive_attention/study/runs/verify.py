@@ -1,4 +1,4 @@
-"""Run finished cells again, and compare what comes out with what was kept."""
+"""Run finished cells again, and compare their results with the stored ones."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) ->
 
     Args:
         store: The study.
-        count: How many at most.
-        seed: The seed of the choice.
+        count: Largest number of cells.
+        seed: Random seed of the choice.
         trust: Run the study's Python files, which a study that has any needs.
 
     Raises:

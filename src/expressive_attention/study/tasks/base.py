@@ -1,4 +1,4 @@
-"""The interface between the study and a task."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Task(BaseModel, ABC):
     """A family of problems: sequences, and what is to be predicted at some of their positions.
 
     A new task is one file with one subclass: fields are its settings, `kind` is its name in a configuration, and
-    the abstract members say what it is. The class registers itself. The others have defaults that fit a task whose
+    the abstract members describe it. The class registers itself. The other members have defaults that fit a task whose
     targets follow from the inputs.
     """
 
@@ -108,7 +108,7 @@ class Task(BaseModel, ABC):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position may see itself and what came before, alone."""
+        """Whether a position sees itself and those before it alone."""
         return True
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Task(BaseModel, ABC):
 
     @property
     def fixed_data(self) -> bool:
-        """Whether there are no more examples than those at hand, so that the drawing of the test's is a matter."""
+        """Whether there are no further examples, so that results depend on which of them are the test."""
         return False
 
     def continued(self, examples: Examples, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -45,7 +45,7 @@ def scored_contexts(task: Task, examples: Examples) -> np.ndarray:
 
 
 def unseen(task: Task, training: Iterable[Examples], test: Examples) -> Unseen:
-    """How much of a test is new to what was trained on."""
+    """The part of a test that is new, given the examples of the training."""
     contexts = scored_contexts(task, test)
     if task.contexts(test[:1]) is None:
         return Unseen(None, len(contexts), len(np.unique(contexts)))

@@ -1,6 +1,6 @@
 """Images of handwritten digits, read as a sequence of patches, for a small vision transformer.
 
-The 1797 images of 8 x 8 pixels that scikit-learn brings along: the test part of E. Alpaydin and C. Kaynak, *Optical
+These are the 1797 images of 8 x 8 pixels in scikit-learn, the test part of E. Alpaydin and C. Kaynak, *Optical
 Recognition of Handwritten Digits*, UCI Machine Learning Repository (1998), doi:10.24432/C50P49.
 """
 

@@ -1,4 +1,4 @@
-"""Byte-level language modelling of a text that every Python brings along: the sources of its standard library."""
+"""Byte-level language modelling of a text that comes with every Python: the sources of its standard library."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class LanguageTask(Task):
         return None
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By the number of bytes that were read, rounded down to a power of 2."""
+        """Groups by the number of bytes that were read, rounded down to a power of 2."""
         powers = np.log2(np.arange(1, self.length + 1)).astype(np.int64)
         return {"bytes read": np.broadcast_to(powers, examples.targets.shape)}
 

@@ -113,7 +113,7 @@ class ModularAdditionTask(Task):
         return predictions
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By position; where a o b = b o a, by whether the pair the other way round is trained on."""
+        """Groups by position and, where a o b = b o a, by whether the reversed pair is trained on."""
         found = super().splits(examples)
         if self.operation in ("subtract", "divide"):
             return found

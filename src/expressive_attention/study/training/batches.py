@@ -21,7 +21,7 @@ _STEPS_DRAWN = 128
 
 
 class Batches:
-    """Training batches: each seed's own stream, whichever seeds are beside it."""
+    """Training batches from each seed's own stream, independent of the seeds beside it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Batches:
         return {"streams": streams, "used": _STEPS_DRAWN - len(self.drawn)}
 
     def restore(self, state: dict[str, Any], active: list[int]) -> None:
-        """Go to where `state` was taken, for these seeds."""
+        """Restore a state that `state` gave, for these seeds."""
         for bits, x in zip(self.streams, state["streams"], strict=True):
             parts = {name: np.array(part, dtype=np.uint64) for name, part in x["state"].items()}
             whole: Any = {**x, "state": parts, "buffer": np.array(x["buffer"], dtype=np.uint64)}

@@ -1,4 +1,4 @@
-"""A cell in training on disk: one file, from which it goes on to the same bits after it was killed.
+"""The checkpoint of a cell in training: one file, from which it resumes, to the same bits, after it was killed.
 
 The file is safetensors: the tensors, and as metadata ``state`` (JSON) and ``sha256`` of both.
 """
@@ -30,7 +30,7 @@ _FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
-    """All that the rest of a training depends on: tensors by name, and what JSON can hold."""
+    """All that the rest of a training depends on: tensors by name, and values in types that JSON has."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -43,11 +43,11 @@ class CheckpointFile:
     in which the rest of the training would round differently.
 
     Args:
-        path: The file, there or not.
+        path: Path of the file, which need not exist.
         identity: Identity of the cell.
-        note: Told in one line what a person should read.
+        note: Called with a line for the user.
         seconds: Time between two checkpoints.
-        device: Where the cell is trained.
+        device: Device of the training.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CheckpointFile:
         return time.monotonic() - self.written >= self.seconds
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Replace the file, wholly or, if killed, not at all; a disk that is full does not end the training."""
+        """Replace the file atomically; a full disk does not end the training."""
         text = json.dumps({**self.about, **checkpoint.state})
         content = save(checkpoint.tensors, {"state": text, "sha256": _digest(checkpoint.tensors, text)})
         try:
@@ -113,7 +113,7 @@ class CheckpointFile:
 
 
 class _UnusableError(ValueError):
-    """A whole checkpoint, but not one to go on from."""
+    """An intact checkpoint from which this training cannot resume."""
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -76,5 +76,5 @@ def _quota(folder: Path) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """``"cpu"``, or what the GPU is called."""
+    """``"cpu"``, or the name of the GPU."""
     return device.type if device.type == "cpu" else torch.cuda.get_device_name(device)

@@ -31,7 +31,7 @@ class Verdict:
         claim: Its name in the configuration and of its file, e.g. ``"lead_grows"``.
         question: The question in words, e.g. ``"Does EA's lead grow with complexity?"``.
         answer: ``"supported"``, ``"contradicted"`` or ``"undecided"``.
-        where: Under which conditions what is ahead, in words; where the results do not allow the test, why.
+        where: Conditions on which a mechanism is ahead, in words; or the reason why the results do not allow the test.
         effect: The effect with its interval; empty where the results do not allow the test.
         n: The evidence in numbers, e.g. ``"27 conditions, 16 pairs of seeds each"``.
         test: The declared test with its threshold and how multiplicity is handled, in a few sentences.

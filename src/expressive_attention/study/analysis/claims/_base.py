@@ -150,7 +150,7 @@ def side_of_zero(interval: Interval) -> str:
 
 
 def lead_counts(compared: Sequence[Comparison]) -> str:
-    """On how many conditions each of EA and DPA is ahead, as a sentence."""
+    """A sentence with the numbers of conditions on which EA and DPA are ahead."""
     ahead, behind = len(conditions_led(compared, CANDIDATE)), len(conditions_led(compared, BASELINE))
     neither = sum(found.verdict == "neither learned" for found in compared)
     return (
@@ -180,7 +180,7 @@ def in_bits(complexities: NDArray[np.float64]) -> str:
 
 
 def probability(p: float) -> str:
-    """Never 0 or 1, which no number of seeds gives."""
+    """A probability in words, never 0 or 1, which no number of seeds gives."""
     return "> 0.999" if p > 0.999 else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -64,7 +64,7 @@ def _at_least_as_good(results: StudyResults) -> Answer:
 
 
 def _not_excluded(compared: Sequence[Comparison]) -> str:
-    """A note on what so few seeds cannot exclude: an interval knows the seeds it saw, and no rare collapse is there."""
+    """A note on losses that so few seeds cannot exclude: an interval of a few seeds misses a rare collapse."""
     bounds = {
         found.condition: upper_bound(
             sum(d < -NON_INFERIORITY_MARGIN for d in found.differences), len(found.differences)

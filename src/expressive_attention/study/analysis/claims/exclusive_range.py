@@ -43,7 +43,7 @@ class ExclusiveRange:
         dpa: The same for DPA.
         ea_fresh: The same for EA's confirming seeds.
         dpa_fresh: The same for DPA's confirming seeds.
-        excluded: By exact bounds, the final seeds exclude that it is EA's.
+        excluded: Whether the final seeds exclude, by exact bounds, that it is EA's.
     """
 
     condition: str

@@ -51,7 +51,7 @@ def _lead_grows(results: StudyResults) -> Answer:
     where = f"EA - DPA averages {_by_complexity(np.array(bits), margins.mean(1))}. {lead_counts(compared)}"
     answer = side_of_zero(found.interval)
     if answer == "supported" and not conditions_led(compared, CANDIDATE):
-        answer = "undecided"  # what grows is no lead
+        answer = "undecided"  # the margin grows, but it is no lead
     return Answer(answer, where, effect, f"{sample_size(compared)}, {plural(found.groups, 'model')}")
 
 

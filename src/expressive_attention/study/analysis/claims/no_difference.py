@@ -12,7 +12,7 @@ __all__ = []
 
 
 def _no_difference(results: StudyResults) -> Answer:
-    """How often the whole procedure, tuning included, sees a difference where there is none."""
+    """The share of conditions on which the whole procedure, tuning included, sees a difference where there is none."""
     same = f"{BASELINE}_again"
     found = [each for each in comparisons(results) if each.candidate.mechanism == same]
     tested = [each for each in found if each.raw_p is not None]

@@ -169,7 +169,7 @@ class Drawing:
         alternative: Its content in words, for readers who cannot see it.
         note: The meaning of its marks.
         groups: Its panels.
-        shown: How many conditions it shows, as a sentence, if not all.
+        shown: A sentence on the number of conditions that it shows, if not all.
         stacked: Whether the panels are above each other on one axis; else they are beside each other, each for itself.
         columns: Panels beside each other in image files.
         slots: Positions along x that need some width each.

@@ -31,7 +31,7 @@ _SCHEMA = {
 
 
 def _draw(material: Material) -> Drawing | None:
-    """In sight: the conditions that are split by more than position; to unfold: some of the others."""
+    """Conditions that are split by more than position are in sight; some of the others can be unfolded."""
     results, splits, table = material.results, splits_of(material.results), _table(material)
     if not splits:
         return None

@@ -1,1 +1,1 @@
-"""Tasks that ask for what was read before."""
+"""Tasks that ask for earlier tokens."""

@@ -73,7 +73,7 @@ class InductionTask(SampledTask):
         return predictions
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By position, and by the distance between the two special tokens."""
+        """Groups by position, and by the distance between the two special tokens."""
         distance = np.zeros(examples.inputs.shape, dtype=np.int64)
         distance[:, -1] = self.context - 1 - self._places(examples.inputs)
         return super().splits(examples) | {"distance": by_distance(distance)}

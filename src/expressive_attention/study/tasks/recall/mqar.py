@@ -114,7 +114,7 @@ class MQARTask(SampledTask):
         return predictions
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By position, and by the distance from a query back to its key in the pairs."""
+        """Groups by position, and by the distance from a query back to its key in the pairs."""
         start = 2 * self.pairs
         distance = np.zeros(examples.inputs.shape, dtype=np.int64)
         distance[:, start:] = np.arange(start, self.length) - 2 * self._matches(examples.inputs).argmax(-1)

@@ -80,7 +80,7 @@ class SelectiveCopyTask(SampledTask):
         return predictions
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By position, which is the number of the token, and by the distance from the token to its copy."""
+        """Groups by position, which is the number of the token, and by the distance from the token to its copy."""
         distance = np.zeros(examples.inputs.shape, dtype=np.int64)
         distance[:, -self.copied :] = np.arange(self.length)[-self.copied :] - self._places(examples.inputs)
         return super().splits(examples) | {"distance": by_distance(distance)}
