@@ -53,9 +53,9 @@ def test_a_claim_is_one_that_has_a_file(name):
         ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),
         (
             {"mechanisms": '["softmax"]'},
-            ["mechanisms must be of", "'expressive'", "got 'softmax', which is 'dot_product' here"],
+            ["mechanisms must be of", "'expressive'", "got 'softmax'; 'dot_product' is its name here"],
         ),
-        ({"mechanisms": '["EA"]'}, ["mechanisms must be of", "got 'EA', which is 'expressive' here"]),
+        ({"mechanisms": '["EA"]'}, ["mechanisms must be of", "got 'EA'; 'expressive' is its name here"]),
         ({"mechanisms": '["tanh"]'}, ["mechanisms must be of", "got 'tanh'"]),
         ({"tuning": "0"}, ["seeds.tuning", "at least 1"]),
         ({"task": "{ basis = 1, delay = 2 }"}, ["basis", "greater than or equal to 2"]),

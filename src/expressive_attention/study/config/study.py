@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from ...nn import MECHANISMS
+from ...nn.mechanisms import name_here
 from ..tasks import TASKS, Task
 from .cells import AGAIN, Arm
 from .condition import Condition
@@ -30,10 +31,6 @@ def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     if len({Path(name).name for name in names}) < len(names):
         raise ValueError(f"file names must differ, got {list(names)}")
     return names
-
-
-# Names from papers and other libraries, for an error that names the right word.
-_OTHER_NAMES = {"ea": "expressive", "dpa": "dot_product", "softmax": "dot_product", "sdpa": "dot_product"}
 
 
 class Grid(Strict):
@@ -90,9 +87,7 @@ class StudyConfig(Strict):
         for mechanism in self.mechanisms:
             known = [*MECHANISMS, *own]
             if mechanism.removesuffix(AGAIN) not in known:
-                meant = _OTHER_NAMES.get(mechanism.lower())
-                hint = "" if meant is None else f", which is {meant!r} here"
-                raise ValueError(f"mechanisms must be of {known}, got {mechanism!r}{hint}")
+                raise ValueError(f"mechanisms must be of {known}, got {mechanism!r}{name_here(mechanism)}")
         if self.training.early_stop and self.protocol > 2:
             raise ValueError(
                 f"training.early_stop is of protocol 2: protocol {self.protocol} trains every seed to the end of its "
