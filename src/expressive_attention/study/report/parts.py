@@ -87,7 +87,7 @@ def drawing_against_steps(
         alternative=alternative,
         note=note,
         groups=[Group("", panels(first))],
-        shown=material.shown_note(len(first) + len(others), name),
+        selected=material.shown_note(len(first) + len(others), name),
         columns=2,
         folded=(f"{len(others)} conditions with smaller differences", [Group("", panels(others))] if others else []),
         key=material.key,

@@ -169,7 +169,7 @@ class Drawing:
         alternative: Its content in words, for readers who cannot see it.
         note: The meaning of its marks.
         groups: Its panels.
-        shown: A sentence on the number of conditions that it shows, if not all.
+        selected: A sentence on the number of conditions that it shows, if not all.
         stacked: Whether the panels are above each other on one axis; else they are beside each other, each for itself.
         columns: Panels beside each other in image files.
         slots: Positions along x that need some width each.
@@ -183,7 +183,7 @@ class Drawing:
     alternative: str
     note: str
     groups: Sequence[Group]
-    shown: str = ""
+    selected: str = ""
     stacked: bool = False
     columns: int = 1
     slots: int = 1

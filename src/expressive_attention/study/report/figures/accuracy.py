@@ -39,7 +39,7 @@ def _draw(material: Material) -> Drawing:
             f"Small marks: one seed each ({material.seeds}). Large marks: mean over seeds with {BOOTSTRAP}. {ORDERED}"
         ),
         groups=[Group("", panels)],
-        shown=material.shown_note(len(finished_conditions(results)), "accuracy"),
+        selected=material.shown_note(len(finished_conditions(results)), "accuracy"),
         stacked=True,
         slots=len(layout.tasks),
         key=material.key,

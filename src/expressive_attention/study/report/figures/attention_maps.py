@@ -28,7 +28,7 @@ def _draw(material: Material) -> Drawing | None:
             Group(label, [_panel(found) for found in maps])
             for label, maps in groupby(material.maps, key=lambda found: found.condition)
         ],
-        shown=" Shown: the conditions with the largest differences.",
+        selected=" Shown: the conditions with the largest differences.",
         columns=4,
         swatches={"all the weight of the query": SHARE, "none": "#ffffff"},
     )

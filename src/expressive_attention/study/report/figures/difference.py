@@ -42,7 +42,7 @@ def _draw(material: Material) -> Drawing | None:
             f"batches ({material.pairs}). Large marks: mean over pairs with {BOOTSTRAP}."
         ),
         groups=[Group("", [condition_rows(labels, along, parts)])],
-        shown=material.shown_note(len(finished_conditions(material.shown)), "difference"),
+        selected=material.shown_note(len(finished_conditions(material.shown)), "difference"),
         stacked=True,
         key=[(material.styles[candidate], f"{mechanism_name(candidate)} - DPA") for candidate in candidates],
     )

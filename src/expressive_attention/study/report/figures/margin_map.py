@@ -54,7 +54,7 @@ def _draw(material: Material) -> Drawing | None:
             f"{SMALLEST_EFFECT:g} or more. {ORDERED}"
         ),
         groups=[Group("", panels)],
-        shown=material.shown_note(len(finished_conditions(material.shown)), "margin_map"),
+        selected=material.shown_note(len(finished_conditions(material.shown)), "margin_map"),
         stacked=True,
         slots=columns,
         swatches={f"{names} better": AHEAD, "DPA better": BEHIND},

@@ -43,7 +43,7 @@ def _draw(material: Material) -> Drawing:
             f"Wilson, in table 1. {ORDERED}"
         ),
         groups=[Group("", panels)],
-        shown=material.shown_note(len(finished_conditions(material.shown)), "solved_map"),
+        selected=material.shown_note(len(finished_conditions(material.shown)), "solved_map"),
         stacked=True,
         slots=len(ladder(material.shown).tasks),
         swatches={"all seeds solved the task": SHARE, "none did": "#ffffff"},
