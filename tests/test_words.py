@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 START = re.compile(r"(?:^|[.!?:][*_`\"')]*\s|\n\s*\n)[#>*\-_|`\"(\s]*(?=((?:That|Those|What|Of which)\b[^\n]*))")
-COMMENT = {".c": r"/\*(.*?)\*/|//([^\n]*)", ".h": r"/\*(.*?)\*/|//([^\n]*)", ".html": r"<p>(.*?)</p>|//([^\n]*)"}
+COMMENT = {".c": r"/\*(.*?)\*/|//([^\n]*)", ".h": r"/\*(.*?)\*/|//([^\n]*)", ".html": r"<p\b[^>]*>(.*?)</p>|//([^\n]*)"}
+COMMENT[".j2"] = COMMENT[".html"]
 
 # Pages that another change rewrites.
 LEFT_OUT = {"docs/findings.md"}
@@ -35,7 +36,6 @@ TO_DO = {
     "src/expressive_attention/integrations/inspection.py",
     "src/expressive_attention/integrations/pytorch.py",
     "src/expressive_attention/integrations/sdpa.py",
-    "src/expressive_attention/integrations/switching.py",
     "src/expressive_attention/nn/multihead.py",
 }
 
@@ -44,8 +44,11 @@ def files():
     """All files with words, by their path from the root."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder, endings in (
-        ("src", ("py", "c", "h", "html")), ("docs", ("md", "py")), ("benchmarks", ("py", "c")), ("examples", ("py",))
-    ):  # fmt: skip
+        ("src", ("py", "c", "h", "html", "j2")),
+        ("docs", ("md", "py")),
+        ("benchmarks", ("py", "c")),
+        ("examples", ("py",)),
+    ):
         found += [path for ending in endings for path in sorted((ROOT / folder).rglob(f"*.{ending}"))]
     names = {path.relative_to(ROOT).as_posix() for path in found}
     return sorted(names - LEFT_OUT)
@@ -111,6 +114,7 @@ def test_the_list_has_no_file_that_is_done(name):
         ("a.md", "It is that\nwhat is.\n\n```python\nx = 1  # That\n```\n", 0),
         ("a.c", "// That\nint x; /* It is. What */\n", 2),
         ("a.html", "<p>That is</p>", 1),
+        ("a.j2", '<p class="x">{{ a }} is. What is</p>', 1),
     ],
 )
 def test_such_sentences_are_found(name, source, count):
