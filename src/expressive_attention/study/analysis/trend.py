@@ -28,7 +28,7 @@ __all__ = ["Trend", "slope_within", "tau_within", "trend"]
 
 @dataclass(frozen=True)
 class Trend:
-    """How a margin changes with complexity over conditions, within each group of them.
+    """The change of a margin with complexity over conditions, within each group of them.
 
     Attributes:
         slope: Least-squares slope per unit of complexity, with an intercept for each group.
@@ -56,7 +56,7 @@ def trend(complexity: Sequence[float], margins: ArrayLike, groups: Sequence[int]
     tau knows only which of two margins is larger. Its p is from 9999 random orders of the margins in each group.
 
     Args:
-        complexity: In bits, one per condition.
+        complexity: Bits, one number per condition.
         margins: ``(conditions, seeds)``, the difference of each pair.
         groups: One number per condition; conditions with the same one, say of the same model, are compared.
 

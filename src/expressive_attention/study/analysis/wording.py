@@ -30,7 +30,7 @@ def mechanism_name(mechanism: str) -> str:
 
 
 def describe_interval(interval: Interval | None, n: int, spec: str) -> str:
-    """``"95% interval 0.912 to 0.998"``, or why there is no interval."""
+    """``"95% interval 0.912 to 0.998"``, or the reason why there is no interval."""
     if interval is not None:
         return f"{LEVEL:.0%} interval {interval:{spec}}"
     if n < MINIMUM_FOR_INTERVAL:

@@ -35,7 +35,7 @@ class AttentionMap:
         seed: Its final seed.
         rank: ``"worst"`` or ``"best"``: the seed's place by accuracy among the mechanism's.
         accuracy: Its test accuracy.
-        layer: From 0.
+        layer: Number of the layer, from 0.
         weights: Row i holds the weights of query i ``(L, L)``, mean over heads and test examples.
     """
 
@@ -75,7 +75,7 @@ def captured_weights(model: nn.Module, inputs: Tensor) -> list[Tensor]:
     """Weights ``(..., H, L, L)`` of every attention of a model, in the order in which it runs them.
 
     Args:
-        model: With modules of class `SelfAttention` in it.
+        model: A model with modules of class `SelfAttention`.
         inputs: Input of the model.
     """
     found: list[Tensor] = []

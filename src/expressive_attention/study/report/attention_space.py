@@ -19,7 +19,7 @@ from .drawing.layout import most_different
 __all__ = ["Look", "chosen_condition", "look_into"]
 
 _EXAMPLES = 32
-_SEEN = ("expressive", "dot_product", "squared")  # others compute their weights where nothing can see them
+_SEEN = ("expressive", "dot_product", "squared")  # the weights of others cannot be captured
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Look:
 
     Attributes:
         title: The condition and the seed.
-        records: By the name of the mechanism.
+        records: Records by the name of the mechanism.
         tokens: The examples, as text.
-        unseen: Names of mechanisms that were trained, and cannot be watched.
+        unseen: Names of mechanisms that were trained, and cannot be captured.
     """
 
     title: str

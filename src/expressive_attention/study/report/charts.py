@@ -27,7 +27,7 @@ class Chart:
     Attributes:
         name: Name of its anchor and of its files.
         title: Its heading.
-        drawing: Its key and its words.
+        drawing: Description, with its key and words.
         groups: Its plots.
         folded: Its plots that a reader can unfold.
         still: Data URI of its image; None: there is none.

@@ -1,4 +1,4 @@
-"""Versions and machine, as each cell keeps them."""
+"""Versions and machine, which each cell keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["environment"]
 
 
 def environment(device: torch.device = CPU) -> dict[str, str]:
-    """Versions and machine, among which are all that may change the bits of a result trained on a device.
+    """Versions and machine: all that may change the bits of a result trained on a device, and more.
 
     ``revision`` is the commit, where the package runs from a checkout; ``threads`` are those of this process.
     """

@@ -22,10 +22,10 @@ class KnownFacts:
     """Facts of tasks, counted where the file does not have them.
 
     Each is kept under all that it depends on: the settings of the task, the number of test sequences, and the code of
-    the tasks. A file that is not what was written counts as empty.
+    the tasks. A damaged file counts as empty.
 
     Args:
-        path: The file, there or not.
+        path: Path of the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class KnownFacts:
         return self.known[key]
 
     def keep(self) -> None:
-        """Write what was counted anew; a folder that cannot be written is left as it is."""
+        """Write new facts; a folder that cannot be written is left as it is."""
         if not self.found:
             return
         facts = _read(self.path) | self.found
@@ -77,7 +77,7 @@ def _code() -> str:
 
 
 def _number(value: Any) -> Any:
-    """A number of numpy's as Python's."""
+    """A number of numpy as one of Python."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"facts must be numbers, text or truth values, got {value!r}")

@@ -29,8 +29,8 @@ class LoggerError(StudyError):
 class Logger:
     """A display that writes a log for each cell of a run.
 
-    Subclasses say what a log is. They are told of a cell's mean accuracy at each evaluation as it comes, and of its
-    `MEASURES` when it is finished; cells that were finished before are left out.
+    Subclasses define a log. It gets a cell's mean accuracy at each evaluation as it comes, and its `MEASURES` when the
+    cell is finished; cells that were finished before are left out.
     """
 
     def __init__(self, store: Store) -> None:
@@ -117,7 +117,7 @@ class TensorBoard(Logger):
 class WeightsAndBiases(Logger):
     """A run per cell in the project ``expressive-attention``, grouped by study; files go to ``DIR/wandb``.
 
-    ``WANDB_MODE=offline`` keeps all on this machine; the other variables of W&B hold, too.
+    ``WANDB_MODE=offline`` keeps all on this machine; the other variables of W&B apply, too.
     """
 
     def __init__(self, store: Store) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Prepared", "Scores", "rollouts", "score"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples on the model's side of things.
+    """Examples as tensors on the model's device.
 
     Attributes:
         inputs: ``(n, L)`` or ``(n, L, C)``.
@@ -55,7 +55,7 @@ class Scores:
 def score(model: nn.Module, examples: Prepared, members: int, batch: int = 128) -> Scores:
     """Score each member of an ensemble, ``(R, n, L)`` to logits ``(R, n, L, V)``, on the same examples.
 
-    So many examples at a time as are still in the cache, and never many logits at once.
+    It takes as many examples at a time as fit into the cache, and never many logits at once.
     """
     right, losses = [], []
     for inputs, targets in zip(examples.inputs.split(batch), examples.targets.split(batch), strict=True):
@@ -96,5 +96,5 @@ def rollouts(
 
 
 def _predicted(logits: Tensor) -> Tensor:
-    """The most likely class; -1, which is none, where a logit is not finite."""
+    """The most likely class; -1, which is no class, where a logit is not finite."""
     return logits.argmax(-1).masked_fill_(~logits.isfinite().all(-1), -1)

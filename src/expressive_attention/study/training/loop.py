@@ -36,15 +36,15 @@ def train_cell(
 ) -> CellResult:
     """Train all seeds of a cell in one program.
 
-    Seeds share no operation, so a seed's result does not depend on those beside it, but for the order in which
-    the processor adds.
+    Seeds share no operation, so a seed's result does not depend on those beside it, except through the order in
+    which the processor adds.
 
     Args:
         cell: The cell to train.
         report: Called after each evaluation with the step and the mean accuracy.
-        file: Where the training is kept from time to time; what it holds is gone on from, to the same bits as
-            without interruption.
-        device: Where it is trained. Random numbers do not depend on it; the last bits of the results do.
+        file: File of checkpoints, written from time to time; if it has one, the training resumes from it, to the same
+            bits as without interruption.
+        device: Device to train on. Random numbers do not depend on it; the last bits of the results do.
         watch: Called at the start and after each evaluation with the step, the places of the seeds that are still
             trained, and their model, ``(R, ...)`` each parameter; `member` takes one of them out.
     """

@@ -19,7 +19,7 @@ __all__ = ["build_model", "model_arguments", "trained_ensemble", "trained_model"
 
 
 def model_arguments(task: Task, model: ModelConfig, mechanism: str) -> dict[str, Any]:
-    """The arguments with which `nn.Transformer` makes a model for a task, but for the gain at the start."""
+    """The arguments with which `nn.Transformer` makes a model for a task, without the initial gain."""
     base = max(10.0, 2.0 * task.length) if model.rope_base is None else model.rope_base
     return {
         "vocab_size": task.vocab_size,
@@ -46,7 +46,7 @@ def model_arguments(task: Task, model: ModelConfig, mechanism: str) -> dict[str,
 
 
 def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int, initial_gain: float = 1.0) -> Transformer:
-    """The untrained model of one seed: what is drawn depends on task, model and seed, not on the mechanism."""
+    """The untrained model of one seed: random numbers depend on task, model and seed, not on the mechanism."""
     built = Transformer(**model_arguments(task, model, mechanism), initial_gain=initial_gain)
     bits = stream(seed, "parameters")
     built.initialize(torch.Generator().manual_seed(int(bits.random_raw()) >> 1))

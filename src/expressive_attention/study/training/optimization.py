@@ -39,7 +39,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, training: TrainingCon
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, gradient_clip: float | None
 ) -> Tensor:
-    """One step of every member; their losses ``(R,)``, the mean cross-entropy of the targets that there are."""
+    """One step of every member; their losses ``(R,)``, the mean cross-entropy over the positions with a target."""
     optimizer.zero_grad()
     logits = model(inputs)
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)

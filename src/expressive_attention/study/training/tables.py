@@ -1,4 +1,4 @@
-"""The tables of a trained cell: what each seed reaches on validation and test sequences."""
+"""The tables of a trained cell: measures of each seed on validation and test sequences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["measured"]
 def measured(
     cell: Cell, model: nn.Module, trajectories: list[Trajectory], start: float, device: torch.device
 ) -> CellResult:
-    """Final measures: of tuning seeds those on validation sequences alone, of all others those on the test as well."""
+    """Final measures, on validation sequences; for all but tuning seeds, also on test sequences."""
     training = cell.training
     tested = None if cell.role == "tuning" else _tested(cell, model, trajectories, device)
     rows, curves = [], []

@@ -12,7 +12,7 @@ __all__ = ["Trajectory"]
 
 @dataclass
 class Trajectory:
-    """The evaluations of one seed, and what follows from them."""
+    """The evaluations of one seed, and conclusions from them."""
 
     training: TrainingConfig
     steps: list[int]
@@ -38,7 +38,7 @@ class Trajectory:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is to be learned from training on."""
+        """Whether further training would be useless."""
         return self.diverged_at is not None
 
     def add(self, step: int, loss: float, value: float, cross_entropy: float = math.nan) -> None:

@@ -21,7 +21,7 @@ class Points:
         style: The look of the mechanism.
         texts: Text that each shows when pointed at; ``<br>`` breaks lines.
         size: Diameter of a mark.
-        value: Format of the number that is said behind the text; empty: the text says it.
+        value: Format of a number that follows the text; empty: there is none.
         along: Axis of the numbers and of the bars.
         low: Lower end of each bar; None: there is no bar.
         high: Upper end.
@@ -42,7 +42,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Reference:
-    """Marks of a predictor that needs no training: its name, its positions and, in both libraries' words, its mark."""
+    """Marks of a predictor that needs no training: its name, positions, and the names of its mark in both libraries."""
 
     name: str
     x: Sequence[float]
@@ -60,8 +60,8 @@ class Curves:
         lines: Pairs of positions along x and along y, one for each line.
         style: The look of the mechanism.
         width: Width of a line.
-        opacity: From 0 to 1.
-        name: Text shown beside x and y of the point at the pointer; None: lines keep silent.
+        opacity: Opacity, from 0 to 1.
+        name: Text shown beside x and y of the point at the pointer; None: lines have no text.
         stepped: Whether a line keeps its value up to the next point.
     """
 
@@ -99,7 +99,7 @@ class Cells:
 
     Attributes:
         values: Rows of values; NaN: there is none, and the cell is gray.
-        colors: Colors of the limits and of what is between, equally spaced.
+        colors: Colors from the first limit to the last, equally spaced.
         limits: Values of the first and the last color.
         texts: Text in each cell; empty: cells have no texts and no gaps between them.
         details: Text that each cell shows when pointed at; empty: its place and value.
@@ -134,7 +134,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with what is on them.
+    """Axes with the parts that are drawn on them.
 
     Attributes:
         title: Its subject.

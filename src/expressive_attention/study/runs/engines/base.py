@@ -15,7 +15,7 @@ from ..store import Store
 
 __all__ = ["Engine", "EngineError", "Outcome", "reason"]
 
-# How often a cell is run again after its worker died: what kills it may be the cell itself, by its memory.
+# Number of times that a cell is run again after its worker died: the cell itself may kill it, by its memory.
 _RERUNS = 2
 
 
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 def reason(error: BaseException) -> str:
-    """Why a cell failed, in one line."""
+    """The reason why a cell failed, in one line."""
     return blame(error) or f"{type(error).__name__}: {error}"
 
 
@@ -56,8 +56,8 @@ class Engine(ABC):
         """Be ready for the cells of a study.
 
         Args:
-            store: Where finished cells go.
-            display: Told of cells at work.
+            store: Store for finished cells.
+            display: Display of the cells in progress.
 
         Raises:
             EngineError: Something that the engine needs is missing.
@@ -82,7 +82,7 @@ class Engine(ABC):
             self.display.started(cell)
 
     def _after_death(self, cell: Cell, what: str) -> Outcome | None:
-        """Go on after the death of a cell's worker: the cell's outcome, or None if it is run again."""
+        """Recover from the death of a cell's worker: the cell's outcome, or None if it is run again."""
         if self.store.has(cell):  # it died after the last of its work
             return Outcome(cell, None)
         self.deaths[cell.identity] += 1

@@ -38,12 +38,12 @@ def threads_per_cell(workers: int) -> int:
 
 
 class LocalEngine(Engine):
-    """Worker processes, each with a pipe of its own: one that is killed takes nothing down with it.
+    """Worker processes, each with a pipe of its own: one that is killed does not harm the others.
 
     Args:
         workers: Number of processes, at least 1.
         checkpoint_seconds: Time between two checkpoints of a cell.
-        devices: Where cells are trained; the workers are dealt out to them in turn.
+        devices: Devices to train on; workers are dealt out to them in turn.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LocalEngine(Engine):
         return mine
 
     def _hear(self, connection: Connection) -> Outcome | None:
-        """Take a message of a worker; the outcome of its cell, if it tells that."""
+        """Take a message of a worker; returns the outcome of its cell, if the message has it."""
         cell = self.at_work[connection]
         try:
             kind, *content = connection.recv()
@@ -162,7 +162,7 @@ def _end_with_parent() -> None:
 
 
 def _run(connection: Connection, store: Store, checkpoint_seconds: float, device: torch.device) -> str | None:
-    """Take a cell, train it and save it; why that failed, if it did."""
+    """Take a cell, train it and save it; returns the reason if that failed."""
 
     def tell(kind: str, *content: object) -> None:
         connection.send((kind, *content))

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_NEWS = 0.5
 
 
 class RayEngine(Engine):
-    """Each cell is a Ray task on one processor core; its result comes back here, where alone it is saved.
+    """Each cell is a Ray task on one processor core; its result comes back to this process, which saves it.
 
     The nodes of a cluster need the same versions of this package and of torch. A node that sees the folder of
     the study under the same path keeps checkpoints in it; on others, a cell whose node is lost starts anew.
@@ -42,7 +42,7 @@ class RayEngine(Engine):
             are trained on processors.
 
     Raises:
-        EngineError: Ray is not installed, or the address is none.
+        EngineError: Ray is not installed, or the address is not valid.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class RayEngine(Engine):
 
 
 def _check_is_there(address: str) -> None:
-    """Raise an error where nobody listens: Ray itself would try for minutes."""
+    """Raise an error where nothing listens at the address: Ray itself would try for minutes."""
     if address == "auto":
         return
     host, port = address.rsplit(":", 1)
