@@ -111,6 +111,12 @@ def problems(bfloat16_products: bool) -> list[Problem]:
     for shape in ((1, 8, 1024, 64), (1, 8, 1024, 128)):
         goal = Goal(sdpa=1.5 if bfloat16_products else 1.2)
         found.append(Problem("bfloat16 forward, full", shape, goal, dtype=torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float16):
+        for causal in (False, True):
+            label = f"{str(dtype).removeprefix('torch.')} forward + backward, {'causal' if causal else 'full'}"
+            fast = dtype == torch.bfloat16 and bfloat16_products
+            goal = Goal(sdpa=(3.0 if causal else 2.0) if fast else None)
+            found.append(Problem(label, (1, 8, 1024, 64), goal, causal=causal, backward=True, dtype=dtype))
     for shape, keys in (((8, 8, 1, 64), 2048), ((1, 32, 1, 128), 8192)):
         found.append(Problem("decode, float32", shape, Goal(sdpa=2.0, share=0.8), keys))
         found.append(Problem("decode, bfloat16", shape, Goal(sdpa=6.0), keys, dtype=torch.bfloat16))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expressive_attention import expressive_attention
-from expressive_attention.backends import BACKENDS
+from expressive_attention.backends import BACKENDS, dropout
 from expressive_attention.backends.cpu import library
-from expressive_attention.call import accumulation_dtype
+from expressive_attention.call import Call, Visibility, accumulation_dtype
 from tests.poison import Poison, placed
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
@@ -47,6 +47,14 @@ def threads_of_torch(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The same random numbers for every call inside of the block, and others after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @dataclass
@@ -116,6 +124,17 @@ class Case:
             return torch.where(factor == -torch.inf, factor, factor + self.mask)
         return factor.masked_fill(~self.mask, -torch.inf)
 
+    def kept(self) -> Tensor:
+        """What dropout multiplies weights by, ``(B, H, L, S)`` in float64."""
+        p = self.settings.get("dropout_p", 0.0)
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        if not p:
+            return torch.ones(shape, dtype=torch.float64, device=self.query.device)
+        with drawing():
+            seeds = dropout.draw(self.query)
+        call = Call(self.query, self.key, self.value, None, Visibility(), 1.0, "expressive", p, seeds)
+        return dropout.kept_weights(torch.ones(shape, dtype=torch.float64, device=self.query.device), call)
+
     def visible(self) -> Tensor:
         """Which pairs ``(B, H, L, S)`` are not hidden."""
         return self.bias() > -torch.inf
@@ -136,15 +155,16 @@ class Case:
         mask = None if self.mask is None else leaf(self.mask)
         settings, whole_mask = self.settings, mask
         if explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
-            settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale")}
+            settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale", "dropout_p")}
             whole_mask = self.visibility_bias().to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
                 whole_mask = whole_mask + mask
             elif mask is not None:
                 whole_mask = whole_mask.masked_fill(~mask, -torch.inf)
-        output, normalizer = expressive_attention(
-            *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
-        )
+        with drawing():
+            output, normalizer = expressive_attention(
+                *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
+            )
         wanted = [*tensors, *([mask] if mask is not None and mask.requires_grad else [])]
         do, dn = self.upstream()
         outputs, upstream = [output], [placed(do.to(output.dtype), self.margin)]
@@ -190,7 +210,8 @@ class Case:
         total, dtotal = weight.sum(-1, keepdim=True), dweight.sum(-1, keepdim=True)
         a = per_total(weight)
         da = per_total(dweight) + a * per_total(dtotal)
-        upstream = do.abs() @ v.abs().mT
+        kept = self.kept()
+        upstream = kept * (do.abs() @ v.abs().mT)
         g = upstream + (a * upstream).sum(-1, keepdim=True)
         dg = g * per_total(dtotal) + (da * upstream).sum(-1, keepdim=True)
         g, dg = per_total(g) + dn.abs().unsqueeze(-1), per_total(dg)
@@ -199,11 +220,11 @@ class Case:
 
         def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
             results = {
-                "output": a @ v.abs(),
+                "output": (a * kept) @ v.abs(),
                 "normalizer": total * bias_max.exp(),
                 "query": ds @ k.abs(),
                 "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
-                "value": (a.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
+                "value": ((a * kept).mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
             }
             if self.mask is not None:
                 results["mask"] = bias.sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))

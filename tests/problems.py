@@ -63,6 +63,7 @@ def problems(draw, largest=40):
     }
     if draw(st.booleans()):
         options |= draw(visibilities(batch, heads, keys))
+    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.6]))
     through_normalizer = size_of_bias == 1.0 and draw(st.booleans())  # it overflows with a large bias
     poison = draw(poisons) if draw(st.booleans()) else None
     return Case(query, key, value, mask, options, through_normalizer, poison)

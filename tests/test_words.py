@@ -19,24 +19,12 @@ LEFT_OUT = {"docs/findings.md"}
 # Files that still have such sentences; a file leaves the list when it has none.
 TO_DO = {
     "docs/integrations.md",
-    "docs/operator.md",
-    "src/expressive_attention/backends/blockwise.py",
-    "src/expressive_attention/backends/triton/__init__.py",
-    "src/expressive_attention/backends/triton/backward_pass.py",
-    "src/expressive_attention/backends/triton/bias.py",
-    "src/expressive_attention/backends/triton/decode.py",
-    "src/expressive_attention/backends/triton/forward_pass.py",
-    "src/expressive_attention/backends/triton/launch.py",
-    "src/expressive_attention/backends/triton/tiles.py",
-    "src/expressive_attention/backends/triton/wide.py",
-    "src/expressive_attention/functional.py",
     "src/expressive_attention/integrations/calibration.py",
     "src/expressive_attention/integrations/conversion.py",
     "src/expressive_attention/integrations/huggingface.py",
     "src/expressive_attention/integrations/inspection.py",
     "src/expressive_attention/integrations/pytorch.py",
     "src/expressive_attention/integrations/sdpa.py",
-    "src/expressive_attention/nn/multihead.py",
 }
 
 

@@ -178,6 +178,8 @@ class Call(NamedTuple):
         scale: Factor on the dot product.
         form: ``"expressive"`` or ``"squared"``.
         dropout_p: Probability with which weights are dropped.
+        dropout_seeds: Seeds of the weights to drop, as in `backends.dropout`: ``(n, 3)`` of int64, one for each n-th
+            of the batch; None: none are dropped.
     """
 
     query: Tensor
@@ -188,6 +190,7 @@ class Call(NamedTuple):
     scale: float
     form: str
     dropout_p: float = 0.0
+    dropout_seeds: Tensor | None = None
 
     def but(self, **members: Any) -> Call:
         """The call with other `members`."""
@@ -321,7 +324,11 @@ def _sequences(call: Call) -> Iterator[tuple[slice, slice, Call]]:
     """The rows and the keys of each of the packed sequences, and the call of it alone."""
     for rows, columns, visibility in call.visibility.sequences():
         key, value = call.key[:, :, columns], call.value[:, :, columns]
-        yield rows, columns, call.but(query=call.query[:, :, rows], key=key, value=value, visibility=visibility)
+        seeds = call.dropout_seeds
+        if seeds is not None:  # of the row that is the first of the sequence
+            seeds = seeds + torch.tensor([0, 0, rows.start], device=seeds.device)
+        own = call.but(query=call.query[:, :, rows], key=key, value=value, visibility=visibility, dropout_seeds=seeds)
+        yield rows, columns, own
 
 
 def differentiated_by_func() -> bool:

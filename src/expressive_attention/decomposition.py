@@ -15,6 +15,7 @@ from torch._decomp import register_decomposition
 
 from . import ops as ops  # which defines the operator
 from .backends import reference
+from .backends.dropout import kept_weights
 from .call import accumulation_dtype, lower
 from .schema import unflatten
 
@@ -38,7 +39,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     the reference: rows that see others are made NaN in the end.
     """
     call = lower(unflatten(arguments)[0], reference)
-    query, key, value, mask, _, scale, form, _ = call
+    query, key, value, mask, _, scale, form, dropout_p, _ = call
     dtype = accumulation_dtype(query.dtype)
     limits = torch.finfo(dtype)
     groups = query.shape[1] // key.shape[1]
@@ -77,6 +78,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         nan_rows = nan_rows & keep.any(-1, keepdim=True) | seen[..., :1]
         nan_outputs = nan_rows | seen[..., 1:]
     total = weight.sum(-1, keepdim=True)
+    if dropout_p:
+        weight = kept_weights(weight, call)
     output = weight / torch.where(total == 0, 1.0, total) @ v
     output = torch.where(nan_outputs, torch.nan, output).to(query.dtype)
     normalizer = torch.where(nan_rows, torch.nan, total * largest.square()).squeeze(-1)

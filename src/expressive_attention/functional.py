@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import ops
-from .backends import AUTOMATIC, BACKENDS, cpu, reference
-from .call import Call, Result, Visibility, lower, outline
+from . import ops, sharding
+from .backends import AUTOMATIC, BACKENDS, cpu, dropout
+from .call import Call, Result, Visibility, outline
 from .checks import (
     ALIGNMENTS,
     check_lengths,
@@ -29,7 +29,7 @@ from .overrides import as_causality, listening, tell
 __all__ = ["expressive_attention", "match_heads", "run"]
 
 
-# Those of calls without a window: made once, since a small call takes not much longer than they do.
+# The visibilities of calls without a window are made once: a small call takes not much longer than they do.
 _VISIBILITIES = {
     (causal, alignment): Visibility(None, 0 if causal else None, alignment == "lower_right")
     for causal in (False, True)
@@ -125,7 +125,8 @@ def expressive_attention(
             in log-weight space. It multiplies the weight by ``exp(attn_mask)`` and is never added to z, so
             ``-inf`` masks, and ALiBi or relative biases mean what they mean for softmax. May be combined with
             `is_causal`.
-        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0.
+        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0. Kept weights
+            are divided by 1 - dropout_p. The generator of torch for the device decides which weights are dropped.
         is_causal: Query i sees keys up to its own position.
         scale: Factor on the dot product; ``1 / sqrt(E)`` if None.
         enable_gqa: Let ``Hq`` be a multiple of ``Hkv``: query head h reads key head ``h // (Hq // Hkv)``.
@@ -136,8 +137,8 @@ def expressive_attention(
         window_size: ``(left, right)``: query i sees the keys ``p_i - left <= j <= p_i + right``; -1 is no limit. With
             `is_causal`, none after its place.
         alibi_slopes: ALiBi (Press et al., arXiv 2108.12409): weights are multiplied by ``exp(-slope |p_i - j|)``.
-            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. On the CPU, with a mask, or where they
-            are learned, they are a float mask of L x S.
+            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. Where they are learned, and on a GPU with
+            a mask, they are a float mask of L x S.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
@@ -215,7 +216,7 @@ def expressive_attention(
         if alibi_slopes.ndim > 1:
             slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
         visibility = visibility.but(slopes=slopes)
-        if mask is not None or _may_need_gradient(slopes):  # no kernel has both, or gradients of slopes
+        if _may_need_gradient(slopes):  # no kernel has it
             mask, _ = visibility.but(left=None, right=None).as_mask(mask, query, key)
             visibility = visibility.but(slopes=None)
 
@@ -233,10 +234,12 @@ def run(call: Call, backend: str | None) -> Result:
     """The result of a call by the backend of that name; None: by the first that does not decline it."""
     for hook in call_hooks:
         hook(call)
+    if call.dropout_p:
+        call = call.but(dropout_seeds=sharding.replicated(dropout.draw(call.query), call.query))
     chosen = _choose(call, backend)
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):
-            return reference.forward(lower(call, reference))
+            return ops.reference_forward(call)
     return ops.attention(call, chosen)
 
 

@@ -15,9 +15,9 @@ from . import call as calls
 from . import flops, sharding
 from .backends import BACKENDS, reference
 from .call import Call, Result, Upstream, Visibility, accumulation_dtype
-from .schema import ATTENTION, BACKWARD, flatten, flatten_backward, unflatten, unflatten_backward
+from .schema import ATTENTION, BACKWARD, SEEDS, flatten, flatten_backward, unflatten, unflatten_backward
 
-__all__ = ["attention", "autocast_inputs"]
+__all__ = ["attention", "autocast_inputs", "reference_forward"]
 
 
 def attention(call: Call, backend: str) -> Result:
@@ -35,8 +35,15 @@ def attention(call: Call, backend: str) -> Result:
         or value.requires_grad
         or (attn_mask is not None and attn_mask.requires_grad)
     ):
-        return Result(*_Attention.apply(query, key, value, attn_mask, call.visibility, call.scale, call.form, backend))
+        return Result(*_Attention.apply(*call, backend))
     return calls.forward(BACKENDS[backend], call)
+
+
+def reference_forward(call: Call) -> Result:
+    """The result of a call by the reference, as plain torch, which has derivatives of every kind."""
+    if call.dropout_p and call.visibility.query_starts is not None:
+        return calls.forward(reference, call)  # seeds say which weights are dropped in a sequence alone
+    return reference.forward(calls.lower(call, reference))
 
 
 def _attention_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Tensor | None, ...]:
@@ -125,26 +132,26 @@ def _(*arguments: Any):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, backend = unflatten(inputs)
-    _save(ctx, (*call[:4], call.visibility, call.scale, call.form, backend), output)
+    _save(ctx, (*call, backend), output)
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     seen = arguments[4]
-    # The tensors of the visibility, too: then torch says if one of them was changed in place.
+    # The tensors of the visibility and the seeds, too: then torch says if one of them was changed in place.
     of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts)
-    ctx.save_for_backward(*arguments[:4], output[0], output[1], *of_visibility)
+    ctx.save_for_backward(*arguments[:4], output[0], output[1], *of_visibility, arguments[8])
     ctx.settings = arguments[4:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
     query, key, value, mask, output, normalizer = ctx.saved_tensors[:6]
-    visibility, scale, form, backend = ctx.settings
+    *settings, backend = ctx.settings
     wants_mask = ctx.needs_input_grad[3]
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     dq, dk, dv, dmask = _attention_backward(
-        Call(query, key, value, mask, visibility, scale, form),
+        Call(query, key, value, mask, *settings),
         backend,
         Result(output, normalizer, None),
         Upstream(grad_output, grad_normalizer, wants_mask),
@@ -161,7 +168,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Result:
         # Not by setup_context, for which torch binds the arguments to a signature at every call.
-        result = calls.forward(BACKENDS[arguments[7]], Call(*arguments[:7]))
+        result = calls.forward(BACKENDS[arguments[-1]], Call(*arguments[:-1]))
         _save(ctx, arguments, result)
         return result
 
@@ -173,20 +180,19 @@ class _Attention(torch.autograd.Function):
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, _, _, upstream = unflatten_backward(inputs)
     ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4])
-    ctx.settings = (call.visibility, call.scale, call.form, upstream.wants_mask)
+    ctx.settings = (call[4:], upstream.wants_mask)
     ctx.set_materialize_grads(False)
 
 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
-    visibility, scale, form, wants_mask = ctx.settings
+    settings, wants_mask = ctx.settings
     names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        call = calls.lower(Call(*inputs, leaves.get("attn_mask"), visibility, scale, form), reference)
-        output, normalizer, _ = reference.forward(call)
+        output, normalizer, _ = reference_forward(Call(*inputs, leaves.get("attn_mask"), *settings))
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
@@ -202,7 +208,7 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     none: Any = None
     found: list[Any] = [by_name.get(name) for name in names]
     do, dn, dq, dk, dv, dmask = found
-    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none)
+    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none, none)
     return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none))
 
 
@@ -246,9 +252,12 @@ def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[l
     if unflatten(args)[0].visibility.query_starts is not None:
         raise NotImplementedError("torch.vmap over sequences of variable length is not implemented")
     fronts = {i: _to_front(x, in_dims[i], size) for i, x in enumerate(args) if isinstance(x, Tensor)}
-    batch = max(x.shape[1] for x in fronts.values())
+    batch = max(x.shape[1] for i, x in fronts.items() if i != SEEDS)
     folded = list(args)
     for i, x in fronts.items():
+        if i == SEEDS:  # of which each is for as many sequences of the batch as before
+            folded[i] = x.flatten(0, 1)
+            continue
         # Only a mask and slopes can have a batch dimension of one beside others: they are broadcast.
         folded[i] = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
     return folded, batch

@@ -12,21 +12,31 @@ import torch
 
 from .call import Call, Result, Upstream, Visibility
 
-__all__ = ["ATTENTION", "BACKWARD", "Backward", "flatten", "flatten_backward", "unflatten", "unflatten_backward"]
+__all__ = [
+    "ATTENTION",
+    "BACKWARD",
+    "SEEDS",
+    "Backward",
+    "flatten",
+    "flatten_backward",
+    "unflatten",
+    "unflatten_backward",
+]
 
 ATTENTION = "expressive_attention::attention"
 BACKWARD = "expressive_attention::attention_backward"
 
-# The members of a `Call`, in their order, with those of its `Visibility`, and the name of a backend. No backend that
-# runs behind the operator knows dropout.
+# The members of a `Call`, in their order, with those of its `Visibility`, and the name of a backend.
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "SymInt? left, SymInt? right, bool lower_right, Tensor? slopes, Tensor? key_lengths, Tensor? query_starts, "
-    "Tensor? key_starts, SymInt longest_query, SymInt longest_key, float scale, str form, str backend"
+    "Tensor? key_starts, SymInt longest_query, SymInt longest_key, float scale, str form, float dropout_p, "
+    "Tensor? dropout_seeds, str backend"
 )
 _INPUTS = Call._fields.index("visibility")
 _SETTINGS = _INPUTS + len(Visibility._fields)
-_SIZE = _SETTINGS + 3
+SEEDS = _SETTINGS + 3  # the place of the seeds of dropout
+_SIZE = SEEDS + 2
 
 torch.library.define(ATTENTION, f"({_CALL}) -> (Tensor output, Tensor normalizer, Tensor bias_max)")
 # The last result is the gradient of the mask, without elements where `wants_mask` is false.
@@ -48,15 +58,15 @@ class Backward(NamedTuple):
 
 def flatten(call: Call, backend: str) -> tuple[Any, ...]:
     """The arguments of the operator."""
-    return *call[:_INPUTS], *call.visibility, call.scale, call.form, backend
+    return *call[:_INPUTS], *call.visibility, *call[_INPUTS + 1 :], backend
 
 
 def unflatten(arguments: Sequence[Any]) -> tuple[Call, str]:
     """The call and the backend of the arguments of the operator, of which there may be more."""
     query, key, value, attn_mask = arguments[:_INPUTS]
     visibility = Visibility(*arguments[_INPUTS:_SETTINGS])
-    scale, form, backend = arguments[_SETTINGS:_SIZE]
-    return Call(query, key, value, attn_mask, visibility, scale, form), backend
+    *settings, backend = arguments[_SETTINGS:_SIZE]
+    return Call(query, key, value, attn_mask, visibility, *settings), backend
 
 
 def flatten_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ static void run(const char *build, int64_t threads, int64_t b, int64_t heads, in
                   .width = width,
                   .value_width = width,
                   .scale = 1 / sqrt((double)width),
+                  .keep = 1,
                   .query = tensor(numbers[0], heads, rows, width),
                   .key = tensor(numbers[1], kv_heads, keys, width),
                   .value = tensor(numbers[2], kv_heads, keys, width),

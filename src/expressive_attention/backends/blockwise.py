@@ -23,7 +23,7 @@ from ..call import (
     empty_bias_max,
 )
 from ..masks import row_bias_max
-from . import nonfinite
+from . import dropout, nonfinite
 
 __all__ = ["backward", "declines", "forward"]
 
@@ -44,8 +44,6 @@ _SAFE_SCORE = 2.0**60
 
 def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
-    if call.dropout_p:
-        return "dropout is not implemented"
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
     return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
@@ -85,6 +83,7 @@ def _forward(call: Call, dtype: torch.dtype) -> Result:
                     weight.div_(weight + 1.0)
                 _apply_mask_(tile.grid(weight), _mask_factor(mask, tile, columns, tile_max), tile, columns, diagonal)
                 total_tile.add_(weight.sum(-1, keepdim=True))
+                _drop_(weight, call, tile, columns)
                 out_tile.baddbmm_(weight, tile.keys(v, columns))
 
         tile_max = _tile_bias_max(mask, tile, diagonal)
@@ -96,7 +95,8 @@ def _forward(call: Call, dtype: torch.dtype) -> Result:
                 total_tile.zero_()
                 add(tile_max)
             bias_max.unflatten(1, (k.shape[1], -1))[tile.index] = tile_max.squeeze(-1)
-    return Result(output.div_(torch.where(normalizer == 0, 1.0, normalizer).unsqueeze(-1)), normalizer, bias_max)
+    total = torch.where(normalizer == 0, 1.0, normalizer) * dropout.keep_share(call.dropout_p)
+    return Result(output.div_(total.unsqueeze(-1)), normalizer, bias_max)
 
 
 def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
@@ -136,10 +136,11 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     output, normalizer, _ = result
     dtype = torch.float64 if _exceeds_float32(call, normalizer) else normalizer.dtype
     if dtype != query.dtype:
-        # What was stored is rounded to 16 bits (the output) or may have left float32's range (the normalizer).
+        # The stored output is rounded to 16 bits, and the stored normalizer may have left float32's range.
         output, normalizer, _ = _forward(call, dtype)
     total = torch.where(normalizer == 0, torch.inf, normalizer).unsqueeze(-1)
-    do = upstream.output.to(dtype) / total
+    keep = dropout.keep_share(call.dropout_p)
+    do = upstream.output.to(dtype) / (total * keep)
 
     q, k, v, mask = _grouped(call, dtype)
     kv_heads = k.shape[1]
@@ -167,7 +168,9 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
             factor = _mask_factor(mask, tile, columns, tile_max)
             for x in (weight, half_derivative):
                 _apply_mask_(tile.grid(x), factor, tile, columns, diagonal)
-            return weight, half_derivative, torch.bmm(u, tile.keys(v, columns).mT), *f
+            uv = torch.bmm(u, tile.keys(v, columns).mT)
+            _drop_(uv, call, tile, columns)
+            return weight, half_derivative, uv, *f
 
         ranges = list(tile.key_ranges(k.shape[-2], diagonal))
         tile_max = _tile_bias_max(mask, tile, diagonal)
@@ -181,7 +184,7 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         some_rows_see_few = mask is not None or (diagonal is not None and tile.queries.start + diagonal < _TILE_KEYS)
         from_output = len(ranges) > 1 and not some_rows_see_few
         if from_output:
-            mean = (u * o).sum(-1, keepdim=True)
+            mean = (u * o).sum(-1, keepdim=True) * keep
         else:
             # A row may see one key only. Then w / N is 1 and g is 0, but only if D comes from the products that
             # it is subtracted from: f'(z) / N = 2 / z would magnify the smallest difference.
@@ -194,7 +197,9 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         along, small = torch.zeros_like(total_tile), torch.zeros_like(total_tile)
         for i, columns in enumerate(ranges):
             weight, half_derivative, uv, *f = known.get(i) or products(columns, tile_max)
-            tile.keys_view(dv, columns).baddbmm_(weight.mT, u)
+            kept = weight.clone() if call.dropout_p else weight
+            _drop_(kept, call, tile, columns)
+            tile.keys_view(dv, columns).baddbmm_(kept.mT, u)
             g = uv.sub_(shift)
             if from_output:  # the same of a row in which one key has all the weight
                 decided = weight == total_tile
@@ -371,6 +376,17 @@ def _scored_bias_max(q_tile: Tensor, k: Tensor, mask: Tensor, tile: _Tile, diago
         bias = torch.where(z == 0, -torch.inf, tile.of_mask(mask, columns))
         largest = torch.maximum(largest, bias.amax(-1, keepdim=True))
     return largest.masked_fill_(largest == -torch.inf, 0.0)
+
+
+def _drop_(x: Tensor, call: Call, tile: _Tile, columns: slice) -> None:
+    """Set x ``(b h, g l, s)`` to 0 where dropout drops the weight."""
+    if not call.dropout_p:
+        return
+    batch, kv_heads, groups, rows, keys = (
+        torch.arange(part.start, part.stop, device=x.device) for part in (*tile.index, columns)
+    )
+    heads = kv_heads.unsqueeze(-1) * (call.query.shape[1] // call.key.shape[1]) + groups
+    x.masked_fill_(~dropout.kept(call, batch, heads.flatten(), rows, keys).reshape(x.shape), 0.0)
 
 
 def _mask_factor(mask: Tensor | None, tile: _Tile, columns: slice, tile_max: Tensor | None) -> Tensor | None:

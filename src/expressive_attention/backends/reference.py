@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Gradients, Result, Upstream, accumulation_dtype
+from .dropout import kept_weights
 
 __all__ = ["backward", "declines", "forward"]
 
@@ -49,7 +50,7 @@ def forward(call: Call) -> Result:
 
     Differentiable with respect to query, key, value and a float mask, any number of times.
     """
-    query, key, value, attn_mask, _, scale, form, dropout_p = call
+    query, key, value, attn_mask, _, scale, form, dropout_p, _ = call
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -78,7 +79,7 @@ def forward(call: Call) -> Result:
 
     total = weight.sum(-1, keepdim=True)
     attention = _shares(weight)
-    attention = torch.dropout(attention, dropout_p, train=True) if dropout_p else attention
+    attention = kept_weights(attention, call) if dropout_p else attention
     broken = broken.any(-1, keepdim=True)
     output = attention @ v + _nan_where(broken | _sees(visible, broken_values), v)
     normalizer = (total * torch.exp2(2.0 * exponent) + _nan_where(broken, v)).squeeze(-1)

@@ -28,7 +28,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     `Transformer`, whose fused inference path would compute softmax without calling it: this class keeps them from
     it. To go on with the weights of a model that exists, load its state dict or use `integrations.convert`.
 
-    What differs: a query whose keys are all blocked gives 0 before the output projection, where torch gives NaN;
+    Differences: a query whose keys are all blocked gives 0 before the output projection, where torch gives NaN;
     `add_zero_attn` adds a key of zeros, which expressive weights never choose; `is_causal` works without a mask, too.
     Nested tensors are an error.
 

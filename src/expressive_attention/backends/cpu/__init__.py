@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
 from ...masks import repeated_strides
+from ..dropout import keep_share, threshold
 from . import library
 from .layout import BACKWARD, FORWARD
 
@@ -30,12 +31,10 @@ def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
     if not call.query.is_cpu:
         return f"it runs on the CPU, not on {call.query.device.type}"
-    if call.dropout_p:
-        return "dropout is not implemented"
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
-    if call.visibility.slopes is not None or call.visibility.query_starts is not None:
-        return "slopes must be in a mask, and sequences in a batch"
+    if call.visibility.query_starts is not None:
+        return "sequences must be in a batch"
     return library.MISSING
 
 
@@ -50,17 +49,17 @@ def warn_of_fallback() -> None:
 
 def forward(call: Call) -> Result:
     """Output, normalizer and largest biases."""
-    query, _, value, mask = call[:4]
+    query, value = call.query, call.value
     batch, heads, rows, _ = query.shape
     shape = (batch, heads, rows)
     output = query.new_empty((*shape, value.shape[-1]))
     dtype = query.dtype
     sums = torch.float32 if dtype in _HALVES else dtype
     normalizer = query.new_empty(shape, dtype=sums)
-    bias_max = None if mask is None or mask.dtype == torch.bool else torch.empty_like(normalizer)
-    lengths = _lengths(call)
+    bias_max = torch.empty_like(normalizer) if call.has_bias else None
+    kept = _integers_and_slopes(call)
     problem = FORWARD.pack(
-        *_inputs(call, lengths),
+        *_inputs(call, *kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0 if bias_max is None else bias_max.data_ptr(),
@@ -77,9 +76,9 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     dmask = _empty_like(mask) if wants_mask and mask is not None else None
     output, normalizer = _contiguous("output", result.output), _contiguous("normalizer", result.normalizer)
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
-    lengths = _lengths(call)
+    kept = _integers_and_slopes(call)
     problem = BACKWARD.pack(
-        *_inputs(call, lengths),
+        *_inputs(call, *kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0,
@@ -100,9 +99,9 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _inputs(call: Call, lengths: Tensor | None) -> tuple[float, ...]:
-    """The members of ``ea_problem`` from the first to the mask; `lengths` are `_lengths`, which the caller keeps."""
-    query, key, value, mask, visibility, scale, form, _ = call
+def _inputs(call: Call, lengths: Tensor | None, slopes: Tensor | None, seeds: Tensor | None) -> tuple[float, ...]:
+    """The members of ``ea_problem`` from the first to the mask; the caller keeps the tensors beside the call."""
+    query, key, value, mask, visibility, scale, form, dropout_p, _ = call
     left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
@@ -125,6 +124,8 @@ def _inputs(call: Call, lengths: Tensor | None) -> tuple[float, ...]:
         value_width,
         scale,
         0 if lengths is None else lengths.data_ptr(),
+        *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
+        *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
         _address("query", query),
         *query.stride(),
         _address("key", key),
@@ -159,10 +160,18 @@ def _contiguous(name: str, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _lengths(call: Call) -> Tensor | None:
-    """The lengths of keys as the library reads them."""
-    lengths = call.visibility.key_lengths
-    return None if lengths is None else _contiguous("key_lengths", lengths).to(torch.int64)
+def _integers_and_slopes(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Lengths of keys, slopes and the seeds of dropout as the library reads them."""
+    lengths, slopes, seeds = call.visibility.key_lengths, call.visibility.slopes, call.dropout_seeds
+    return (
+        None if lengths is None else _contiguous("key_lengths", lengths).to(torch.int64),
+        None if slopes is None else _contiguous("alibi_slopes", slopes),
+        None if seeds is None else _contiguous("dropout_seeds", seeds),
+    )
+
+
+def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:
+    return threshold(dropout_p), keep_share(dropout_p), seeds.data_ptr(), max(1, batch // seeds.shape[0])
 
 
 def _run(kernel, problem: bytes) -> None:

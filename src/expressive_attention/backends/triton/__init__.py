@@ -31,15 +31,15 @@ def declines(call: Call) -> str | None:
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST:
         return f"head dimensions above {_WIDEST} are not implemented, got {widest}"
-    if call.dropout_p:
-        return "dropout is not implemented"
+    if call.attn_mask is not None and call.visibility.slopes is not None:
+        return "slopes beside a mask must be in it"
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
     return _MISSING
 
 
 def _missing() -> str | None:
-    """What is wrong with the installation of Triton; None: nothing."""
+    """The fault in the installation of Triton; None: it has none."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'expressive-attention[gpu]'"
     try:
