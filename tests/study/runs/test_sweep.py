@@ -19,6 +19,7 @@ from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs.engines import LocalEngine
 from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.scheduler import SweepError, run_study
+from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
 from tests.study.tiny import tiny, tiny_config, written
 
@@ -338,7 +339,7 @@ def test_a_range_that_the_final_seeds_show_gets_fresh_seeds(tmp_path, monkeypatc
     assert (
         sorted(seed for cell in fresh for seed in cell.seeds) == [2_000_000 + i // 2 for i in range(6)][: 6 * confirmed]
     )
-    cells, unfinished = store_module.finished_cells(store, store.config()[0])
+    cells, unfinished = finished_cells(store, store.config()[0])
     assert (len(cells), unfinished) == (2 + len(fresh), [])
     again = Record()
     run_study(store.config()[0], store, LocalEngine(1), again)
