@@ -1,0 +1,1 @@
+"""The squared form in linear time."""
