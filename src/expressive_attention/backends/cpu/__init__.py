@@ -160,6 +160,7 @@ def _inputs(
         _address("value", value),
         *value.stride(),
         *(_NOTHING if mask is None else (_address("attn_mask", mask), *_mask_strides(mask))),
+        *_NOTHING,
     )
 
 

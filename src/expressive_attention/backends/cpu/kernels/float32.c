@@ -16,6 +16,10 @@ int ENTRY(ea_forward)(const ea_problem *p) {
   return p->dtype == EA_FLOAT64 ? ENTRY(ea_forward_double)(p) : run_forward(p);
 }
 
+int ENTRY(ea_linear)(const ea_problem *p) {
+  return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_double)(p) : run_linear(p);
+}
+
 static int backward_in_double(const ea_problem *p) { return ENTRY(ea_backward_double)(p); }
 
 int ENTRY(ea_backward)(const ea_problem *p) {

@@ -21,3 +21,5 @@ static int backward_in_double(const ea_problem *p) {
 }
 
 int ENTRY(ea_backward_double)(const ea_problem *p) { return run_backward(p); }
+
+int ENTRY(ea_linear_double)(const ea_problem *p) { return run_linear(p); }

@@ -17,6 +17,7 @@
 #include "pairs.h"
 #include "forward.h"
 #include "one_row.h"
+#include "linear.h"
 //
 #include "finite.h"
 #include "backward.h"

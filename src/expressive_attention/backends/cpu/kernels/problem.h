@@ -15,7 +15,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "1"
+#define EA_VERSION "2"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
@@ -34,6 +34,8 @@ typedef struct {
   M(d, double, scale, )                                                                             \
   M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
+  /* In linear time: cumulative log decays of keys (batch, head, key), of REAL; or no data */       \
+  M(5q, ea_tensor, decay, )                                                                         \
   /* Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64. */               \
   M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, peak, )                            \
   /* The rest is for the backward pass. */                                                          \

@@ -1,0 +1,278 @@
+// The squared form in linear time: (q . k)^2 = phi(q) . phi(k), with phi the E (E + 1) / 2 distinct products of components.
+// A state holds sum_j phi(k_j) v_j^T and sum_j phi(k_j). A chunk of keys multiplies its own pairs one by one, takes what
+// earlier chunks amount to from the state, and is added to it.
+//
+// With decay, a pair has the factor exp(c_p - c_j): c are cumulative, never rise, and p is the place of the query.
+
+// Keys of a chunk: a multiple of MR, so that no tile of rows is cut short.
+#define LINEAR_CHUNK 96
+// Products that are formed at a time, at least: what a part of the state takes in the first cache.
+#define LINEAR_PRODUCTS 128
+
+// The products of components first, ..., last - 1 with those from themselves on: `count` of them, from `begin` on.
+typedef struct {
+  int64_t first, last, begin, count;
+} product_block;
+
+typedef struct {
+  int64_t products, blocks, value_columns, ld;  // ld: of rows of components
+  int64_t states, state_heads;                  // one for each key head, or, with a decay for each query head, for those
+  int64_t groups;                               // query heads of a state
+} linear_plan;
+
+// Memory of one thread.
+typedef struct {
+  product_block *blocks;
+  REAL *sums, *moment;                             // the state
+  REAL *query, *keys, *columns, *values, *decayed;  // of a chunk; `columns` are the keys, transposed
+  REAL *phi, *weights, *output, *total, *room;
+  REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
+} linear_room;
+
+static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
+  linear_plan plan = {.value_columns = padded(p->value_width), .ld = round_up(p->width, V) + V};
+  plan.groups = p->decay.data && p->decay.stride[1] ? 1 : p->heads / p->kv_heads;
+  plan.state_heads = p->heads / plan.groups;
+  plan.states = p->batch * plan.state_heads;
+  for (int64_t a = 0; a < p->width;) {
+    product_block block = {.first = a, .begin = plan.products};
+    while (a < p->width && block.count < LINEAR_PRODUCTS) block.count += p->width - a++;
+    block.last = a;
+    if (blocks) blocks[plan.blocks] = block;
+    plan.blocks++, plan.products += block.count;
+  }
+  return plan;
+}
+
+static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char *memory, linear_room *room) {
+  arena a = {memory, 0};
+  int64_t chunk = LINEAR_CHUNK, most_products = LINEAR_PRODUCTS + p->width + V;
+  *room = (linear_room){
+      .blocks = take(&a, plan->blocks * sizeof(product_block)),
+      .sums = take(&a, plan->products * plan->value_columns * sizeof(REAL)),
+      .moment = take(&a, (plan->products + V) * sizeof(REAL)),
+      .query = take(&a, chunk * plan->ld * sizeof(REAL)),
+      .keys = take(&a, chunk * plan->ld * sizeof(REAL)),
+      .columns = take(&a, padded(chunk) * p->width * sizeof(REAL)),
+      .values = take(&a, chunk * plan->value_columns * sizeof(REAL)),
+      .decayed = take(&a, chunk * plan->value_columns * sizeof(REAL)),
+      .phi = take(&a, chunk * leading(most_products) * sizeof(REAL)),
+      .weights = take(&a, chunk * leading(padded(chunk)) * sizeof(REAL)),
+      .output = take(&a, chunk * plan->value_columns * sizeof(REAL)),
+      .total = take(&a, chunk * sizeof(REAL)),
+      .room = take(&a, V * round_up(p->width, V) * sizeof(REAL)),
+      .since = take(&a, chunk * sizeof(REAL)),
+      .until = take(&a, chunk * sizeof(REAL)),
+  };
+  return a.used;
+}
+
+// The products of a block of x (padded with zeros), those of different components times `twice`. Rows overlap: the zeros
+// behind one are written over by the next. `to` has room for V numbers more.
+INLINE void form_products(REAL *to, const product_block *block, const REAL *x, int64_t width, REAL twice) {
+  for (int64_t a = block->first; a < block->last; a++) {
+    vec factor = splat(x[a] * twice);
+    for (int64_t b = a; b < width; b += V) store(to + b - a, factor * load(x + b));
+    to[0] = x[a] * x[a];
+    to += width - a;
+  }
+}
+
+// Add phi(q)^T of the state to the output of `count` rows, and to their totals.
+static void read_state(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t count) {
+  int64_t columns = plan->value_columns, ld = leading(LINEAR_PRODUCTS + p->width + V);
+  for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
+    const REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
+    for (int64_t r = 0; r < count; r += MR) {
+      int mr = (int)least(MR, count - r);
+      for (int i = 0; i < mr; i++) {
+        REAL *phi = room->phi + i * ld;
+        form_products(phi, block, room->query + (r + i) * plan->ld, p->width, 2);
+        vec total = {0};
+        int64_t k = 0;
+        for (; k + V <= block->count; k += V) total += load(phi + k) * load(moment + k);
+        REAL rest = 0;
+        for (; k < block->count; k++) rest += phi[k] * moment[k];
+        room->total[r + i] += sum_of(total) + rest;
+      }
+      for (int64_t c = 0; c < columns; c += PANEL) {
+        int nr = (int)(panel_width(c, columns) / V);
+        add(mr, nr, block->count, room->phi, ld, 0, sums + c, columns, room->output + r * columns + c, columns);
+      }
+    }
+  }
+}
+
+// Add `count` keys and values, which carry their decay until the end of the chunk, to the state.
+static void write_state(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t count, int decays) {
+  int64_t columns = plan->value_columns;
+  const REAL *values = decays ? room->decayed : room->values;
+  for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
+    REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
+    int64_t ld = round_up(block->count, V) + V;
+    for (int64_t j = 0; j < count; j++) {
+      form_products(room->phi + j * ld, block, room->keys + j * plan->ld, p->width, 1);
+    }
+    // The sum of a chunk on its own, as `add_tile` has it.
+    for (int64_t k = 0; k < block->count; k += V) {
+      vec sum = {0};
+      if (decays) {
+        for (int64_t j = 0; j < count; j++) sum += load(room->phi + j * ld + k) * room->until[j];
+      } else {
+        for (int64_t j = 0; j < count; j++) sum += load(room->phi + j * ld + k);
+      }
+      for (int64_t i = 0; i < least(V, block->count - k); i++) moment[k + i] += sum[i];
+    }
+    for (int64_t c = 0; c < columns; c += PANEL) {
+      int nr = (int)(panel_width(c, columns) / V);
+      for (int64_t k = 0; k < block->count; k += MR) {
+        int mr = (int)least(MR, block->count - k);
+        add(mr, nr, count, room->phi + k, ld, 1, values + c, columns, sums + k * columns + c, columns);
+      }
+    }
+  }
+}
+
+// Pairs of the rows of a chunk with its keys begin, ..., begin + n - 1; the place of row r is `place` + r.
+static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *c,
+                               int64_t count, int64_t place, int64_t begin, int64_t n) {
+  int64_t ldw = leading(padded(LINEAR_CHUNK)), columns = plan->value_columns;
+  weights_target to = {.squared = 1, .scale2 = 1, .inverse = 1, .ld = ldw};
+  for (int64_t r = 0; r < count; r += MR) {
+    int mr = (int)least(MR, count - r);
+    int64_t seen = least(n, place + r + mr - begin);
+    to.weights = room->weights;
+    for (int64_t start = 0; start < seen; start += PANEL) {
+      to.column = start;
+      weights(mr, (int)(panel_width(start, n) / V), p->width, room->query + r * plan->ld, plan->ld,
+              room->columns + start * p->width, panel_width(start, n), &to, 0, 0);
+    }
+    for (int i = 0; i < mr; i++) {
+      REAL *w = room->weights + i * ldw, total = 0;
+      int64_t last = least(n, place + r + i + 1 - begin);
+      if (c) {
+        int64_t at = least(place + r + i, p->keys - 1);
+        for (int64_t j = 0; j < last; j++) room->until[j] = c[at] - c[begin + j];
+        exponentials(room->until, last);
+        for (int64_t j = 0; j < last; j++) w[j] *= room->until[j];
+      }
+      for (int64_t j = last; j < seen; j++) w[j] = 0;
+      for (int64_t j = 0; j < last; j++) total += w[j];
+      room->total[r + i] += total;
+    }
+    for (int64_t col = 0; col < columns; col += PANEL) {
+      int nr = (int)(panel_width(col, columns) / V);
+      add(mr, nr, seen, room->weights, ldw, 0, room->values + col, columns, room->output + r * columns + col, columns);
+    }
+  }
+}
+
+// Output and normalizer of rows first, ..., first + count - 1 of a query head, of which the first has the place `place`,
+// with the state of all keys before `begin` and the n keys from there on.
+static void linear_rows(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *c, int64_t b,
+                        int64_t head, int64_t first, int64_t count, int64_t place, int64_t begin, int64_t n) {
+  int64_t columns = plan->value_columns;
+  pack_rows(room->query, plan->ld, &p->query, p->dtype, b, head, first, count, p->width, (REAL)p->scale);
+  clear(room->output, count * columns * (int64_t)sizeof(REAL));
+  clear(room->total, count * (int64_t)sizeof(REAL));
+  if (begin) {
+    read_state(plan, room, p, count);
+    if (c) {
+      for (int64_t r = 0; r < count; r++) room->since[r] = c[least(place + r, p->keys - 1)] - c[begin - 1];
+      exponentials(room->since, count);
+      for (int64_t r = 0; r < count; r++) {
+        scale_row(room->output + r * columns, columns, room->since[r]);
+        room->total[r] *= room->since[r];
+      }
+    }
+  }
+  if (n) add_pairs_of_chunk(plan, room, p, c, count, place, begin, n);
+  int64_t index = (b * p->heads + head) * p->rows + first;
+  for (int64_t r = 0; r < count; r++, index++) {
+    REAL *output = room->output + r * columns, total = room->total[r];
+    for (int64_t e = 0; e < p->value_width; e++) output[e] /= total == 0 ? 1 : total;
+    write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
+    write_number(p->normalizer, sums_dtype(p), index, total);
+  }
+}
+
+// All of one state: its keys in turn.
+static void linear_task(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t task) {
+  int64_t b = task / plan->state_heads, state = task % plan->state_heads;
+  int64_t kv_head = state * plan->groups / (p->heads / p->kv_heads), keys = key_count(p, b);
+  int64_t corner = (p->lower_right ? keys - p->rows : 0) + p->right;
+  const REAL *c = p->decay.data ? (const REAL *)p->decay.data + b * p->decay.stride[0] + state * p->decay.stride[1] : NULL;
+  clear(room->sums, plan->products * plan->value_columns * (int64_t)sizeof(REAL));
+  clear(room->moment, (plan->products + V) * (int64_t)sizeof(REAL));
+  for (int64_t begin = 0; begin < keys; begin += LINEAR_CHUNK) {
+    int64_t n = least(LINEAR_CHUNK, keys - begin);
+    pack_rows(room->keys, plan->ld, &p->key, p->dtype, b, kv_head, begin, n, p->width, 1);
+    pack_rows(room->values, plan->value_columns, &p->value, p->dtype, b, kv_head, begin, n, p->value_width, 1);
+    int64_t first = most(0, least(p->rows, begin - corner)), end = most(0, least(p->rows, begin + n - corner));
+    if (p->causal && end > first) {
+      pack_transposed(room->columns, &p->key, p->dtype, b, kv_head, begin, n, p->width, room->room);
+      for (int64_t g = 0; g < plan->groups; g++) {
+        linear_rows(plan, room, p, c, b, state * plan->groups + g, first, end - first, first + corner, begin, n);
+      }
+    }
+    if (c) {
+      REAL factor = begin ? c[begin + n - 1] - c[begin - 1] : 0;
+      exponentials(&factor, 1);
+      scale_row(room->sums, plan->products * plan->value_columns, factor);
+      scale_row(room->moment, plan->products, factor);
+      for (int64_t j = 0; j < n; j++) room->until[j] = c[begin + n - 1] - c[begin + j];
+      exponentials(room->until, n);
+      memcpy(room->decayed, room->values, (size_t)(n * plan->value_columns) * sizeof(REAL));
+      for (int64_t j = 0; j < n; j++) {
+        scale_row(room->decayed + j * plan->value_columns, plan->value_columns, room->until[j]);
+      }
+    }
+    write_state(plan, room, p, n, c != NULL);
+  }
+  // Rows that see all keys.
+  int64_t rest = p->causal ? most(0, least(p->rows, keys - corner)) : 0;
+  for (int64_t g = 0; g < plan->groups; g++) {
+    for (int64_t first = rest; first < p->rows; first += LINEAR_CHUNK) {
+      linear_rows(plan, room, p, c, b, state * plan->groups + g, first, least(LINEAR_CHUNK, p->rows - first),
+                  first + corner, keys, 0);
+    }
+    // Rows before the first key.
+    for (int64_t r = 0; p->causal && r < least(p->rows, -corner); r += LINEAR_CHUNK) {
+      linear_rows(plan, room, p, NULL, b, state * plan->groups + g, r, least(LINEAR_CHUNK, least(p->rows, -corner) - r),
+                  r + corner, 0, 0);
+    }
+  }
+}
+
+typedef struct {
+  const ea_problem *p;
+  linear_plan plan;
+  int64_t room_bytes;
+  char *rooms;
+  ea_queue queue;
+} linear_run;
+
+static void linear_thread(void *context, int64_t thread) {
+  linear_run *run = context;
+  linear_room room;
+  lay_out_linear(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
+  plan_linear(run->p, room.blocks);
+  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
+    for (; task < end; task++) linear_task(&run->plan, &room, run->p, task);
+  }
+}
+
+static int run_linear(const ea_problem *p) {
+  if (p->batch * p->heads * p->rows == 0) return EA_OK;
+  linear_run run = {.p = p, .plan = plan_linear(p, NULL)};
+  int64_t threads = most(1, least(p->threads, run.plan.states));
+  run.queue = (ea_queue){.count = run.plan.states, .chunk = 1};
+  linear_room room;
+  run.room_bytes = lay_out_linear(p, &run.plan, NULL, &room);
+  void *memory;
+  if (posix_memalign(&memory, 64, (size_t)(threads * run.room_bytes)) != 0) return EA_NO_MEMORY;
+  run.rooms = memory;
+  ea_parallel(linear_thread, &run, threads);
+  free(memory);
+  return EA_OK;
+}
