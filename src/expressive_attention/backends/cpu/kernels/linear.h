@@ -6,7 +6,7 @@
 
 // Keys of a chunk: a multiple of MR, so that no tile of rows is cut short.
 #define LINEAR_CHUNK 96
-// Products that are formed at a time, at least: what a part of the state takes in the first cache.
+// Products that are formed at a time, where one component has no more: their part of the state stays in the first cache.
 #define LINEAR_PRODUCTS 128
 
 // The products of components first, ..., last - 1 with those from themselves on: `count` of them, from `begin` on.
@@ -25,7 +25,7 @@ typedef struct {
   product_block *blocks;
   REAL *sums, *moment;                             // the state
   REAL *query, *keys, *columns, *values, *decayed;  // of a chunk; `columns` are the keys, transposed
-  REAL *phi, *weights, *output, *total, *room;
+  REAL *phi, *weights, *output, *totals, *total, *room;  // `totals`: a vector for each row
   REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
 } linear_room;
 
@@ -36,7 +36,8 @@ static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
   plan.states = p->batch * plan.state_heads;
   for (int64_t a = 0; a < p->width;) {
     product_block block = {.first = a, .begin = plan.products};
-    while (a < p->width && block.count < LINEAR_PRODUCTS) block.count += p->width - a++;
+    do block.count += p->width - a++;
+    while (a < p->width && block.count + p->width - a <= LINEAR_PRODUCTS);
     block.last = a;
     if (blocks) blocks[plan.blocks] = block;
     plan.blocks++, plan.products += block.count;
@@ -46,7 +47,7 @@ static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
 
 static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char *memory, linear_room *room) {
   arena a = {memory, 0};
-  int64_t chunk = LINEAR_CHUNK, most_products = LINEAR_PRODUCTS + p->width + V;
+  int64_t chunk = LINEAR_CHUNK, most_products = most(LINEAR_PRODUCTS, p->width) + V;
   *room = (linear_room){
       .blocks = take(&a, plan->blocks * sizeof(product_block)),
       .sums = take(&a, plan->products * plan->value_columns * sizeof(REAL)),
@@ -59,6 +60,7 @@ static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char
       .phi = take(&a, chunk * leading(most_products) * sizeof(REAL)),
       .weights = take(&a, chunk * leading(padded(chunk)) * sizeof(REAL)),
       .output = take(&a, chunk * plan->value_columns * sizeof(REAL)),
+      .totals = take(&a, chunk * sizeof(vec)),
       .total = take(&a, chunk * sizeof(REAL)),
       .room = take(&a, V * round_up(p->width, V) * sizeof(REAL)),
       .since = take(&a, chunk * sizeof(REAL)),
@@ -80,7 +82,7 @@ INLINE void form_products(REAL *to, const product_block *block, const REAL *x, i
 
 // Add phi(q)^T of the state to the output of `count` rows, and to their totals.
 static void read_state(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t count) {
-  int64_t columns = plan->value_columns, ld = leading(LINEAR_PRODUCTS + p->width + V);
+  int64_t columns = plan->value_columns, ld = leading(most(LINEAR_PRODUCTS, p->width) + V);
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
     const REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
     for (int64_t r = 0; r < count; r += MR) {
@@ -88,12 +90,11 @@ static void read_state(const linear_plan *plan, linear_room *room, const ea_prob
       for (int i = 0; i < mr; i++) {
         REAL *phi = room->phi + i * ld;
         form_products(phi, block, room->query + (r + i) * plan->ld, p->width, 2);
-        vec total = {0};
-        int64_t k = 0;
-        for (; k + V <= block->count; k += V) total += load(phi + k) * load(moment + k);
-        REAL rest = 0;
-        for (; k < block->count; k++) rest += phi[k] * moment[k];
-        room->total[r + i] += sum_of(total) + rest;
+        // What the rows of others left behind the products must not count.
+        store(phi + block->count, (vec){0});
+        vec total = load(room->totals + (r + i) * V);
+        for (int64_t k = 0; k < block->count; k += V) total += load(phi + k) * load(moment + k);
+        store(room->totals + (r + i) * V, total);
       }
       for (int64_t c = 0; c < columns; c += PANEL) {
         int nr = (int)(panel_width(c, columns) / V);
@@ -109,7 +110,7 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
   const REAL *values = decays ? room->decayed : room->values;
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
     REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
-    int64_t ld = round_up(block->count, V) + V;
+    int64_t ld = leading(round_up(block->count, V));
     for (int64_t j = 0; j < count; j++) {
       form_products(room->phi + j * ld, block, room->keys + j * plan->ld, p->width, 1);
     }
@@ -176,7 +177,9 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
   clear(room->output, count * columns * (int64_t)sizeof(REAL));
   clear(room->total, count * (int64_t)sizeof(REAL));
   if (begin) {
+    clear(room->totals, count * (int64_t)sizeof(vec));
     read_state(plan, room, p, count);
+    for (int64_t r = 0; r < count; r++) room->total[r] = sum_of(load(room->totals + r * V));
     if (c) {
       for (int64_t r = 0; r < count; r++) room->since[r] = c[least(place + r, p->keys - 1)] - c[begin - 1];
       exponentials(room->since, count);
