@@ -115,6 +115,7 @@ def backward(
             dk.data_ptr(),
             dv.data_ptr(),
             0 if dmask is None else dmask.data_ptr(),
+            0,
             *((0, 0, 0, 0) if dmask is None else dmask.shape),
         ),
     )

@@ -18,7 +18,9 @@ _FORWARD = (
     "kv_heads:q rows:q keys:q width:q value_width:q scale:d key_lengths:q query:5q key:5q value:5q mask:5q decay:5q "
     "output:q normalizer:q peak:q "
 )
-_BACKWARD = "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q mask_size:4q "
+_BACKWARD = (
+    "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q grad_decay:q mask_size:4q "
+)
 
 
 def _formats(members: str) -> str:

@@ -20,6 +20,10 @@ int ENTRY(ea_linear)(const ea_problem *p) {
   return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_double)(p) : run_linear(p);
 }
 
+int ENTRY(ea_linear_backward)(const ea_problem *p) {
+  return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_backward_double)(p) : run_linear_backward(p);
+}
+
 static int backward_in_double(const ea_problem *p) { return ENTRY(ea_backward_double)(p); }
 
 int ENTRY(ea_backward)(const ea_problem *p) {

@@ -23,3 +23,5 @@ static int backward_in_double(const ea_problem *p) {
 int ENTRY(ea_backward_double)(const ea_problem *p) { return run_backward(p); }
 
 int ENTRY(ea_linear_double)(const ea_problem *p) { return run_linear(p); }
+
+int ENTRY(ea_linear_backward_double)(const ea_problem *p) { return run_linear_backward(p); }

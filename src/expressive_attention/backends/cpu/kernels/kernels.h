@@ -21,3 +21,4 @@
 //
 #include "finite.h"
 #include "backward.h"
+#include "linear_backward.h"

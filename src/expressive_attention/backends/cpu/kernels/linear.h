@@ -30,7 +30,7 @@ typedef struct {
 } linear_room;
 
 static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
-  linear_plan plan = {.value_columns = padded(p->value_width), .ld = round_up(p->width, V) + V};
+  linear_plan plan = {.value_columns = padded(p->value_width), .ld = padded(p->width) + V};
   plan.groups = p->decay.data && p->decay.stride[1] ? 1 : p->heads / p->kv_heads;
   plan.state_heads = p->heads / plan.groups;
   plan.states = p->batch * plan.state_heads;
@@ -80,8 +80,8 @@ INLINE void form_products(REAL *to, const product_block *block, const REAL *x, i
   }
 }
 
-// Add phi(q)^T of the state to the output of `count` rows, and to their totals.
-static void read_state(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t count) {
+// Add phi(x)^T of the state to the output of `count` rows x, and to their totals.
+static void read_state(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *x, int64_t count) {
   int64_t columns = plan->value_columns, ld = leading(most(LINEAR_PRODUCTS, p->width) + V);
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
     const REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
@@ -89,7 +89,7 @@ static void read_state(const linear_plan *plan, linear_room *room, const ea_prob
       int mr = (int)least(MR, count - r);
       for (int i = 0; i < mr; i++) {
         REAL *phi = room->phi + i * ld;
-        form_products(phi, block, room->query + (r + i) * plan->ld, p->width, 2);
+        form_products(phi, block, x + (r + i) * plan->ld, p->width, 2);
         // What the rows of others left behind the products must not count.
         store(phi + block->count, (vec){0});
         vec total = load(room->totals + (r + i) * V);
@@ -178,7 +178,7 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
   clear(room->total, count * (int64_t)sizeof(REAL));
   if (begin) {
     clear(room->totals, count * (int64_t)sizeof(vec));
-    read_state(plan, room, p, count);
+    read_state(plan, room, p, room->query, count);
     for (int64_t r = 0; r < count; r++) room->total[r] = sum_of(load(room->totals + r * V));
     if (c) {
       for (int64_t r = 0; r < count; r++) room->since[r] = c[least(place + r, p->keys - 1)] - c[begin - 1];

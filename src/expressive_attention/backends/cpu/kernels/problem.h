@@ -43,6 +43,7 @@ typedef struct {
   M(q, const void *, grad_normalizer, ) /* or NULL */                                               \
   M(q, void *, grad_query, ) M(q, void *, grad_key, ) M(q, void *, grad_value, )                    \
   M(q, void *, grad_mask, )       /* or NULL; contiguous, of the dtype of the mask */               \
+  M(q, void *, grad_decay, )      /* or NULL; contiguous, of one number for each key of each state */ \
   M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */
 
 #define EA_DECLARE(format, type, name, size) type name size;
