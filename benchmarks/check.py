@@ -1,4 +1,4 @@
-"""The error check of the benchmarks, by the budget of the tests."""
+"""The error check of the benchmarks, with the error budget of the tests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contestants import run
 from expressive_attention import expressive_attention
+from implementations import run
 
 
 class Judge:
-    """What the last head of a problem should give: output and, with `upstream`, gradients of query, key and value.
+    """Expected results of a problem's last head: output and, with `upstream`, gradients of query, key and value.
 
-    A result may differ from the reference in float64 by twice the error of the reference in the dtype of the
-    problem, plus one rounding of the terms that add up to it.
+    A result may differ from the float64 reference by twice the error of the reference in the problem's dtype, plus one
+    rounding of the terms that add up to it.
     """
 
     def __init__(self, inputs: Sequence[Tensor], upstream: Tensor | None, causal: bool) -> None:
@@ -36,7 +36,7 @@ class Judge:
         ]
 
     def error(self, results: Sequence[Tensor]) -> float:
-        """The largest error, as a share of its budget: red above 1, and NaN where a result is NaN."""
+        """Largest error as a share of its budget: red above 1, and NaN if a result is NaN."""
         shares = [
             float((_last_head(got) - want).abs().max()) / budget
             for got, want, budget in zip(results, self._exact, self.budgets, strict=True)

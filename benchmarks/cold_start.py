@@ -1,16 +1,17 @@
-"""How long the first call takes on a GPU, in a process of its own: with kernels to compile, and with those on disk.
+"""Time the first call on a GPU, in a new process: with kernels to compile, and with compiled kernels on disk.
 
     python benchmarks/cold_start.py [--pairs N]
 
-Seconds from the call to its result, of a training step (forward and backward) in bfloat16, (1, 16, 4096, 128), causal:
-ours, and SDPA, whose kernels are compiled already. Triton keeps compiled kernels in a folder, which is empty at first.
+The script prints seconds from the call to its result for a causal training step (forward and backward) in bfloat16,
+(1, 16, 4096, 128): ours, and SDPA, whose kernels are already compiled. Triton keeps compiled kernels in a folder, which
+is empty at first.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: it has a file with the name of a module of the standard library.
+# This folder goes last: it has a file named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -22,25 +23,25 @@ import time
 
 import torch
 
-from contestants import SDPA, ours, run
+from implementations import SDPA, ours, run
 from problems import Problem
 
 PROBLEM = Problem("cold start", (1, 16, 4096, 128), causal=True, backward=True, dtype=torch.bfloat16, device="cuda")
 
 
 def first_call(name: str) -> float:
-    """Seconds of the first call in this process, on a GPU that has been woken up."""
-    contestant = SDPA if name == SDPA.name else ours(None, PROBLEM.dtype, "cuda")
+    """Seconds of the first call in this process, after the GPU is initialized."""
+    implementation = SDPA if name == SDPA.name else ours(None, PROBLEM.dtype, "cuda")
     inputs, upstream = PROBLEM.inputs(), PROBLEM.upstream()
     torch.ones(1, device="cuda").sum().item()
     start = time.perf_counter()
-    run(contestant.make(PROBLEM), inputs, upstream)
+    run(implementation.make(PROBLEM), inputs, upstream)
     PROBLEM.wait()
     return time.perf_counter() - start
 
 
 def in_new_process(name: str, folder: str) -> float:
-    """`first_call`, with Triton's kernels in that folder."""
+    """Run `first_call` in a new process, with Triton's kernels in `folder`."""
     command = [sys.executable, __file__, "--first", name]
     environment = {**os.environ, "TRITON_CACHE_DIR": folder}
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)

@@ -1,17 +1,17 @@
-"""Training seeds together against one after the other, on cells of a preset.
+"""Time training seeds together against training them one by one, on cells of a preset.
 
     python benchmarks/ensemble.py [--preset NAME] [--only TEXT] [--pairs N] [--threads N] [--profile] [--compile]
 
 A model-step is one optimizer step of one seed. The rival is a plain loop: a module, an optimizer and a backward
-pass per seed. Both are checked to give the same losses before they are timed, in turn. The profile says which
-operations take the time of the program that trains seeds together. `--compile` adds what torch.compile would change.
+pass per seed. Both are checked to give the same losses, then timed in turn. `--profile` shows which operations take the
+time of the program that trains seeds together. `--compile` adds a comparison with torch.compile.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: `operator.py` beside this file has the name of a module of the standard library.
+# This folder goes last: its `operator.py` is named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -80,12 +80,12 @@ class OneByOne:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", default="quick", choices=preset_names(), help="whose cells")
+    parser.add_argument("--preset", default="quick", choices=preset_names(), help="preset with the cells to train")
     parser.add_argument("--only", default="", metavar="TEXT", help="only conditions whose name contains this")
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    parser.add_argument("--compile", action="store_true", help="compare the compiled program with the plain one, too")
+    parser.add_argument("--compile", action="store_true", help="also compare the compiled program with the plain one")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs per ratio")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; a study's worker has one per cell")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; a study's worker uses one per cell")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads")
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def compare_compiled(cell: Cell, together: Together, data: list[Batch], pairs: int) -> None:
-    """Print what torch.compile gains for the program of all seeds, and how long its first steps take."""
+    """Print the speed-up by torch.compile for the program of all seeds, and the time of its first steps."""
     compiled = Together(cell)
     compiled.model.compile(dynamic=False)
     start = time.perf_counter()

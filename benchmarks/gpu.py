@@ -1,22 +1,21 @@
-"""All that there is to do on a GPU, in one go: are the kernels right, and how fast are they?
+"""Run all checks on a GPU in one go: are the kernels right, and how fast are they?
 
     python benchmarks/gpu.py [STEP ...] [--out FOLDER]
 
 tests       the tests of the kernels, on the device
 large       errors of problems up to 65536 keys, in three dtypes
-sanitizer   reads and writes beside tensors, reads of what was never written, and races, at small sizes, by NVIDIA's
-            compute-sanitizer
+sanitizer   out-of-bounds accesses, uninitialized reads and races, at small sizes, by NVIDIA's compute-sanitizer
 cold        seconds of a first call
 timing      the table of `operator.py --device cuda`, with the errors of every problem
 
-All steps run, also after one that failed; what each prints is in FOLDER/STEP.log too. Exit status: 0 all passed.
+All steps run, even after a failure. FOLDER/STEP.log also gets the output of each step. Exit status: 0 if all passed.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.pop(0)  # this folder, which has a file with the name of a module of the standard library
+sys.path.pop(0)  # this folder has a file named like a module of the standard library
 
 import argparse
 import os
@@ -29,12 +28,12 @@ import torch
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
-PYTEST = ["-m", "pytest", "-q", "-o", "timeout=0"]  # compiling takes its time
+PYTEST = ["-m", "pytest", "-q", "-o", "timeout=0"]  # compilation is slow
 SMALL = ["-x", "-k", "tiles_of_users or packed or filled or slopes_in or masks_of_all_shapes"]
 
 
 def commands(folder: Path) -> dict[str, list[list[str]]]:
-    """What each step runs."""
+    """Commands of each step."""
     python = sys.executable
     kernels = str(TESTS / "backends" / "test_triton.py")
     sanitizer = [
@@ -52,8 +51,8 @@ def commands(folder: Path) -> dict[str, list[list[str]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help="these steps; without any, all of them")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="where to write")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="steps to run; default: all")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="folder to write to")
     options = parser.parse_args()
     known = commands(options.out)
     for step in options.steps:
@@ -76,7 +75,7 @@ def main() -> None:
 
 
 def run(command: list[str], log: Path) -> bool:
-    """Run a command, its output shown and added to a file; whether it succeeded."""
+    """Run a command, show its output and append it to a file; return whether the command succeeded."""
     if shutil.which(command[0]) is None:
         print(f"{command[0]} is not installed", flush=True)
         return False
@@ -84,7 +83,7 @@ def run(command: list[str], log: Path) -> bool:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
     if command[0] == "compute-sanitizer":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a block holds many tensors, and hides their ends
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else one block holds many tensors and hides their ends
     with (
         log.open("a") as file,
         subprocess.Popen(

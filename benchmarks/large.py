@@ -1,16 +1,16 @@
-"""The errors of long problems, against float64: of some rows of each, as a share of their budget.
+"""Check the errors of long problems against float64, for some rows of each, as a share of their budget.
 
     python benchmarks/large.py [--device cpu|cuda] [--lengths N ...] [--backend NAME]
 
-In float32, float16 and bfloat16, of lengths that end inside of a tile, full and causal, the output, and up to 16384 the
-gradients too. Exit status: 0 every error is within its budget, 1 one is not.
+Problems are in float32, float16 and bfloat16, of lengths that end inside a tile, full and causal. The script checks the
+output, and up to length 16384 also the gradients. Exit status: 0 if every error is within its budget, else 1.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: it has a file with the name of a module of the standard library.
+# This folder goes last: it has a file named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from check import Judge
-from contestants import run, why_not
 from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS
+from implementations import run, why_not
 from problems import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +42,7 @@ def error(problem: Problem, backend: str) -> float:
     (output,) = run(attention, [query, key, value], None)
     if not problem.causal:
         return Judge([query[..., -_ROWS:, :], key, value], None, causal=False).error([output[..., -_ROWS:, :]])
-    # Rows see the keys up to them alone.
+    # Each row sees only the keys up to its own position.
     length = problem.shape[2]
     shares = []
     for stop in (min(_ROWS, length), length // 2, length):

@@ -1,16 +1,16 @@
-"""Peak memory of one call beyond its inputs and outputs, in a process of its own.
+"""Measure peak memory of one call beyond its inputs and outputs, in a new process.
 
     python benchmarks/memory.py BACKEND|sdpa|automatic LENGTH forward|backward THREADS
 
-prints it in bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget. On a GPU
-`measured_on_gpu` counts what torch allocates there, for ``(1, 16, LENGTH, 64)``.
+The command prints bytes as JSON, for ``(1, 1, LENGTH, 64)``, with the error of the output as a share of its budget. On
+a GPU, `measured_on_gpu` counts torch's allocations there, for ``(1, 16, LENGTH, 64)``.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: it has a file with the name of a module of the standard library.
+# This folder goes last: it has a file named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import json
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from check import Judge
-from contestants import SDPA, Contestant, ours, run
+from implementations import SDPA, Implementation, ours, run
 from problems import Problem
 
 LENGTHS = (8192, 16384)
@@ -33,37 +33,37 @@ _CHECKED_ROWS = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes beyond inputs and outputs, and the error as a share of its budget; None: not expressive attention."""
+    """Bytes beyond inputs and outputs, and the error as a share of its budget (None without expressive attention)."""
 
     bytes: int
     error: float | None
 
 
-def measured(contestant: str, length: int, backward: bool, threads: int) -> Usage:
+def measured(implementation: str, length: int, backward: bool, threads: int) -> Usage:
     """`Usage` of one call, in a new process.
 
     Raises:
-        RuntimeError: It could not be measured; the message is one line.
+        RuntimeError: The measurement failed; the message is one line.
     """
     passes = "backward" if backward else "forward"
-    command = [sys.executable, __file__, contestant, str(length), passes, str(threads)]
+    command = [sys.executable, __file__, implementation, str(length), passes, str(threads)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     return Usage(**json.loads(done.stdout))
 
 
-def measured_on_gpu(contestant: Contestant, length: int, backward: bool) -> Usage:
-    """`Usage` of one call on the current GPU, in bfloat16; kernels are compiled before."""
+def measured_on_gpu(implementation: Implementation, length: int, backward: bool) -> Usage:
+    """`Usage` of one call on the current GPU, in bfloat16, with kernels already compiled."""
     problem = Problem("memory", (1, 16, length, 64), backward=backward, dtype=torch.bfloat16, device="cuda")
-    inputs, upstream, attention = problem.inputs(), problem.upstream(), contestant.make(problem)
+    inputs, upstream, attention = problem.inputs(), problem.upstream(), implementation.make(problem)
     results = run(attention, inputs, upstream)
     del results
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = run(attention, inputs, upstream)
     beyond = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
-    return Usage(beyond, _error(inputs, results) if contestant.expressive else None)
+    return Usage(beyond, _error(inputs, results) if implementation.expressive else None)
 
 
 def is_linear(shorter: int, longer: int) -> bool:
@@ -71,17 +71,17 @@ def is_linear(shorter: int, longer: int) -> bool:
     return longer <= 2 * max(shorter, 0) + _RESOLUTION
 
 
-def usage(contestant: Contestant, length: int, backward: bool) -> Usage:
-    """`Usage` of one call in this process, which should have done nothing before."""
+def usage(implementation: Implementation, length: int, backward: bool) -> Usage:
+    """`Usage` of one call in this process, which should be fresh."""
     small = Problem("memory", (1, 1, 64, 64), backward=backward)
-    run(contestant.make(small), small.inputs(), small.upstream())
+    run(implementation.make(small), small.inputs(), small.upstream())
     problem = Problem("memory", (1, 1, length, 64), backward=backward)
-    inputs, upstream, attention = problem.inputs(), problem.upstream(), contestant.make(problem)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    inputs, upstream, attention = problem.inputs(), problem.upstream(), implementation.make(problem)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     before = _status("VmRSS")
     results = run(attention, inputs, upstream)
     beyond = _status("VmHWM") - before - sum(x.nbytes for x in results)
-    return Usage(beyond, _error(inputs, results) if contestant.expressive else None)
+    return Usage(beyond, _error(inputs, results) if implementation.expressive else None)
 
 
 def _error(inputs: list[Tensor], results: list[Tensor]) -> float:
@@ -102,8 +102,8 @@ def _status(name: str) -> int:
 def main() -> None:
     name, length, passes, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    contestant = SDPA if name == SDPA.name else ours(None if name == "automatic" else name, torch.float32)
-    found = usage(contestant, int(length), passes == "backward")
+    implementation = SDPA if name == SDPA.name else ours(None if name == "automatic" else name, torch.float32)
+    found = usage(implementation, int(length), passes == "backward")
     print(json.dumps(found.__dict__))
 
 

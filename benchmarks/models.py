@@ -1,19 +1,19 @@
-"""Models of Hugging Face transformers with expressive attention against the same models with softmax.
+"""Time Hugging Face transformers models with expressive attention against the same models with softmax.
 
     python benchmarks/models.py [--lengths N ...] [--tokens N] [--rounds N] [--threads N] [--small]
 
-A GPT-2 of 12 layers, 12 heads and width 768 with random weights, batch 1, float32, eager: forward, training step
-(forward, backward, AdamW), and generation of as many tokens as the prompt has. The rival is
-``attn_implementation="sdpa"``, timed in turn in the same process. The last rows are a forward pass that
-`geometry.capture` watches against one that it does not, of each model. Before anything is timed, expressive attention
-is verified to run in every layer, and its logits are compared with those of the reference backend.
+The model is a GPT-2 with 12 layers, 12 heads, width 768 and random weights, at batch 1, in float32, eager. The script
+times the forward pass, a training step (forward, backward, AdamW), and generation of as many tokens as the prompt has.
+The rival is ``attn_implementation="sdpa"``, timed in turn in the same process. The last rows compare a forward pass
+under `geometry.capture` with one without it, for each model. Before timing, the script verifies that expressive
+attention runs in every layer, and compares its logits with those of the reference backend.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: `operator.py` beside this file has the name of a module of the standard library.
+# This folder goes last: its `operator.py` is named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -34,14 +34,14 @@ SHAPES = {"gpt2": (12, 12, 768, 50257), "small": (2, 4, 64, 1000)}
 
 
 def build(shape: str, positions: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
-    """A model with expressive attention, verified, and its twin with softmax."""
+    """Return a verified model with expressive attention, and its twin with softmax."""
     layers, heads, width, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width, n_positions=positions,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    softmax = GPT2LMHeadModel(config).eval()  # with sdpa
+    softmax = GPT2LMHeadModel(config).eval()  # uses sdpa
     assert softmax.config._attn_implementation == "sdpa"
     ours = copy.deepcopy(softmax)
     conversion = convert(ours)
@@ -89,7 +89,7 @@ def training_step(model: GPT2LMHeadModel, ids: Tensor) -> Callable[[], object]:
 
 
 def generation(model: Any, prompt: Tensor, tokens: int) -> Callable[[], object]:
-    """Greedy, against a cache."""
+    """Greedy generation with a cache."""
 
     def run() -> None:
         mask = torch.ones_like(prompt)
@@ -102,8 +102,8 @@ def generation(model: Any, prompt: Tensor, tokens: int) -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="of forward and training step")
-    parser.add_argument("--tokens", type=int, default=256, help="of the prompt, and as many are generated")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024], help="lengths of sequences")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of the prompt, and to generate")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs per ratio")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--small", action="store_true", help="a model of two layers, to try this script")
@@ -124,7 +124,7 @@ def main() -> None:
     for name, model in (("EA", ours), ("sdpa", softmax)):
         rows.append((f"{name} captured, L = {longest.numel()}", captured(model, longest), forward(model, longest)))
     for name, mine, rival in rows:
-        ratio = paired(rival, mine, arguments.rounds)  # of the rival's "ours": our time over its time
+        ratio = paired(rival, mine, arguments.rounds)  # rival first: the ratio is our time over its time
         print(f"{name:34} {ratio}   {ratio.rival:.3f} s, {ratio.ours:.3f} s", flush=True)
 
 

@@ -5,15 +5,15 @@
 
 On a GPU, SDPA is forced to FlashAttention and to cuDNN, and our own kernels run with exp in the place of f ("twin").
 
-For every problem: first the error against float64, then all contestants in turn. Where a check is red there is no
-speed-up. Goals are printed as met or missed, and nothing is left out.
+The script first checks the error of each problem against float64, then times all implementations in turn. A red check
+gives no speed-up. Goals are printed as met or missed, and nothing is left out.
 """
 
 from __future__ import annotations
 
 import sys
 
-# This folder last: the name of this file is also that of a module of the standard library.
+# This folder goes last: this file is named like a module of the standard library.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -33,14 +33,14 @@ from torch import Tensor
 import memory
 import peak
 from check import Judge
-from contestants import GPU_RIVALS, RIVALS, SDPA, Contestant, automatic, ours, prepared, why_not
 from expressive_attention.backends import BACKENDS
+from implementations import GPU_RIVALS, RIVALS, SDPA, Implementation, automatic, ours, prepared, why_not
 from problems import Problem, gpu_problems, problems
 from table import HEADER, MEMORY_HEADER, MemoryRow, Row
 from timing import Ratio, in_turn
 
 RED = "error over budget: no speed-up"
-MEMORY = {  # of the CPU and of the GPU; whether with gradients
+MEMORY = {  # rows for CPU and GPU, and whether they include gradients
     "cpu": {"memory, forward, (1, 1, L, 64)": False, "memory, forward + backward, (1, 1, L, 64)": True},
     "cuda": {"memory, forward, (1, 16, L, 64)": False, "memory, forward + backward, (1, 16, L, 64)": True},
 }
@@ -52,23 +52,23 @@ def judge(problem: Problem) -> Judge:
 
 
 def measure(
-    problem: Problem, own: Contestant, rivals: Iterable[Contestant], pairs: int, peaks: peak.Peaks
+    problem: Problem, own: Implementation, rivals: Iterable[Implementation], pairs: int, peaks: peak.Peaks
 ) -> list[Row]:
     """The rows of a problem: ours, then the rivals."""
     inputs, upstream = problem.inputs(), problem.upstream()
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for contestant in (own, *rivals):
-        name = contestant.name
-        goal = problem.goal.share if contestant is own else getattr(problem.goal, name, None)
-        rows[name] = {"goal": goal, "is_ours": contestant is own}
+    for implementation in (own, *rivals):
+        name = implementation.name
+        goal = problem.goal.share if implementation is own else getattr(problem.goal, name, None)
+        rows[name] = {"goal": goal, "is_ours": implementation is own}
         try:
-            call = prepared(contestant.make(problem), problem, inputs, upstream)
+            call = prepared(implementation.make(problem), problem, inputs, upstream)
             results = call()
         except Exception as error:
             rows[name]["note"] = f"does not run: {first_line(error)}"
             continue
-        if contestant.expressive:
+        if implementation.expressive:
             error = judge(problem).error(results)
             rows[name]["error"] = error if math.isfinite(error) else None
             if not error <= 1:
@@ -91,7 +91,7 @@ def measure(
 def measure_memory(
     label: str, own: str, rival: str, slack: float, usage: Callable[[str, int], memory.Usage]
 ) -> list[MemoryRow]:
-    """The rows of peak memory: ours, to be within the rival's, then the rival; by `usage` of a name at a length."""
+    """The rows of peak memory: ours, whose goal is the rival's, then the rival's; `usage` takes a name and a length."""
     limit = rival + (f" + {slack:.0%}" if slack else "")
     try:
         mine, theirs = ([usage(name, length) for length in memory.LENGTHS] for name in (own, rival))
@@ -114,13 +114,13 @@ def first_line(error: Exception) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run; the CPU by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run; default: cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of threads")
     parser.add_argument("--pairs", type=int, default=7, metavar="N", help="pairs of runs per ratio")
     parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose name contains this")
-    parser.add_argument("--backend", choices=BACKENDS, help="time this one, not the automatic choice")
+    parser.add_argument("--backend", choices=BACKENDS, help="backend to time; default: the automatic choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     found = parser.parse_args()
     if min(found.threads) < 1:
@@ -136,7 +136,7 @@ def arguments() -> argparse.Namespace:
     found.problems = [p for p in known if found.only in str(p)]
     found.memory = {label: backward for label, backward in MEMORY[found.device].items() if found.only in label}
     if not found.problems and not found.memory:
-        parser.error(f"--only must be part of a problem's name, as 'forward, causal' or 'tiny', got {found.only!r}")
+        parser.error(f"--only must be part of a problem's name, like 'forward, causal' or 'tiny', got {found.only!r}")
     if found.backend is not None:
         for dtype in {p.dtype for p in found.problems} or {torch.float32}:
             reason = why_not(found.backend, dtype, found.device)
@@ -146,14 +146,14 @@ def arguments() -> argparse.Namespace:
 
 
 def shown(rows: Sequence[Row] | Sequence[MemoryRow]) -> list[dict[str, Any]]:
-    """Print rows of one problem, and return what the JSON file holds of them."""
+    """Print rows of one problem, and return them for the JSON file."""
     for i, row in enumerate(rows):
         print(row.line(first=i == 0), flush=True)
     return [row.as_dict() for row in rows]
 
 
 def section(options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """Everything on one number of threads, or on the GPU, printed as it is measured."""
+    """Measure and print everything for one number of threads, or on the GPU."""
     torch.set_num_threads(threads)
     on_gpu = options.device == "cuda"
     peaks = peak.measure_gpu() if on_gpu else peak.measure(threads)

@@ -1,4 +1,4 @@
-/* What one core can do at most: multiply-adds per second, and bytes read per second. See peak.py. */
+/* Peak rates of one core: multiply-adds per second, and bytes read per second. See peak.py. */
 
 #include <stddef.h>
 #include <stdint.h>

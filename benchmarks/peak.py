@@ -1,6 +1,6 @@
-"""The most that this machine can do: float32 multiply-adds and bytes read per second, measured by `peak.c`.
+"""Peak rates of this machine: float32 multiply-adds and bytes read per second, measured by `peak.c`.
 
-Of a GPU: matrix products in bfloat16, and bytes copied, by torch.
+On a GPU, torch measures matrix products in bfloat16 and bytes copied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PIECE = 8 * 64  # bytes that `read_all` takes at a time, with the widest vector
 
 @dataclass(frozen=True)
 class Peaks:
-    """FLOP/s and bytes/s of some threads together; None, and why, where they could not be measured."""
+    """FLOP/s and bytes/s of some threads together; None if not measured, and `missing` says why."""
 
     flops: float | None
     bandwidth: float | None
@@ -84,7 +84,7 @@ def _flops(library: ctypes.CDLL, threads: int, rounds: int = 10_000_000) -> floa
 
 
 def _bandwidth(library: ctypes.CDLL, threads: int) -> float:
-    buffer = torch.ones(_BUFFER // 4 + 16)  # written, so that every page is there
+    buffer = torch.ones(_BUFFER // 4 + 16)  # written, so that every page exists
     start = -(-buffer.data_ptr() // 64) * 64
     part = _BUFFER // threads // _PIECE * _PIECE
     return _best_rate(lambda i: library.read_all(start + i * part, part), threads)

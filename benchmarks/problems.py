@@ -1,4 +1,4 @@
-"""What the operator is timed on, and what it is to reach there."""
+"""Problems on which the operator is timed, and their goals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peak import Peaks
 
 @dataclass(frozen=True)
 class Goal:
-    """Least values: time of a rival over ours, and share of the peak; None: there is no such goal."""
+    """Smallest acceptable values: a rival's time over ours, and share of the peak; None means no goal."""
 
     sdpa: float | None = None
     formula: float | None = None
@@ -27,7 +27,7 @@ class Goal:
 class Problem:
     """Query ``(B, H, L, E)``, key and value ``(B, H, S, E)`` of random numbers; S = L unless `keys` says otherwise.
 
-    With `backward`, gradients are computed, too; with `backward_alone`, they are what is timed.
+    With `backward`, gradients are also computed; with `backward_alone`, only they are timed.
     """
 
     label: str
@@ -53,12 +53,12 @@ class Problem:
         return [x.requires_grad_(self.backward) for x in drawn]
 
     def upstream(self) -> Tensor | None:
-        """The gradient of the output, where there is a backward pass; the same at every call."""
+        """Gradient of the output if there is a backward pass, else None; the same at every call."""
         generator = torch.Generator().manual_seed(1)
         return torch.randn(self.shape, generator=generator).to(self.device, self.dtype) if self.backward else None
 
     def wait(self) -> None:
-        """Until the device has done all it was asked to."""
+        """Wait until the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -78,7 +78,7 @@ class Problem:
         return 2 * b * h * (self.keys or length) * e * self.dtype.itemsize
 
     def share(self, seconds: float, peaks: Peaks) -> float | None:
-        """Share of the peak: of reading memory for a single query, else of float32 multiply-adds; None: no peak."""
+        """Share of the peak: of reading memory for a single query, else of multiply-adds; None if there is no peak."""
         work, peak = (self.bytes_read, peaks.bandwidth) if self.shape[2] == 1 else (self.flops, peaks.flops)
         return None if peak is None else work / seconds / peak
 
@@ -95,7 +95,7 @@ _TINY = ((32, 4, 16, 16), (256, 2, 16, 16))
 
 
 def problems(bfloat16_products: bool) -> list[Problem]:
-    """All problems; `bfloat16_products`: the CPU multiplies bfloat16 (AVX512-BF16)."""
+    """All problems for the CPU; `bfloat16_products` says whether it multiplies bfloat16 (AVX512-BF16)."""
     found = []
     for shape in _SHAPES:
         narrow = shape[3] == 64
@@ -111,6 +111,12 @@ def problems(bfloat16_products: bool) -> list[Problem]:
     for shape in ((1, 8, 1024, 64), (1, 8, 1024, 128)):
         goal = Goal(sdpa=1.5 if bfloat16_products else 1.2)
         found.append(Problem("bfloat16 forward, full", shape, goal, dtype=torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float16):
+        for causal in (False, True):
+            label = f"{str(dtype).removeprefix('torch.')} forward + backward, {'causal' if causal else 'full'}"
+            fast = dtype == torch.bfloat16 and bfloat16_products
+            goal = Goal(sdpa=(3.0 if causal else 2.0) if fast else None)
+            found.append(Problem(label, (1, 8, 1024, 64), goal, causal=causal, backward=True, dtype=dtype))
     for shape, keys in (((8, 8, 1, 64), 2048), ((1, 32, 1, 128), 8192)):
         found.append(Problem("decode, float32", shape, Goal(sdpa=2.0, share=0.8), keys))
         found.append(Problem("decode, bfloat16", shape, Goal(sdpa=6.0), keys, dtype=torch.bfloat16))
@@ -121,7 +127,7 @@ def problems(bfloat16_products: bool) -> list[Problem]:
 
 
 def gpu_problems() -> list[Problem]:
-    """What is timed on a GPU, in bfloat16: 16384 tokens of 2048 numbers, and decoding from 64k keys."""
+    """All problems for a GPU, in bfloat16: 16384 tokens of 2048 numbers, and decoding from 64k keys."""
     found = []
     for causal in (False, True):
         label = "causal" if causal else "full"

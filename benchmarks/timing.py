@@ -1,4 +1,4 @@
-"""Paired timing: rivals run in turn in one process, so that a drift of the machine's speed hits all of them."""
+"""Paired timing: rivals run in turn in one process, so that a drift of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ours: Sequence[float], rival: Sequence[float]) -> Ratio:
-        """From the seconds of either, a pair at a time."""
+        """Make a ratio from the seconds of both, a pair at a time."""
         ratios = [b / a for a, b in zip(ours, rival, strict=True)]
         return cls(
             statistics.median(ratios), min(ratios), max(ratios), statistics.median(ours), statistics.median(rival)
@@ -31,7 +31,7 @@ class Ratio:
 
 
 def seconds(function: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> float:
-    """Mean seconds of one call over `repeats` calls; `wait` returns when all that was begun is done."""
+    """Mean seconds of one call over `repeats` calls; `wait` returns when all started work is done."""
     wait()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -46,7 +46,7 @@ def in_turn(
     least: float = 0.1,
     wait: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
-    """Seconds of each function, once a round, each time over as many calls as take about `least` seconds."""
+    """Seconds of each function, measured once per round over as many calls as take about `least` seconds."""
     repeats = []
     for function in functions:
         function()  # warm-up: first call allocates and initializes

@@ -1,10 +1,12 @@
 """Which architectures of Hugging Face transformers run expressive attention, and which do not and why.
 
-    .venv/bin/python docs/architectures.py [--only TEXT] [--write]
+    .venv/bin/python docs/architectures.py [--only PATTERN] [--results FILE] [--write]
 
-Every architecture of `AutoModel` is built from a tiny configuration with random weights, converted, and verified by a
-forward pass: nothing is downloaded. Those that read images need torchvision. `--write` puts the list into
-docs/architectures.md.
+Every architecture of `AutoModel` is built from a small configuration with random weights, converted, and verified by a
+forward pass: nothing is downloaded. Models that read images need torchvision. Each has a process of its own, two at a
+time. With a file of results, a run that was ended is resumed. `--write` puts the list into docs/architectures.md.
+
+Sizes and inputs are made by rules, of `tiny_configs` and `tiny_inputs`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
+import multiprocessing
 import os
-import signal
+import re
+import resource
 import textwrap
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,161 +32,183 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from tiny_configs import Size, shrink, sizes
+from tiny_inputs import Maker
 from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from expressive_attention.integrations import ConversionError, convert
 
-SECONDS, PARAMETERS = 60, 100_000_000
-
-# By the names that configurations use.
-TINY: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim", "embedding_size"), 32
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "depth"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim"), 8),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 64),
-    **dict.fromkeys(("vocab_size",), 128),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length"), 64),
-    **dict.fromkeys(("image_size",), 32),
-    **dict.fromkeys(("patch_size",), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok",), 2),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id"), 0),
-    **dict.fromkeys(("eos_token_id",), 1),
-    **dict.fromkeys(("use_cache",), False),
-}
+SECONDS, PARAMETERS, PROCESSES = 75, 150_000_000, 2
+MEMORY = 10 * 2**30  # bytes that a process may take
 
 
-# For those that do not fit together with all of these: the width that they have, and fewer layers.
-THIN = {name: value for name, value in TINY.items() if value == 2 or name in ("vocab_size", "num_experts", "use_cache")}
+def outcomes(config_class: Any) -> Iterator[str]:
+    """The best outcome so far: ``""`` if expressive attention ran in every layer; else what was not possible, first."""
+    best = ""
+    for layers in (2, 4, 8):  # some have attention in every fourth layer, or eighth
+        partly = 0
+        for found in attempts(config_class, layers):
+            if not found or found.startswith(("refused", "failed", "besides")):
+                yield found
+                return
+            best = max(found, best, key=rank)
+            yield best
+            partly += found.startswith("partly")
+            if partly == 2:
+                return
+        if not best.startswith(("without attention", "not reached")):
+            return
 
 
-class TooSlowError(Exception):
-    """It took longer than `SECONDS`."""
+def rank(found: str) -> tuple[int, float]:
+    """Of two outcomes, which says more."""
+    kinds = ("not tried", "without attention", "not reached", "partly")
+    told = next((number for number, kind in enumerate(kinds, 1) if found.startswith(kind)), 0)
+    reached, total = re.findall(r"\d+", found)[:2] if found.startswith("partly") else (0, 1)
+    return told - found.endswith("parameters at least"), int(reached) / int(total)
 
 
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """End what takes too long."""
+def attempts(config_class: Any, layers: int) -> Iterator[str]:
+    """The outcome with one configuration after the other."""
+    for size in sizes(layers):
+        found = attempt(config_class, size)
+        yield found
+        if found.startswith("not tried: ImportError"):
+            return
 
-    def stop(*_: Any) -> None:
-        raise TooSlowError(f"more than {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+def attempt(config_class: Any, size: Size) -> str:
+    """The outcome with a configuration of one size."""
     try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        return of_model(build(shrink(config_class(), size)))
+    except Exception as error:
+        return f"not tried: {first_line(error)}"
 
 
-def shrink(config: Any, sizes: dict[str, Any]) -> Any:
-    """Make a configuration, and those inside of it, small."""
-    for name, value in sizes.items():
-        with contextlib.suppress(Exception):  # some raise errors of their own
-            if isinstance(getattr(config, name), int):
-                setattr(config, name, value)
-    for name in getattr(config, "sub_configs", {}):
-        if getattr(config, name, None) is not None:
-            shrink(getattr(config, name), sizes)
-    return config
-
-
-def inputs_of(model: Any) -> dict[str, Any]:
-    """Something to read, by the name of the model's main input."""
-    name = model.main_input_name
-    if name in ("pixel_values",):
-        size = getattr(model.config, "image_size", 32)
-        found: dict[str, Any] = {name: torch.randn(1, 3, *((size, size) if isinstance(size, int) else size))}
-    elif name == "input_values":
-        found = {name: torch.randn(1, 2000)}
-    elif name == "input_features":
-        found = {name: torch.randn(1, getattr(model.config, "num_mel_bins", 80), 128)}
-    else:
-        found = {name: torch.randint(2, 100, (1, 8))}
-    if model.config.is_encoder_decoder:
-        found["decoder_input_ids"] = torch.randint(2, 100, (1, 6))
-    return found
-
-
-def build(config_class: Any, sizes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A small model that runs, and its inputs."""
-    config = shrink(config_class(), sizes)
+def build(config: Any) -> Any:
+    """A model of a configuration."""
+    torch.manual_seed(0)
+    known: Any = MODEL_MAPPING[type(config)]
+    config.architectures = [(known[0] if isinstance(known, tuple) else known).__name__]
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
     if size > PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} million parameters at least")
-    model = AutoModel.from_config(config).eval()
-    inputs = inputs_of(model)
-    with torch.no_grad():
-        model(**inputs)
-    return model, inputs
+    return AutoModel.from_config(config).eval()
 
 
-def outcome(config_class: Any) -> str:
-    """``""`` if expressive attention ran in every layer; else a phrase that starts with what was not possible."""
+def of_model(model: Any) -> str:
+    """The outcome with a model that has been built."""
     try:
-        model, inputs = build(config_class, TINY)
+        convert(model).undo()
+    except (ConversionError, NotImplementedError) as error:
+        if "has no attention layer" in str(error) and "it computes softmax" not in str(error):
+            return "without attention: "
+        return f"refused: {first_line(error)}"
+    problem = ""
+    for inputs in Maker(model).inputs():
+        if not (error := error_of(model, inputs)):
+            return of_pass(model, inputs)
+        problem = problem or error
+    return f"not tried: {problem}"
+
+
+@torch.no_grad()
+def error_of(model: Any, inputs: dict[str, Any]) -> str:
+    """Why a model, as it is, does not run with these inputs; empty if it does."""
+    try:
+        model(**inputs)
     except Exception as error:
-        try:
-            model, inputs = build(config_class, THIN)
-        except Exception:
-            return f"not tried: {first_line(error)}"
+        return first_line(error)
+    return ""
+
+
+def of_pass(model: Any, inputs: dict[str, Any]) -> str:
+    """The outcome with a model and inputs with which it runs."""
     try:
         conversion = convert(model)
         conversion.strict = False  # a pass that reaches no layer is told below
         found = conversion.verify(**inputs)
     except (ConversionError, NotImplementedError) as error:
-        if "has no attention layer" in str(error) and "it computes softmax" not in str(error):
-            return "without attention: "
         return f"refused: {first_line(error)}"
     except Exception as error:
         return f"failed: {first_line(error)}"
     if found.failed:
         return f"failed: {found}"
-    if found.softmax:
-        return "besides: "
     reached = len(found.calls) - len(found.idle)
+    if not reached:
+        return f"not reached: none of {len(found.calls)} attention layers ran"
+    idle = ", ".join(found.idle)
+    if found.softmax and not idle:
+        return "besides: "
     return (
-        f"partly: {reached} of {len(found.calls)}; the others, as of images, were given nothing" if found.idle else ""
+        f"partly: {reached} of {len(found.calls)}; not {textwrap.shorten(idle, 60, placeholder=' ...')}" if idle else ""
     )
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of an error, in short and without the place of a file on this machine."""
+    line = re.sub(r"[^\s'\"]*/site-packages/", "", (str(error).strip().splitlines() or [""])[0])
     kind = "" if isinstance(error, (ConversionError, NotImplementedError)) else f"{type(error).__name__}: "
     return f"{kind}{textwrap.shorten(line, 150, placeholder=' ...')}"
 
 
+# ---- all of them ----
+
+
+def in_process(config_class: Any) -> str:
+    """The best outcome, from a process of its own, which may take too long or end in any way."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=send_outcomes, args=(config_class, there))
+    process.start()
+    there.close()
+    told = late = f"not tried: more than {SECONDS} seconds"
+    end = time.monotonic() + SECONDS
+    try:
+        while here.poll(max(0, end - time.monotonic())):
+            told = here.recv()
+    except EOFError:  # it has ended
+        process.join(1)
+        if told is late:
+            told = f"not tried: its process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    return told
+
+
+def send_outcomes(config_class: Any, there: Any) -> None:
+    """Send the outcomes of a configuration; this runs in the process of its own."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.redirect_stdout(io.StringIO()):
+        for found in outcomes(config_class):
+            there.send(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="only architectures whose name contains this")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only architectures whose name matches")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep results here; those in it are not made again"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    results: dict[str, str] = {}
-    for config_class in sorted(MODEL_MAPPING, key=lambda each: each.model_type):
-        name = config_class.model_type
-        if arguments.only not in name:
-            continue
-        try:
-            with limited(), contextlib.redirect_stdout(io.StringIO()):
-                results[name] = outcome(config_class)
-        except TooSlowError as error:
-            results[name] = f"not tried: {error}"
-        print(f"{name}: {results[name] or 'verified'}", flush=True)
-    text = page(results)
+    kept = arguments.results
+    results: dict[str, str] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    configs = {each.model_type: each for each in MODEL_MAPPING if re.search(arguments.only, each.model_type)}
+    names = sorted(name for name in configs if name not in results)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for name, found in zip(names, pool.map(lambda name: in_process(configs[name]), names), strict=True):
+            results[name] = found
+            print(f"{name}: {found or 'verified'}", flush=True)
+            if kept:
+                kept.write_text(json.dumps(results, indent=0))
     if arguments.write:
-        Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+        Path(__file__).with_suffix(".md").write_text(page(dict(sorted(results.items()))), encoding="utf-8")
 
 
 def page(results: dict[str, str]) -> str:
@@ -187,7 +216,6 @@ def page(results: dict[str, str]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, found in results.items():
         groups[found.partition(":")[0] or "verified"].append(name)
-    without = ", ".join(groups["without attention"]) or "none"
     lines = [
         "# Architectures of Hugging Face transformers",
         "",
@@ -197,14 +225,16 @@ def page(results: dict[str, str]) -> str:
         f"**Expressive attention ran in every layer** ({len(groups['verified'])}): {', '.join(groups['verified'])}.",
         "",
         "The same, with softmax of three dimensions or more elsewhere, as of samplers, poolers, or attention that goes",
-        f"unseen: {', '.join(groups['besides']) or 'none'}.",
+        f"unseen ({len(groups['besides'])}): {', '.join(groups['besides'])}.",
         "",
-        f"Without attention that calls torch or the attention interface: {without}.",
+        f"Without attention that calls torch or the attention interface ({len(groups['without attention'])}):",
+        f"{', '.join(groups['without attention'])}.",
     ]
     for group, title in {
         "partly": "Expressive attention ran in every layer that the pass reached, of those that there are",
         "refused": "Refused by `convert` or by the model",
         "failed": "Not verified: an error with expressive attention, or softmax ran in the same layers",
+        "not reached": "Not verified: no attention layer was reached",
         "not tried": "Not tried: no tiny model of it could be built and run",
     }.items():
         if groups[group]:

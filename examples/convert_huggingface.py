@@ -3,7 +3,7 @@
     pip install 'expressive-attention[huggingface]'
     python examples/convert_huggingface.py
 
-The model is small and untrained, so that nothing is downloaded; with `from_pretrained` it is the same.
+The model is small and untrained, so nothing is downloaded; a model of `from_pretrained` works in the same way.
 """
 
 import tempfile

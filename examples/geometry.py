@@ -3,8 +3,8 @@
     pip install 'expressive-attention[study]'
     python examples/geometry.py [--out DIR]
 
-Trains EA and DPA on x_t = x_{t-1} + x_{t-3} mod 8 for some seconds, and writes a page to look around on, a table of all
-heads, and PNGs, among them how a head's angles move during training.
+The script trains EA and DPA on x_t = x_{t-1} + x_{t-3} mod 8 for a few seconds. It writes an interactive page, a table
+of all heads, and PNGs, which also show how a head's angles move during training.
 """
 
 import argparse
@@ -32,7 +32,7 @@ task = { kind = "nt", basis = 8, delay = 3 }
 
 
 def records_by_step(cell: Cell, steps: set[int]) -> dict[int, Record]:
-    """What the first seed's attention does on test examples, at some steps of its training."""
+    """Records of the first seed's attention on test examples, at some steps of its training."""
     inputs = torch.from_numpy(cell.task.held_out_examples(32, "test").inputs)
     found: dict[int, Record] = {}
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("geometry"), help="folder for pages and pictures")
     out = parser.parse_args().out
-    torch.set_num_threads(1)  # models this small
+    torch.set_num_threads(1)  # enough for small models
     config = parse_config(STUDY, "the study of this example")
     last: dict[str, Record] = {}
     for comparison in config.comparisons():

@@ -3,10 +3,10 @@
     pip install 'expressive-attention[study]'
     python examples/signs.py [--seeds N] [--steps N]
 
-The task is the ladder's on which the mechanisms differ most: x_t = x_{t-1} + x_{t-5} mod 16, one layer, one head, RoPE.
-The digit that a query needs beside its own is at a fixed distance, the *target*. Seeds are those of
-`ea study run ladder`, with the learning rates that it chose. At the end the antiparallel or the parallel half of the
-weights of trained EA models is set to zero, one after the other, and their accuracy measured.
+The task is the one of the ladder on which the mechanisms differ most: x_t = x_{t-1} + x_{t-5} mod 16, one layer, one
+head, RoPE. The digit that a query needs besides its own is at a fixed distance, the *target*. The script uses the seeds
+of `ea study run ladder` and the learning rates that it chose. At the end it sets the antiparallel half of the weights
+of trained EA models to zero, or the parallel half, and measures their accuracy.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONDITION, RATE, DELAY = "sum, basis 16, delay 5, rope, embed_dim 16, heads 1", 
 
 
 def cell_of(mechanism: str, seeds: int, steps: int) -> Cell:
-    """The ladder's cell of final seeds."""
+    """Return the ladder's cell with the final seeds."""
     comparisons = load_config("ladder")[0].comparisons()
     chosen = next(c for c in comparisons if c.condition == CONDITION and c.mechanism == mechanism)
     cell = chosen.final_cells(Setting(RATE, 1.0))[0]
@@ -36,7 +36,7 @@ def cell_of(mechanism: str, seeds: int, steps: int) -> Cell:
 
 
 def model_of(cell: Cell, state: dict[str, Tensor], mechanism: str) -> Transformer:
-    """A model with these weights, and with this mechanism."""
+    """Return a model with these weights and this mechanism."""
     model = build_model(cell.task, cell.model, mechanism, 0)
     model.load_state_dict(state)
     return model.eval()
@@ -60,7 +60,7 @@ def matches(model: nn.Module, inputs: Tensor) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Share of right digits."""
+    """Share of correct digits."""
     right = model(inputs).argmax(-1) == targets
     return right[targets != IGNORED].double().mean().item()
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3000)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # models this small
+    torch.set_num_threads(1)  # enough for small models
     for mechanism, name in (("expressive", "EA"), ("dot_product", "DPA")):
         cell = cell_of(mechanism, arguments.seeds, arguments.steps)
         examples = cell.task.held_out_examples(64, "test")
@@ -80,7 +80,7 @@ def main() -> None:
         last: list[dict[str, Tensor]] = []
 
         def watch(step: int, active: list[int], model: nn.Module) -> None:
-            if step in watched:  # noqa: B023 of this round of the loop, in which it is called
+            if step in watched:  # noqa: B023 called only in this iteration
                 last[:] = [member_state(model, place) for place in range(len(active))]  # noqa: B023
                 seen[step] += [matches(model_of(cell, state, mechanism), inputs) for state in last]  # noqa: B023
 

@@ -1,4 +1,4 @@
-"""Expressive attention in code that calls `torch.nn.functional.scaled_dot_product_attention`, without a change to it.
+"""Use expressive attention in unchanged code that calls `torch.nn.functional.scaled_dot_product_attention`.
 
 python examples/swap_sdpa.py
 """
@@ -28,12 +28,12 @@ def main() -> None:
     model, x = nn.Sequential(Attention(32, 4), Attention(32, 4)), torch.randn(2, 10, 32)
     softmax = model(x)
 
-    # For a while, around anything:
+    # Temporarily, around any code:
     with expressive_sdpa():
         inside = model(x)
     print(f"inside of expressive_sdpa, outputs differ by up to {(inside - softmax).abs().max():.3f}")
 
-    # For good, and with proof of it:
+    # Permanently, and verified:
     conversion = convert(model)
     print(conversion)
     print(conversion.verify(x))

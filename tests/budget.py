@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expressive_attention import expressive_attention
-from expressive_attention.backends import BACKENDS
+from expressive_attention.backends import BACKENDS, dropout
 from expressive_attention.backends.cpu import library
-from expressive_attention.backends.problem import accumulation_dtype
+from expressive_attention.call import Call, Visibility, accumulation_dtype
 from tests.poison import Poison, placed
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
@@ -46,6 +47,14 @@ def threads_of_torch(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The same random numbers for every call inside of the block, and others after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @dataclass
@@ -81,7 +90,7 @@ class Case:
         do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
         return do.to(self.query.device), dn.to(self.query.device)
 
-    def pattern_bias(self) -> Tensor:
+    def visibility_bias(self) -> Tensor:
         """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined."""
         left, right = self.settings.get("window_size", (-1, -1))
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
@@ -108,12 +117,23 @@ class Case:
 
     def bias(self) -> Tensor:
         """The logarithm of what the settings and the mask multiply weights by, ``(B, H, L, S)``; -inf: hidden."""
-        factor = self.pattern_bias()
+        factor = self.visibility_bias()
         if self.mask is None:
             return factor
         if self.mask.is_floating_point():
             return torch.where(factor == -torch.inf, factor, factor + self.mask)
         return factor.masked_fill(~self.mask, -torch.inf)
+
+    def kept(self) -> Tensor:
+        """What dropout multiplies weights by, ``(B, H, L, S)`` in float64."""
+        p = self.settings.get("dropout_p", 0.0)
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        if not p:
+            return torch.ones(shape, dtype=torch.float64, device=self.query.device)
+        with drawing():
+            seeds = dropout.draw(self.query)
+        call = Call(self.query, self.key, self.value, None, Visibility(), 1.0, "expressive", p, seeds)
+        return dropout.kept_weights(torch.ones(shape, dtype=torch.float64, device=self.query.device), call)
 
     def visible(self) -> Tensor:
         """Which pairs ``(B, H, L, S)`` are not hidden."""
@@ -135,15 +155,16 @@ class Case:
         mask = None if self.mask is None else leaf(self.mask)
         settings, whole_mask = self.settings, mask
         if explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
-            settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale")}
-            whole_mask = self.pattern_bias().to(accumulation_dtype(tensors[0].dtype))
+            settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale", "dropout_p")}
+            whole_mask = self.visibility_bias().to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
                 whole_mask = whole_mask + mask
             elif mask is not None:
                 whole_mask = whole_mask.masked_fill(~mask, -torch.inf)
-        output, normalizer = expressive_attention(
-            *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
-        )
+        with drawing():
+            output, normalizer = expressive_attention(
+                *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
+            )
         wanted = [*tensors, *([mask] if mask is not None and mask.requires_grad else [])]
         do, dn = self.upstream()
         outputs, upstream = [output], [placed(do.to(output.dtype), self.margin)]
@@ -172,14 +193,14 @@ class Case:
         curvature = torch.full_like(z, 2.0) if squared else (2 - 6 * z * z).abs() * r**3
         bias = self.bias()
         # Backends leave out the largest bias of a key that is seen and has a weight: it is in the normalizer alone.
-        peak = bias.masked_fill(z == 0, -torch.inf)
-        peak = torch.nn.functional.pad(peak, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
-        peak = torch.where(peak == -torch.inf, 0, peak)
-        factor = (bias - peak).clamp(max=0.0).exp()
+        bias_max = bias.masked_fill(z == 0, -torch.inf)
+        bias_max = torch.nn.functional.pad(bias_max, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+        bias_max = torch.where(bias_max == -torch.inf, 0, bias_max)
+        factor = (bias - bias_max).clamp(max=0.0).exp()
         # The sum of two biases is rounded.
         dbias = torch.zeros_like(z)
         if self.settings.get("alibi_slopes") is not None:
-            dbias = torch.where(factor == 0, 0.0, bias.abs() + self.pattern_bias().abs() + peak.abs())
+            dbias = torch.where(factor == 0, 0.0, bias.abs() + self.visibility_bias().abs() + bias_max.abs())
 
         def per_total(x: Tensor) -> Tensor:
             return x / torch.where(total == 0, torch.inf, total)
@@ -189,7 +210,8 @@ class Case:
         total, dtotal = weight.sum(-1, keepdim=True), dweight.sum(-1, keepdim=True)
         a = per_total(weight)
         da = per_total(dweight) + a * per_total(dtotal)
-        upstream = do.abs() @ v.abs().mT
+        kept = self.kept()
+        upstream = kept * (do.abs() @ v.abs().mT)
         g = upstream + (a * upstream).sum(-1, keepdim=True)
         dg = g * per_total(dtotal) + (da * upstream).sum(-1, keepdim=True)
         g, dg = per_total(g) + dn.abs().unsqueeze(-1), per_total(dg)
@@ -198,11 +220,11 @@ class Case:
 
         def largest(total: Tensor, a: Tensor, ds: Tensor, bias: Tensor) -> dict[str, float]:
             results = {
-                "output": a @ v.abs(),
-                "normalizer": total * peak.exp(),
+                "output": (a * kept) @ v.abs(),
+                "normalizer": total * bias_max.exp(),
                 "query": ds @ k.abs(),
                 "key": (ds.mT @ q.abs()).unflatten(1, (-1, groups)).sum(2),
-                "value": (a.mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
+                "value": ((a * kept).mT @ do.abs()).unflatten(1, (-1, groups)).sum(2),
             }
             if self.mask is not None:
                 results["mask"] = bias.sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
@@ -281,9 +303,12 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x == y, 0.0, (x - y).abs()).max()
 
 
-def assert_within_budget(case: Case, *backends: str) -> None:
-    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants."""
+def assert_within_budget(case: Case, *backends: str, threads: Sequence[int] = ()) -> None:
+    """Each of `FUSED`, or "reference", which is told of poison as the others are, does what `Judge` wants.
+
+    With each of these numbers of threads, or with that of torch.
+    """
     judge = Judge(case)
-    for name in backends:
-        with fused(name) as backend:
-            judge.check(name, judge.poisoned.results(backend))
+    for count, name in itertools.product(threads or [torch.get_num_threads()], backends):
+        with threads_of_torch(count), fused(name) as backend:
+            judge.check(f"{name}, {count} threads", judge.poisoned.results(backend))

@@ -1,8 +1,16 @@
 """What all tests share."""
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
+
+# The workers of `pytest -n` share the cores: each has one thread, and so has each process that it starts, unless a test
+# asks for more. Libraries read this when they are imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
+        os.environ[name] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of tests that ask for more do not spin on the others' cores
 
 import pytest
 import torch
@@ -10,6 +18,20 @@ import torch
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many workers ``-n auto`` starts. Each takes about 1 GB of memory, and beyond eight they gain little."""
+    from expressive_attention.study.devices import available_cores
+
+    return min(available_cores(), 8)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in a test, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +60,6 @@ def browser(tmp_path_factory):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    window.set_script_timeout(600)  # less than that of a test
+    window.set_script_timeout(240)  # less than that of a test
     yield window
     window.quit()

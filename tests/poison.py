@@ -40,7 +40,7 @@ class Poison:
 
         Selections have the shapes of the results, rows ``(B, Hq, L)``.
         """
-        pattern, visible = case.pattern_bias() > -torch.inf, case.visible()
+        pattern, visible = case.visibility_bias() > -torch.inf, case.visible()
         query, key, value, mask = case.query, case.key, case.value, case.mask
         groups = query.shape[1] // key.shape[1]
         of_key = _keys_of(visible.any(-2), groups).any(2).unsqueeze(-1)

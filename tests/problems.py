@@ -62,7 +62,8 @@ def problems(draw, largest=40):
         "scale": draw(st.sampled_from([None, 1.0, 0.03, -2.5])),
     }
     if draw(st.booleans()):
-        options |= draw(patterns(batch, heads, keys))
+        options |= draw(visibilities(batch, heads, keys))
+    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.6]))
     through_normalizer = size_of_bias == 1.0 and draw(st.booleans())  # it overflows with a large bias
     poison = draw(poisons) if draw(st.booleans()) else None
     return Case(query, key, value, mask, options, through_normalizer, poison)
@@ -87,7 +88,7 @@ def biases(numbers, dtype, size, generator):
 
 
 @st.composite
-def patterns(draw, batch, heads, keys):
+def visibilities(draw, batch, heads, keys):
     """Settings that say which keys are seen and how far they are, each of them or not."""
     options = {}
     if draw(st.booleans()):

@@ -14,7 +14,7 @@ COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import mai
 
 
 def bench(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=800)
+    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=250)
 
 
 def test_what_is_printed_is_checked_and_written(tmp_path):
@@ -22,7 +22,7 @@ def test_what_is_printed_is_checked_and_written(tmp_path):
     done = bench("--only", "tiny, forward, (32", "--pairs", 2, "--threads", 1, "--json", file)
     assert done.returncode == 0, done.stderr
     (section,) = json.loads(file.read_text())["sections"]
-    rows = {row["contestant"]: row for row in section["rows"]}
+    rows = {row["implementation"]: row for row in section["rows"]}
     own = next(row for row in section["rows"] if row["is_ours"])
     assert own["seconds"] > 0
     assert own["error"] <= 1
@@ -59,12 +59,12 @@ spec = importlib.util.spec_from_file_location("bench", {str(FOLDER / "operator.p
 bench = importlib.util.module_from_spec(spec)
 sys.argv, sys.path = [spec.origin], [{str(FOLDER)!r}, *sys.path]
 spec.loader.exec_module(bench)
-from contestants import SDPA, Contestant, ours
+from implementations import SDPA, Implementation, ours
 from problems import Problem
 import torch
 problem = Problem("any", (1, 2, 8, 8))
 for off in (1.0, 1.001, float("nan")):
-    own = Contestant("own", lambda p: lambda q, k, v: ours(None, torch.float32).make(p)(q, k, v) * off)
+    own = Implementation("own", lambda p: lambda q, k, v: ours(None, torch.float32).make(p)(q, k, v) * off)
     rows = bench.measure(problem, own, [SDPA], 1, bench.peak.Peaks(None, None, "none"))
     print([(row.seconds is None, row.ratio is None, row.note) for row in rows])
 """
@@ -77,7 +77,7 @@ for off in (1.0, 1.001, float("nan")):
 
 def script(name, *arguments):
     command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=800)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
 
 
 def test_errors_of_long_problems():

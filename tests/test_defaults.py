@@ -77,7 +77,7 @@ def test_the_page_has_the_defaults_of_the_api():
     [
         ("At the top:", StudyConfig, {"name": "required"}),
         ("`[model]`, ", ModelConfig, {"rope_base": "max(10, 2 x `context`)"}),
-        ("`[training]`:", TrainingConfig, {"gradient_clip": "none"}),
+        ("`[training]`:", TrainingConfig, {"gradient_clip": "none", "tuning_steps": "none"}),
         ("`[seeds]`:", SeedsConfig, {}),
     ],
 )

@@ -6,17 +6,17 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from expressive_attention import expressive_attention, ops
-from expressive_attention.backends.pattern import Pattern
+from expressive_attention.call import Call, Visibility
 from tests.budget import ON_CPU
 
 LENGTHS = {"key_lengths": torch.tensor([3, 6]), "slopes": torch.rand(1, 4)}
 CASES = {
-    "plain": (None, Pattern(), "expressive"),
-    "causal": (None, Pattern(right=0), "squared"),
-    "bool mask": (torch.rand(2, 1, 5, 6) < 0.7, Pattern(right=1), "expressive"),
-    "bias": (torch.randn(1, 4, 1, 6, requires_grad=True), Pattern(), "expressive"),
-    "pattern": (None, Pattern(left=3, right=1, lower_right=True, **LENGTHS), "expressive"),
-    "bias and window": (torch.randn(2, 1, 5, 1, requires_grad=True), Pattern(left=2), "expressive"),
+    "plain": (None, Visibility(), "expressive"),
+    "causal": (None, Visibility(right=0), "squared"),
+    "bool mask": (torch.rand(2, 1, 5, 6) < 0.7, Visibility(right=1), "expressive"),
+    "bias": (torch.randn(1, 4, 1, 6, requires_grad=True), Visibility(), "expressive"),
+    "visibility": (None, Visibility(left=3, right=1, lower_right=True, **LENGTHS), "expressive"),
+    "bias and window": (torch.randn(2, 1, 5, 1, requires_grad=True), Visibility(left=2), "expressive"),
 }
 
 
@@ -33,20 +33,21 @@ def tensors(dtype=torch.float32):
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend, name):
-    mask, pattern, form = CASES[name]
-    arguments = (*tensors(), mask, *pattern, 0.5, form, backend)
+    mask, visibility, form = CASES[name]
+    arguments = (*tensors(), mask, *visibility, 0.5, form, 0.0, None, backend)
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_the_backward(backend, name):
-    mask, pattern, form = CASES[name]
+    mask, visibility, form = CASES[name]
     q, k, v = tensors()
     with torch.no_grad():
-        output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, mask, *pattern, 0.5, form, backend)
-    upstream = torch.randn_like(output), torch.randn_like(normalizer)
+        inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, backend)
+        output, normalizer, _ = torch.ops.expressive_attention.attention(*inputs)
     bias = mask is not None and mask.requires_grad
-    arguments = (*upstream, q, k, v, mask, output, normalizer, *pattern, 0.5, form, backend, bias)
+    upstream = torch.randn_like(output), torch.randn_like(normalizer), bias
+    arguments = (*inputs, output, normalizer, *upstream)
     torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
 
 
@@ -136,7 +137,7 @@ def test_second_derivatives_with_parts_left_out(backend):
 
 def test_the_autocast_rule_of_the_operator(backend):
     q, k, v = (x.detach() for x in tensors())
-    arguments = (None, *Pattern(), 0.5, "expressive", backend)
+    arguments = (None, *Visibility(), 0.5, "expressive", 0.0, None, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, *arguments)
     expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)
@@ -226,8 +227,22 @@ def test_slopes_of_a_model_make_no_mask_where_no_gradient_is_wanted(backend, mon
     slopes = torch.nn.Parameter(torch.rand(4))
     seen = []
     run = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *arguments: seen.append(arguments[3]) or run(*arguments))
+    monkeypatch.setattr(ops, "attention", lambda *arguments: seen.append(arguments[0].attn_mask) or run(*arguments))
     for wanted in (True, False):
         with torch.set_grad_enabled(wanted):
             expressive_attention(q, k, v, alibi_slopes=slopes, enable_gqa=True, backend=backend)
     assert [mask is None for mask in seen] == [False, True]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_has_the_gradients_of_the_others(name):
+    """Behind the operator; the public function runs it as the plain torch that it is."""
+    mask, visibility, form = CASES[name]
+    leaves = [*tensors(torch.float64), *([] if mask is None else [mask])]
+    wanted = [x for x in leaves if x.requires_grad]
+    found = []
+    for backend in ("reference", "blockwise"):
+        result = ops.attention(Call(*leaves[:3], mask, visibility, 0.5, form), backend)
+        loss = result.output.square().sum() + result.normalizer.sum()
+        found.append([result.output, *torch.autograd.grad(loss, wanted)])
+    torch.testing.assert_close(*found)

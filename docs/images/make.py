@@ -2,7 +2,7 @@
 
 .venv/bin/ea study run quick && .venv/bin/python docs/images/make.py runs/quick
 
-That of the geometry needs no study.
+The picture of the geometry needs no study.
 """
 
 import sys

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .backends.problem import check_form
+from .call import check_form
 
 __all__ = [
     "ALIGNMENTS",
@@ -56,22 +56,25 @@ def check_tensors(
 ) -> None:
     """Query, key and value, of these names, fit; `rows` is the dimension that counts them."""
     q, k, v = names
+    dtype, device = query.dtype, query.device
     for name, x in zip(names, (query, key, value), strict=True):
-        check_dense(name, x)
+        if x.is_nested or x.layout is not torch.strided:
+            check_dense(name, x)
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of {q}, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of {q}, {query.device}, got {x.device}")
+        if x.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of {q}, {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of {q}, {device}, got {x.device}")
         if x.ndim < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
-    if query.shape[-1] == 0:
-        raise ValueError(f"{q} must have a head dimension E of at least 1, got shape {tuple(query.shape)}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"{k} must have the head dimension E = {query.shape[-1]} of {q}, got shape {tuple(key.shape)}")
-    if value.shape[rows] != key.shape[rows]:
-        raise ValueError(f"{v} must have the length S = {key.shape[rows]} of {k}, got shape {tuple(value.shape)}")
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if of_query[-1] == 0:
+        raise ValueError(f"{q} must have a head dimension E of at least 1, got shape {tuple(of_query)}")
+    if of_key[-1] != of_query[-1]:
+        raise ValueError(f"{k} must have the head dimension E = {of_query[-1]} of {q}, got shape {tuple(of_key)}")
+    if of_value[rows] != of_key[rows]:
+        raise ValueError(f"{v} must have the length S = {of_key[rows]} of {k}, got shape {tuple(of_value)}")
 
 
 def check_settings(

@@ -14,36 +14,36 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from . import ops as ops  # which defines the operator
-from .backends.pattern import Pattern
-from .backends.problem import accumulation_dtype, empty_peak, row_peak
+from .backends import reference
+from .backends.dropout import kept_weights
+from .call import accumulation_dtype, lower
+from .masks import row_bias_max
+from .schema import unflatten
 
 __all__ = ["decompositions"]
 
 _ATTENTION: Any = torch.ops.expressive_attention.attention.default
-_SIZE = len(Pattern._fields)
 
 # Beyond it, f(z) is 1 and its square is finite in float32.
 _SATURATED = 1e18
 
 
 @register_decomposition(_ATTENTION)
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, as `backends.reference` has them, to within rounding.
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, normalizer and largest biases, as `backends.reference` has them, to within rounding.
 
     With m_i the largest |z_ij| that query i sees, at most 1 for the form "expressive", weights are computed as
     (z / m)^2 / (1 + z^2), which a row of small scores does not underflow.
     """
-    pattern, (scale, form, _) = Pattern(*rest[:_SIZE]), rest[_SIZE:]
+    call = lower(unflatten(arguments)[0], reference)
+    query, key, value, mask, _, scale, form, dropout_p, _ = call
     dtype = accumulation_dtype(query.dtype)
-    mask, pattern = pattern.as_mask(attn_mask, query, key)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     rows, keys = query.shape[2], key.shape[2]
-    keep, diagonal = None, pattern.diagonal(query, key)
+    keep, diagonal = None, call.diagonal
     if diagonal is not None:
         row, column = torch.arange(rows, device=q.device), torch.arange(keys, device=q.device)
         keep = column <= row.unsqueeze(-1) + diagonal
@@ -59,15 +59,18 @@ def _attention(
     largest = largest.clamp(max=1.0) if form == "expressive" else largest
     weight = (z / largest).square()
     weight = weight / (1.0 + z.square()) if form == "expressive" else weight
-    peak = None
+    bias_max = q.new_empty(0)
     if bias is not None:
-        peak = row_peak(bias, range(rows), diagonal)
-        weight = weight * torch.exp(bias - peak)
+        largest_bias = row_bias_max(bias, range(rows), diagonal)
+        weight = weight * torch.exp(bias - largest_bias)
+        bias_max = largest_bias.squeeze(-1).expand(query.shape[:3])
     weight = weight if keep is None else torch.where(keep, weight, 0.0)
     total = weight.sum(-1, keepdim=True)
+    if dropout_p:
+        weight = kept_weights(weight, call)
     output = (weight / torch.where(total == 0, 1.0, total) @ v).to(query.dtype)
     normalizer = (total * largest.square()).squeeze(-1)
-    return output, normalizer, empty_peak(normalizer, None) if peak is None else peak.squeeze(-1).expand_as(normalizer)
+    return output, normalizer, bias_max
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .backends.pattern import Pattern
+from .call import Call
+from .schema import unflatten
 
 __all__ = ["register"]
-
-_SIZE = len(Pattern._fields)
 
 
 def register() -> None:
@@ -36,25 +35,25 @@ def register() -> None:
                 counter.flop_registry.setdefault(packet, counters.flop_registry[packet])
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any, **_: Any) -> int:
+def _forward(*arguments: Any, **_: Any) -> int:
     """Scores and output: two products."""
-    return 2 * _pairs(query, key, Pattern(*rest[:_SIZE])) * (query.shape[-1] + value.shape[-1])
+    call, _backend = unflatten(arguments)
+    return 2 * _pairs(call) * (call.query.shape[-1] + call.value.shape[-1])
 
 
-def _backward(
-    grad_output: Tensor, grad_normalizer: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-    attn_mask: Tensor | None, output: Tensor, normalizer: Tensor, *rest: Any, **_: Any,
-) -> int:  # fmt: skip
+def _backward(*arguments: Any, **_: Any) -> int:
     """Scores again and the gradients of query and key; those of weights and value: five products."""
-    return 2 * _pairs(query, key, Pattern(*rest[:_SIZE])) * (3 * query.shape[-1] + 2 * value.shape[-1])
+    call, _backend = unflatten(arguments)
+    return 2 * _pairs(call) * (3 * call.query.shape[-1] + 2 * call.value.shape[-1])
 
 
-def _pairs(query: Tensor, key: Tensor, pattern: Pattern) -> int:
+def _pairs(call: Call) -> int:
     """The pairs of a query and a key of all heads, hidden ones too."""
-    batch, heads, rows, _ = query.shape
-    starts, key_starts = pattern.query_starts, pattern.key_starts
+    batch, heads, rows, _ = call.query.shape
+    seen = call.visibility
+    starts, key_starts = seen.query_starts, seen.key_starts
     if starts is None or key_starts is None:
-        return batch * heads * rows * key.shape[2]
+        return batch * heads * rows * call.key.shape[2]
     if type(starts) is not Tensor or starts.is_meta:  # traced, without numbers
-        return heads * (starts.shape[0] - 1) * pattern.longest_query * pattern.longest_key
+        return heads * (starts.shape[0] - 1) * seen.longest_query * seen.longest_key
     return heads * int((starts.diff() * key_starts.diff()).sum())

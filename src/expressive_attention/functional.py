@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from . import ops
-from .backends import AUTOMATIC, BACKENDS, cpu, reference
-from .backends.pattern import Pattern
-from .backends.problem import Problem
+from .backends import AUTOMATIC, BACKENDS, cpu, dropout
+from .call import Call, Result, Visibility, outline
 from .checks import (
     ALIGNMENTS,
     check_lengths,
@@ -32,31 +29,9 @@ from .overrides import as_causality, listening, tell
 __all__ = ["expressive_attention", "match_heads", "run"]
 
 
-class Call(NamedTuple):
-    """A call of `expressive_attention` that has passed the checks, in the shapes that backends take.
-
-    Attributes:
-        query: ``(B, Hq, L, E)``.
-        key: ``(B, Hkv, S, E)``.
-        value: ``(B, Hkv, S, Ev)``.
-        attn_mask: Broadcastable to ``(B, Hq, L, S)``, bool or floating, or None.
-        pattern: Which keys a query sees, masks aside, and how far they are.
-        scale: Of the dot product.
-        form: ``"expressive"`` or ``"squared"``.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None
-    pattern: Pattern
-    scale: float
-    form: str
-
-
 # Those of calls without a window: made once, since a small call takes not much longer than they do.
-_PATTERNS = {
-    (causal, alignment): Pattern(None, 0 if causal else None, alignment == "lower_right")
+_VISIBILITIES = {
+    (causal, alignment): Visibility(None, 0 if causal else None, alignment == "lower_right")
     for causal in (False, True)
     for alignment in ALIGNMENTS
 }
@@ -66,8 +41,8 @@ _NO_WINDOW = (-1, -1)
 # No sequence is as long.
 _LONGEST = 2**30
 
-# Told of every call.
-listeners: list[Callable[[Call], None]] = []
+# Run with every call, before it is computed.
+call_hooks: list[Callable[[Call], None]] = []
 
 
 @overload
@@ -150,7 +125,8 @@ def expressive_attention(
             in log-weight space. It multiplies the weight by ``exp(attn_mask)`` and is never added to z, so
             ``-inf`` masks, and ALiBi or relative biases mean what they mean for softmax. May be combined with
             `is_causal`.
-        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0.
+        dropout_p: Probability of dropping an attention weight, in [0, 1]. Applied whenever it is not 0. Kept weights
+            are divided by 1 - dropout_p. The generator of torch for the device decides which weights are dropped.
         is_causal: Query i sees keys up to its own position.
         scale: Factor on the dot product; ``1 / sqrt(E)`` if None.
         enable_gqa: Let ``Hq`` be a multiple of ``Hkv``: query head h reads key head ``h // (Hq // Hkv)``.
@@ -161,8 +137,8 @@ def expressive_attention(
         window_size: ``(left, right)``: query i sees the keys ``p_i - left <= j <= p_i + right``; -1 is no limit. With
             `is_causal`, none after its place.
         alibi_slopes: ALiBi (Press et al., arXiv 2108.12409): weights are multiplied by ``exp(-slope |p_i - j|)``.
-            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. On the CPU, with a mask, or where they
-            are learned, they are a float mask of L x S.
+            ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. Where they are learned, and on a GPU with
+            a mask, they are a float mask of L x S.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
@@ -207,11 +183,11 @@ def expressive_attention(
     check_tensors(query, key, value)
     check_settings(dropout_p, scale, form, causal_alignment, backend)
 
-    (rows, width), keys = query.shape[-2:], key.shape[-2]
-    dims = max(query.ndim, key.ndim, value.ndim)
-    leading = query.shape[:-2]
-    if len(leading) == 2 and leading[1] and leading == key.shape[:-2] == value.shape[:-2]:
-        batch, heads = leading[:1], leading[1]  # as nearly always; what follows would change nothing
+    q, k, v = query.shape, key.shape, value.shape
+    rows, width, keys = q[-2], q[-1], k[-2]
+    dims = max(len(q), len(k), len(v))
+    if len(q) == len(k) == len(v) == 4 and q[1] and q[0] == k[0] == v[0] and q[1] == k[1] == v[1]:
+        batch, heads = q[:1], q[1]  # as nearly always; what follows would change nothing
     else:
         query, key, value = (with_dims(x, max(dims, 3)) for x in (query, key, value))
         batch = _batch_shape(query, key, value)
@@ -227,67 +203,59 @@ def expressive_attention(
         check_mask(attn_mask, query, (*batch, heads, rows, keys))
         mask = fold_mask(with_dims(attn_mask, max(dims, 3)), batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    pattern = _PATTERNS[bool(is_causal), causal_alignment]
+    visibility = _VISIBILITIES[bool(is_causal), causal_alignment]
     if window_size is not _NO_WINDOW:
         check_window(window_size)
-        pattern = with_window(pattern, window_size)
+        visibility = with_window(visibility, window_size)
     if key_lengths is not None:
         check_lengths("key_lengths", key_lengths, query, keys)
-        pattern = pattern.but(key_lengths=_expanded("key_lengths", key_lengths, batch).reshape(-1))
+        visibility = visibility.but(key_lengths=_expanded("key_lengths", key_lengths, batch).reshape(-1))
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, query, heads)
         slopes = alibi_slopes.unsqueeze(0)
         if alibi_slopes.ndim > 1:
             slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
-        pattern = pattern.but(slopes=slopes)
-        if mask is not None or _may_need_gradient(slopes):  # no kernel has both, or gradients of slopes
-            mask, _ = pattern.but(left=None, right=None).as_mask(mask, query, key)
-            pattern = pattern.but(slopes=None)
+        visibility = visibility.but(slopes=slopes)
+        if _may_need_gradient(slopes):  # no kernel has it
+            mask, _ = visibility.but(left=None, right=None).as_mask(mask, query, key)
+            visibility = visibility.but(slopes=None)
 
-    results = run(query, key, value, mask, pattern, scale, form, dropout_p, backend)
-    output, normalizer, peak = results
+    result = run(Call(query, key, value, mask, visibility, scale, form, dropout_p), backend)
+    output = result.output
+    if dims == 4 and not return_normalizer:
+        return output
     shape = (*batch, heads, rows) if dims > 2 else (rows,)
     if dims != 4:
         output = output.reshape(*shape, value.shape[-1])
-    if not return_normalizer:
-        return output
-    return output, unscaled(normalizer, peak).reshape(shape)
+    return (output, normalizer_of(result).reshape(shape)) if return_normalizer else output
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    dropout_p: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak of a call in the shapes of `backends.problem`, by the backend that it takes."""
-    for listener in listeners:
-        listener(Call(query, key, value, attn_mask, pattern, scale, form))
-    head_dim = max(query.shape[-1], value.shape[-1])
-    chosen = _choose(Problem(query.device.type, query.dtype, dropout_p, _differentiated_by_func(), head_dim), backend)
-    if chosen == "reference" and query.device.type != "meta":  # which has shapes alone, and those of the operator
-        mask, rest = pattern.as_mask(attn_mask, query, key)
-        with torch.autocast(query.device.type, enabled=False):
-            return reference.forward(query, key, value, mask, rest, scale, form, dropout_p)
-    return ops.attention(query, key, value, attn_mask, pattern, scale, form, chosen)
+def run(call: Call, backend: str | None) -> Result:
+    """The result of a call by the backend of that name; None: by the first that does not decline it."""
+    for hook in call_hooks:
+        hook(call)
+    if call.dropout_p:
+        call = call.but(dropout_seeds=dropout.draw(call.query))
+    chosen = _choose(call, backend)
+    if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
+        with torch.autocast(call.query.device.type, enabled=False):
+            return ops.reference_forward(call)
+    return ops.attention(call, chosen)
 
 
 def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in the dtype of the autocast region, if they are in one."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return query, key, value
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # of which "meta" has none
         query, key, value = ops.autocast_inputs(query, key, value)
     return query, key, value
 
 
-def unscaled(normalizer: Tensor, peak: Tensor) -> Tensor:
-    """The normalizer N of weights with their whole bias; backends leave out its peak."""
-    return normalizer * torch.exp(peak) if peak.shape == normalizer.shape else normalizer
+def normalizer_of(result: Result) -> Tensor:
+    """N: the normalizer of weights with their whole bias; backends leave out the largest."""
+    return result.normalizer if result.bias_max is None else result.normalizer * torch.exp(result.bias_max)
 
 
 # ---- shapes ----
@@ -326,7 +294,7 @@ def match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
     return hq, kv
 
 
-# ---- one shape: the one of backends.problem ----
+# ---- one shape: the one of call.Call ----
 
 
 def with_dims(x: Tensor, dims: int) -> Tensor:
@@ -358,12 +326,12 @@ def _may_need_gradient(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def with_window(pattern: Pattern, window_size: tuple[int, int]) -> Pattern:
-    """The pattern with the limits of the window, within a causal mask, if it has one."""
+def with_window(visibility: Visibility, window_size: tuple[int, int]) -> Visibility:
+    """The visibility within the window, and within a causal mask, if it has one."""
     left, right = (None if size == -1 or size >= _LONGEST else size for size in window_size)
-    if pattern.right is not None or right is not None:
-        right = min(size for size in (pattern.right, right) if size is not None)
-    return pattern.but(left=left, right=right)
+    if visibility.right is not None or right is not None:
+        right = min(size for size in (visibility.right, right) if size is not None)
+    return visibility.but(left=left, right=right)
 
 
 def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -376,29 +344,18 @@ def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 # ---- choice of the backend ----
 
 
-def _choose(problem: Problem, backend: str | None) -> str:
+def _choose(call: Call, backend: str | None) -> str:
+    call = outline(call)
     if backend is not None:
-        reason = BACKENDS[backend].supports(problem)
+        reason = BACKENDS[backend].declines(call)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} does not support this call: {reason}")
         return backend
-    chosen = next(name for name in AUTOMATIC if BACKENDS[name].supports(problem) is None)
-    if chosen == "blockwise" and problem.device == "cpu" and not torch.compiler.is_compiling():
+    for name in AUTOMATIC:
+        if BACKENDS[name].declines(call) is None:
+            break
+    else:
+        raise AssertionError("the reference declines no call")
+    if name == "blockwise" and call.query.is_cpu and not torch.compiler.is_compiling():
         cpu.warn_of_fallback()
-    return chosen
-
-
-def _differentiated_by_func() -> bool:
-    """Whether a torch.func or forward-mode derivative is active: operators with registered gradients know neither."""
-    if forward_ad._current_level >= 0:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    stack = _functorch.get_interpreter_stack() or []
-    derivatives = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
-    return any(level.key() in derivatives for level in stack)
-
-
-# As torch.compiler.assume_constant_result marks it, which takes a second to import: torch.compile evaluates it while it
-# traces, within the transforms of the function that it compiles, and compiles anew within others.
-_differentiated_by_func._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return name

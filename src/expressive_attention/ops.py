@@ -1,88 +1,68 @@
 """The operators of the library, registered with torch.
 
-``expressive_attention::attention`` and ``expressive_attention::attention_backward`` run a fused backend by
-name, with the conventions of `backends.problem`. Everything that torch has to know about them is here:
-schema, shapes for tracing (fake), autograd (twice), vmap and autocast. Rules for DTensor and for counters of FLOPs are
-in `sharding` and `flops`.
+Everything that torch has to know about them is here: shapes for tracing (fake), autograd (twice), vmap and autocast.
+Their schemas are in `schema`; rules for DTensor and for counters of FLOPs are in `sharding` and `flops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import call as calls
 from . import flops, sharding
 from .backends import BACKENDS, reference
-from .backends import pattern as patterns
-from .backends.pattern import Pattern
-from .backends.problem import accumulation_dtype, empty_peak
+from .call import Call, Result, Upstream, Visibility, accumulation_dtype
+from .schema import ATTENTION, BACKWARD, SEEDS, flatten, flatten_backward, unflatten, unflatten_backward
 
-__all__ = ["attention", "autocast_inputs"]
-
-_ATTENTION = "expressive_attention::attention"
-_BACKWARD = "expressive_attention::attention_backward"
-
-# The members of a `Pattern`, in their order.
-_PATTERN = (
-    "SymInt? left, SymInt? right, bool lower_right, Tensor? slopes, Tensor? key_lengths, Tensor? query_starts, "
-    "Tensor? key_starts, SymInt longest_query, SymInt longest_key"
-)
-_SIZE = len(Pattern._fields)
-_TENSORS = slice(3, 7)  # those of them that are tensors
-
-torch.library.define(
-    _ATTENTION,
-    f"(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, {_PATTERN}, float scale, str form, "
-    "str backend) -> (Tensor output, Tensor normalizer, Tensor peak)",
-)
-# The last result is the gradient of the mask, without elements where `mask_gradient` is false.
-torch.library.define(
-    _BACKWARD,
-    "(Tensor grad_output, Tensor? grad_normalizer, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-    f"Tensor output, Tensor normalizer, {_PATTERN}, float scale, str form, str backend, "
-    "bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+__all__ = ["attention", "autocast_inputs", "reference_forward"]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak of one call, by the fused backend of that name."""
-    arguments = (query, key, value, attn_mask, pattern, scale, form, backend)
+def attention(call: Call, backend: str) -> Result:
+    """The result of a call, by the backend of that name."""
+    query, key, value, attn_mask = call[:4]
     if not _is_eager(query, key, value, attn_mask):
         if not torch.compiler.is_compiling():
             flops.register()
             sharding.register(query, key, value)
-        return torch.ops.expressive_attention.attention(*arguments[:4], *pattern, *arguments[5:])
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:4] if x is not None):
-        return _Attention.apply(*arguments)
-    return _run(arguments[:4], *arguments[4:])
+        output, normalizer, bias_max = torch.ops.expressive_attention.attention(*flatten(call, backend))
+        return Result(output, normalizer, bias_max if call.has_bias else None)
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (attn_mask is not None and attn_mask.requires_grad)
+    ):
+        return Result(*_Attention.apply(*call, backend))
+    return calls.forward(BACKENDS[backend], call)
 
 
-def _attention_backward(tensors: tuple[Tensor | None, ...], pattern: Pattern, *rest: Any) -> tuple[Tensor, ...]:
+def reference_forward(call: Call) -> Result:
+    """The result of a call by the reference, as plain torch, which has derivatives of every kind."""
+    if call.dropout_p and call.visibility.query_starts is not None:
+        return calls.forward(reference, call)  # seeds say which weights are dropped in a sequence alone
+    return reference.forward(calls.lower(call, reference))
+
+
+def _attention_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Tensor | None, ...]:
+    tensors = (*call[:4], *result[:2], *upstream[:2])
     if torch.is_grad_enabled() or not _is_eager(*tensors):
-        return torch.ops.expressive_attention.attention_backward(*tensors, *pattern, *rest)
-    return _run_backward(tensors, pattern, *rest)
+        arguments = flatten_backward(call, backend, result, upstream)
+        return torch.ops.expressive_attention.attention_backward(*arguments)
+    return calls.backward(BACKENDS[backend], call, result, upstream)
 
 
-def _plain_keys() -> frozenset[int]:
+def _plain_keys() -> tuple[int, int]:
     """Dispatch keys of tensors that are no more than memory of the CPU: no subclass, view of a sign, or vmap."""
     with torch.inference_mode():
         inference = torch.empty(0, device="cpu")
-    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0, device="cpu"), inference))
+    plain = torch.empty(0, device="cpu")
+    return torch._C._dispatch_keys(plain).raw_repr(), torch._C._dispatch_keys(inference).raw_repr()
 
 
-_PLAIN_KEYS = _plain_keys()
+_PLAIN, _INFERENCE = _plain_keys()
 
 
 def _is_eager(*tensors: Tensor | None) -> bool:
@@ -90,88 +70,102 @@ def _is_eager(*tensors: Tensor | None) -> bool:
 
     Nothing traces, transforms, casts or records it, and its tensors are plain ones.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.autograd._profiler_enabled()
-        and all(x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for x in tensors:
+        if x is not None:
+            keys = torch._C._dispatch_keys(x).raw_repr()
+            if keys != _PLAIN and keys != _INFERENCE:
+                return False
+    return True
 
 
-def _run(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str):
-    arguments: Any = (*tensors, pattern, scale, form)
-    return patterns.forward(BACKENDS[backend], *arguments)
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, backend = unflatten(arguments)
+    output, normalizer, bias_max = calls.forward(BACKENDS[backend], call)
+    return output, normalizer, normalizer.new_empty(0) if bias_max is None else bias_max
 
 
-def _run_backward(tensors: Any, pattern: Pattern, scale: float, form: str, backend: str, mask_gradient: bool):
-    arguments: Any = (*tensors, pattern, scale, form, mask_gradient)
-    dq, dk, dv, dmask = patterns.backward(BACKENDS[backend], *arguments)
+def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, backend, result, upstream = unflatten_backward(arguments)
+    dq, dk, dv, dmask = calls.backward(BACKENDS[backend], call, result, upstream)
     return dq, dk, dv, dq.new_empty(0) if dmask is None else dmask
 
 
-def _of_operator(run: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable[..., tuple[Tensor, ...]]:
-    """`run` with the arguments of the operator: the members of the pattern come after so many tensors."""
-    return lambda *x: run(x[:tensors], Pattern(*x[tensors : tensors + _SIZE]), *x[tensors + _SIZE :])
-
-
-torch.library.impl(_ATTENTION, "CompositeExplicitAutograd", _of_operator(_run, 4))
-torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _of_operator(_run_backward, 8))
+torch.library.impl(ATTENTION, "CompositeExplicitAutograd", _run)
+torch.library.impl(BACKWARD, "CompositeExplicitAutograd", _run_backward)
 
 
 # ---- shapes ----
 
 
-@torch.library.register_fake(_ATTENTION)
-def _(query, key, value, attn_mask, *rest):
-    rows = query.shape[:-1]
-    normalizer = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
-    peak = empty_peak(normalizer, attn_mask, Pattern(*rest[:_SIZE]).slopes)
-    return query.new_empty((*rows, value.shape[-1])), normalizer, peak
+@torch.library.register_fake(ATTENTION)
+def _(*arguments: Any):
+    call, _ = unflatten(arguments)
+    rows = call.query.shape[:-1]
+    normalizer = call.query.new_empty(rows, dtype=accumulation_dtype(call.query.dtype))
+    bias_max = normalizer.new_empty(rows if call.has_bias else 0)
+    return call.query.new_empty((*rows, call.value.shape[-1])), normalizer, bias_max
 
 
-@torch.library.register_fake(_BACKWARD)
-def _(grad_output, grad_normalizer, query, key, value, attn_mask, output, normalizer, *rest):
-    gradients = [x.new_empty(x.shape) for x in (query, key, value)]
-    mask_gradient = rest[-1]
-    return *gradients, attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
+@torch.library.register_fake(BACKWARD)
+def _(*arguments: Any):
+    call, _, _, upstream = unflatten_backward(arguments)
+    mask = call.attn_mask if upstream.wants_mask else None
+    gradients = [x.new_empty(x.shape) for x in call[:3]]
+    return *gradients, call.query.new_empty(0) if mask is None else mask.new_empty(mask.shape)
 
 
 # ---- autograd ----
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs[:4], (Pattern(*inputs[4 : 4 + _SIZE]), *inputs[4 + _SIZE :]), output)
+    call, backend = unflatten(inputs)
+    _save(ctx, (*call, backend), output)
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*tensors, output[0], output[1], *settings[0][_TENSORS])
-    ctx.settings = settings
+def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    seen = arguments[4]
+    # The tensors of the visibility and the seeds, too: then torch says if one of them was changed in place.
+    of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts)
+    ctx.save_for_backward(*arguments[:4], output[0], output[1], *of_visibility, arguments[8])
+    ctx.settings = arguments[4:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
-    saved = ctx.saved_tensors  # which also says if one of them was changed in place
-    mask_gradient = ctx.needs_input_grad[3]
+    query, key, value, mask, output, normalizer = ctx.saved_tensors[:6]
+    *settings, backend = ctx.settings
+    wants_mask = ctx.needs_input_grad[3]
     if grad_output is None:
-        grad_output = torch.zeros_like(saved[4])
-    dq, dk, dv, dmask = _attention_backward((grad_output, grad_normalizer, *saved[:6]), *ctx.settings, mask_gradient)
-    return dq, dk, dv, dmask if mask_gradient else None, *(None,) * (len(ctx.needs_input_grad) - 4)
+        grad_output = torch.zeros_like(output)
+    dq, dk, dv, dmask = _attention_backward(
+        Call(query, key, value, mask, *settings),
+        backend,
+        Result(output, normalizer, None),
+        Upstream(grad_output, grad_normalizer, wants_mask),
+    )
+    return dq, dk, dv, dmask if wants_mask else None, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
-torch.library.register_autograd(_ATTENTION, _backward, setup_context=_setup)
+torch.library.register_autograd(ATTENTION, _backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
     """The same without the dispatcher: what `attention` calls where it may."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> Result:
         # Not by setup_context, for which torch binds the arguments to a signature at every call.
-        results = _run(arguments[:4], *arguments[4:])
-        _save(ctx, arguments[:4], arguments[4:], results)
-        return results
+        result = calls.forward(BACKENDS[arguments[-1]], Call(*arguments[:-1]))
+        _save(ctx, arguments, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -179,25 +173,25 @@ class _Attention(torch.autograd.Function):
 
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.settings = (Pattern(*inputs[8 : 8 + _SIZE]), *inputs[8 + _SIZE :])
+    call, _, _, upstream = unflatten_backward(inputs)
+    ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4])
+    ctx.settings = (call[4:], upstream.wants_mask)
     ctx.set_materialize_grads(False)
 
 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
-    pattern, scale, form, _, mask_gradient = ctx.settings
+    settings, wants_mask = ctx.settings
     names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        mask, rest = pattern.as_mask(leaves.get("attn_mask"), *inputs[:2])
-        output, normalizer, _ = reference.forward(*inputs, mask, rest, scale, form)
+        output, normalizer, _ = reference_forward(Call(*inputs, leaves.get("attn_mask"), *settings))
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
-        if mask_gradient:
+        if wants_mask:
             inputs = (*inputs, leaves["attn_mask"])
         first = torch.autograd.grad(outputs, inputs, grads, create_graph=True)
         pairs = [(y, g) for y, g in zip(first, upstream, strict=False) if g is not None]
@@ -206,10 +200,14 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
             [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
         )
     by_name = dict(zip(wanted, second, strict=True))
-    return *(by_name.get(name) for name in names), *(None,) * (len(ctx.needs_input_grad) - len(names))
+    none: Any = None
+    found: list[Any] = [by_name.get(name) for name in names]
+    do, dn, dq, dk, dv, dmask = found
+    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none, none)
+    return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none))
 
 
-torch.library.register_autograd(_BACKWARD, _backward_twice, setup_context=_setup_twice)
+torch.library.register_autograd(BACKWARD, _backward_twice, setup_context=_setup_twice)
 
 
 # ---- vmap: the mapped dimension joins the batch ----
@@ -217,24 +215,27 @@ torch.library.register_autograd(_BACKWARD, _backward_twice, setup_context=_setup
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any):
     operator = torch.ops.expressive_attention.attention
-    folded, size = _fold(info.batch_size, in_dims, args, tensors=4)
-    return _unfold(operator(*folded), info.batch_size, size), (0, 0, 0)
+    folded, size = _fold(info.batch_size, in_dims, args)
+    *results, bias_max = operator(*folded)
+    has_bias = unflatten(folded)[0].has_bias
+    results = _unfold([*results, bias_max] if has_bias else results, info.batch_size, size)
+    return (results, (0, 0, 0)) if has_bias else ((*results, bias_max), (0, 0, None))
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
     operator = torch.ops.expressive_attention.attention_backward
-    mask, mask_gradient = args[5], args[-1]
-    if mask_gradient:
+    call, _, _, upstream = unflatten_backward(args)
+    mask: Any = call.attn_mask
+    if upstream.wants_mask:
         # A mask that is shared inside a call has one gradient per call: give every call its own mask.
-        mask = _to_front(mask, in_dims[5], info.batch_size)
-        batch = args[2].shape[0 if in_dims[2] is None else int(in_dims[2] == 0)]
-        rows = mask.expand(-1, batch, -1, -1, -1)
-        args = (*args[:5], rows, *args[6:])
-        in_dims = (*in_dims[:5], 0, *in_dims[6:])
-    folded, size = _fold(info.batch_size, in_dims, args, tensors=8)
+        mask = _to_front(mask, in_dims[3], info.batch_size)
+        batch = call.query.shape[0 if in_dims[0] is None else int(in_dims[0] == 0)]
+        args = (*args[:3], mask.expand(-1, batch, -1, -1, -1), *args[4:])
+        in_dims = (*in_dims[:3], 0, *in_dims[4:])
+    folded, size = _fold(info.batch_size, in_dims, args)
     *gradients, dmask = operator(*folded)
     gradients = _unfold(gradients, info.batch_size, size)
-    if not mask_gradient:
+    if not upstream.wants_mask:
         return (*gradients, dmask), (0, 0, 0, None)
     dmask = dmask.unflatten(0, (info.batch_size, size)).sum_to_size(mask.shape)
     return (*gradients, dmask), (0, 0, 0, 0)
@@ -244,18 +245,17 @@ def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], tensors: int) -> tuple[list[Any], int]:
-    """The arguments with the mapped dimension folded into dimension 0, and that one's size.
-
-    Those with such a dimension are the first `tensors`, slopes and key lengths.
-    """
-    if args[tensors + Pattern._fields.index("query_starts")] is not None:
+def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[list[Any], int]:
+    """The arguments with the mapped dimension folded into dimension 0, and that one's size."""
+    if unflatten(args)[0].visibility.query_starts is not None:
         raise NotImplementedError("torch.vmap over sequences of variable length is not implemented")
-    places = [*range(tensors), *(tensors + Pattern._fields.index(name) for name in ("slopes", "key_lengths"))]
-    fronts = {i: _to_front(args[i], in_dims[i], size) for i in places if args[i] is not None}
-    batch = max(x.shape[1] for x in fronts.values())
+    fronts = {i: _to_front(x, in_dims[i], size) for i, x in enumerate(args) if isinstance(x, Tensor)}
+    batch = max(x.shape[1] for i, x in fronts.items() if i != SEEDS)
     folded = list(args)
     for i, x in fronts.items():
+        if i == SEEDS:  # of which each is for as many sequences of the batch as before
+            folded[i] = x.flatten(0, 1)
+            continue
         # Only a mask and slopes can have a batch dimension of one beside others: they are broadcast.
         folded[i] = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
     return folded, batch
@@ -265,8 +265,8 @@ def _unfold(results: Any, size: int, batch: int) -> tuple[Tensor, ...]:
     return tuple(x.unflatten(0, (size, batch)) for x in results)
 
 
-torch.library.register_vmap(_ATTENTION, _vmap)
-torch.library.register_vmap(_BACKWARD, _vmap_backward)
+torch.library.register_vmap(ATTENTION, _vmap)
+torch.library.register_vmap(BACKWARD, _vmap_backward)
 
 
 # ---- autocast: query, key and value go to the 16-bit dtype, as for scaled_dot_product_attention ----
@@ -285,4 +285,4 @@ def _autocast(query, key, value, *rest):
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    torch.library.impl(_ATTENTION, _key, _autocast)
+    torch.library.impl(ATTENTION, _key, _autocast)

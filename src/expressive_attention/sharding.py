@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from .backends.pattern import Pattern
+from .call import Call, Result, Upstream, Visibility
+from .schema import flatten, flatten_backward, unflatten, unflatten_backward
 
-__all__ = ["register"]
+__all__ = ["register", "replicated"]
 
-_SIZE = len(Pattern._fields)
+_NOT_A_TENSOR: Any = None  # which has no placement
 
 
 def register(*tensors: Any) -> None:
@@ -29,6 +30,15 @@ def register(*tensors: Any) -> None:
         _register()
 
 
+def replicated(x: torch.Tensor, like: Any) -> Any:
+    """x on every device of the mesh of a DTensor; x itself if `like` is none."""
+    if type(like).__name__ != "DTensor":
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 @cache
 def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
@@ -37,41 +47,38 @@ def _register() -> None:
     register_sharding(torch.ops.expressive_attention.attention_backward.default)(_backward)
 
 
-def _forward(query: Any, key: Any, value: Any, attn_mask: Any, *rest: Any) -> list[tuple[list[Any], list[Any]]]:
-    """Placements of (output, normalizer, peak) for those of the arguments, each of one dimension of the mesh."""
+def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Placements of (output, normalizer, bias_max) for those of the arguments, each of one dimension of the mesh."""
+    from torch.distributed.tensor import Replicate
+
+    call, _ = unflatten(arguments)
+    mask: Any = call.attn_mask  # a placement, whose dtype is not where that of a tensor is
+    has_bias = call.visibility.slopes is not None or (mask is not None and mask.tensor_meta.dtype != torch.bool)
     rules = []
-    for way in _ways(query, key, attn_mask, Pattern(*rest[:_SIZE])):
-        rows, keys, mask, pattern = way
-        rules.append(([rows] * 3, [rows, keys, keys, mask, *pattern, *_none(rest[_SIZE:])]))
+    for way in _ways(call):
+        rows = way.query
+        rules.append(([rows, rows, rows if has_bias else Replicate()], list(flatten(way, _NOT_A_TENSOR))))
     return rules
 
 
-def _backward(
-    grad_output: Any, grad_normalizer: Any, query: Any, key: Any, value: Any, attn_mask: Any, output: Any,
-    normalizer: Any, *rest: Any,
-) -> list[tuple[list[Any], list[Any]]]:  # fmt: skip
+def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     """Placements of (dq, dk, dv, dmask) for those of the arguments."""
     from torch.distributed.tensor import Partial, Replicate
 
+    call, _, _, upstream = unflatten_backward(arguments)
     rules = []
-    mask_gradient = rest[-1]
-    for rows, keys, mask, pattern in _ways(query, key, attn_mask, Pattern(*rest[:_SIZE])):
+    for way in _ways(call):
+        rows = way.query
         # An argument that is whole everywhere, and used for a part, gets a part of its gradient.
-        dkeys, dmask = (Partial() if x == Replicate() != rows else x for x in (keys, mask))
-        rules.append(
-            (
-                [rows, dkeys, dkeys, dmask if mask_gradient else Replicate()],
-                [
-                    rows, None if grad_normalizer is None else rows, rows, keys, keys, mask, rows, rows, *pattern,
-                    *_none(rest[_SIZE:]),
-                ],
-            )
-        )  # fmt: skip
+        dkeys, dmask = (Partial() if x == Replicate() != rows else x for x in (way.key, way.attn_mask))
+        results = [rows, dkeys, dkeys, dmask if upstream.wants_mask else Replicate()]
+        given = Upstream(rows, None if upstream.normalizer is None else rows, _NOT_A_TENSOR)
+        rules.append((results, list(flatten_backward(way, _NOT_A_TENSOR, Result(rows, rows, None), given))))
     return rules
 
 
-def _ways(query: Any, key: Any, attn_mask: Any, pattern: Pattern) -> list[tuple[Any, Any, Any, list[Any]]]:
-    """Placements of query, of key and value, of the mask and of the members of the pattern."""
+def _ways(call: Call) -> list[Call]:
+    """Placements of the tensors of the call, each where the tensor is."""
     from torch.distributed.tensor import Replicate, Shard
 
     def of(x: Any, dim: int) -> Any:
@@ -79,18 +86,23 @@ def _ways(query: Any, key: Any, attn_mask: Any, pattern: Pattern) -> list[tuple[
             return None
         return Replicate() if dim < 0 or dim >= len(x.shape) or x.shape[dim] == 1 else Shard(dim)
 
-    def way(dim: int, keys: Any) -> tuple[Any, Any, Any, list[Any]]:
-        members = dict.fromkeys(Pattern._fields)
-        members["slopes"] = of(pattern.slopes, dim)
-        members["key_lengths"] = None if pattern.key_lengths is None else Shard(0) if dim == 0 else Replicate()
+    def way(dim: int, keys: Any) -> Call:
+        seen = call.visibility
+        members: dict[str, Any] = dict.fromkeys(Visibility._fields)
+        members["slopes"] = of(seen.slopes, dim)
+        members["key_lengths"] = None if seen.key_lengths is None else Shard(0) if dim == 0 else Replicate()
         for name in ("query_starts", "key_starts"):
-            members[name] = None if getattr(pattern, name) is None else Replicate()
-        return Replicate() if dim < 0 else Shard(dim), keys, of(attn_mask, dim), list(members.values())
+            members[name] = None if getattr(seen, name) is None else Replicate()
+        rows: Any = Replicate() if dim < 0 else Shard(dim)
+        seeds = None if call.dropout_seeds is None else Replicate()
+        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR, _NOT_A_TENSOR, seeds)
+        return Call(rows, keys, keys, of(call.attn_mask, dim), Visibility(**members), *settings)
 
     ways = [way(-1, Replicate())]
-    if pattern.query_starts is None:  # all sequences are in one batch
+    if call.visibility.query_starts is None:  # all sequences are in one batch
         ways.append(way(0, Shard(0)))
-    heads, kv_heads = query.shape[1], key.shape[1]
+    query: Any = call.query
+    heads, kv_heads = query.shape[1], call.key.shape[1]
     if kv_heads == 1:
         ways.append(way(1, Shard(1) if heads == 1 else Replicate()))
     elif heads == kv_heads or _even(kv_heads, query.mesh.shape):
@@ -102,7 +114,3 @@ def _even(heads: int, mesh: Sequence[int]) -> bool:
     """Whether groups of heads stay whole, whichever dimensions of a mesh they are sharded over."""
     sizes = (math.prod(chosen) for n in range(1, len(mesh) + 1) for chosen in combinations(mesh, n))
     return all(heads % size == 0 for size in sizes if size <= heads)
-
-
-def _none(arguments: Sequence[Any]) -> list[None]:
-    return [None] * len(arguments)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .backends.pattern import Pattern
+from .call import Call, Visibility
 from .checks import (
     check_dense,
     check_lengths,
@@ -21,7 +21,7 @@ from .checks import (
     check_types,
     check_window,
 )
-from .functional import cast_for_autocast, run, unscaled, with_window
+from .functional import cast_for_autocast, normalizer_of, run, with_window
 from .overrides import listening, tell
 
 __all__ = ["expressive_attention_varlen"]
@@ -175,7 +175,7 @@ def expressive_attention_varlen(
         raise ValueError(
             f"cu_seqlens_k must have the shape {(batch + 1,)} of cu_seqlens_q, got {tuple(cu_seqlens_k.shape)}"
         )
-    pattern = with_window(Pattern(None, 0 if causal else None, causal_alignment == "lower_right"), window_size)
+    visibility = with_window(Visibility(None, 0 if causal else None, causal_alignment == "lower_right"), window_size)
     if seqused_k is not None:
         check_lengths("seqused_k", seqused_k, q, keys)
         if seqused_k.shape != (batch,):
@@ -189,12 +189,12 @@ def expressive_attention_varlen(
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError("alibi_slopes must not require a gradient: there is none for packed sequences")
         alibi_slopes = alibi_slopes.reshape(-1, heads)
-    pattern = pattern.but(
+    visibility = visibility.but(
         slopes=alibi_slopes, key_lengths=seqused_k, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
         longest_query=max_seqlen_q, longest_key=max_seqlen_k,
     )  # fmt: skip
     scale = 1.0 / math.sqrt(width) if softmax_scale is None else float(softmax_scale)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    output, normalizer, peak = run(query, key, value, None, pattern, scale, form, dropout_p, backend)
-    output = output.squeeze(0).transpose(0, 1).contiguous()
-    return (output, unscaled(normalizer, peak).squeeze(0)) if return_normalizer else output
+    result = run(Call(query, key, value, None, visibility, scale, form, dropout_p), backend)
+    output = result.output.squeeze(0).transpose(0, 1).contiguous()
+    return (output, normalizer_of(result).squeeze(0)) if return_normalizer else output

@@ -10,14 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expressive_attention.backends.pattern import Pattern
 from expressive_attention.backends.triton import launch
+from expressive_attention.call import Call, Upstream, Visibility
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8",
 }  # fmt: skip
-CAUSAL = Pattern(right=0)
+CAUSAL = Visibility(right=0)
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 done = set()
 
@@ -56,14 +56,14 @@ def compile_only(kernel, grid, tile, arguments, **more):
     sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared}\n")
 
 
-def attend(dtype, width, mask=None, pattern=CAUSAL, length=512, form="expressive", groups=2):
+def attend(dtype, width, mask=None, visibility=CAUSAL, length=512, form="expressive", groups=2):
     """Forward and backward, for query heads that share a key head."""
     query = torch.empty(1, groups, length, width, dtype=dtype)
     key = value = torch.empty(1, 1, 512, width, dtype=dtype)
-    settings = (pattern, 0.125, form)
-    output, normalizer, _ = launch.forward(query, key, value, mask, *settings)
+    call = Call(query, key, value, mask, visibility, 0.125, form)
+    result = launch.forward(call)
     has_bias = mask is not None and mask.dtype != torch.bool
-    launch.backward(output, normalizer, query, key, value, mask, output, normalizer, *settings, has_bias)
+    launch.backward(call, result, Upstream(result.output, result.normalizer, has_bias))
 
 
 launch._run = compile_only
@@ -74,14 +74,14 @@ STARTS = torch.tensor([0, 200, 512], dtype=torch.int32)
 PACKED = {"query_starts": STARTS, "key_starts": STARTS, "longest_query": 312, "longest_key": 312}
 LENGTHS = torch.tensor([300])
 attend(torch.bfloat16, 64)
-attend(torch.bfloat16, 128, BIAS > 0, Pattern(), form="squared")
-attend(torch.bfloat16, 64, pattern=Pattern(), length=1)
+attend(torch.bfloat16, 128, BIAS > 0, Visibility(), form="squared")
+attend(torch.bfloat16, 64, visibility=Visibility(), length=1)
 attend(torch.float16, 128, BIAS)
 attend(torch.float32, 64)
 attend(torch.bfloat16, 256, BIAS)
-attend(torch.float32, 256, BIAS, Pattern())
-attend(torch.bfloat16, 128, pattern=Pattern(right=0, lower_right=True, **PACKED))
-attend(torch.bfloat16, 128, pattern=Pattern(left=128, right=0, slopes=SLOPES[:, :1]), groups=1)
-attend(torch.float16, 64, pattern=Pattern(slopes=SLOPES, **PACKED))
-attend(torch.bfloat16, 64, BIAS, Pattern(left=128, key_lengths=LENGTHS))
-attend(torch.bfloat16, 128, pattern=Pattern(right=0, lower_right=True, key_lengths=LENGTHS), length=1)
+attend(torch.float32, 256, BIAS, Visibility())
+attend(torch.bfloat16, 128, visibility=Visibility(right=0, lower_right=True, **PACKED))
+attend(torch.bfloat16, 128, visibility=Visibility(left=128, right=0, slopes=SLOPES[:, :1]), groups=1)
+attend(torch.float16, 64, visibility=Visibility(slopes=SLOPES, **PACKED))
+attend(torch.bfloat16, 64, BIAS, Visibility(left=128, key_lengths=LENGTHS))
+attend(torch.bfloat16, 128, visibility=Visibility(right=0, lower_right=True, key_lengths=LENGTHS), length=1)

@@ -14,9 +14,9 @@ import torch
 from expressive_attention import expressive_attention
 from expressive_attention.backends import cpu
 from expressive_attention.backends.cpu import layout, library
-from expressive_attention.backends.pattern import Pattern
-from expressive_attention.backends.problem import Problem
+from expressive_attention.call import Call, Result, Upstream, Visibility
 from tests.budget import fused, threads_of_torch
+from tests.stand_ins import call_on, declined_by_func
 
 pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
 
@@ -45,17 +45,19 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("problem", "reason"),
+    ("call", "reason"),
     [
-        (Problem("cpu", torch.float16), None),
-        (Problem("cuda", torch.float32), "on the CPU, not on cuda"),
-        (Problem("cpu", torch.float32, dropout_p=0.1), "dropout"),
-        (Problem("cpu", torch.float32, differentiated_by_func=True), "torch.func"),
+        (call_on("cpu", torch.float16), None),
+        (call_on("cuda"), "on the CPU, not on cuda"),
+        (call_on("cpu", dropout_p=0.1), None),
+        (call_on("cpu").but(visibility=Visibility(slopes=torch.ones(1, 1))), None),
+        (call_on("cpu").but(visibility=Visibility(query_starts=torch.tensor([0, 1]))), "sequences must be in a batch"),
     ],
 )
-def test_it_says_why_it_declines(problem, reason):
-    found = cpu.supports(problem)
+def test_it_says_why_it_declines(call, reason):
+    found = cpu.declines(call)
     assert found is None if reason is None else reason in found
+    assert "torch.func" in declined_by_func(cpu, call_on("cpu"))
 
 
 def test_the_automatic_choice_takes_it(monkeypatch):
@@ -164,17 +166,17 @@ def test_memory_that_is_not_there_is_an_error(name, broken, strided):
         tensors = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
     tensors |= {"attn_mask": torch.randn(1, 1, 8, 8), "key_lengths": torch.tensor([3, 8])}
     tensors[name] = broken(tensors[name])
-    pattern = Pattern(key_lengths=tensors.pop("key_lengths"))
+    visibility = Visibility(key_lengths=tensors.pop("key_lengths"))
     upstream = tensors.pop("grad_output")
-    inputs = [*tensors.values(), pattern, 0.5, "expressive"]
+    call = Call(*tensors.values(), visibility, 0.5, "expressive")
     if name != "grad_output":
         with pytest.raises(ValueError, match=f"the memory of {name} was freed or is too small"):
-            cpu.forward(*inputs)
-        output, normalizer = upstream, upstream[..., 0]
+            cpu.forward(call)
+        result = Result(upstream, upstream[..., 0], None)
     else:
-        output, normalizer, _ = cpu.forward(*inputs)
+        result = cpu.forward(call)
     with pytest.raises(ValueError, match=f"the memory of {name} was freed or is too small"):
-        cpu.backward(upstream, None, *inputs[:4], output, normalizer, *inputs[4:], True)
+        cpu.backward(call, result, Upstream(upstream, None, True))
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "output", "normalizer"])
@@ -245,13 +247,14 @@ def test_a_forked_process_computes_the_same():
     code = """
 import os, torch
 from expressive_attention.backends import cpu
-from expressive_attention.backends.pattern import Pattern
+from expressive_attention.call import Call, Upstream, Visibility
 torch.set_num_threads(2)
 q, k, v, g = torch.randn(4, 2, 4, 300, 32).unbind(0)
+call = Call(q, k, v, None, Visibility(), 0.2, "expressive")
 def run():
-    output, normalizer, _ = cpu.forward(q, k, v, None, Pattern(), 0.2, "expressive")
-    gradients = cpu.backward(g, None, q, k, v, None, output, normalizer, Pattern(), 0.2, "expressive", False)
-    return [x.numpy().tobytes() for x in (output, normalizer, *gradients[:3])]
+    result = cpu.forward(call)
+    gradients = cpu.backward(call, result, Upstream(g, None, False))
+    return [x.numpy().tobytes() for x in (*result[:2], *gradients[:3])]
 before = run()
 if pid := os.fork():
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), before == run())

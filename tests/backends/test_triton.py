@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from expressive_attention import checks, expressive_attention, expressive_attention_varlen
 from expressive_attention.backends import triton
-from expressive_attention.backends.pattern import Pattern
-from expressive_attention.backends.problem import Problem
+from expressive_attention.call import Call, Upstream, Visibility
 from tests.budget import Case, assert_within_budget
 from tests.packed import packed_problems
 from tests.problems import problems
+from tests.stand_ins import call_on, declined_by_func
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -554,19 +554,19 @@ def test_same_bits_twice():
 
 
 @pytest.mark.parametrize(
-    ("problem", "reason"),
+    ("call", "reason"),
     [
-        (Problem("cuda", torch.bfloat16, head_dim=256), None),
-        (Problem("meta", torch.float32), "runs on GPUs, not on meta"),
-        (Problem("cuda", torch.float64), "float64"),
-        (Problem("cuda", torch.float32, head_dim=257), "head dimensions above 256 are not implemented, got 257"),
-        (Problem("cuda", torch.float32, dropout_p=0.1), "dropout"),
-        (Problem("cuda", torch.float32, differentiated_by_func=True), "torch.func"),
+        (call_on("cuda", torch.bfloat16, head_dim=256), None),
+        (call_on("meta"), "runs on GPUs, not on meta"),
+        (call_on("cuda", torch.float64), "float64"),
+        (call_on("cuda", head_dim=257), "head dimensions above 256 are not implemented, got 257"),
+        (call_on("cuda", dropout_p=0.1), "dropout"),
     ],
 )
-def test_it_says_why_it_declines(problem, reason):
-    found = triton.supports(problem)
+def test_it_says_why_it_declines(call, reason):
+    found = triton.declines(call)
     assert found is None if reason is None else reason in found
+    assert "torch.func" in declined_by_func(triton, call_on("cuda"))
 
 
 def test_it_is_not_there_without_a_recent_triton(monkeypatch):
@@ -575,7 +575,7 @@ def test_it_is_not_there_without_a_recent_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(triton, "_MISSING", triton._missing())
     for device in ("cuda", "mps"):
-        assert "expressive-attention[gpu]" in str(triton.supports(Problem(device, torch.float32)))
+        assert "expressive-attention[gpu]" in str(triton.declines(call_on(device)))
 
 
 def test_a_call_by_name_says_why_it_declines():
@@ -585,24 +585,24 @@ def test_a_call_by_name_says_why_it_declines():
 
 
 MASKS = {
-    "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, Pattern(right=1), "squared"),
-    "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), Pattern(right=0), "expressive"),
-    "slopes": (None, Pattern(left=3, lower_right=True, slopes=torch.rand(1, 4, device=DEVICE)), "expressive"),
+    "bool": (torch.arange(12).reshape(2, 1, 1, 6) % 3 > 0, Visibility(right=1), "squared"),
+    "bias": (torch.linspace(-1, 1, 24).reshape(1, 4, 1, 6).requires_grad_(), Visibility(right=0), "expressive"),
+    "slopes": (None, Visibility(left=3, lower_right=True, slopes=torch.rand(1, 4, device=DEVICE)), "expressive"),
 }
 
 
 @pytest.mark.parametrize("name", list(MASKS))
 def test_opcheck(name):
-    mask, pattern, form = MASKS[name]
+    mask, visibility, form = MASKS[name]
     if mask is not None:
         mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, (2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3)))
     operators = torch.ops.expressive_attention
-    torch.library.opcheck(operators.attention.default, (q, k, v, mask, *pattern, 0.5, form, "triton"))
+    torch.library.opcheck(operators.attention.default, (q, k, v, mask, *visibility, 0.5, form, "triton"))
     with torch.no_grad():
-        output, normalizer, _ = operators.attention(q, k, v, mask, *pattern, 0.5, form, "triton")
-    upstream = torch.randn_like(output), torch.randn_like(normalizer)
-    arguments = (*upstream, q, k, v, mask, output, normalizer, *pattern, 0.5, form, "triton", name == "bias")
+        output, normalizer, _ = operators.attention(q, k, v, mask, *visibility, 0.5, form, "triton")
+    upstream = torch.randn_like(output), torch.randn_like(normalizer), name == "bias"
+    arguments = (q, k, v, mask, *visibility, 0.5, form, "triton", output, normalizer, *upstream)
     torch.library.opcheck(operators.attention_backward.default, arguments)
 
 
@@ -669,10 +669,10 @@ def test_the_twin_of_the_benchmark_is_softmax(causal):
     """Our kernels with exp in the place of f, over lengths that end inside of a tile."""
     inputs = [x.requires_grad_() for x in tensors(torch.float32, (1, 2, 41, 8), (1, 2, 39, 8), (1, 2, 39, 8))]
     (do,) = tensors(torch.float32, (1, 2, 41, 8), seed=1)
-    settings = (Pattern(right=0 if causal else None), 0.3, "exponential")
+    call = Call(*inputs, None, Visibility(right=0 if causal else None), 0.3, "exponential")
     with torch.no_grad():
-        output, normalizer, _ = triton.forward(*inputs, None, *settings)
-        got = triton.backward(do, None, *inputs, None, output, normalizer, *settings, False)
+        result = triton.forward(call)
+        got = triton.backward(call, result, Upstream(do, None, False))
     want = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal, scale=0.3)
-    torch.testing.assert_close(output, want)
+    torch.testing.assert_close(result.output, want)
     torch.testing.assert_close(got[:3], torch.autograd.grad(want, inputs, do))

@@ -90,6 +90,10 @@ def test_measures_of_known_attention():
     assert m.sink_share(a).item() == pytest.approx(0.125)
     z = torch.tensor([[[-1.0, 9, 9, 9], [-1, -1, 1, 1], [1, -1, 1, 1]]], dtype=torch.float64)
     assert m.antiparallel_share(z, a).item() == pytest.approx((1 + 0.5 + 0.5) / 3)
+    # A score of 0, to which softmax gives weight, is on neither side.
+    assert m.antiparallel_share(torch.tensor([[-1.0, 0, 1]]), torch.tensor([[0.2, 0.5, 0.3]])).item() == pytest.approx(
+        0.2
+    )
 
 
 def test_what_is_saturated():
@@ -113,6 +117,7 @@ def test_dimensions_of_known_vectors():
     moment = torch.diag(torch.tensor([4.0, 4.0, 4.0, 0.0], dtype=torch.float64))
     assert m.participation_ratio(moment).item() == pytest.approx(3)
     assert m.numerical_rank(moment).item() == 3
+    assert m.numerical_rank(torch.diag(torch.tensor([2.0, 1.0, 0.5])), tolerance=0.5).item() == 2
     assert m.numerical_rank(torch.zeros(3, 3, dtype=torch.float64)).item() == 0
     x = directions(100_000, 6)
     assert m.participation_ratio(x.mT @ x).item() == pytest.approx(6, abs=0.01)

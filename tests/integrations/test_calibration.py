@@ -261,6 +261,9 @@ def models_with_gains():
 
 def test_merged_gains_are_part_of_the_weights():
     for model, inputs in models_with_gains():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)  # many start at 0, and then any factor would do
         conversion = convert(model.eval())
         calibration = calibrate(conversion, [inputs], target=0.7)
         names = [layer.name for layer in conversion.switched]
@@ -301,3 +304,16 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path):
     huggingface.check(again)
     with torch.no_grad():
         assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+def test_an_optimizer_that_existed_before_trains_gains_that_it_is_given():
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 6, 16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    calibration = calibrate(convert(model), [x])
+    gains = list(calibration.gains.values())
+    optimizer.add_param_group({"params": gains})
+    model(x).square().mean().backward()
+    wanted = [gain.detach() - 0.1 * gain.grad for gain in gains]
+    assert all(gain.grad.abs().max() > 0 for gain in gains)
+    optimizer.step()
+    torch.testing.assert_close([gain.detach() for gain in gains], wanted)

@@ -378,6 +378,20 @@ def test_another_thread_does_not_count():
     assert found.softmax == {"1": 1}
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_softmax_that_nothing_uses_is_none_of_attention(used):
+    class Wasteful(Attn):
+        def forward(self, x):
+            weights = (self.qkv(x) @ self.qkv(x).mT).softmax(-1)
+            return super().forward(x) + (weights @ x if used else 0)
+
+    conversion = convert(nn.Sequential(Wasteful()))
+    conversion.strict = False
+    assert str(conversion.verify(X)) == (
+        "EA ran in 0/1 layers; not in: 0; softmax ran in: 0" if used else "EA ran in 1/1 layers"
+    )
+
+
 def test_the_softmax_of_a_router_is_none_of_attention():
     class Routed(Attn):
         def forward(self, x):

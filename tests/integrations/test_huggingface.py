@@ -1,5 +1,6 @@
 import ast
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,13 @@ def test_a_sliding_window_is_one():
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache):
+@pytest.mark.parametrize("padded", [True, False])
+def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache, padded):
     model = build(family)
     convert(model)
     ids, mask = torch.randint(1, 64, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    mask[0, :4], mask[1, :1] = 0, 0  # left-padded
+    if padded:
+        mask[0, :4], mask[1, :1] = 0, 0  # on the left
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -113,9 +116,8 @@ def test_prefill_and_decode_against_a_cache_are_the_whole_pass(family, cache):
         for size in (5, 3, 1, 1, 2):  # prefill, a second chunk, two tokens, a chunk
             part = slice(start, start + size)
             where = {"position_ids": positions[:, part], "cache_position": torch.arange(start, start + size)}
-            parts.append(
-                model(ids[:, part], attention_mask=mask[:, : start + size], past_key_values=made, **where).logits
-            )
+            seen = mask[:, : start + size] if padded else None
+            parts.append(model(ids[:, part], attention_mask=seen, past_key_values=made, **where).logits)
             start += size
     found = torch.cat(parts, 1)
     torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-9, atol=1e-9)
@@ -273,6 +275,31 @@ def test_parts_of_a_model_get_back_what_each_had():
         assert torch.equal(model(**inputs).logits, wanted)
 
 
+def test_layers_with_a_configuration_that_the_model_does_not_know_are_switched(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**small, "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0}
+    vision = {**small, "image_size": 8, "patch_size": 4, "num_frames": 2, "mit_hidden_size": 16,
+              "mit_num_hidden_layers": 1, "mit_intermediate_size": 32, "mit_num_attention_heads": 4}  # fmt: skip
+    config = transformers.XCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.XCLIPModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    inputs = {"input_ids": torch.randint(1, 64, (1, 5)), "pixel_values": torch.randn(1, 2, 3, 8, 8)}
+    with torch.no_grad():
+        before = model(**inputs).logits_per_video
+        conversion = convert(model)  # and in mit, whose configuration is made of that of the vision model
+        assert "mit.encoder.layers.0.self_attn" in conversion.verify(**inputs).calls
+        found = model(**inputs).logits_per_video
+        assert (found - before).abs() > 1e-2
+        model.save_pretrained(tmp_path)
+        for again in (AutoModel.from_pretrained(tmp_path), huggingface.from_pretrained(AutoModel, tmp_path)):
+            huggingface.check(again)
+            torch.testing.assert_close(again(**inputs).logits_per_video, found, rtol=1e-4, atol=1e-4)
+        conversion.undo()
+        assert torch.equal(model(**inputs).logits_per_video, before)
+
+
 def test_a_model_inside_of_a_module_is_found():
     class Holder(torch.nn.Module):
         def __init__(self):
@@ -371,6 +398,62 @@ def test_keys_that_a_layer_chooses_are_the_ones_it_sees():
     found, _ = huggingface._attention("expressive", layer, q, k, v, causal, indices=indices)
     wanted, _ = spelled_out(layer, q, k, v, (keep * causal).log())
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+MLA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 3,
+       "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+       "qk_nope_head_dim": 6, "v_head_dim": 5, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 3, "n_group": 1,
+       "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}  # fmt: skip
+
+# Models that choose keys for each query. A layer of the second one takes the choice of the layer before it.
+CHOOSING = {
+    "deepseek_v32": ("DeepseekV32ForCausalLM", MLA),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**MLA, "indexer_types": ["full", "shared", "full"]}),
+}
+
+
+def build_choosing(family):
+    name, options = CHOOSING[family]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = model_class(model_class.config_class(**options)).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def parts_of(model, ids, mask):
+    """Logits of a prefill, a second chunk, two tokens and a chunk against a cache."""
+    cache, logits, start = transformers.DynamicCache(config=model.config), [], 0
+    for size in (3, 3, 1, 1, 1):
+        part = slice(start, start + size)
+        logits.append(model(ids[:, part], attention_mask=mask[:, : start + size], past_key_values=cache).logits)
+        start += size
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", CHOOSING)
+def test_models_that_choose_keys_see_the_chosen_ones_alone(family, left, monkeypatch):
+    model, inputs = build_choosing(family), inputs_of("llama", left)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    seen = mask.bool()
+    # Under this name the model makes its mask by itself; under ours the mask comes from what it has chosen.
+    monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", spelled_out)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        wanted = model(**inputs, use_cache=False).logits, parts_of(model, ids, mask)
+        model.set_attn_implementation("sdpa")
+        assert not convert(model).verify(**inputs, use_cache=False).softmax
+        found = model(**inputs, use_cache=False).logits, parts_of(model, ids, mask)
+        for each, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(each[seen], other[seen], rtol=1e-9, atol=1e-9)
+        for module in model.modules():
+            if hasattr(module, "index_topk"):
+                module.index_topk = 64  # every key, of more than three
+        assert (model(**inputs, use_cache=False).logits - wanted[0])[seen].abs().max() > 0.1
 
 
 PACKED = ["llama", "mistral", "gemma"]

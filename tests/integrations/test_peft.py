@@ -8,7 +8,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
-from expressive_attention.integrations import ConversionError, convert  # noqa: E402
+from expressive_attention.integrations import ConversionError, calibrate, convert, merge_gains  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
 
@@ -96,3 +96,33 @@ def test_prefixes_are_keys_of_the_layers_that_there_are():
     weights = z**2 / (1 + z**2) * torch.ones(9, 12).tril(3)
     wanted = weights / weights.sum(-1, keepdim=True) @ values.repeat_interleave(2, 1)
     torch.testing.assert_close(output, layer.o_proj(wanted.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "modules_to_save"])
+def test_gains_are_trained_beside_adapters(how):
+    model, ids = llama()
+    calibration = calibrate(convert(model), [ids])
+    twin = copy.deepcopy(model)
+    kept = {"modules_to_save": ["self_attn"]} if how == "modules_to_save" else {}
+    config = peft.LoraConfig(target_modules=["gate_proj"], r=2, task_type="CAUSAL_LM", **kept)
+    adapted = peft.get_peft_model(model, config).double()
+    if how == "requires_grad":
+        for gain in calibration.gains.values():
+            gain.requires_grad_(True)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "expressive_gain" in name}
+    assert len(trained) == 2
+    # As adapters are 0 at first, the gradient is that of the model without them.
+    twin(ids, labels=ids).loss.backward()
+    wanted = [layer.self_attn.expressive_gain for layer in twin.model.layers]
+    optimizer = torch.optim.SGD(trained.values(), 0.1)
+    adapted(ids, labels=ids).loss.backward()
+    optimizer.step()
+    for found, gain in zip(trained.values(), wanted, strict=True):
+        assert gain.grad.abs().min() > 0
+        torch.testing.assert_close(found.detach(), gain.detach() - 0.1 * gain.grad)
+    with torch.no_grad():
+        before = adapted(ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, before)
+        assert merge_gains(merged) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        torch.testing.assert_close(merged(ids).logits, before)

@@ -22,10 +22,13 @@ def by_hand(module, x, attend):
         if module.gain is not None:
             z = z * module.gain.weight[h]
         bias = torch.zeros_like(z)
-        if module.position == "alibi":
-            bias = alibi_bias(module.num_heads, len(x), len(x))[h]
-        elif module.relative is not None:
-            bias = module.relative(len(x))[h]
+        if "alibi" in module.position.split("+"):
+            bias = bias + alibi_bias(module.num_heads, len(x), len(x))[h]
+        if module.alibi is not None:
+            i = torch.arange(len(x))
+            bias = bias - module.alibi.log_slopes[h].exp() * (i[:, None] - i).abs()
+        if module.relative is not None:
+            bias = bias + module.relative(len(x))[h]
         heads.append(attend(z, bias.to(z.dtype)) @ vh)
     return torch.cat(heads, -1) @ module.out.weight.T + module.out.bias
 
@@ -40,7 +43,10 @@ def softmax(z, bias):
     return torch.softmax((z + bias).masked_fill(hidden, -torch.inf), -1)
 
 
-@pytest.mark.parametrize("position", ["none", "rope", "alibi", "relative", "learned"])
+SEVERAL = ["rope+relative", "rope+learned_alibi", "learned+relative", "alibi+learned_alibi+relative+rope"]
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "alibi", "relative", "learned", "learned_alibi", *SEVERAL])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize(("mechanism", "attend"), [("expressive", expressive), ("dot_product", softmax)])
@@ -48,8 +54,8 @@ def test_is_attention_of_its_mechanism(mechanism, attend, position, gain, qk_nor
     torch.manual_seed(0)
     options = {"position": position, "gain": gain, "qk_norm": qk_norm, "max_length": 9}
     module = SelfAttention(12, 2, mechanism, **options).double()
-    for parameter in (module.gain.weight if module.gain else None, module.relative.table if module.relative else None):
-        if parameter is not None:
+    for name, parameter in module.named_parameters():
+        if name in ("gain.weight", "relative.table", "alibi.log_slopes"):
             torch.nn.init.uniform_(parameter, 0.5, 2.0)
     x = torch.randn(3, 7, 12, dtype=torch.float64)
     expected = torch.stack([by_hand(module, row, attend) for row in x])
@@ -60,7 +66,7 @@ def test_is_attention_of_its_mechanism(mechanism, attend, position, gain, qk_nor
 
 @pytest.mark.parametrize("mechanism", ["expressive", "dot_product"])
 @pytest.mark.parametrize("kind", ["bool", "bias"])
-@pytest.mark.parametrize("position", ["none", "alibi", "relative"])
+@pytest.mark.parametrize("position", ["none", "alibi", "relative", "learned_alibi", "rope+learned_alibi"])
 def test_masks_work_with_both_mechanisms(mechanism, kind, position):
     torch.manual_seed(1)
     module = SelfAttention(8, 2, mechanism, position=position, max_length=5)
@@ -144,6 +150,18 @@ def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=r"position must be one of .*'rotary'"):
         SelfAttention(8, 2, position="rotary")
     with pytest.raises(ValueError, match="max_length must be given for relative positions"):
-        SelfAttention(8, 2, position="relative")
+        SelfAttention(8, 2, position="rope+relative")
     with pytest.raises(ValueError, match="head_dim must be even"):
         RotaryPositions(3)
+
+
+@pytest.mark.parametrize("position", ["learned_alibi", "rope+learned_alibi"])
+def test_slopes_are_trained_in_16_bits_as_well(position):
+    """A row of large numbers per head would be too coarse for bfloat16."""
+    torch.manual_seed(6)
+    module = SelfAttention(16, 2, position=position)
+    x = torch.randn(1, 300, 16)
+    exact = module(x)
+    module(x).sum().backward()
+    assert (module.alibi.log_slopes.grad != 0).all()
+    torch.testing.assert_close(module.bfloat16()(x.bfloat16()).float(), exact, atol=0.03, rtol=0.03)

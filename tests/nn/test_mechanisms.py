@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from expressive_attention.nn import MECHANISMS, attend
+from expressive_attention.nn import MECHANISMS, SelfAttention, attend
 
 # Weights as the table of the module says, of a number.
 WEIGHTS = {
@@ -85,3 +85,11 @@ def test_derivatives_of_the_ablations():
     q, k, v = (torch.randn(1, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
     for mechanism in MECHANISMS:
         assert torch.autograd.gradcheck(lambda q, k, v, m=mechanism: attend(m, q, k, v, is_causal=True), (q, k, v))
+
+
+@pytest.mark.parametrize(("name", "meant"), [("softmax", "dot_product"), ("dpa", "dot_product"), ("EA", "expressive")])
+def test_an_error_says_what_a_mechanism_is_called_here(name, meant):
+    x = torch.randn(1, 2, 3, 4)
+    for call in (lambda: SelfAttention(8, 2, name), lambda: attend(name, x, x, x)):
+        with pytest.raises(ValueError, match=f"mechanism must be one of .*, got '{name}'; '{meant}' is its name here"):
+            call()

@@ -4,12 +4,15 @@ import torch.nn.functional as F
 
 from expressive_attention import expressive_attention
 from expressive_attention.nn import (
+    LearnedAlibi,
     LearnedPositions,
     RelativeBias,
     RotaryPositions,
     SinusoidalPositions,
     alibi_bias,
     alibi_slopes,
+    attend,
+    position_codes,
 )
 
 
@@ -118,3 +121,55 @@ def test_learned_positions_add_their_table():
 def test_a_base_is_positive(positions):
     with pytest.raises(ValueError, match="base must be positive, got 0"):
         positions(4, base=0.0)
+
+
+def test_learned_slopes_start_as_alibis_and_are_a_decay():
+    alibi = LearnedAlibi(4)
+    torch.testing.assert_close(alibi(6), alibi_bias(4, 6, 6))
+    torch.testing.assert_close(alibi(6, is_causal=True), alibi_bias(4, 6, 6, is_causal=True))
+    torch.nn.init.uniform_(alibi.log_slopes, -40.0, 3.0)
+    bias = alibi(6)
+    for h in range(4):
+        for i in range(6):
+            for j in range(6):
+                expected = -alibi.log_slopes[h].exp() * abs(i - j)
+                torch.testing.assert_close(bias[h, i, j], expected)
+    assert (bias <= 0).all()
+
+
+WEIGHTS = {"expressive": lambda z: z * z / (1 + z * z), "dot_product": torch.exp, "squared": lambda z: z * z}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mechanism", list(WEIGHTS))
+def test_slopes_have_the_gradient_of_the_formula(mechanism, is_causal):
+    """d loss / d slope_h = - sum_ij |i - j| a_ij (dO_i . v_j - dO_i . o_i), in float64, times the slope for its log."""
+    torch.manual_seed(0)
+    alibi = LearnedAlibi(3).double()
+    torch.nn.init.uniform_(alibi.log_slopes, -3.0, 0.5)
+    q, k, v, upstream = torch.randn(4, 2, 3, 7, 4, dtype=torch.float64).unbind(0)
+    output = attend(mechanism, q, k, v, alibi(7, is_causal=is_causal), is_causal=is_causal)
+    (output * upstream).sum().backward()
+    i = torch.arange(7.0, dtype=torch.float64)
+    distance = (i[:, None] - i).abs()
+    slopes = alibi.log_slopes.detach().exp()
+    weights = WEIGHTS[mechanism](q @ k.mT / 2) * torch.exp(-slopes[:, None, None] * distance)
+    weights = weights.tril() if is_causal else weights
+    shares = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(output, shares @ v)
+    g = upstream @ v.mT - (upstream * (shares @ v)).sum(-1, keepdim=True)
+    expected = -(distance * shares * g).sum((0, 2, 3)) * slopes
+    assert expected.abs().min() > 1e-3
+    torch.testing.assert_close(alibi.log_slopes.grad, expected)
+
+
+def test_codes_of_position_are_told_apart():
+    assert position_codes("none") == ()
+    assert position_codes("rope") == ("rope",)
+    assert position_codes("relative+rope") == position_codes("rope+relative") == ("rope", "relative")
+    for wrong in ("", "rope+", "rope+rotary", "rope relative"):
+        with pytest.raises(ValueError, match=r"position must be one of .*joined by '\+'"):
+            position_codes(wrong)
+    for wrong in ("rope+rope", "none+rope"):
+        with pytest.raises(ValueError, match="each code once, and 'none' alone"):
+            position_codes(wrong)

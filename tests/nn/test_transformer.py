@@ -22,15 +22,16 @@ def test_a_block_is_attention_and_mlp_on_residuals(kind):
 
 
 @pytest.mark.parametrize("kind", ["pre", "post", "none"])
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", [*POSITIONS, "learned+relative", "learned+sinusoidal", "rope+sinusoidal"])
 def test_the_model_is_its_parts(kind, position):
     torch.manual_seed(1)
     model = Transformer(10, 6, 8, 2, 2, position=position, norm=kind, gain=True)
     tokens = torch.randint(10, (3, 5))
     x = model.embedding(tokens)
-    if position == "learned":
-        x = x + model.positions.table.weight[:5]
-    elif position == "sinusoidal":
+    if "learned" in position.split("+"):
+        table = next(module for module in model.positions.modules() if isinstance(module, torch.nn.Embedding))
+        x = x + table.weight[:5]
+    if "sinusoidal" in position:
         x = SinusoidalPositions(8)(x)
     for block in model.blocks:
         x = block(x)
@@ -38,6 +39,14 @@ def test_the_model_is_its_parts(kind, position):
         x = norm(x)
     assert isinstance(model.final_norm, torch.nn.LayerNorm) == (kind == "pre")  # one after "post" would change little
     torch.testing.assert_close(model(tokens), model.head(x))
+
+
+@pytest.mark.parametrize(("affine", "count"), [(False, 0), (True, 10)])
+def test_all_norms_learn_a_scale_and_a_shift_or_none_does(affine, count):
+    model = Transformer(10, 6, 8, 2, 2, norm_affine=affine)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 5  # two in each of two blocks, and the last one
+    assert sum(len(list(module.parameters())) for module in norms) == count
 
 
 @pytest.mark.parametrize(("options", "std"), [({}, 0.5), ({"embedding_std": 0.2}, 0.2)])

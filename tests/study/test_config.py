@@ -15,7 +15,6 @@ from expressive_attention.study.family import PRIMARY_COMPARISONS
 from expressive_attention.study.presets import preset_names, preset_text
 from expressive_attention.study.results import Setting
 from expressive_attention.study.tasks.contexts import facts_of_test
-from expressive_attention.study.tasks.language import LanguageTask
 from tests.study.tiny import TINY, cell, tiny, tiny_config
 
 
@@ -127,17 +126,66 @@ def test_the_primary_family_is_what_the_presets_declare():
     assert f"{PRIMARY_COMPARISONS} comparisons" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", sorted(set(preset_names()) - {"quick", "vision"}))
+# Where a step is expensive; the presets say what they depart from, and docs/protocol.md lists them.
+ON_TEXT = {"text", "text_codes", "text_mechanisms"}
+
+
+@pytest.mark.parametrize("name", sorted(set(preset_names()) - {"quick", "vision"} - ON_TEXT))
 def test_presets_have_the_seeds_that_the_protocol_asks_for(name):
     config, _ = load_config(name)
     assert config.protocol == 3
     assert config.seeds.tuning >= 8
     assert config.seeds.final >= 16
     for _, task, _ in config.expanded():
-        if not isinstance(task, LanguageTask):
-            facts = facts_of_test(task, config.training.test_sequences)
-            assert facts["predictions"] >= 512, task.label
-            assert facts["contexts"] >= 256, task.label
+        facts = facts_of_test(task, config.training.test_sequences)
+        assert facts["predictions"] >= 512, task.label
+        assert facts["contexts"] >= 256, task.label
+
+
+def test_presets_on_text_give_all_mechanisms_the_same_and_decide_nothing():
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    trainings = set()
+    for name in ON_TEXT:
+        config, _ = load_config(name)
+        assert (config.family, config.claims) == ("own", ())
+        assert config.seeds.final >= 4
+        assert config.training.initial_gains == (0.25, 1.0)
+        assert f"`{name}`" in page
+        if name != "text":
+            trainings.add((config.training.model_dump_json(), config.seeds.model_dump_json(), config.model))
+    assert len(trainings) == 1  # together they are one table
+
+
+def test_tuning_may_be_shorter():
+    def cells(**replaced):
+        first = tiny_config(**replaced).comparisons()[0]
+        return first.tuning_cells() + first.final_cells(Setting(1e-2, 1.0))
+
+    whole, shorter = cells(), cells(steps="30\ntuning_steps = 10")
+    assert [c.training.steps for c in shorter] == [10] * 2 + [30]
+    assert [c.training.steps for c in whole] == [30] * 3
+    assert shorter[-1].identity == whole[-1].identity
+    alone = cells(steps="10")
+    assert [c.identity for c in shorter[:2]] == [c.identity for c in alone[:2]]
+    with pytest.raises(ConfigError, match="tuning_steps must be at most steps, got 31 and 30"):
+        cells(steps="30\ntuning_steps = 31")
+
+
+def test_codes_of_position_have_one_spelling():
+    def model(position):
+        return parse_config(f"{TINY}model = {{ position = {position} }}\n", "x").expanded()
+
+    assert model('"relative+rope"')[0][2] == model('"rope+relative"')[0][2]
+    assert [label for label, _, _ in model('["rope", "learned_alibi+rope"]')] == [
+        "sum, basis 4, delay 2, rope",
+        "sum, basis 4, delay 2, rope+learned_alibi",
+    ]
+    with pytest.raises(ConfigError, match=r"the condition '.*rope\+relative' more than once"):
+        model('["rope+relative", "relative+rope"]')
+    with pytest.raises(ConfigError, match=r"position must be one of .*'rope\+rotary'"):
+        model('"rope+rotary"')
+    with pytest.raises(ConfigError, match=r"rope needs an even embed_dim / heads, got 9 / 3"):
+        parse_config(f'{TINY}model = {{ position = "rope+relative", embed_dim = 9, heads = 3 }}\n', "x")
 
 
 def test_seeds_can_start_anywhere():

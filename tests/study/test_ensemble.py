@@ -8,21 +8,42 @@ from torch import nn
 from expressive_attention.nn import MECHANISMS, NORMS, POSITIONS, Transformer
 from expressive_attention.study.ensemble import member_state, stack
 
-# Parts that a model may be made of. All are tried with EA and DPA; other mechanisms differ from them by a function, and
-# each gets a part.
-PARTS = [
-    dict(
-        zip(("position", "norm", "norm_affine", "gain", "bias", "qkv_bias"), (position, *norm, *switches), strict=True)
-    )
-    for position in POSITIONS
-    for norm in [*itertools.product(NORMS[:2], (False, True)), ("none", False)]
-    for switches in itertools.product((False, True), repeat=3)
-]
+PARTS = {
+    "mechanism": MECHANISMS,
+    "position": POSITIONS,
+    "norm": [*itertools.product(NORMS[:2], (False, True)), ("none", False)],  # and whether it is affine
+    "switches": list(itertools.product((False, True), repeat=3)),  # gain, bias, qkv_bias
+}
+
+# Each mechanism with each position. The other parts change so that any two values of any two parts meet in some model.
 MODELS = [
-    {"mechanism": mechanism, **parts}
+    dict(
+        zip(
+            ("mechanism", "position", "norm", "norm_affine", "gain", "bias", "qkv_bias"),
+            (mechanism, position, *PARTS["norm"][(i + j) % 5], *PARTS["switches"][(i + 3 * j) % 8]),
+            strict=True,
+        )
+    )
     for i, mechanism in enumerate(MECHANISMS)
-    for parts in (PARTS if mechanism in ("expressive", "dot_product") else PARTS[i % 7 :: 7])
+    for j, position in enumerate(POSITIONS)
 ]
+MODELS += [
+    {"mechanism": mechanism, "position": position, "gain": True}
+    for mechanism in ("expressive", "dot_product", "quartic")
+    for position in ("rope+relative", "learned+learned_alibi+relative", "learned+sinusoidal")
+]
+
+
+def test_any_two_values_of_any_two_parts_meet_in_some_model():
+    names = ("mechanism", "position", ("norm", "norm_affine"), "gain", "bias", "qkv_bias")
+    values = (MECHANISMS, POSITIONS, PARTS["norm"], *[(False, True)] * 3)
+
+    def value(model, name):
+        return model[name] if isinstance(name, str) else tuple(model[each] for each in name)
+
+    for (one, of_one), (other, of_other) in itertools.combinations(zip(names, values, strict=True), 2):
+        met = {(value(model, one), value(model, other)) for model in MODELS}
+        assert met == set(itertools.product(of_one, of_other)), (one, other)
 
 
 def make_members(count: int = 3, **options: object) -> list[Transformer]:
@@ -58,6 +79,12 @@ def test_every_member_computes_what_its_own_model_computes(options):
         assert grads.keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(grads[name][index], parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_norms_keep_the_number_that_guards_their_division():
+    members = [nn.LayerNorm(4, eps=0.5), nn.LayerNorm(4, eps=0.5)]
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(stack(members)(x), torch.stack([f(part) for f, part in zip(members, x, strict=True)]))
 
 
 def test_members_differ():

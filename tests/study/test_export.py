@@ -40,6 +40,11 @@ def test_the_summary_has_the_numbers_of_the_seeds(few):
     assert (ours["pairs"], ours["difference"]) == (6, pytest.approx(sum(differences) / 6))
     interval = mean_interval(differences)
     assert (ours["difference_low"], ours["difference_high"]) == pytest.approx((interval.low, interval.high))
+    assert ours["cross_entropy"] == pytest.approx(1 - sum(accuracies) / 8)  # by the making of these rows
+    assert ours["cross_entropy_difference"] == pytest.approx(-sum(differences) / 6)
+    interval = mean_interval([-x for x in differences])
+    found = (ours["cross_entropy_difference_low"], ours["cross_entropy_difference_high"])
+    assert found == pytest.approx((interval.low, interval.high))
     assert ours["p"] == sign_flip_p(differences)  # of one condition: not adjusted
     assert 0 < ours["steps_p"] <= 1
     assert (theirs["mechanism"], theirs["n"], theirs["solved"]) == ("dot_product", 6, 0)

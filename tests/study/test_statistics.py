@@ -325,5 +325,13 @@ def test_with_fixed_data_the_drawing_of_test_examples_counts():
     assert doubtful.leader is None
     (told,) = (finding.details for finding in findings_by_condition(fixed(few, validation=0.004)))
     assert "On validation examples the difference is +0.0040" in told
+    assert found.cross_entropy_difference == pytest.approx(-found.difference)  # by the making of these rows
+    assert f"nats, difference {-found.difference:+.4f} (no interval: all equal)" in told
+    unknown = fixed(few)
+    seeds = unknown.seeds.with_columns(
+        cross_entropy=pl.when(seed=3).then(float("nan")).otherwise("cross_entropy")
+    )  # as where a seed diverges
+    (diverged,) = comparisons(replace(unknown, seeds=seeds))
+    assert diverged.cross_entropy_difference is diverged.cross_entropy_interval is None
     (plain,) = comparisons(paired([1.0] * 8, [0.5] * 8))
     assert plain.example_interval is None

@@ -258,7 +258,7 @@ def test_reading_a_study_does_not_run_its_files(hostile, command):
     assert not (hostile.parent / "was run").exists()
 
 
-@pytest.mark.parametrize("command", [["study", "verify"], ["geometry"]])
+@pytest.mark.parametrize("command", [["study", "verify"], ["study", "limit"], ["study", "twins"], ["geometry"]])
 def test_what_needs_the_tasks_says_so_and_asks(hostile, command):
     done = CliRunner().invoke(app, [*command, str(hostile)])
     assert done.exit_code == 2
@@ -267,6 +267,15 @@ def test_what_needs_the_tasks_says_so_and_asks(hostile, command):
     assert not (hostile.parent / "was run").exists()
     CliRunner().invoke(app, [*command, str(hostile), "--trust"])
     assert (hostile.parent / "was run").exists()
+
+
+def test_what_the_limit_of_own_tasks_is_can_be_exported_without_trust(run_once, hostile):
+    shutil.copy(run_once / "echo.py", hostile)
+    done = CliRunner().invoke(app, ["study", "limit", str(hostile), "--trust"])
+    assert done.exit_code == 0, done.output
+    (hostile / "echo.py").write_text("raise RuntimeError('was run')")
+    assert CliRunner().invoke(app, ["study", "export", str(hostile)]).exit_code == 0
+    assert len((hostile / "export" / "limit.csv").read_text().splitlines()) == 1 + 2  # a head and two seeds
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "is missing"), ("{}", "is not what was written")])

@@ -1,16 +1,15 @@
 """The implementations of expressive attention, one module each.
 
-A backend has ``supports(problem)``, the reason why it declines or None, and ``forward``; the fused ones also
-have ``backward`` and run behind the operators of `expressive_attention.ops`.
+A backend is what `call.Backend` says. They run behind the operators of `ops`; the reference does so only on request,
+and otherwise as the plain torch that it is.
 """
 
-from types import ModuleType
-
+from ..call import Backend
 from . import blockwise, cpu, reference, triton
 
 __all__ = ["AUTOMATIC", "BACKENDS"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {"reference": reference, "blockwise": blockwise, "cpu": cpu, "triton": triton}
 
 # The order in which the automatic choice asks them.
 AUTOMATIC = ("cpu", "triton", "blockwise", "reference")

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import nonfinite
-from .pattern import Pattern
-from .problem import Problem, accumulation_dtype, empty_peak, row_peak
+from ..call import (
+    Call,
+    Gradients,
+    Result,
+    Upstream,
+    accumulation_dtype,
+    differentiated_by_func,
+    empty_bias_max,
+)
+from ..masks import row_bias_max
+from . import dropout, nonfinite
 
-__all__ = ["backward", "forward", "supports", "takes"]
+__all__ = ["backward", "declines", "forward"]
 
 # Scores in a tile and keys in a tile, found with benchmarks/operator.py.
 _TILE = 1 << 18
@@ -34,103 +42,65 @@ _SATURATED = 2.0**500
 _SAFE_SCORE = 2.0**60
 
 
-def supports(problem: Problem) -> str | None:
-    """The reason why this backend declines `problem`; None: it does not."""
-    if problem.dropout_p:
-        return "dropout is not implemented"
-    if problem.differentiated_by_func:
+def declines(call: Call) -> str | None:
+    """The reason why this backend declines the call; None: it does not."""
+    if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
-    return None
+    return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 
-def takes(pattern: Pattern) -> bool:
-    """Whether this backend knows all that a pattern asks for."""
-    return pattern.is_diagonal()
+def forward(call: Call) -> Result:
+    """Output, normalizer and largest biases."""
+    dtype = accumulation_dtype(call.query.dtype)
+    finite = call if nonfinite.are_finite(call) else nonfinite.cleaned(call)
+    result = _forward(finite, dtype)
+    if _exceeds_float32(finite, result.normalizer):
+        result = _forward(finite, torch.float64)
+    if finite is not call:
+        nonfinite.spoil(result, call)
+    output, normalizer, bias_max = result
+    return Result(output.to(call.query.dtype), normalizer.to(dtype), None if bias_max is None else bias_max.to(dtype))
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, as `reference.forward`."""
-    diagonal = pattern.diagonal(query, key)
-    dtype = accumulation_dtype(query.dtype)
-    inputs = (query, key, value, attn_mask)
-    are_finite = nonfinite.are_finite(*inputs)
-    if not are_finite:
-        query, key, value, attn_mask = nonfinite.cleaned(*inputs)
-    results = _forward(query, key, value, attn_mask, diagonal, scale, form, dtype)
-    if _exceeds_float32(results[1], query, key, scale):
-        results = _forward(query, key, value, attn_mask, diagonal, scale, form, torch.float64)
-    output, normalizer, peak = results
-    if not are_finite:
-        nonfinite.spoil(output, normalizer, *inputs, diagonal)
-    return output.to(query.dtype), normalizer.to(dtype), peak.to(dtype)
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-    form: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: Call, dtype: torch.dtype) -> Result:
     """`forward` in the arithmetic of `dtype`."""
+    query, value, diagonal, form = call.query, call.value, call.diagonal, call.form
     batch, heads, length, _ = query.shape
     output = query.new_zeros((batch, heads, length, value.shape[-1]), dtype=dtype)
     normalizer = query.new_zeros((batch, heads, length), dtype=dtype)
-    peak = empty_peak(normalizer, attn_mask)
+    bias_max = empty_bias_max(normalizer, call)
 
-    q, k, v, mask = _grouped(query, key, value, attn_mask, dtype, scale)
+    q, k, v, mask = _grouped(call, dtype)
     out, total = (x.unflatten(1, (k.shape[1], -1)) for x in (output, normalizer))
     for tile in _row_tiles(q, k.shape[-2]):
         q_tile = tile.rows(q)
         out_tile, total_tile = tile.rows_view(out), tile.rows_view(total.unsqueeze(-1))
 
-        def add(bias_peak: Tensor | None, tile=tile, q_tile=q_tile, out_tile=out_tile, total_tile=total_tile) -> None:
+        def add(tile_max: Tensor | None, tile=tile, q_tile=q_tile, out_tile=out_tile, total_tile=total_tile) -> None:
             for columns in tile.key_ranges(k.shape[-2], diagonal):
                 weight = _scores(q_tile, tile.keys(k, columns)).square_()
                 if form == "expressive":
                     weight.div_(weight + 1.0)
-                _apply_mask_(tile.grid(weight), _mask_factor(mask, tile, columns, bias_peak), tile, columns, diagonal)
+                _apply_mask_(tile.grid(weight), _mask_factor(mask, tile, columns, tile_max), tile, columns, diagonal)
                 total_tile.add_(weight.sum(-1, keepdim=True))
+                _drop_(weight, call, tile, columns)
                 out_tile.baddbmm_(weight, tile.keys(v, columns))
 
-        bias_peak = _tile_peak(mask, tile, diagonal)
-        add(bias_peak)
-        if mask is not None and bias_peak is not None:
+        tile_max = _tile_bias_max(mask, tile, diagonal)
+        add(tile_max)
+        if mask is not None and tile_max is not None and bias_max is not None:
             if _has_lost_rows(total_tile):
-                bias_peak = _scored_peak(q_tile, k, mask, tile, diagonal)
+                tile_max = _scored_bias_max(q_tile, k, mask, tile, diagonal)
                 out_tile.zero_()
                 total_tile.zero_()
-                add(bias_peak)
-            peak.unflatten(1, (k.shape[1], -1))[tile.index] = bias_peak.squeeze(-1)
-    return output.div_(torch.where(normalizer == 0, 1.0, normalizer).unsqueeze(-1)), normalizer, peak
+                add(tile_max)
+            bias_max.unflatten(1, (k.shape[1], -1))[tile.index] = tile_max.squeeze(-1)
+    total = torch.where(normalizer == 0, 1.0, normalizer) * dropout.keep_share(call.dropout_p)
+    return Result(output.div_(total.unsqueeze(-1)), normalizer, bias_max)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    output: Tensor,
-    normalizer: Tensor,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, where `mask_gradient`, of the float mask.
+def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
+    """Gradients of query, key, value and, if wanted, of the float mask.
 
     With u_i = dO_i / N_i and g_ij = u_i . v_j - D_i + dN_i, where D_i = u_i . o_i = sum_j w_ij u_i . v_j / N_i:
 
@@ -141,66 +111,51 @@ def backward(
 
         q_i . dq_i = 2 (dN_i N_i - sum_j w_ij f_ij g_ij)        (f_ij in the second term is 0 in the squared form)
     """
-    diagonal = pattern.diagonal(query, key)
-    rest = (diagonal, scale, form, mask_gradient)
-    upstream = (grad_output, grad_normalizer)
+    output, normalizer, _ = result
+    do, dn, wants_mask = upstream
     spoiled = ~(normalizer.isfinite() | (normalizer == torch.inf)) | ~output.isfinite().all(-1)
-    spoiled |= ~grad_output.isfinite().all(-1)
-    if grad_normalizer is not None:
-        spoiled |= ~grad_normalizer.isfinite()
-    if nonfinite.are_finite(query, key, value, attn_mask) and not spoiled.any():
-        return _backward(*upstream, query, key, value, attn_mask, output, normalizer, *rest)
+    spoiled |= ~do.isfinite().all(-1)
+    if dn is not None:
+        spoiled |= ~dn.isfinite()
+    if nonfinite.are_finite(call) and not spoiled.any():
+        return _backward(call, result, upstream)
     # Such rows give nothing, and what takes part in them is made NaN in the end.
-    if grad_normalizer is not None:
-        grad_normalizer = grad_normalizer.masked_fill(spoiled, 0.0)
     of_rows = spoiled.unsqueeze(-1)
-    gradients = _backward(
-        grad_output.masked_fill(of_rows, 0.0),
-        grad_normalizer,
-        *nonfinite.cleaned(query, key, value, attn_mask),
-        output.masked_fill(of_rows, 0.0),
-        normalizer.masked_fill(spoiled, 0.0),
-        *rest,
-    )
-    nonfinite.spoil_gradients(gradients, spoiled, attn_mask, diagonal)
+    kept = Result(output.masked_fill(of_rows, 0.0), normalizer.masked_fill(spoiled, 0.0), None)
+    dn = None if dn is None else dn.masked_fill(spoiled, 0.0)
+    kept_upstream = Upstream(do.masked_fill(of_rows, 0.0), dn, wants_mask)
+    gradients = _backward(nonfinite.cleaned(call), kept, kept_upstream)
+    nonfinite.spoil_gradients(gradients, spoiled, call)
     return gradients
 
 
-def _backward(
-    grad_output: Tensor,
-    grad_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    output: Tensor,
-    normalizer: Tensor,
-    diagonal: int | None,
-    scale: float,
-    form: str,
-    mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     """`backward` where all is finite."""
-    dtype = torch.float64 if _exceeds_float32(normalizer, query, key, scale) else normalizer.dtype
+    query, key, value, attn_mask = call[:4]
+    scale, form, diagonal = call.scale, call.form, call.diagonal
+    output, normalizer, _ = result
+    dtype = torch.float64 if _exceeds_float32(call, normalizer) else normalizer.dtype
     if dtype != query.dtype:
         # What was stored is rounded to 16 bits (the output) or may have left float32's range (the normalizer).
-        output, normalizer, _ = _forward(query, key, value, attn_mask, diagonal, scale, form, dtype)
+        output, normalizer, _ = _forward(call, dtype)
     total = torch.where(normalizer == 0, torch.inf, normalizer).unsqueeze(-1)
-    upstream = grad_output.to(dtype) / total
+    keep = dropout.keep_share(call.dropout_p)
+    do = upstream.output.to(dtype) / (total * keep)
 
-    q, k, v, mask = _grouped(query, key, value, attn_mask, dtype, scale)
+    q, k, v, mask = _grouped(call, dtype)
     kv_heads = k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (query, key, value))
-    dmask = torch.zeros_like(mask) if mask_gradient and mask is not None else None
-    by_row = [x.unflatten(1, (kv_heads, -1)) for x in (upstream, total, output, dq)]
-    dn = None if grad_normalizer is None else grad_normalizer.to(dtype).unsqueeze(-1).unflatten(1, (kv_heads, -1))
+    dmask = torch.zeros_like(mask) if upstream.wants_mask and mask is not None else None
+    by_row = [x.unflatten(1, (kv_heads, -1)) for x in (do, total, output, dq)]
+    dn = upstream.normalizer
+    dn = None if dn is None else dn.to(dtype).unsqueeze(-1).unflatten(1, (kv_heads, -1))
     for tile in _row_tiles(q, k.shape[-2]):
         q_tile = tile.rows(q)
         u, total_tile, o = (tile.rows(x) for x in by_row[:3])
         dq_tile = tile.rows_view(by_row[3])
         dn_tile = None if dn is None else tile.rows(dn)
 
-        def products(columns: slice, bias_peak: Tensor | None, tile=tile, q_tile=q_tile, u=u) -> tuple[Tensor, ...]:
+        def products(columns: slice, tile_max: Tensor | None, tile=tile, q_tile=q_tile, u=u) -> tuple[Tensor, ...]:
             """w, f'(z) exp(bias) / 2, u . v and f of a tile of keys; without f in the squared form."""
             z = _scores(q_tile, tile.keys(k, columns))
             # The operations of the forward pass, so that a weight over the sum of its row is the same number.
@@ -210,37 +165,41 @@ def _backward(
                 weight.div_(denominator)
                 half_derivative.div_(denominator).div_(denominator)
                 f = (weight.clone(),)
-            factor = _mask_factor(mask, tile, columns, bias_peak)
+            factor = _mask_factor(mask, tile, columns, tile_max)
             for x in (weight, half_derivative):
                 _apply_mask_(tile.grid(x), factor, tile, columns, diagonal)
-            return weight, half_derivative, torch.bmm(u, tile.keys(v, columns).mT), *f
+            uv = torch.bmm(u, tile.keys(v, columns).mT)
+            _drop_(uv, call, tile, columns)
+            return weight, half_derivative, uv, *f
 
         ranges = list(tile.key_ranges(k.shape[-2], diagonal))
-        bias_peak = _tile_peak(mask, tile, diagonal)
-        known = {0: products(ranges[0], bias_peak)} if len(ranges) == 1 else {}
-        if mask is not None and bias_peak is not None:
-            # The peak of the forward pass.
-            weights = ((known.get(i) or products(part, bias_peak))[0] for i, part in enumerate(ranges))
+        tile_max = _tile_bias_max(mask, tile, diagonal)
+        known = {0: products(ranges[0], tile_max)} if len(ranges) == 1 else {}
+        if mask is not None and tile_max is not None:
+            # The one of the forward pass.
+            weights = ((known.get(i) or products(part, tile_max))[0] for i, part in enumerate(ranges))
             if _has_lost_rows(sum((w.sum(-1, keepdim=True) for w in weights), torch.zeros_like(total_tile))):
-                bias_peak = _scored_peak(q_tile, k, mask, tile, diagonal)
-                known = {0: products(ranges[0], bias_peak)} if len(ranges) == 1 else {}
+                tile_max = _scored_bias_max(q_tile, k, mask, tile, diagonal)
+                known = {0: products(ranges[0], tile_max)} if len(ranges) == 1 else {}
         some_rows_see_few = mask is not None or (diagonal is not None and tile.queries.start + diagonal < _TILE_KEYS)
         from_output = len(ranges) > 1 and not some_rows_see_few
         if from_output:
-            mean = (u * o).sum(-1, keepdim=True)
+            mean = (u * o).sum(-1, keepdim=True) * keep
         else:
             # A row may see one key only. Then w / N is 1 and g is 0, but only if D comes from the products that
             # it is subtracted from: f'(z) / N = 2 / z would magnify the smallest difference.
             mean = torch.zeros_like(total_tile)
             for i, columns in enumerate(ranges):
-                weight, _, uv, *_ = known.get(i) or products(columns, bias_peak)
+                weight, _, uv, *_ = known.get(i) or products(columns, tile_max)
                 mean += (weight / total_tile).mul_(uv).sum(-1, keepdim=True)
         shift = mean if dn_tile is None else mean - dn_tile
 
         along, small = torch.zeros_like(total_tile), torch.zeros_like(total_tile)
         for i, columns in enumerate(ranges):
-            weight, half_derivative, uv, *f = known.get(i) or products(columns, bias_peak)
-            tile.keys_view(dv, columns).baddbmm_(weight.mT, u)
+            weight, half_derivative, uv, *f = known.get(i) or products(columns, tile_max)
+            kept = weight.clone() if call.dropout_p else weight
+            _drop_(kept, call, tile, columns)
+            tile.keys_view(dv, columns).baddbmm_(kept.mT, u)
             g = uv.sub_(shift)
             if from_output:  # the same of a row in which one key has all the weight
                 decided = weight == total_tile
@@ -264,7 +223,7 @@ def _backward(
     dbias = None
     if dmask is not None and attn_mask is not None:
         dbias = dmask.flatten(1, 2).reshape(attn_mask.shape).to(attn_mask.dtype)
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias
+    return Gradients(dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias)
 
 
 def _set_part_along_(dq: Tensor, q: Tensor, product: Tensor, where: Tensor) -> None:
@@ -277,8 +236,9 @@ def _set_part_along_(dq: Tensor, q: Tensor, product: Tensor, where: Tensor) -> N
     dq.add_(unit * torch.where(where, change, 0.0))
 
 
-def _exceeds_float32(normalizer: Tensor, query: Tensor, key: Tensor, scale: float) -> bool:
+def _exceeds_float32(call: Call, normalizer: Tensor) -> bool:
     """Whether squares of scores left float32's range, so that the problem needs float64 arithmetic."""
+    query, key, scale = call.query, call.key, call.scale
     if query.dtype == torch.float64 or normalizer.numel() == 0 or key.numel() == 0:
         return False
     largest_key = max(abs(end.item()) for end in torch.aminmax(key)) * abs(scale)
@@ -296,7 +256,7 @@ def _exceeds_float32(normalizer: Tensor, query: Tensor, key: Tensor, scale: floa
 
 
 def _has_lost_rows(total: Tensor) -> bool:
-    """Whether rows have less weight than the key at their peak has for any score but the smallest."""
+    """Whether rows have less weight than the key with the largest bias has for any score but the smallest."""
     return bool((total <= _SAFE_NORMALIZER).any())
 
 
@@ -305,14 +265,13 @@ def _scores(q_tile: Tensor, k_tile: Tensor) -> Tensor:
     return z.clamp_(-_SATURATED, _SATURATED) if z.dtype == torch.float64 else z
 
 
-def _grouped(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _grouped(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """scale * query as ``(B, Hkv, G, L, E)``, key and value, and the mask as ``(B | 1, Hkv | 1, G | 1, ...)``.
 
     A float mask comes back in `dtype`, a bool mask as it is.
     """
-    q = (query.to(dtype) * scale).unflatten(1, (key.shape[1], -1))
+    query, key, value, attn_mask = call[:4]
+    q = (query.to(dtype) * call.scale).unflatten(1, (key.shape[1], -1))
     if attn_mask is None:
         return q, key.to(dtype), value.to(dtype), None
     mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
@@ -400,34 +359,45 @@ def _row_tiles(q: Tensor, keys: int) -> Iterator[_Tile]:
                     yield _Tile(*index, tuple(part.stop - part.start for part in index))
 
 
-def _tile_peak(mask: Tensor | None, tile: _Tile, diagonal: int | None) -> Tensor | None:
-    """The peak of a float mask on the rows of the tile, ``(b | 1, h | 1, g | 1, l | 1, 1)``."""
+def _tile_bias_max(mask: Tensor | None, tile: _Tile, diagonal: int | None) -> Tensor | None:
+    """The largest bias that each row of the tile sees, ``(b | 1, h | 1, g | 1, l | 1, 1)``."""
     if mask is None or mask.dtype == torch.bool:
         return None
-    return row_peak(tile.of_mask(mask, slice(None)), tile.query_range, diagonal)
+    return row_bias_max(tile.of_mask(mask, slice(None)), tile.query_range, diagonal)
 
 
-def _scored_peak(q_tile: Tensor, k: Tensor, mask: Tensor, tile: _Tile, diagonal: int | None) -> Tensor:
+def _scored_bias_max(q_tile: Tensor, k: Tensor, mask: Tensor, tile: _Tile, diagonal: int | None) -> Tensor:
     """The largest bias of the keys that each row of the tile sees and whose score is not 0, ``(b, h, g, l, 1)``."""
-    peak = q_tile.new_full((*tile.shape, 1), -torch.inf)
+    largest = q_tile.new_full((*tile.shape, 1), -torch.inf)
     for columns in tile.key_ranges(k.shape[-2], diagonal):
         z = tile.grid(_scores(q_tile, tile.keys(k, columns)))
         if diagonal is not None:
             z.tril_(tile.queries.start + diagonal - columns.start)
         bias = torch.where(z == 0, -torch.inf, tile.of_mask(mask, columns))
-        peak = torch.maximum(peak, bias.amax(-1, keepdim=True))
-    return peak.masked_fill_(peak == -torch.inf, 0.0)
+        largest = torch.maximum(largest, bias.amax(-1, keepdim=True))
+    return largest.masked_fill_(largest == -torch.inf, 0.0)
 
 
-def _mask_factor(mask: Tensor | None, tile: _Tile, columns: slice, peak: Tensor | None) -> Tensor | None:
-    """The factor of the weights of a tile of keys: ``exp(bias - peak)``, or a bool mask; None: there is none.
+def _drop_(x: Tensor, call: Call, tile: _Tile, columns: slice) -> None:
+    """Set x ``(b h, g l, s)`` to 0 where dropout drops the weight."""
+    if not call.dropout_p:
+        return
+    batch, kv_heads, groups, rows, keys = (
+        torch.arange(part.start, part.stop, device=x.device) for part in (*tile.index, columns)
+    )
+    heads = kv_heads.unsqueeze(-1) * (call.query.shape[1] // call.key.shape[1]) + groups
+    x.masked_fill_(~dropout.kept(call, batch, heads.flatten(), rows, keys).reshape(x.shape), 0.0)
 
-    A bias above the peak is that of a key that is hidden or has the score 0, and may be of any size.
+
+def _mask_factor(mask: Tensor | None, tile: _Tile, columns: slice, tile_max: Tensor | None) -> Tensor | None:
+    """The factor of the weights of a tile of keys: ``exp(bias - bias_max)``, or a bool mask; None: there is none.
+
+    A bias above that is one of a key that is hidden or has the score 0, and may be of any size.
     """
     if mask is None:
         return None
     part = tile.of_mask(mask, columns)
-    return part if peak is None else (part - peak).clamp_(max=0.0).exp_()
+    return part if tile_max is None else (part - tile_max).clamp_(max=0.0).exp_()
 
 
 def _apply_mask_(x: Tensor, factor: Tensor | None, tile: _Tile, columns: slice, diagonal: int | None) -> None:

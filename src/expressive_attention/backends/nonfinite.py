@@ -12,47 +12,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..call import Call, Gradients, Result
+
 __all__ = ["are_finite", "cleaned", "spoil", "spoil_gradients"]
 
 # Pairs whose visibility is in memory at a time.
 _PAIRS = 1 << 20
 
 
-def are_finite(*tensors: Tensor | None) -> bool:
-    """Whether no number is NaN or infinite, or, of a mask (the last one), NaN or +inf. Waits for the device."""
-    *inputs, mask = tensors
-    for x in inputs:
-        if x is not None and x.numel() and not all(end.isfinite() for end in torch.aminmax(x)):
+def are_finite(call: Call) -> bool:
+    """Whether no number is NaN or infinite, or, of a mask, NaN or +inf. Waits for the device."""
+    for x in call[:3]:
+        if x.numel() and not all(end.isfinite() for end in torch.aminmax(x)):
             return False
+    mask = call.attn_mask
     return mask is None or mask.dtype == torch.bool or mask.numel() == 0 or bool(mask.amax() < torch.inf)
 
 
-def cleaned(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The inputs with finite numbers in place of those that are not; -inf in a mask hides, and stays."""
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)
+def cleaned(call: Call) -> Call:
+    """The call with finite numbers in place of those that are not; -inf in a mask hides, and stays."""
+    query, key, value, mask = call[:4]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)
     # Products of the largest numbers, and of one of them and the scale, are finite in float64.
     largest = min(torch.finfo(query.dtype).max, 2.0**500 if query.dtype == torch.float64 else 2.0**100)
     query, key = (x.nan_to_num(nan=0.0, posinf=largest, neginf=-largest) for x in (query, key))
-    return query, key, value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), attn_mask
+    return Call(query, key, value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), mask, *call[4:])
 
 
-def spoil(
-    output: Tensor,
-    normalizer: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    diagonal: int | None,
-) -> None:
-    """Write NaN to those results ``(B, Hq, L, Ev)`` and ``(B, Hq, L)`` that see something broken in the inputs."""
+def spoil(result: Result, call: Call) -> None:
+    """Write NaN to those numbers of output and normalizer that see something broken in the inputs."""
+    query, key, value = call[:3]
+    output, normalizer, _ = result
     broken = torch.cat([key.isnan().any(-1, keepdim=True), ~value.isfinite()], -1).to(torch.float32)
     broken = broken.repeat_interleave(query.shape[1] // key.shape[1], 1)
     of_query = query.isnan().any(-1, keepdim=True)
-    for rows, bias, visible in _visible(attn_mask, diagonal, query, key):
+    for rows, bias, visible in _visible(call):
         seen = visible.to(torch.float32) @ broken > 0
         spoiled = seen[..., :1] | (of_query[:, :, rows] & visible.any(-1, keepdim=True))
         if bias is not None:
@@ -61,17 +56,12 @@ def spoil(
         normalizer[:, :, rows].masked_fill_(spoiled.squeeze(-1), torch.nan)
 
 
-def spoil_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    spoiled: Tensor,
-    attn_mask: Tensor | None,
-    diagonal: int | None,
-) -> None:
-    """Write NaN to the gradients of query, key, value and mask of all that takes part in the rows `spoiled`."""
+def spoil_gradients(gradients: Gradients, spoiled: Tensor, call: Call) -> None:
+    """Write NaN to the gradients of all that takes part in the rows `spoiled` ``(B, Hq, L)``."""
     dq, dk, dv, dmask = gradients
     of_keys = torch.zeros((*dq.shape[:2], dk.shape[2]), dtype=torch.bool, device=dq.device)
     of_mask = None if dmask is None else torch.zeros_like(dmask, dtype=torch.int64)
-    for rows, _, visible in _visible(attn_mask, diagonal, dq, dk):
+    for rows, _, visible in _visible(call):
         pairs = visible & spoiled[:, :, rows, None]
         dq[:, :, rows].masked_fill_(pairs.any(-1, keepdim=True), torch.nan)
         of_keys |= pairs.any(-2)
@@ -85,10 +75,10 @@ def spoil_gradients(
         dmask.masked_fill_(of_mask > 0, torch.nan)
 
 
-def _visible(
-    attn_mask: Tensor | None, diagonal: int | None, query: Tensor, key: Tensor
-) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+def _visible(call: Call) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
     """Ranges of rows, their bias, if they have one, and which keys they see, ``(B, Hq, l, S)``."""
+    query, key, _, attn_mask = call[:4]
+    diagonal = call.diagonal
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
     step = max(1, _PAIRS // max(1, batch * heads * keys))
     column = torch.arange(keys, device=query.device)

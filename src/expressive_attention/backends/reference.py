@@ -28,45 +28,29 @@ import math
 import torch
 from torch import Tensor
 
-from .pattern import Pattern
-from .problem import Problem, accumulation_dtype, empty_peak
+from ..call import Call, Gradients, Result, Upstream, accumulation_dtype
+from .dropout import kept_weights
 
-__all__ = ["forward", "supports", "takes"]
+__all__ = ["backward", "declines", "forward"]
 
 # Beyond this |z|, f(z) is 1 and f'(z) is 0 in every dtype; z^2 is still finite in float32.
 _SATURATED = 2.0**60
 
-# How much larger than the peak the bias of a key with score 0 may count as: its first derivatives are 0, its second
-# ones are not.
+# How far above `bias_max` the bias of a key with score 0 may lie: its first derivatives are 0, its second are not.
 _LARGEST_EXCESS = 40.0
 
 
-def supports(problem: Problem) -> str | None:
-    """The reason why this backend declines `problem`; None: it does not."""
-    return None
+def declines(call: Call) -> str | None:
+    """The reason why this backend declines the call; None: it does not."""
+    return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 
-def takes(pattern: Pattern) -> bool:
-    """Whether this backend knows all that a pattern asks for."""
-    return pattern.is_diagonal()
+def forward(call: Call) -> Result:
+    """Output, normalizer and largest biases.
 
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``(B, Hq, L, Ev)``, normalizer and peak ``(B, Hq, L)``, where N_i = normalizer_i * exp(peak_i).
-
-    Without a float mask the peak is `empty_peak`, and means 0. Arguments are as in `backends.problem`; the
-    pattern is one that it `takes`.
     Differentiable with respect to query, key, value and a float mask, any number of times.
     """
+    query, key, value, attn_mask, _, scale, form, dropout_p, _ = call
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -74,7 +58,7 @@ def forward(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
     bias = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
-    visible = _visible(attn_mask, pattern.diagonal(query, key), q, k)
+    visible = _visible(attn_mask, call.diagonal, q, k)
     broken = q.isnan().any(-1, keepdim=True) | k.isnan().any(-1, keepdim=True).mT
     broken_values = ~v.isfinite()
     q, k, v = q.nan_to_num(nan=0.0), k.nan_to_num(nan=0.0), v.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -83,24 +67,39 @@ def forward(
     # The coefficient of y^2 in the denominator of f: 4^r, or 0 where f(z) = z^2 to the last bit.
     saturation = torch.exp2(2.0 * exponent) if form == "expressive" else torch.zeros_like(exponent)
     weight = _weight(y, saturation)
-    peak = None
+    bias_max = None
     if bias is not None and visible is not None:
         broken = broken | ~bias.isfinite()
         bias = torch.where(visible & bias.isfinite(), bias, 0.0)
-        peak = _peak(bias, visible & (y != 0))
-        weight = weight * torch.exp((bias - peak).clamp(max=_LARGEST_EXCESS))
+        bias_max = _bias_max(bias, visible & (y != 0))
+        weight = weight * torch.exp((bias - bias_max).clamp(max=_LARGEST_EXCESS))
     if visible is not None:
         weight = torch.where(visible, weight, 0.0)
         broken = broken & visible
 
     total = weight.sum(-1, keepdim=True)
     attention = _shares(weight)
-    attention = torch.dropout(attention, dropout_p, train=True) if dropout_p else attention
+    attention = kept_weights(attention, call) if dropout_p else attention
     broken = broken.any(-1, keepdim=True)
     output = attention @ v + _nan_where(broken | _sees(visible, broken_values), v)
     normalizer = (total * torch.exp2(2.0 * exponent) + _nan_where(broken, v)).squeeze(-1)
-    peak = empty_peak(normalizer, None) if peak is None else peak.squeeze(-1)
-    return output.to(query.dtype), normalizer, peak
+    return Result(output.to(query.dtype), normalizer, None if bias_max is None else bias_max.squeeze(-1))
+
+
+def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
+    """The gradients of the call, by autograd."""
+    with torch.enable_grad():
+        query, key, value = leaves = [x.detach().requires_grad_() for x in call[:3]]
+        mask = call.attn_mask
+        if mask is not None and upstream.wants_mask:
+            mask = mask.detach().requires_grad_()
+            leaves.append(mask)
+        again = forward(call.but(query=query, key=key, value=value, attn_mask=mask))
+        pairs = [(again.output, upstream.output)]
+        if upstream.normalizer is not None:
+            pairs.append((again.normalizer, upstream.normalizer))
+        dq, dk, dv, *dmask = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs])
+    return Gradients(dq, dk, dv, dmask[0] if dmask else None)
 
 
 def _visible(attn_mask: Tensor | None, diagonal: int | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -128,17 +127,17 @@ def _nan_where(where: Tensor, like: Tensor) -> Tensor:
     return torch.where(where, torch.nan, 0.0).to(like.dtype)
 
 
-def _peak(bias: Tensor, counts: Tensor) -> Tensor:
+def _bias_max(bias: Tensor, counts: Tensor) -> Tensor:
     """The largest bias of the keys of each row that count, ``(B, H, L, 1)``; 0 where none does.
 
-    Weights are computed from ``bias - peak``, so that a bias means what it means for softmax (adding a constant to a
-    row changes nothing) and never overflows or underflows a whole row. A key with score 0 has no weight to compare
+    Weights are computed from ``bias - bias_max``, so that a bias means what it means for softmax (adding a constant to
+    a row changes nothing) and never overflows or underflows a whole row. A key with score 0 has no weight to compare
     others with.
     """
     bias = torch.where(counts, bias.detach(), -torch.inf)
     # A key more keeps the maximum defined where there is none.
-    peak = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
-    return torch.where(peak == -torch.inf, 0.0, peak)
+    largest = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+    return torch.where(largest == -torch.inf, 0.0, largest)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, form: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""See attention space: which keys a query matches, at which angle, with which sign. It needs the extra `geometry`."""
+"""Views of attention space: which keys a query matches, at which angle, with which sign. Needs the extra `geometry`."""
 
 from .capture import capture
 from .record import MEASURES, LayerRecord, Record

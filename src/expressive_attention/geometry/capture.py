@@ -4,9 +4,9 @@
         model(batch)
     print(record)
 
-Expressive attention and torch's dot-product attention are seen wherever they are called: in the models of
-`expressive_attention.nn` and of the study, in models that `convert` has switched, and in models of torch, Hugging Face
-transformers (with ``attn_implementation="sdpa"``, the default), timm and others that it has not.
+`capture` sees every call of expressive attention and of torch's dot-product attention: in the models of
+`expressive_attention.nn` and of the study, in models switched by `convert`, and in unconverted models of torch, Hugging
+Face transformers (with ``attn_implementation="sdpa"``, the default), timm and others.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..backends.pattern import Pattern
-from ..functional import Call, fold_batch, fold_mask, with_dims
+from ..call import Call, Visibility
+from ..functional import fold_batch, fold_mask, with_dims
 from ..integrations.switching import set_attributes
 from ..integrations.tracing import Tracer, traced
 from .record import LayerRecord, Record
@@ -51,27 +51,28 @@ def capture(
     pairs: int = 32768,
     into: Record | None = None,
 ) -> Iterator[Record]:
-    """Record the attention of all forward passes inside of the block.
+    """Record the attention of all forward passes inside the block.
 
-    Statistics are sums over pairs of query and key, of random queries of each call with all their keys (of all queries,
-    where these are no more than `pairs` pairs), and over all queries and keys by themselves: memory and time do not
-    grow with the square of the length. Queries and keys of the first call are kept, up to `max_tokens` tokens per
-    layer; maps of attention are worked out from them when asked for. The outputs of the model stay what they are.
+    Statistics are sums over all queries and keys, and over pairs of query and key. The pairs are those of random
+    queries of each call with all their keys, or of all queries if they have no more than `pairs` pairs. Memory and time
+    therefore do not grow with the square of the length. The record keeps queries and keys of the first call, up to
+    `max_tokens` tokens per layer, and computes maps of attention from them on demand. The model's outputs do not
+    change.
 
     Args:
         model: Any model that runs eagerly. It must not be compiled.
-        layers: Names of modules that attend, or patterns such as ``"encoder.*"``; None: all.
-        max_tokens: Tokens kept of each layer: examples times their length, or the start of one that is longer.
-        pairs: Of query and key that statistics look at, per call and head.
-        into: A record of this model to go on with; None: a new one.
+        layers: Names of modules that attend, or patterns such as ``"encoder.*"``; default: all of them.
+        max_tokens: Tokens kept per layer: examples times their length, or the start of a longer example.
+        pairs: Number of pairs of query and key for statistics, per call and head.
+        into: A record of this model to add to; default: a new record.
 
     Yields:
         The record, complete when the block ends.
 
     Raises:
-        TypeError: `model` is no module, a pattern no string, or `into` no record.
-        ValueError: A pattern matches no module, a number is not positive, or `into` is of another model; in the pass:
-            an empty batch, or queries or keys that are not finite; at the end: no attention was seen.
+        TypeError: `model` is not a module, a pattern is not a string, or `into` is not a record.
+        ValueError: A pattern matches no module, a number is not positive, or `into` is of another model. In the pass:
+            a batch is empty, or queries, keys or values are not finite. At the end: no attention was seen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -104,7 +105,7 @@ def capture(
         tracer = stack.enter_context(traced(modules, told))
         stack.enter_context(_Sdpa(tracer))
         fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it computes softmax out of sight
+        torch.backends.mha.set_fastpath_enabled(False)  # this path computes softmax out of sight
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         yield record
     if not calls and others:
@@ -115,13 +116,13 @@ def capture(
         among = "" if layers is None else f" in {', '.join(patterns)}"
         raise ValueError(
             f"no attention was seen{among} of {type(model).__name__}: nothing ran, or it computes softmax by itself "
-            "(transformers: load it with attn_implementation='sdpa'; timm: set the fused_attn of its attention modules "
-            "to True)"
+            "(transformers: load it with attn_implementation='sdpa'; timm: set fused_attn of its attention modules to "
+            "True)"
         )
 
 
 class _Sdpa(TorchFunctionMode):
-    """Tells of calls of torch's dot-product attention as of those of `expressive_attention`."""
+    """Reports calls of torch's dot-product attention like calls of `expressive_attention`."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class _Sdpa(TorchFunctionMode):
             self._tell(*args, **kwargs)
         if func is not F.multi_head_attention_forward:
             return func(*args, **kwargs)
-        # It calls torch's attention past this mode, and only if no weights are asked for.
+        # This function calls torch's attention outside this mode, and only if no weights are requested.
         given = inspect.signature(func).bind(*args, **kwargs)
         given.apply_defaults()
         undo = set_attributes(F, scaled_dot_product_attention=self._attention)
@@ -159,14 +160,14 @@ class _Sdpa(TorchFunctionMode):
         given = given.arguments
         query, key, value, mask = _four(given["query"], given["key"], given["value"], given["attn_mask"])
         scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        pattern = Pattern(right=0 if given["is_causal"] else None)
-        self.tracer.told(self.tracer.layer, Call(query, key, value, mask, pattern, scale, "softmax"))
+        visibility = Visibility(right=0 if given["is_causal"] else None)
+        self.tracer.told(self.tracer.layer, Call(query, key, value, mask, visibility, scale, "softmax"))
 
 
 def _four(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All with four dimensions, ``(B, H, L, E)``, leading ones broadcast."""
+    """Return all tensors with four dimensions, ``(B, H, L, E)``; leading dimensions are broadcast."""
     dims = max(4, query.ndim, key.ndim, value.ndim)
     query, key, value = (with_dims(x, dims) for x in (query, key, value))
     batch = tuple(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))

@@ -1,7 +1,7 @@
-"""Pictures of attention space. Each takes ``ax=`` and returns it, or makes a figure of several and returns that.
+"""Pictures of attention space. Each function draws on ``ax=`` and returns it, or returns a figure of several axes.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; what a colour says, a line style or a mark says,
-too.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish; line styles and marks repeat their
+meaning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAMES = {"expressive": "EA, z²/(1 + z²)", "squared": "z²", "softmax": "DPA, e
 _COLORS = {"expressive": "#0072B2", "squared": "#009E73", "softmax": "#D55E00"}
 _LINES = {"expressive": "-", "squared": "-.", "softmax": "--"}
 
-# Blue: antiparallel; white: nothing; orange: parallel. Blue is the darker of the same size everywhere, in grey, too.
+# Blue: antiparallel; white: zero; orange: parallel. At equal size blue is darker, also in greyscale.
 SIGNED = LinearSegmentedColormap.from_list(
     "signed",
     list(
@@ -50,11 +50,11 @@ SIGNED = LinearSegmentedColormap.from_list(
 
 
 def landscape(size: float = 4.0, *, ax: Axes | None = None) -> Axes:
-    """Weight of a key by its angle to the query, of EA and DPA, as a share of the largest.
+    """Plot the weight of a key by its angle to the query for EA and DPA, as a share of the largest weight.
 
     Args:
         size: scale |q| |k|, the largest score.
-        ax: Where to draw; None: a new figure.
+        ax: Axes to draw on; default: a new figure.
     """
     ax = _axes(ax, 5.0, 3.4)
     angle = torch.linspace(0, torch.pi, 721, dtype=torch.float64)
@@ -70,20 +70,20 @@ def landscape(size: float = 4.0, *, ax: Axes | None = None) -> Axes:
 
 
 def key_plane(form: str, query: float = 1.5, extent: float = 4.0, *, ax: Axes | None = None) -> Axes:
-    """Weight of a key anywhere in a plane, for a query along its first axis, as a share of the largest.
+    """Plot the weight of a key anywhere in a plane, for a query along its first axis, as a share of the largest.
 
     Args:
         form: One of `measures.FORMS`.
         query: Length of the query, times the scale.
-        extent: Of the plane, in both directions.
-        ax: Where to draw; None: a new figure.
+        extent: Extent of the plane to each side.
+        ax: Axes to draw on; default: a new figure.
 
     Raises:
-        ValueError: `form` is none of these.
+        ValueError: `form` is not one of these.
     """
     ax = _axes(ax, 4.0, 4.0)
     along = torch.linspace(-extent, extent, 201, dtype=torch.float64)
-    w = measures.weight(query * along, form).expand(201, 201)  # the direction across does not count
+    w = measures.weight(query * along, form).expand(201, 201)  # the direction across has no effect
     ax.imshow(
         (w / w.max()).numpy(), cmap="cividis", origin="lower", extent=(-extent, extent, -extent, extent), vmin=0, vmax=1
     )
@@ -94,13 +94,13 @@ def key_plane(form: str, query: float = 1.5, extent: float = 4.0, *, ax: Axes | 
 
 
 def angles(layer: LayerRecord, head: int, *, ax: Axes | None = None, legend: bool = True) -> Axes:
-    """How a head's pairs, and its attention, are spread over the cos of their angle, against random directions.
+    """Plot how a head's pairs and its attention spread over the cos of their angle, against random directions.
 
     Args:
-        layer: Of a record.
-        head: Its number.
-        ax: Where to draw; None: a new figure.
-        legend: Explain the three curves.
+        layer: Layer of a record.
+        head: Index of the head, from 0.
+        ax: Axes to draw on; default: a new figure.
+        legend: Whether to explain the three curves.
 
     Raises:
         ValueError: There is no such head.
@@ -124,12 +124,12 @@ def angles(layer: LayerRecord, head: int, *, ax: Axes | None = None, legend: boo
 
 
 def angle_and_size(layer: LayerRecord, head: int, *, ax: Axes | None = None) -> Axes:
-    """Mean attention of a pair by its cos and by scale |q| |k|; white where there is no pair.
+    """Plot the mean attention of a pair by its cos and by scale |q| |k|; bins without a pair are white.
 
     Args:
-        layer: Of a record.
-        head: Its number.
-        ax: Where to draw; None: a new figure.
+        layer: Layer of a record.
+        head: Index of the head, from 0.
+        ax: Axes to draw on; default: a new figure.
 
     Raises:
         ValueError: There is no such head.
@@ -147,12 +147,12 @@ def angle_and_size(layer: LayerRecord, head: int, *, ax: Axes | None = None) -> 
 
 
 def angles_by_step(records: Mapping[int, Record], layer: str, head: int) -> Figure:
-    """`angles` of one head at several steps of training, in a row.
+    """Plot `angles` of one head at several steps of training, side by side.
 
     Args:
-        records: Of the same model, by step.
+        records: Records of the same model, by step.
         layer: Name of the layer.
-        head: Its number.
+        head: Index of the head, from 0.
 
     Raises:
         ValueError: There is no record, layer or head.
@@ -178,17 +178,18 @@ def attention_map(
     tokens: list[str] | None = None,
     relative: bool = False,
 ) -> Axes:
-    """Attention of a head on kept tokens, a row per query, with the sign of z in colour.
+    """Plot the attention of a head on kept tokens, one row per query, with the sign of z in colour.
 
-    Orange: to a parallel key, z > 0. Blue, the darker, and a minus where there is room: to an antiparallel one.
+    Orange marks attention to a parallel key, z > 0. Blue, which is darker, marks attention to an antiparallel key, with
+    a minus sign if there is room.
 
     Args:
-        layer: Of a record.
-        head: Its number.
-        example: Which of the kept examples.
-        ax: Where to draw; None: a new figure.
-        tokens: Names of the positions; those after them keep their numbers.
-        relative: As a share of the largest of each query: for heads that look at many keys.
+        layer: Layer of a record.
+        head: Index of the head, from 0.
+        example: Index of the kept example, from 0.
+        ax: Axes to draw on; default: a new figure.
+        tokens: Names of the positions; positions beyond the list keep their numbers.
+        relative: Whether to show shares of each query's largest attention, for heads that look at many keys.
 
     Raises:
         ValueError: There is no such head or example.
@@ -219,18 +220,18 @@ def attention_map(
 
 
 def heads(record: Record, measure: str, *, ax: Axes | None = None) -> Axes:
-    """A measure of every head, a row per layer.
+    """Plot a measure of every head, one row per layer.
 
     Args:
-        record: What `capture` has seen.
+        record: A record of `capture`.
         measure: One of `MEASURES`.
-        ax: Where to draw; None: a new figure.
+        ax: Axes to draw on; default: a new figure.
 
     Raises:
-        ValueError: There is no such measure, or the record has seen no layer.
+        ValueError: There is no such measure, or the record has no layer.
     """
     if not record.layers:
-        raise ValueError("record must have seen at least one layer, got an empty one")
+        raise ValueError("record must have at least one layer, got an empty record")
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {list(MEASURES)}, got {measure!r}")
     names = list(record.layers)
@@ -247,17 +248,18 @@ def heads(record: Record, measure: str, *, ax: Axes | None = None) -> Axes:
 
 
 def similarity(first: LayerRecord, second: LayerRecord, *, ax: Axes | None = None) -> Axes:
-    """How alike each head of a layer attends to each of another, of this model or of one that read the same tokens.
+    """Plot how alike the heads of two layers attend, of one model or of two that read the same tokens.
 
-    1 (Bhattacharyya): the same attention; 0: to different keys. `LayerRecord.similarity`.
+    The similarity (Bhattacharyya) is 1 for the same attention and 0 for attention to different keys; see
+    `LayerRecord.similarity`.
 
     Args:
-        first: A row for each of its heads.
-        second: A column for each of its heads.
-        ax: Where to draw; None: a new figure.
+        first: Layer with one row per head.
+        second: Layer with one column per head.
+        ax: Axes to draw on; default: a new figure.
 
     Raises:
-        ValueError: They were not given the same number of tokens.
+        ValueError: The layers read different numbers of tokens.
     """
     values = first.similarity(second).numpy()
     ax = _axes(ax, 4.4, 3.8)
@@ -269,13 +271,13 @@ def similarity(first: LayerRecord, second: LayerRecord, *, ax: Axes | None = Non
 
 
 def compare(records: Mapping[str, Record], layer: str, head: int, example: int = 0) -> Figure:
-    """The same head of several models, such as EA and DPA of one run, next to each other: angles and attention.
+    """Plot angles and attention of the same head in several models, such as EA and DPA of one run, side by side.
 
     Args:
-        records: By the title of a column.
+        records: Records by the title of their column.
         layer: Name of the layer.
-        head: Its number.
-        example: Which of the kept examples.
+        head: Index of the head, from 0.
+        example: Index of the kept example, from 0.
 
     Raises:
         ValueError: There is no record, layer, head or example.

@@ -1,4 +1,4 @@
-"""All of it at once: the page, the pictures and a table, in a folder."""
+"""Write the page, the pictures and a table to a folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def write_folder(
 ) -> list[Path]:
     """Write ``geometry.html``, ``heads.csv`` and PNGs.
 
-    These show the landscape, two measures of all heads, and, of the first head of up to four layers, angles and
-    attention compared, attention by angle and size, and how alike the heads of two models are.
+    The pictures show the landscape and two measures of all heads. For up to four layers, they also compare angles and
+    attention of the first head, show its attention by angle and size, and show how alike the heads of two models are.
 
     Args:
-        records: By name; pictures that compare need the same layers in each.
-        folder: Where to.
-        title: Of the page.
-        tokens: Text of the tokens of each kept example.
+        records: Records by name; pictures that compare need the same layers in each.
+        folder: Folder to write to.
+        title: Title of the page.
+        tokens: Text of the tokens of each kept example; default: their positions.
 
     Returns:
-        What was written, the page first.
+        Paths of the files, the page first.
     """
     folder = Path(folder)
     written = [write_page(records, folder / "geometry.html", title=title, tokens=tokens), folder / "heads.csv"]
@@ -46,7 +46,7 @@ def write_folder(
         for name, record in records.items():
             drawn[f"{measure}_{name}".replace(" ", "_")] = _figure(figures.heads(record, measure))
     shared = {name: record for name, record in records.items() if record.layers.keys() == first.layers.keys()}
-    for layer in list(first.layers)[:4]:  # of deep models, the page has the rest
+    for layer in list(first.layers)[:4]:  # the page has the other layers of deep models
         shown = layer or "model"
         drawn[f"compare_{shown}_head_0"] = figures.compare(shared, layer, 0)
         for name, record in shared.items():
@@ -63,7 +63,7 @@ def write_folder(
 
 
 def landscape_figure() -> Figure:
-    """Weights of DPA and EA over the angle and over a plane of keys, the paper's picture."""
+    """Plot weights of DPA and EA over the angle and over a plane of keys, as in the paper."""
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8), layout="constrained")
     figures.landscape(ax=axes[0])
     figures.key_plane("softmax", ax=axes[1])

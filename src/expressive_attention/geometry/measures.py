@@ -1,4 +1,4 @@
-"""What to measure in attention space: pure functions of queries, keys, scores and weights.
+"""Measures of attention space: pure functions of queries, keys, scores and weights.
 
 z = scale q . k is the score of a query and a key, w(z) its weight before normalization, by form:
 
@@ -6,7 +6,7 @@ z = scale q . k is the score of a query and a key, w(z) its weight before normal
     squared      z^2
     softmax      exp(z)              large for parallel, small for antiparallel
 
-and a_ij = w_ij / sum_j w_ij the attention of query i to key j. Functions of `keep` look at the pairs that it marks.
+a_ij = w_ij / sum_j w_ij is the attention of query i to key j. Functions with `keep` use only the pairs that it marks.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ FORMS = ("expressive", "squared", "softmax")
 
 
 def weight(z: Tensor, form: str) -> Tensor:
-    """w(z), of the shape of `z`; for ``"softmax"`` exp(z), which is infinite for large z.
+    """Weight w(z), of the shape of `z`; for ``"softmax"`` exp(z), which is infinite for large z.
 
     Raises:
-        ValueError: `form` is none of `FORMS`.
+        ValueError: `form` is not one of `FORMS`.
     """
     if form == "softmax":
         return z.exp()
     if form == "squared":
         return z.square()
     if form == "expressive":
-        square = z.clamp(-1e9, 1e9).square()  # whose square is finite, and from which on f is 1
+        square = z.clamp(-1e9, 1e9).square()  # the square stays finite, and f is 1 beyond
         return square / (1 + square)
     raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 
 def attention(z: Tensor, form: str, bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """a ``(..., L, S)`` of scores ``(..., L, S)``: w exp(bias), normalized over keys; a row without weight is zero.
+    """Attention ``(..., L, S)``: w exp(bias), normalized over keys; a row without weight is zero.
 
     Args:
-        z: Scores.
+        z: Scores ``(..., L, S)``.
         form: One of `FORMS`.
-        bias: In log-weight space, broadcastable to z.
-        keep: Bool, True where the key takes part, likewise.
+        bias: Bias in log-weight space, broadcastable to `z`; default: no bias.
+        keep: Bool, broadcastable to `z`, True where the key takes part; default: everywhere.
 
     Raises:
-        ValueError: `form` is none of `FORMS`.
+        ValueError: `form` is not one of `FORMS`.
     """
     w, _ = _weights(z, form, bias, keep)
     total = w.sum(-1, keepdim=True)
@@ -75,13 +75,16 @@ def attention(z: Tensor, form: str, bias: Tensor | None = None, keep: Tensor | N
 
 
 def log_normalizer(z: Tensor, form: str, bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """ln N of each query ``(..., L)``, N = sum_j w_ij exp(bias_ij); -inf for one without weight. As `attention`."""
+    """ln N of each query ``(..., L)``, N = sum_j w_ij exp(bias_ij); -inf for a query without weight.
+
+    Arguments and errors are those of `attention`.
+    """
     w, peak = _weights(z, form, bias, keep)
     return w.sum(-1).log() + peak
 
 
 def _weights(z: Tensor, form: str, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights ``(..., L, S)`` but for a factor per query, and its logarithm ``(..., L)``."""
+    """Weights ``(..., L, S)`` divided by a factor per query, and the logarithm of this factor ``(..., L)``."""
     bias = torch.zeros((), dtype=z.dtype, device=z.device) if bias is None else bias
     keep = torch.ones((), dtype=torch.bool, device=z.device) if keep is None else keep
     logs = (z + bias if form == "softmax" else bias.expand_as(z)).masked_fill(~keep, -torch.inf)
@@ -100,7 +103,8 @@ def cosine(query: Tensor, key: Tensor) -> Tensor:
 def isotropic_density(cos: Tensor, dim: int) -> Tensor:
     """Density of the cos between two random directions of a space of `dim` dimensions.
 
-    (1 - c^2)^((d - 3) / 2) / B(1/2, (d - 1)/2), for c in (-1, 1): the larger d, the closer to orthogonal.
+    The density is (1 - c^2)^((d - 3) / 2) / B(1/2, (d - 1)/2) for c in (-1, 1). Directions get closer to orthogonal as
+    d grows.
 
     Raises:
         ValueError: `dim` is less than 2.
@@ -112,9 +116,9 @@ def isotropic_density(cos: Tensor, dim: int) -> Tensor:
 
 
 def isotropic_share(low: float, high: float, dim: int) -> float:
-    """Share of random directions whose cos with a given one is between `low` and `high`: exact, by the incomplete beta.
+    """Share of random directions whose cos with a given direction is between `low` and `high`.
 
-    P(c < x) = 1/2 + sign(x)/2 I_{x^2}(1/2, (d - 1)/2).
+    It is exact, by the incomplete beta function: P(c < x) = 1/2 + sign(x)/2 I_{x^2}(1/2, (d - 1)/2).
 
     Raises:
         ValueError: `dim` is less than 2.
@@ -130,18 +134,18 @@ def isotropic_share(low: float, high: float, dim: int) -> float:
 
 
 def quiet_volume(size: float, dim: int, form: str, threshold: float = 0.1) -> float:
-    """Share of the directions of a key whose weight is below `threshold` times the largest that it can have.
+    """Share of a key's directions in which its weight is below `threshold` times its largest possible weight.
 
-    A key of which scale |q| |k| = `size` has the score size * c, with c the cos of its angle to the query, and the
-    weight w(size c). Closed forms: for f, |c| < sqrt(t / (1 - t)) / size with t = threshold f(size); for z^2,
-    |c| < sqrt(threshold); for exp, c < 1 + ln(threshold) / size. In many dimensions nearly all of space is close to
-    orthogonal, where f is quiet and exp has the middle of its range.
+    A key with scale |q| |k| = `size` has the score size * c and the weight w(size c), where c is the cos of its angle
+    to the query. The closed forms are |c| < sqrt(t / (1 - t)) / size with t = threshold f(size) for f,
+    |c| < sqrt(threshold) for z^2, and c < 1 + ln(threshold) / size for exp. In many dimensions nearly all of space is
+    close to orthogonal, where f is quiet and exp is in the middle of its range.
 
     Args:
         size: scale |q| |k|, positive.
-        dim: Dimensions E of query and key.
+        dim: Dimension E of query and key.
         form: One of `FORMS`.
-        threshold: In (0, 1).
+        threshold: Fraction of the largest weight, in (0, 1).
 
     Raises:
         ValueError: An argument is out of range.
@@ -163,49 +167,50 @@ def quiet_volume(size: float, dim: int, form: str, threshold: float = 0.1) -> fl
 
 
 def antiparallel_share(z: Tensor, a: Tensor) -> Tensor:
-    """Share of the attention mass of each head ``(...)`` that goes to keys with z < 0, of ``(..., L, S)``.
+    """Share of each head's attention ``(...)`` on keys with z < 0, from scores and attention ``(..., L, S)``.
 
-    sum_ij a_ij [z_ij < 0] / sum_ij a_ij: 1/2 where the sign tells nothing, and what softmax avoids.
+    The share is sum_ij a_ij [z_ij < 0] / sum_ij a_ij. It is 1/2 if the sign carries no information; softmax avoids
+    these keys.
     """
     total = a.sum((-2, -1))
     return (a * (z < 0)).sum((-2, -1)) / torch.where(total > 0, total, 1)
 
 
 def entropy(a: Tensor) -> Tensor:
-    """-sum_j a_ij ln a_ij of each query ``(..., L)``, in nats."""
+    """Entropy -sum_j a_ij ln a_ij of each query ``(..., L)``, in nats, from attention ``(..., L, S)``."""
     return torch.special.entr(a).sum(-1)
 
 
 def effective_keys(a: Tensor) -> Tensor:
-    """exp of the entropy ``(..., L)``: as many keys, all with equal weight, would have it."""
+    """exp of the entropy ``(..., L)``: the number of equally weighted keys that have the same entropy."""
     return entropy(a).exp()
 
 
 def evenness(effective: Tensor, visible: Tensor) -> Tensor:
-    """Effective keys over visible keys: 1 where all have equal weight, 1 / visible where one has it all; 0 for none."""
+    """Effective keys over visible keys: 1 if all have equal weight, 1 / visible if one has it all, 0 for none."""
     return effective / visible.clamp(min=1)
 
 
 def dead(evenness: Tensor, empty: Tensor) -> Tensor:
-    """Whether heads ``(H,)`` tell no key from another: mean `evenness` above 0.99, or all queries `empty`."""
+    """Whether heads ``(H,)`` do not distinguish keys: mean `evenness` above 0.99, or all queries `empty`."""
     return (evenness > 0.99) | (empty == 1)
 
 
 def sink_share(a: Tensor) -> Tensor:
-    """Mean attention of the queries from the second on to the first key, ``(...)`` of ``(..., L, S)``."""
+    """Mean attention ``(...)`` to the first key, over queries from the second on, from attention ``(..., L, S)``."""
     return a[..., 1:, 0].mean(-1)
 
 
 def saturated(z: Tensor, a: Tensor, form: str) -> Tensor:
-    """Whether a score has next to no influence on attention, bool, of the shape of `z`, so that learning stalls.
+    """Whether a score hardly affects attention, so that learning stalls: bool, of the shape of `z`.
 
-    For f by its slope d ln f / d ln |z| = 2 / (1 + z^2), at most 2: below a tenth of that, for |z| > 3. f'(z) vanishes
-    near 0, too, but there normalization cancels the size of z, and attention is that of z^2, whose slope is always 2.
-    For softmax by that of the whole query, sum_j da_j/dz_j = 1 - sum_j a_j^2, at most 1: below a tenth, where nearly
-    all attention goes to one key.
+    For f, the slope d ln f / d ln |z| = 2 / (1 + z^2) is at most 2. A score is saturated if its slope is below a tenth
+    of 2, for |z| > 3. f'(z) also vanishes near 0, but normalization cancels the size of z there, and attention is that
+    of z^2, whose slope is always 2. For softmax, the slope of the whole query, sum_j da_j/dz_j = 1 - sum_j a_j^2, is at
+    most 1. Its scores are saturated if this is below a tenth, where nearly all attention goes to one key.
 
     Raises:
-        ValueError: `form` is none of `FORMS`.
+        ValueError: `form` is not one of `FORMS`.
     """
     if form == "softmax":
         return (1 - a.square().sum(-1, keepdim=True) < 0.1).expand_as(z)
@@ -217,7 +222,7 @@ def saturated(z: Tensor, a: Tensor, form: str) -> Tensor:
 
 
 def participation_ratio(moment: Tensor) -> Tensor:
-    """(tr C)^2 / tr C^2 of second moments C ``(..., E, E)``: how many directions vectors spread over, 1 to E."""
+    """Number of directions that vectors spread over, 1 to E: (tr C)^2 / tr C^2 of second moments C ``(..., E, E)``."""
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
     square = moment.square().sum((-2, -1))  # tr C^2 of a symmetric matrix
     return trace.square() / torch.where(square > 0, square, 1)
@@ -230,10 +235,10 @@ def numerical_rank(moment: Tensor, tolerance: float = 1e-3) -> Tensor:
 
 
 def head_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """How alike heads attend, ``(H, H')`` of attention ``(..., H, L, S)`` and ``(..., H', L, S)`` to the same tokens.
+    """How alike heads attend, ``(H, H')`` from attention ``(..., H, L, S)`` and ``(..., H', L, S)`` to the same tokens.
 
-    The Bhattacharyya coefficient sum_j sqrt(a_ij b_ij), mean over queries and leading dimensions: 1 for heads that are
-    the same, 0 for heads that look at different keys.
+    This is the Bhattacharyya coefficient sum_j sqrt(a_ij b_ij), averaged over queries and leading dimensions: 1 for
+    equal heads, 0 for heads that look at different keys.
 
     Raises:
         ValueError: The shapes do not fit.

@@ -1,4 +1,4 @@
-"""A page on which to look around in attention space: one HTML file that needs no network."""
+"""An interactive page of attention space: one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ def write_page(
 ) -> Path:
     """Write the page: measures of all heads, angles, maps with the sign of z, and each query's keys.
 
-    Queries and keys of the kept tokens are in it, to 8 bits where all of them to 32 would be too much; maps are worked
-    out from them in the browser, so that the page of a long text stays small.
+    The page contains queries and keys of the kept tokens, in 32 bits, or in 8 bits if 32 would exceed `megabytes`. The
+    browser computes maps from them, so the page of a long text stays small.
 
     Args:
-        records: What `capture` has seen; several, such as EA and DPA of one run, by their names.
-        path: Where to write it.
-        title: Of the page.
-        tokens: Text of the tokens of each kept example; None: their positions.
-        megabytes: Of queries, keys and masks; of longer texts, the first tokens are kept, which the page says.
+        records: A record of `capture`, or several by name, such as EA and DPA of one run.
+        path: File to write.
+        title: Title of the page.
+        tokens: Text of the tokens of each kept example; default: their positions.
+        megabytes: Largest size of queries, keys and masks; longer texts are cut to their first tokens, and the page
+            says so.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: There is no record, or one that has seen no layer.
+        ValueError: There is no record, or a record has no layer.
     """
     named = {"model": records} if isinstance(records, Record) else dict(records)
     if not named or not all(record.layers for record in named.values()):
@@ -77,7 +78,7 @@ def write_page(
 
 
 def _bytes(layers: Sequence[LayerRecord], tokens: int, width: int) -> int:
-    """How much the vectors of so many tokens take, at `width` bytes a number, and their masks."""
+    """Bytes of the vectors of `tokens` tokens, at `width` bytes per number, and of their masks."""
     total = 0
     for layer in layers:
         total += tokens * (layer.query.shape[1] + layer.key.shape[1]) * (layer.dim * width + 4)
@@ -113,7 +114,7 @@ def _layer(layer: LayerRecord, kept: int, exact: bool) -> dict[str, Any]:
 
 
 def _packed_mask(mask: Tensor) -> dict[str, Any]:
-    """The numbers of a mask ``(B, H, L | 1, S | 1)``, or those of its diagonals, where that is all."""
+    """Pack the numbers of a mask ``(B, H, L | 1, S | 1)``, or one per diagonal if each diagonal is constant."""
     mask = _once(mask)
     diagonals = _diagonals(mask)
     numbers = mask if diagonals is None else diagonals
@@ -121,12 +122,12 @@ def _packed_mask(mask: Tensor) -> dict[str, Any]:
 
 
 def _once(mask: Tensor) -> Tensor:
-    """A mask with one row, where all its rows are the same."""
+    """Reduce a mask to one row if all its rows are the same."""
     return mask[..., :1, :] if torch.equal(mask[..., 1:, :], mask[..., :-1, :]) else mask
 
 
 def _diagonals(mask: Tensor) -> Tensor | None:
-    """Of a mask that depends on j - i alone, its values ``(B, H, L + S - 1)`` from j - i = 1 - L on; else None."""
+    """Values ``(B, H, L + S - 1)`` of a mask that depends only on j - i, from j - i = 1 - L on; else None."""
     if not torch.equal(mask[..., 1:, 1:], mask[..., :-1, :-1]):
         return None
     return torch.cat([mask[..., :, 0].flip(-1), mask[..., 0, 1:]], -1)
@@ -137,7 +138,7 @@ def _short(values: Tensor) -> list[float]:
 
 
 def _packed(x: Tensor, exact: bool) -> dict[str, Any]:
-    """Vectors as they are, or as 8-bit integers with a factor each."""
+    """Pack vectors as they are, or as 8-bit integers with one factor per vector."""
     if exact:
         return {"shape": list(x.shape), "bytes": _base64(x), "factors": None}
     factor = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)

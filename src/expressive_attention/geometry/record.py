@@ -1,4 +1,4 @@
-"""What `capture` has seen: statistics of each head, and queries and keys of some tokens."""
+"""Records of `capture`: statistics of each head, and queries and keys of some tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional import Call
+from ..call import Call
 from ..integrations.table import Table
 from . import measures
 
@@ -25,41 +25,41 @@ __all__ = ["ANGLES", "MEASURES", "SIZES", "LayerRecord", "Record"]
 ANGLES = torch.linspace(-1, 1, 65, dtype=torch.float64)
 SIZES = torch.linspace(-8, 8, 33, dtype=torch.float64)
 
-# Measures of a head, by the column of a table.
+# Measures of a head, by column of a table.
 MEASURES = {
-    "antiparallel": "share of attention that goes to keys with z < 0",
-    "effective_keys": "keys that a query attends to, exp of the entropy, mean over queries",
-    "evenness": "effective keys over visible keys: 1 for a head that tells no key from another",
-    "sink": "share of attention that goes to the first key, of queries that see others",
-    "saturated": "share of pairs whose score has next to no influence on attention",
+    "antiparallel": "share of attention on keys with z < 0",
+    "effective_keys": "number of keys that a query attends to: exp of the entropy, mean over queries",
+    "evenness": "effective keys over visible keys: 1 for a head that does not distinguish keys",
+    "sink": "share of attention on the first key, over queries that also see other keys",
+    "saturated": "share of pairs whose score hardly affects attention",
     "score_rms": "root mean square of z",
     "log_normalizer": "ln N, mean over queries",
     "empty": "share of queries without any weight",
-    "dead": "1 for a head that tells no key from another: evenness above 0.99, or no weight at all",
+    "dead": "1 for a head that does not distinguish keys: evenness above 0.99, or no weight at all",
     "query_norm": "|q|, mean over tokens",
     "key_norm": "|k|, mean over tokens",
     "query_dimensions": "participation ratio of queries",
     "key_dimensions": "participation ratio of keys",
     "query_rank": "numerical rank of queries",
     "key_rank": "numerical rank of keys",
-    "quiet_volume": "share of directions in which a key of the usual length would have < 1/10 of its largest weight",
+    "quiet_volume": "share of directions in which a key of typical length would have < 1/10 of its largest weight",
 }
 
 
 class LayerRecord:
-    """What was seen of one layer; tensors are in float64, sums over all calls.
+    """Record of one layer. Histograms and sums are in float64, over all calls.
 
     Attributes:
-        name: Of the module that attends, such as ``"layers.3.attention"``.
+        name: Name of the module that attends, such as ``"layers.3.attention"``.
         form: ``"expressive"``, ``"squared"`` or ``"softmax"``.
         scale: Factor on the dot product.
-        pairs: Pairs of query and key by cos and size ``(H, 64, 32)``: edges `ANGLES` and `SIZES`.
-        mass: Their attention, likewise.
+        pairs: Number of pairs of query and key by cos and size ``(H, 64, 32)``; the edges are `ANGLES` and `SIZES`.
+        mass: Attention of these pairs, of the same shape.
         sums: Other sums by name, ``(H,)`` or ``(H, E, E)``.
-        query: Queries that are kept ``(B, H, L, E)``, as the mechanism sees them: after positions and gains.
-        key: Keys ``(B, Hkv, S, E)``.
-        keep: Where a key takes part, broadcastable to ``(B, H, L, S)``, or None: everywhere.
-        bias: In log-weight space, likewise, or None.
+        query: Kept queries ``(B, H, L, E)``, as the mechanism receives them: after positions and gains.
+        key: Kept keys ``(B, Hkv, S, E)``.
+        keep: True where a key takes part, broadcastable to ``(B, H, L, S)``; None if all do.
+        bias: Bias in log-weight space, broadcastable to ``(B, H, L, S)``; None if there is none.
     """
 
     def __init__(self, name: str) -> None:
@@ -76,23 +76,27 @@ class LayerRecord:
 
     @property
     def heads(self) -> int:
-        """H."""
+        """Number of heads H."""
         return self.pairs.shape[0]
 
     @property
     def dim(self) -> int:
-        """E."""
+        """Dimension E of queries and keys."""
         return self.query.shape[-1]
 
     def head_name(self, head: int) -> str:
-        """``"layers.3.attention.head.5"``."""
+        """Name of a head, such as ``"layers.3.attention.head.5"``."""
         return f"{self.name}.head.{head}".lstrip(".")
 
-    # ---- adding to it ----
+    # ---- adding ----
 
     @torch.no_grad()
     def add(self, call: Call, pairs: int, max_tokens: int, generator: torch.Generator) -> None:
-        """Add a call; arguments as in `capture`."""
+        """Add a call; `pairs` and `max_tokens` are those of `capture`.
+
+        Raises:
+            ValueError: The batch is empty, values are not finite, or the call does not match earlier ones.
+        """
         q, k = call.query.detach(), call.key.detach()
         if not (q.shape[0] and q.shape[2] and k.shape[2]):
             raise ValueError(
@@ -157,7 +161,7 @@ class LayerRecord:
             "log_normalizer": logs.where(weighted, 0),
         }.items():
             self._sum(name, value.sum((0, 2)))
-        choose = weighted & (visible > 1)  # what sees one key has no other to look at
+        choose = weighted & (visible > 1)  # a query that sees one key has no choice
         self._sum("sink", (a[..., 0] * choose).sum((0, 2)))
         self._sum("later", choose.sum((0, 2)))
 
@@ -182,20 +186,20 @@ class LayerRecord:
             None if mask is None else mask[..., :keys].cpu().clone() for mask in _masks(call, batch, rows)
         )
 
-    # ---- reading it ----
+    # ---- reading ----
 
     def scores(self, example: int = 0) -> Tensor:
-        """z of a kept example, ``(H, L, S)`` in float32."""
+        """Scores z of a kept example, ``(H, L, S)`` in float32."""
         q, k = self.query[example], self.key[example]
         return self.scale * q @ k.repeat_interleave(len(q) // len(k), 0).mT
 
     def attention(self, example: int = 0) -> Tensor:
-        """a of a kept example, ``(H, L, S)`` in float32. Of a longer sequence, only kept keys count."""
+        """Attention of a kept example, ``(H, L, S)`` in float32. For a longer sequence, only kept keys count."""
         keep, bias = (None if m is None else m[min(example, len(m) - 1)] for m in (self.keep, self.bias))
         return measures.attention(self.scores(example), self.form, bias, keep)
 
     def log_normalizer(self, example: int = 0) -> Tensor:
-        """ln N of each query of a kept example, ``(H, L)`` in float32; as `attention`."""
+        """ln N of each query of a kept example, ``(H, L)`` in float32. For a longer sequence, only kept keys count."""
         keep, bias = (None if m is None else m[min(example, len(m) - 1)] for m in (self.keep, self.bias))
         return measures.log_normalizer(self.scores(example), self.form, bias, keep)
 
@@ -235,28 +239,28 @@ class LayerRecord:
 
     @property
     def dead(self) -> Tensor:
-        """Heads that tell no key from another, bool ``(H,)``, as `measures.dead`."""
+        """Whether heads do not distinguish keys, bool ``(H,)``; see `measures.dead`."""
         return self.measures()["dead"] > 0
 
     def similarity(self, other: LayerRecord) -> Tensor:
         """How alike its heads attend to those of another layer, ``(H, H')``: `measures.head_similarity` of kept tokens.
 
         Raises:
-            ValueError: The layers were not given the same number of tokens.
+            ValueError: The layers read different numbers of tokens.
         """
         examples = range(min(len(self.query), len(other.query)))
         return measures.head_similarity(*(torch.stack([x.attention(i) for i in examples]) for x in (self, other)))
 
 
 class Record(Table):
-    """What was seen of a model, by the names of its layers. Printed, it is a table of heads."""
+    """Record of a model, by the names of its layers. It prints as a table of heads."""
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerRecord] = {}
-        self.model = ""  # a fingerprint of it
+        self.model = ""  # its fingerprint
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each head: its name, layer, number, form and `MEASURES`."""
+        """Yield one row per head: its name, layer, index, form and `MEASURES`."""
         for layer in self.layers.values():
             found = layer.measures()
             for head in range(layer.heads):
@@ -264,42 +268,42 @@ class Record(Table):
                 yield row | {name: values[head].item() for name, values in found.items()}
 
     def layer(self, name: str) -> LayerRecord:
-        """A layer by name.
+        """Return a layer by name.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: There is no layer of this name.
         """
         if name not in self.layers:
             raise ValueError(f"layer must be one of {list(self.layers)}, got {name!r}")
         return self.layers[name]
 
     def check(self, model: nn.Module) -> None:
-        """Raise an error if the record is of a model with other modules or shapes.
+        """Check that the record is of a model with the same modules and shapes of parameters.
 
         Raises:
-            ValueError: The message names the layers that the model lacks, if it does.
+            ValueError: It is not; the message names the layers that the model lacks, if any.
         """
         missing = sorted(set(self.layers) - {name for name, _ in model.named_modules()})
         if missing:
             raise ValueError(f"the record is of another model: {type(model).__name__} has no {', '.join(missing)}")
         if self.model and self.model != _fingerprint(model):
             raise ValueError(
-                f"the record is of another model: this {type(model).__name__} has other modules, or other shapes of "
+                f"the record is of another model: this {type(model).__name__} has other modules or other shapes of "
                 "parameters"
             )
 
     def of(self, model: nn.Module) -> Record:
-        """The record as one of this model.
+        """Return the record itself, marked as one of this model.
 
         Raises:
-            ValueError: As `check`.
+            ValueError: The record is of another model; see `check`.
         """
         self.check(model)
         self.model = _fingerprint(model)
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write it as safetensors."""
+        """Write the record as safetensors."""
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for number, (name, layer) in enumerate(self.layers.items()):
@@ -311,10 +315,10 @@ class Record(Table):
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
-        """Read what `save` has written.
+        """Read a record that `save` has written.
 
         Raises:
-            ValueError: The file is no record.
+            ValueError: The file is not a record.
         """
         record = cls()
         wrong = f"path must be a file that Record.save has written, got {str(path)!r}"
@@ -353,14 +357,14 @@ _MODEL = "expressive_attention.geometry.model"
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """The same for models with the same modules and shapes of parameters, whatever their values."""
+    """Hash of a model's modules and shapes of parameters, whatever their values."""
     parts = [name for name, _ in model.named_modules()]
     parts += [f"{name} {tuple(x.shape)}" for name, x in model.named_parameters()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Examples and positions of about `queries` queries, all of them where there are no more."""
+    """Choose examples and positions of about `queries` queries, or of all if there are no more."""
     batch, rows = query.shape[0], query.shape[2]
     if batch * rows <= queries:
         return torch.arange(batch), torch.arange(rows)
@@ -373,11 +377,11 @@ def _sample(query: Tensor, queries: int, generator: torch.Generator) -> tuple[Te
 
 
 def _masks(call: Call, batch: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Where keys take part, and the bias, of these examples and rows."""
-    pattern = call.pattern.mask_of(rows.to(call.query.device), call.query, call.key)
-    pattern = pattern[batch] if len(pattern) > 1 else pattern
-    keep = pattern if pattern.dtype == torch.bool else pattern > -torch.inf
-    bias = None if pattern.dtype == torch.bool else pattern.float()
+    """Return, for these examples and rows, where keys take part, and the bias."""
+    own = call.visibility.mask_of(rows.to(call.query.device), call.query, call.key)
+    own = own[batch] if len(own) > 1 else own
+    keep = own if own.dtype == torch.bool else own > -torch.inf
+    bias = None if own.dtype == torch.bool else own.float()
     if (mask := call.attn_mask) is not None:
         mask = mask[batch] if mask.shape[0] > 1 else mask
         mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
@@ -395,12 +399,12 @@ def _seen(mask: Tensor) -> Tensor:
 
 
 def _existing_keys(call: Call) -> Tensor | None:
-    """The keys that some query sees, ``(B | 1, H | 1, S)``, or None: all, as far as masks and lengths say."""
+    """Keys that some query sees by masks and lengths, ``(B | 1, H | 1, S)``; None if all are seen."""
     keys = call.key.shape[2]
     found = None
     if call.attn_mask is not None:
         found = _seen(call.attn_mask).any(2).expand(-1, -1, keys)
-    if call.pattern.key_lengths is not None and call.pattern.query_starts is None:
-        existing = torch.arange(keys, device=call.key.device) < call.pattern.key_lengths[:, None, None]
+    if call.visibility.key_lengths is not None and call.visibility.query_starts is None:
+        existing = torch.arange(keys, device=call.key.device) < call.visibility.key_lengths[:, None, None]
         found = existing if found is None else found & existing
     return found

@@ -1,4 +1,4 @@
-"""What a model of Hugging Face transformers does on a text."""
+"""Attention of a Hugging Face transformers model on a text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple
     """Capture a model while it reads the start of a text.
 
     Args:
-        model: A folder or name with weights, loaded with the attention that it was saved with; or a ``config.json``,
-            from which a model with random weights is made.
-        text: What it reads; by bytes, where the model is made from a configuration or has no tokenizer.
-        max_tokens: Of the text.
+        model: Folder or name of a model with weights, loaded with the attention that it was saved with; or a
+            ``config.json``, which gives a model with random weights.
+        text: Text to read; as bytes if the model comes from a ``config.json`` or has no tokenizer.
+        max_tokens: Largest number of tokens of the text.
 
     Returns:
-        The record, and the tokens.
+        The record and the tokens.
 
     Raises:
-        ValueError: The text is empty, the model reads no text, or no attention was seen.
+        ValueError: The text is empty, the model does not read text, or no attention was seen.
         OSError: There is no such model.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -51,13 +51,13 @@ def record_text(model: str | Path, text: str, *, max_tokens: int = 512) -> tuple
     ids = [byte % loaded.config.vocab_size for byte in text.encode()[:longest]]
     tokens = [chr(byte) for byte in text.encode()[:longest]]
     if path.suffix != ".json":
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it has none
+        with contextlib.suppress(OSError, ValueError, KeyError):  # there is no tokenizer
             tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
             ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
             tokens = tokenizer.convert_ids_to_tokens(ids)
     with torch.no_grad(), capture(loaded, max_tokens=max_tokens) as record:
         given = {"input_ids": torch.tensor([ids])}
-        if loaded.config.is_encoder_decoder:  # the decoder reads it, too
+        if loaded.config.is_encoder_decoder:  # the decoder also reads it
             given["decoder_input_ids"] = given["input_ids"]
         loaded(**given)
     return record, tokens

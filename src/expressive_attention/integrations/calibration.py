@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Call
+from ..call import Call
 from .conversion import Conversion, record_choice
 from .switching import GAIN
 from .table import Table
@@ -181,7 +181,7 @@ def _sums(call: Call) -> Tensor:
     """Sum of z^2, number of |z| > 3, and number of pairs that the mask leaves, ``(3, H)`` in float64."""
     query, key = call.query.double(), call.key.double()
     z = call.scale * query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    mask = call.pattern.mask_of(torch.arange(query.shape[2], device=z.device), query, key)
+    mask = call.visibility.mask_of(torch.arange(query.shape[2], device=z.device), query, key)
     keep = mask if mask.dtype == torch.bool else mask > -torch.inf
     if call.attn_mask is not None:
         # finfo.min and -inf both mask

@@ -14,10 +14,12 @@ from importlib import import_module
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..backends.problem import check_form
+from ..call import check_form
 from .errors import ConversionError
 from .guard import guard, is_guarded, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
@@ -173,7 +175,7 @@ class Conversion(Table):
             traced(layers, lambda layer, _: expressive.update([layer])) as tracer,
             _Softmax(tracer) as softmax,
         ):
-            self.model(*inputs, **kwargs)
+            _output = self.model(*inputs, **kwargs)  # weights in it are kept
         switched = [layer.name for layer in self.switched]
         found = Verification(
             calls={name: expressive[name] for name in switched},
@@ -478,7 +480,11 @@ _OPERATORS = re.compile(f"{SOFTMAX_FUNCTIONS.pattern}|scaled_dot_product|multi_h
 
 
 class _Softmax(TorchDispatchMode):
-    """Counts operators of softmax by the attention layer that is running; ``""``: none of them."""
+    """Counts operators of softmax by the attention layer that is running; ``""``: none of them.
+
+    Softmax itself counts once something uses its result, or keeps it: weights that are thrown away attend to nothing.
+    Layers of SAM 2 compute such weights, and go on with the attention interface.
+    """
 
     supports_higher_order_operators = True  # FlexAttention is one
 
@@ -486,6 +492,7 @@ class _Softmax(TorchDispatchMode):
         super().__init__()
         self.tracer = tracer
         self.counts: Counter[str] = Counter()
+        self._unused = WeakIdKeyDictionary()  # results of softmax, and the layer
         self._undo: Undo | None = None
 
     def __enter__(self) -> Any:
@@ -496,11 +503,19 @@ class _Softmax(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.counts.update(self._unused.values())
         if self._undo is not None:
             self._undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)) if self._unused else ():
+            if isinstance(given, Tensor) and given in self._unused:
+                self.counts[self._unused.pop(given)] += 1
+        found, name, layer = func(*args, **(kwargs or {})), getattr(func, "__name__", ""), self.tracer.layer or ""
         # Softmax of a matrix is that of a router of experts: scores of attention have a batch, heads, or both.
-        if _OPERATORS.search(getattr(func, "__name__", "")) and getattr(args[0], "ndim", 3) > 2:
-            self.counts[self.tracer.layer or ""] += 1
-        return func(*args, **(kwargs or {}))
+        if _OPERATORS.search(name) and getattr(args[0], "ndim", 3) > 2:
+            if "softmax" in name and isinstance(found, Tensor):
+                self._unused[found] = layer
+            else:
+                self.counts[layer] += 1
+        return found

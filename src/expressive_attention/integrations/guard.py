@@ -115,7 +115,7 @@ def unguarded() -> Iterator[None]:
 
 def guard(module: nn.Module, name: str, by_class: bool) -> Callable[[], None]:
     """Put the hooks on a layer that has just been switched; returns what takes them off."""
-    implementation = None if by_class else getattr(getattr(module, "config", None), "_attn_implementation", None)
+    implementation = None if by_class else _implementation(module)
     watched = not by_class and own_softmax(type(module))
     # By __dict__, as all that the package keeps in modules of others.
     module.__dict__[GUARD] = Guard(name, by_class, implementation, watched, _state(module))
@@ -135,37 +135,42 @@ def guard(module: nn.Module, name: str, by_class: bool) -> Callable[[], None]:
 def is_guarded(module: nn.Module) -> bool:
     """Whether a layer was switched by its configuration, and still is."""
     found = getattr(module, GUARD, None)
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return found is not None and not found.by_class and implementation == found.implementation
+    return found is not None and not found.by_class and _implementation(module) == found.implementation
 
 
-def _enter(module: nn.Module, _: Any) -> None:
-    found = getattr(module, GUARD, None)
-    if found is None or _here.off:
+def _enter(module: Any, _: Any) -> None:
+    # Of what runs in every call, each step counts: no calls that can be done without.
+    if _here.off or (found := module.__dict__.get(GUARD)) is None:
         return
-    watch = _Watch() if found.watched or _changed(module, found) else None
-    if watch is not None:
+    if found.by_class:
+        changed = not hasattr(type(module), "_original")  # as classes have that `switch` has made
+    else:
+        changed = found.watched or _implementation(module) != found.implementation
+    watch = None
+    if changed or "forward" in module.__dict__:
+        watch = _Watch()
         watch.__enter__()
     _here.notes.append(_Note(module, watch))
 
 
 def _leave(module: nn.Module, _: Any, output: Any) -> None:
-    if not _here.notes or _here.notes[-1].module is not module:
+    notes = _here.notes
+    if not notes or notes[-1].module is not module:
         return
-    note = _here.notes.pop()
+    note = notes.pop()
     if note.watch is not None:
         note.watch.__exit__(None, None, None)
     if note.softmax and not note.expressive and output is not None:  # None: the call has ended in an error
         raise ConversionError(_told(module, note.softmax))
 
 
-def _changed(module: Any, found: Guard) -> bool:
-    """Whether the layer may have left the way on which the switch has put it."""
-    if "forward" in module.__dict__:
-        return True
-    if found.by_class:
-        return not hasattr(type(module), "_original")  # as classes have that `switch` has made
-    return module.config._attn_implementation != found.implementation
+def _implementation(module: Any) -> str | None:
+    """The name that the configuration of a layer has for its attention, if it has one."""
+    config: Any = module.__dict__.get("config")
+    try:
+        return config._attn_implementation_internal  # without its property, in half the time
+    except AttributeError:
+        return getattr(config, "_attn_implementation", None)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -175,11 +180,10 @@ def _state(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
     }
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     processor = getattr(module, "processor", None)
     return {
         **found,
-        "attn_implementation": implementation,
+        "attn_implementation": _implementation(module),
         "processor": None if processor is None else type(processor).__name__,
         "class": type(module).__name__,
         "forward": "a method of its own" if "forward" in vars(module) else "that of its class",

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import expressive_attention
-from ..nn.mechanisms import joined
+from ..masks import join_masks
 from ..varlen import expressive_attention_varlen
 from .conversion import (
     ConversionError,
@@ -42,6 +42,7 @@ from .conversion import (
 from .guard import note_expressive
 from .inspection import names_used
 from .marks import MARK, marked
+from .paged import allow, gathered
 from .switching import GAIN, set_attributes
 
 try:
@@ -108,6 +109,10 @@ def _attention(
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} asks for {what} ({name}), which EA does not define")
+    if kwargs.get("cache") is not None:
+        # Where its sequences start, and causality, tell all that a mask would.
+        key, value, kwargs = gathered(module, key, value, kwargs)
+        attention_mask, is_causal = None, True
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must be broadcastable to (B, H, L, S), got {shape}")
@@ -116,7 +121,7 @@ def _attention(
     for bias in (position_bias, *_chosen_keys(module, query, key, keep, kwargs)):
         if bias is not None:
             bias = bias[..., : key.shape[2]]
-            keep = bias if keep is None else joined(keep, bias)
+            keep = bias if keep is None else join_masks(keep, bias)
     if (gain := getattr(module, GAIN, None)) is not None:
         query = query * gain[:, None, None]
     wants_weights = kwargs.get(
@@ -131,7 +136,7 @@ def _attention(
         return output.unflatten(0, (query.shape[0], -1)), None
     if starts is not None:
         same = _same_sequence(query, key, *starts[:2])
-        keep = same if keep is None else joined(keep, same)
+        keep = same if keep is None else join_masks(keep, same)
     # A mask tells all there is to tell. Without one, queries that are fewer than keys are the last ones: they continue
     # a cache, or a model has left out those before them.
     settings: dict[str, Any] = {
@@ -184,6 +189,17 @@ def _same_sequence(query: Tensor, key: Tensor, query_starts: Tensor, key_starts:
     return rows[:, None, :, None] == columns[:, None, None, :]
 
 
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """As torch's attention is given it; but with a static cache, the first queries of many keys have a mask, too.
+
+    Without one, they could not be told from queries that are the last ones.
+    """
+    queries = kwargs["cache_position"].shape[0] if "cache_position" in kwargs else kwargs.get("q_length")
+    if queries != 1 and queries != kwargs.get("kv_length"):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
 def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
     raise ConversionError(
         f"{type(module).__name__}: this model was saved with expressive attention in some of its layers; load it with "
@@ -193,7 +209,9 @@ def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
 
 for _form, _name in IMPLEMENTATIONS.items():
     AttentionInterface.register(_name, partial(_attention, _form))
-    AttentionMaskInterface.register(_name, sdpa_mask)
+    AttentionInterface.register(f"paged|{_name}", partial(_attention, _form))  # as transformers 5.0 calls it
+    AttentionMaskInterface.register(_name, _mask)
+allow(IMPLEMENTATIONS.values())
 AttentionInterface.register(_PARTLY, _partly)
 AttentionMaskInterface.register(_PARTLY, sdpa_mask)
 
@@ -323,7 +341,8 @@ def _form_of(module: nn.Module) -> str | None:
 
 def _name_of(module: Any) -> str | None:
     """Of a layer of the attention interface, the name by which it goes."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name and name.removeprefix("paged|")
 
 
 def check(model: PreTrainedModel) -> None:
@@ -385,17 +404,22 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     if whole:
-        yield _switch_models([module for module in model.modules() if isinstance(module, PreTrainedModel)], name)
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        yield _switch_models(models, [found.module for found in layers], name)
     else:
         for found in layers:
             yield _switch_layer(found.module, name)
 
 
-def _switch_models(models: Sequence[PreTrainedModel], name: str) -> Undo:
-    configs = [config for model in models for config in _with_parts(model.config)]
+def _switch_models(models: Sequence[PreTrainedModel], layers: Sequence[Any], name: str) -> Undo:
+    # Layers may have a configuration that their model has made of its own and does not know, as in X-CLIP.
+    hidden = [layer.config for layer in layers]
+    configs = [*(config for model in models for config in _with_parts(model.config)), *hidden]
     before = [config._attn_implementation_internal for config in configs]
     for model in models:
         model.set_attn_implementation(name)
+    for config in hidden:
+        config._attn_implementation_internal = name
 
     def undo() -> None:
         for config, implementation in zip(configs, before, strict=True):

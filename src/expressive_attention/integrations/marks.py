@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends.problem import FORMS
+from ..call import FORMS
 from .switching import set_attributes
 
 __all__ = ["MARK", "mark", "marked"]

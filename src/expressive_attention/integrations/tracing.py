@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..functional import Call, listeners
+from ..call import Call
+from ..functional import call_hooks
 
 __all__ = ["Tracer", "traced"]
 
@@ -59,10 +60,10 @@ def traced(layers: Mapping[str, nn.Module], told: Callable[[str, Call], None]) -
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(lambda *_: tracer._leave(), always_call=True))
-    listeners.append(tracer._called)
+    call_hooks.append(tracer._called)
     try:
         yield tracer
     finally:
-        listeners.remove(tracer._called)
+        call_hooks.remove(tracer._called)
         for handle in handles:
             handle.remove()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.problem import check_form
+from ..call import check_form
 from ..functional import expressive_attention
-from ..nn.mechanisms import joined
+from ..masks import join_masks
 from .conversion import Found, Undo
 from .guard import note_expressive
 from .switching import GAIN, Switched
@@ -95,7 +95,7 @@ class _ExpressiveAttend(Switched):
         owner: Any = self
         keep = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
         if attn_bias is not None:
-            keep = attn_bias if keep is None else joined(keep, attn_bias)
+            keep = attn_bias if keep is None else join_masks(keep, attn_bias)
         if (gain := getattr(self, GAIN, None)) is not None:
             q = q * gain[:, None, None]
         groups = q.shape[1] // k.shape[1]

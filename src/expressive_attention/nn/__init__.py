@@ -5,12 +5,14 @@ from .mechanisms import MECHANISMS, attend
 from .multihead import MultiheadAttention
 from .positions import (
     POSITIONS,
+    LearnedAlibi,
     LearnedPositions,
     RelativeBias,
     RotaryPositions,
     SinusoidalPositions,
     alibi_bias,
     alibi_slopes,
+    position_codes,
 )
 from .transformer import NORMS, Transformer, TransformerBlock
 
@@ -19,6 +21,7 @@ __all__ = [
     "NORMS",
     "POSITIONS",
     "HeadGain",
+    "LearnedAlibi",
     "LearnedPositions",
     "MultiheadAttention",
     "RelativeBias",
@@ -30,4 +33,5 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "attend",
+    "position_codes",
 ]

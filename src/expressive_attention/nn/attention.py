@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mechanisms import attend, joined, known_mechanisms
-from .positions import POSITIONS, RelativeBias, RotaryPositions, alibi_bias
+from ..masks import join_masks
+from .mechanisms import attend, check_mechanism
+from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, position_codes
 
 __all__ = ["HeadGain", "SelfAttention", "check_choice"]
 
@@ -47,8 +48,9 @@ class SelfAttention(nn.Module):
         embed_dim: Width D of the input, a multiple of `num_heads`.
         num_heads: H; head dimension E = D / H.
         mechanism: One of `MECHANISMS`.
-        position: ``"rope"``, ``"alibi"``, ``"relative"`` or ``"none"``. Learned and sinusoidal positions are added to
-            the input, by the `Transformer`: here they are the same as ``"none"``.
+        position: ``"rope"``, ``"alibi"``, ``"relative"``, ``"learned_alibi"`` or ``"none"``, or several joined by a
+            plus, such as ``"rope+relative"``: their biases add. Learned and sinusoidal positions are added to the
+            input, by the `Transformer`: here they are the same as ``"none"``.
         max_length: Longest sequence; sizes the table of ``"relative"``, which needs it.
         gain: Learn a factor g per head on z.
         initial_gain: Its value at the start.
@@ -87,11 +89,11 @@ class SelfAttention(nn.Module):
         rope_base: float = 10_000.0,
     ) -> None:
         super().__init__()
-        check_choice("mechanism", mechanism, known_mechanisms())
-        check_choice("position", position, POSITIONS)
+        check_mechanism(mechanism)
+        codes = position_codes(position)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        if position == "relative" and max_length is None:
+        if "relative" in codes and max_length is None:
             raise ValueError("max_length must be given for relative positions, got None")
         self.num_heads = num_heads
         self.mechanism = mechanism
@@ -100,8 +102,9 @@ class SelfAttention(nn.Module):
         self.dropout_p = dropout_p
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.out = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.rope = RotaryPositions(embed_dim // num_heads, rope_base) if position == "rope" else None
-        self.relative = RelativeBias(num_heads, max_length) if position == "relative" and max_length else None
+        self.rope = RotaryPositions(embed_dim // num_heads, rope_base) if "rope" in codes else None
+        self.relative = RelativeBias(num_heads, max_length) if "relative" in codes and max_length else None
+        self.alibi = LearnedAlibi(num_heads) if "learned_alibi" in codes else None
         self.gain = HeadGain(num_heads, initial_gain) if gain else None
         self.qk_norm = qk_norm
 
@@ -123,7 +126,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x)
         bias = self.position_bias(x)
         if bias is not None:
-            attn_mask = bias if attn_mask is None else joined(attn_mask, bias)
+            attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
         dropout_p = self.dropout_p if self.training else 0.0
         y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
         return self.out(y.transpose(-3, -2).flatten(-2))
@@ -141,7 +144,12 @@ class SelfAttention(nn.Module):
 
     def position_bias(self, x: Tensor) -> Tensor | None:
         """The positions' float mask for X ``(..., L, D)``, broadcastable to ``(..., H, L, L)``; None without one."""
-        if self.position == "alibi":
-            length, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
-            return alibi_bias(self.num_heads, length, length, x.device, is_causal=self.is_causal and wide).to(x.dtype)
-        return None if self.relative is None else self.relative(x.shape[-2])
+        length, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
+        is_causal, biases = self.is_causal and wide, []
+        if "alibi" in position_codes(self.position):
+            biases.append(alibi_bias(self.num_heads, length, length, x.device, is_causal=is_causal).to(x.dtype))
+        if self.alibi is not None:
+            biases.append(self.alibi(length, is_causal=is_causal))
+        if self.relative is not None:
+            biases.append(self.relative(length))
+        return sum(biases[1:], biases[0]) if biases else None

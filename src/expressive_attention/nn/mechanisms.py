@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import expressive_attention
+from ..masks import join_masks
 
-__all__ = ["MECHANISMS", "attend", "joined", "known_mechanisms", "register"]
+__all__ = ["MECHANISMS", "attend", "check_mechanism", "known_mechanisms", "register"]
 
 
 def _saturated(z: Tensor) -> Tensor:
@@ -74,6 +75,18 @@ def register(name: str, function: Callable[[Tensor], Tensor], *, is_log: bool = 
     (_LOG_WEIGHTS if is_log else _WEIGHTS)[name] = function
 
 
+# Names under which users look for a mechanism.
+_OTHER_NAMES = {"softmax": "dot_product", "dpa": "dot_product", "sdpa": "dot_product", "ea": "expressive"}
+
+
+def check_mechanism(mechanism: str) -> None:
+    """Raise ValueError if `mechanism` is none of `known_mechanisms`."""
+    if mechanism not in known_mechanisms():
+        meant = _OTHER_NAMES.get(mechanism.lower()) if isinstance(mechanism, str) else None
+        hint = "" if meant is None else f"; {meant!r} is its name here"
+        raise ValueError(f"mechanism must be one of {known_mechanisms()}, got {mechanism!r}{hint}")
+
+
 def known_mechanisms() -> tuple[str, ...]:
     """`MECHANISMS`, and what was registered."""
     return tuple(dict.fromkeys([*MECHANISMS, *_WEIGHTS, *_LOG_WEIGHTS]))
@@ -98,6 +111,9 @@ def attend(
         attn_mask: Broadcastable to ``(..., L, S)``: bool (True: takes part) or a bias in log-weight space.
         dropout_p: Probability of dropping a weight.
         is_causal: A query sees its own position and what came before, in addition to the mask.
+
+    Raises:
+        ValueError: There is no mechanism of that name.
     """
     if mechanism == "expressive":
         return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal)
@@ -105,6 +121,7 @@ def attend(
         return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal, form="squared")
     if mechanism == "dot_product":
         return _softmax(query, key, value, attn_mask, dropout_p, is_causal)
+    check_mechanism(mechanism)
     if is_causal:
         attn_mask = _with_causal(attn_mask, query, key)
     weights = _masked_weights(mechanism, query @ key.mT * query.shape[-1] ** -0.5, attn_mask)
@@ -140,15 +157,4 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_
 
 def _with_causal(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    return causal if attn_mask is None else joined(causal, attn_mask)
-
-
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """One mask that does what two do, of which either may be bool or a bias."""
-    if a.dtype == b.dtype == torch.bool:
-        return a & b
-    if a.dtype == torch.bool:
-        return torch.where(a, b, -torch.inf)
-    if b.dtype == torch.bool:
-        return torch.where(b, a, -torch.inf)
-    return a + b
+    return causal if attn_mask is None else join_masks(causal, attn_mask)

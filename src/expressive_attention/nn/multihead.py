@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.problem import check_form
+from ..call import check_form
 from ..functional import expressive_attention
-from .mechanisms import joined
+from ..masks import join_masks
 
 __all__ = ["MultiheadAttention", "multi_head_attention_forward"]
 
@@ -198,7 +198,7 @@ def multi_head_attention_forward(
         # Everyone may see what is appended. For is_causal, which speaks of positions, that takes a mask.
         if is_causal:
             causal = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril()
-            keep, is_causal = causal if keep is None else joined(causal, keep), False
+            keep, is_causal = causal if keep is None else join_masks(causal, keep), False
         assert keep is not None
         keep = F.pad(keep.expand(*keep.shape[:-1], keys), (0, appended), value=keep.dtype == torch.bool)
 
@@ -278,7 +278,7 @@ def _merged(
                 f"key_padding_mask must have the shape {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
             )
         padding = _kept("key_padding_mask", key_padding_mask)[:, None, None, :]
-        keep = padding if keep is None else joined(keep, padding)
+        keep = padding if keep is None else join_masks(keep, padding)
     return keep
 
 

@@ -1,8 +1,9 @@
-"""Position encodings of queries and keys: what a model adds to content so that order matters.
+"""Ways to tell positions apart, for any attention.
 
-``"learned"`` and ``"sinusoidal"`` positions are a table added to the embeddings (`LearnedPositions`,
-`SinusoidalPositions`, used by `Transformer`); ``"rope"`` rotates queries and keys (`RotaryPositions`);
-``"alibi"`` (`alibi_bias`) and ``"relative"`` (`RelativeBias`) are biases in log-weight space; ``"none"`` is none.
+``"learned"`` and ``"sinusoidal"`` add a vector to the embeddings (`LearnedPositions`, `SinusoidalPositions`, used by
+`Transformer`); ``"rope"`` rotates queries and keys (`RotaryPositions`); ``"alibi"`` (`alibi_bias`),
+``"learned_alibi"`` (`LearnedAlibi`) and ``"relative"`` (`RelativeBias`) are biases in log-weight space: a factor on
+the weights; ``"none"`` is none. Several at once are joined by a plus: ``"rope+relative"``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,34 @@ from torch import Tensor, nn
 
 __all__ = [
     "POSITIONS",
+    "LearnedAlibi",
     "LearnedPositions",
     "RelativeBias",
     "RotaryPositions",
     "SinusoidalPositions",
     "alibi_bias",
     "alibi_slopes",
+    "distance_bias",
     "distance_index",
+    "position_codes",
 ]
 
-POSITIONS = ("none", "learned", "sinusoidal", "rope", "alibi", "relative")
+POSITIONS = ("none", "learned", "sinusoidal", "rope", "alibi", "relative", "learned_alibi")
+
+
+def position_codes(position: str) -> tuple[str, ...]:
+    """The codes in a position such as ``"rope+relative"``, in the order of `POSITIONS`; none in ``"none"``.
+
+    Raises:
+        ValueError: One of them is not known, is there twice, or is ``"none"`` beside another.
+    """
+    codes = position.split("+")
+    for code in codes:
+        if code not in POSITIONS:
+            raise ValueError(f"position must be one of {POSITIONS}, or several joined by '+', got {position!r}")
+    if len(set(codes)) < len(codes) or ("none" in codes and len(codes) > 1):
+        raise ValueError(f"position must have each code once, and 'none' alone, got {position!r}")
+    return tuple(code for code in POSITIONS if code in codes and code != "none")
 
 
 class LearnedPositions(nn.Module):
@@ -182,9 +201,34 @@ def alibi_bias(
         is_causal: The attention is causal. Then -slope * (i - j) does as well, in which -slope * i is common to a row
             and cancels: the mask is ``(H, 1, S)``, and nothing of the size of L x S is made. To be kept in float32.
     """
-    slopes = alibi_slopes(num_heads).to(device).view(-1, 1, 1)
+    return distance_bias(alibi_slopes(num_heads).to(device), queries, keys, is_causal=is_causal)
+
+
+def distance_bias(slopes: Tensor, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
+    """``-slope * |i - j|`` for slopes ``(..., H)``: ``(..., H, L, S)``, or ``(..., H, 1, S)``, as `alibi_bias`."""
+    slopes = slopes[..., None, None]
     if is_causal:
-        return -slopes * (keys - 1 - torch.arange(keys, device=device))
-    i = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    distance = (i - torch.arange(keys, device=device)).abs()
+        return -slopes * (keys - 1 - torch.arange(keys, device=slopes.device))
+    i = torch.arange(keys - queries, keys, device=slopes.device).unsqueeze(1)
+    distance = (i - torch.arange(keys, device=slopes.device)).abs()
     return -slopes * distance
+
+
+class LearnedAlibi(nn.Module):
+    """ALiBi whose slopes are trained: weights fall by a factor exp(-slope_h) from one position to the next.
+
+    A slope is exp of its parameter, so that it stays positive. Slopes start as ALiBi's, `alibi_slopes`, and serve
+    sequences of any length. Expressive attention with z^2 in the place of z^2 / (1 + z^2) keeps its form of linear time
+    under such a decay.
+
+    Args:
+        num_heads: H.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.log_slopes = nn.Parameter(alibi_slopes(num_heads).log())
+
+    def forward(self, length: int, *, is_causal: bool = False) -> Tensor:
+        """Float mask ``(H, L, L)``, or ``(H, 1, L)`` for causal attention, as `alibi_bias`."""
+        return distance_bias(self.log_slopes.exp(), length, length, is_causal=is_causal)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SelfAttention, check_choice
-from .positions import POSITIONS, LearnedPositions, SinusoidalPositions
+from .positions import LearnedPositions, SinusoidalPositions, position_codes
 
 __all__ = ["NORMS", "Transformer", "TransformerBlock"]
 
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         num_layers: Number of blocks.
         num_heads: Heads per block.
         mechanism: One of `MECHANISMS`.
-        position: One of `POSITIONS`.
+        position: One of `POSITIONS`, or several joined by a plus, such as ``"rope+relative"``.
         norm: ``"pre"`` (with a final LayerNorm), ``"post"`` or ``"none"``.
         norm_affine: Whether the LayerNorms learn a scale and a shift.
         mlp_ratio: Width of the MLP over D.
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         **attention: object,
     ) -> None:
         super().__init__()
-        check_choice("position", position, POSITIONS)
+        codes = position_codes(position)
         for name, size in {
             "vocab_size": vocab_size,
             "max_length": max_length,
@@ -139,11 +139,12 @@ class Transformer(nn.Module):
         self.embedding = (
             nn.Embedding(vocab_size, embed_dim) if input_dim is None else nn.Linear(input_dim, embed_dim, bias=bias)
         )
-        self.positions: nn.Module | None = None
-        if position == "learned":
-            self.positions = LearnedPositions(max_length, embed_dim)
-        elif position == "sinusoidal":
-            self.positions = SinusoidalPositions(embed_dim)
+        added: list[nn.Module] = []
+        if "learned" in codes:
+            added.append(LearnedPositions(max_length, embed_dim))
+        if "sinusoidal" in codes:
+            added.append(SinusoidalPositions(embed_dim))
+        self.positions = nn.Sequential(*added) if len(added) > 1 else added[0] if added else None
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 embed_dim,

@@ -68,7 +68,7 @@ def info() -> None:
     import torch
 
     from ..backends import AUTOMATIC, BACKENDS, cpu
-    from ..backends.problem import Problem
+    from ..call import Call, Visibility
     from .store import environment
 
     console = Console(highlight=False)
@@ -79,7 +79,9 @@ def info() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends = Table("backend", *devices, "chosen by itself", box=None)
     for name, module in BACKENDS.items():
-        reasons = [module.supports(Problem(device, torch.float32)) or "available" for device in devices]
+        inputs = (torch.empty(1, 1, 1, 1, device=device) for device in devices)
+        calls = [Call(x, x, x, None, Visibility(), 1.0, "expressive") for x in inputs]
+        reasons = [module.declines(call) or "available" for call in calls]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
     if cpu.library.LEFT_OUT:
@@ -328,12 +330,15 @@ def export(
 ) -> None:
     """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
     from .export import export_study
+    from .limit import limit_tables
     from .store import Store, collect
 
     with _one_line_errors():
-        results = collect(Store(directory))
+        store = Store(directory)
+        results = collect(store)
         try:
-            files = export_study(results, out or directory / "export", formats or ["csv"])
+            tables = limit_tables(results, store)
+            files = export_study(results, out or directory / "export", formats or ["csv"], tables)
         except ValueError as error:
             _fail(str(error))
     for file in files:
@@ -377,6 +382,59 @@ def verify(
     typer.echo(f"{len(cells) - differ} of {len(cells)} cells have the same bits")
     if differ:
         raise typer.Exit(1)
+
+
+@study.command()
+def limit(
+    directory: Directory,
+    share: Annotated[
+        float,
+        typer.Option("--share", metavar="SHARE", help="Length of the training after it, as a share of the first one."),
+    ] = 0.05,
+    trust: Trust = False,
+) -> None:
+    """Put z^2, which runs in linear time, in the place of EA's function in all trained models, and tell what it costs.
+
+    Measured on validation sequences, with and without a short training after it; what EA gains by the same training is
+    told as well. Kept in DIR/limit; `export` writes it with the other tables.
+    """
+    from .limit import limit_cells, limit_sentences, limit_tables, write_limit
+    from .store import Store, collect
+
+    if not 0 < share <= 1:
+        _fail(f"--share must be above 0 and at most 1, got {share:g}")
+    with _one_line_errors():
+        store = Store(directory)
+        results = collect(store)
+        cells = limit_cells(results, store, trust=trust)
+        for index, cell in enumerate(cells):
+            typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
+            write_limit(cell, store, share)
+        tables = limit_tables(results, store)
+    for sentence in limit_sentences(results, tables):
+        typer.echo(sentence)
+
+
+@study.command()
+def twins(
+    directory: Directory,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where to.  [default: DIR/twins]")
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Of the study; by default that on which the mechanisms differ most.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="A final seed; by default the middle one by accuracy.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Parameters in float16: files of half the size.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Write trained models that differ in the mechanism alone, one file each, for `load_twins` to read."""
+    from .twins import write_twins
+
+    with _one_line_errors():
+        files = write_twins(directory, out or directory / "twins", condition, seed, half=half, trust=trust)
+    for file in files:
+        typer.echo(f"{file}  ({file.stat().st_size / 1000:.0f} kB)")
 
 
 @study.command()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..nn import SelfAttention, attend
 from .config import Cell
 from .record import RecordedTask
-from .results import Condition, Setting, StudyResults
+from .results import Condition, StudyResults
 from .statistics import evidence, mechanism_name
 from .store import Store
+from .trained import cells_by_seed
 from .training import trained_model
 
 __all__ = ["AttentionMap", "attention_maps", "attention_weights", "captured_weights"]
@@ -115,12 +116,7 @@ def attention_maps(
         needs_files = isinstance(comparison.task, RecordedTask) or comparison.mechanism_file is not None
         if comparison.condition not in wanted or rows.is_empty() or (needs_files and not trust):
             continue
-        cells = {
-            seed: cell
-            for cell in comparison.final_cells(Setting(*rows.select(Setting._fields).row(0)), store.has)
-            if store.has(cell)
-            for seed in cell.seeds
-        }
+        cells = cells_by_seed(results, store, comparison)
         ranked = rows.filter(pl.col("seed").is_in(list(cells))).sort("accuracy", "seed")
         ends = {"worst": 0, "best": -1} if ranked.height > 1 else {"best": -1} if ranked.height else {}
         for rank, place in ends.items():

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..nn import MECHANISMS, POSITIONS
+from ..nn import MECHANISMS, position_codes
 from .errors import ConfigError
 from .presets import preset_names, preset_text
 from .record import Record, RecordedTask, facts_of
@@ -55,6 +55,9 @@ _PROTOCOLS = {2: "ladder-2", 3: "study-3"}
 # Values that an older protocol had where a configuration says nothing.
 _OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
 
+# Fields of a training that say which cells there are, and nothing of any one of them.
+_NOT_OF_A_CELL = {"learning_rates", "initial_gains", "tuning_steps"}
+
 # Seeds on which learning rates and gains are chosen, and those that confirm an exclusive range, start so much
 # further on than the reported ones: all three are fresh.
 _TUNING_SEEDS, _CONFIRMATION_SEEDS = 1_000_000, 2_000_000
@@ -72,15 +75,6 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _one_of(*choices: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {list(choices)}, got {value!r}")
-        return value
-
-    return AfterValidator(check)
-
-
 def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     """A study keeps copies side by side, so their names must differ without their folders."""
     if wrong := [name for name in names if Path(name).suffix != ".py"]:
@@ -90,7 +84,12 @@ def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Position = Annotated[str, _one_of(*POSITIONS)]
+def _one_spelling(position: str) -> str:
+    """The same codes name the same cell, in whatever order they are given."""
+    return "+".join(position_codes(position)) or "none"
+
+
+Position = Annotated[str, AfterValidator(_one_spelling)]
 Role = Literal["tuning", "final", "confirmation"]
 
 
@@ -117,9 +116,10 @@ class ModelConfig(_Strict):
     def _heads_divide(self) -> ModelConfig:
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim must be a multiple of heads, got {self.embed_dim} and {self.heads}")
-        if self.position == "rope" and self.embed_dim // self.heads % 2:
+        codes = position_codes(self.position)
+        if "rope" in codes and self.embed_dim // self.heads % 2:
             raise ValueError(f"rope needs an even embed_dim / heads, got {self.embed_dim} / {self.heads}")
-        if self.position == "sinusoidal" and self.embed_dim % 2:
+        if "sinusoidal" in codes and self.embed_dim % 2:
             raise ValueError(f"sinusoidal positions need an even embed_dim, got {self.embed_dim}")
         return self
 
@@ -128,6 +128,7 @@ class TrainingConfig(_Strict):
     """How one seed is trained and judged; the same for all mechanisms."""
 
     steps: int = Field(default=3000, ge=1)
+    tuning_steps: int | None = Field(default=None, ge=1)  # of a tuning seed; None: as many as of all others
     batch_size: int = Field(default=32, ge=1)
     # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
     # the best.
@@ -155,10 +156,21 @@ class TrainingConfig(_Strict):
     # Only protocol 2 has this: a seed ended when it had reached that many evaluations in a row.
     early_stop: bool = False
 
+    @model_validator(mode="after")
+    def _tuning_is_no_longer(self) -> TrainingConfig:
+        if self.tuning_steps is not None and self.tuning_steps > self.steps:
+            raise ValueError(f"tuning_steps must be at most steps, got {self.tuning_steps} and {self.steps}")
+        return self
+
     @property
     def settings(self) -> tuple[Setting, ...]:
         """What is tried for each mechanism."""
         return tuple(Setting(rate, gain) for rate in self.learning_rates for gain in self.initial_gains)
+
+    def of(self, role: Role) -> TrainingConfig:
+        """The training of the seeds of a role."""
+        steps = self.steps if role != "tuning" or self.tuning_steps is None else self.tuning_steps
+        return self.model_copy(update={"steps": steps, "tuning_steps": None})
 
 
 class SeedsConfig(_Strict):
@@ -280,14 +292,18 @@ class StudyConfig(_Strict):
             for mechanism in self.mechanisms
         ]  # fmt: skip
 
-    def conditions(self) -> list[Condition]:
-        """The conditions with their facts, for a report."""
+    def conditions(self, facts: Callable[[Task | RecordedTask, int], dict[str, Any]] = facts_of) -> list[Condition]:
+        """The conditions with their facts, for a report.
+
+        Args:
+            facts: Tells those of a task and a number of test sequences; by default they are counted.
+        """
         return [
             Condition(
                 label,
                 task.model_dump(exclude_none=True),
                 model.model_dump(exclude_none=True),
-                facts_of(task, self.training.test_sequences),
+                facts(task, self.training.test_sequences),
             )
             for label, task, model in self.expanded()
         ]
@@ -333,7 +349,7 @@ class Cell(_Strict):
         """Names the cell on disk: a hash of all that its result depends on."""
         content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file"})
         content["task"] = self.task.model_dump(mode="json")
-        content["training"] = self.training.model_dump(mode="json", exclude={"learning_rates", "initial_gains"})
+        content["training"] = self.training.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
         content["protocol"] = _PROTOCOLS[self.protocol]
         if (file := file_of(self.task)) is not None:
             content["task_file"] = file.digest
@@ -402,7 +418,8 @@ class Comparison(_Strict):
         return Cell(
             condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
             learning_rate=setting.learning_rate, initial_gain=setting.initial_gain, role=role,
-            training=self.training, seeds=tuple(seeds), protocol=self.protocol, mechanism_file=self.mechanism_file,
+            training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol,
+            mechanism_file=self.mechanism_file,
         )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import HeadGain, RelativeBias
-from ..nn.positions import distance_index
+from ..nn import HeadGain, LearnedAlibi, RelativeBias
+from ..nn.positions import distance_bias, distance_index
 
 __all__ = ["member_state", "stack"]
 
@@ -96,12 +96,24 @@ class _RelativeBias(nn.Module):
         return self.table[:, None, :, distance_index(length, self.max_length, self.table.device)]
 
 
+class _LearnedAlibi(nn.Module):
+    """`LearnedAlibi` per member: ``(R, 1, H, L, L)``, or ``(R, 1, H, 1, L)``."""
+
+    def __init__(self, members: Sequence[LearnedAlibi]) -> None:
+        super().__init__()
+        self.log_slopes = _stacked([m.log_slopes for m in members])
+
+    def forward(self, length: int, *, is_causal: bool = False) -> Tensor:
+        return distance_bias(self.log_slopes.exp().unsqueeze(1), length, length, is_causal=is_causal)
+
+
 _STACKED = {
     nn.Linear: _Linear,
     nn.Embedding: _Embedding,
     nn.LayerNorm: _LayerNorm,
     HeadGain: _HeadGain,
     RelativeBias: _RelativeBias,
+    LearnedAlibi: _LearnedAlibi,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ SUMMARY_SCHEMA: dict[str, Any] = {
     "validation_difference": pl.Float64,  # as difference, on validation sequences
     "validation_difference_low": pl.Float64,
     "validation_difference_high": pl.Float64,
+    "cross_entropy": pl.Float64,  # mean over the final seeds, on test sequences, in nats
+    "cross_entropy_difference": pl.Float64,  # as difference; null where a seed diverged
+    "cross_entropy_difference_low": pl.Float64,
+    "cross_entropy_difference_high": pl.Float64,
     "steps": pl.Float64,  # mean over all final seeds of the steps before the task was solved
     "steps_difference": pl.Float64,  # mean over the pairs of that of the mechanism minus that of DPA
     "steps_difference_low": pl.Float64,
@@ -70,7 +74,12 @@ _LATEX = str.maketrans({
 })  # fmt: skip
 
 
-def export_study(results: StudyResults, directory: Path, formats: Sequence[str]) -> list[Path]:
+def export_study(
+    results: StudyResults,
+    directory: Path,
+    formats: Sequence[str],
+    more: Mapping[str, pl.DataFrame] | None = None,
+) -> list[Path]:
     """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
@@ -80,6 +89,7 @@ def export_study(results: StudyResults, directory: Path, formats: Sequence[str])
         results: What was found.
         directory: Where to; made if it is not there.
         formats: Some of `FORMATS`.
+        more: Further tables by name, to be written beside the others.
 
     Returns:
         The files.
@@ -95,7 +105,7 @@ def export_study(results: StudyResults, directory: Path, formats: Sequence[str])
     tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits", "examples")}
     if results.examples.is_empty():
         del tables["examples"]
-    tables["summary"] = summary_table(results)
+    tables |= {"summary": summary_table(results), **(more or {})}
     files: dict[str, bytes] = {}
     for name, table in tables.items():
         if "csv" in formats:
@@ -128,6 +138,8 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
             "p": comparison and comparison.p,
             "raw_p": comparison and comparison.raw_p,
             "validation_difference": comparison and comparison.validation_difference,
+            "cross_entropy": summary.cross_entropy,
+            "cross_entropy_difference": comparison and comparison.cross_entropy_difference,
             "steps": summary.restricted_steps,
             "steps_difference": comparison and comparison.steps_difference,
             "steps_p": comparison and comparison.steps_p,
@@ -137,6 +149,7 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
             **_ends("difference", comparison and comparison.interval),
             **_ends("examples", comparison and comparison.example_interval),
             **_ends("validation_difference", comparison and comparison.validation_interval),
+            **_ends("cross_entropy_difference", comparison and comparison.cross_entropy_interval),
             **_ends("steps_difference", comparison and comparison.steps_interval),
         }
         for summary, comparison in _lines(results)

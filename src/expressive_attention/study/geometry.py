@@ -10,12 +10,13 @@ import torch
 from ..geometry import Record, capture
 from .layout import most_different
 from .record import RecordedTask
-from .results import Setting, StudyResults
+from .results import StudyResults
 from .statistics import evidence, mechanism_name
 from .store import Store, StoreError, collect
+from .trained import cells_by_seed
 from .training import trained_model
 
-__all__ = ["Look", "look_into"]
+__all__ = ["Look", "chosen_condition", "look_into"]
 
 _EXAMPLES = 32
 _SEEN = ("expressive", "dot_product", "squared")  # others compute their weights where nothing can see them
@@ -53,7 +54,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     """
     store = Store(directory)
     results = collect(store)
-    label = _condition(results, condition)
+    label = chosen_condition(results, condition)
     records: dict[str, Record] = {}
     tokens: list[list[str]] = []
     config, _ = store.config(trust=trust)
@@ -63,12 +64,9 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     unseen = sorted({mechanism_name(c.mechanism) for c in comparisons if c.mechanism not in _SEEN})
     comparisons = [c for c in comparisons if c.mechanism in _SEEN]
     for comparison in sorted(comparisons, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
-        rows = evidence(results.seeds, label, comparison.mechanism)
-        if rows.is_empty():
-            continue
-        setting = Setting(*rows.select(Setting._fields).row(0))
-        cells = {s: cell for cell in comparison.final_cells(setting, store.has) if store.has(cell) for s in cell.seeds}
+        cells = cells_by_seed(results, store, comparison)
         if seed is None and cells:
+            rows = evidence(results.seeds, label, comparison.mechanism)
             seed = next(s for s in rows.sort("accuracy", "seed")["seed"] if s in cells)
         if seed not in cells:
             continue
@@ -87,7 +85,12 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     return Look(f"{label}, seed {seed}", records, tokens, unseen)
 
 
-def _condition(results: StudyResults, condition: str | None) -> str:
+def chosen_condition(results: StudyResults, condition: str | None) -> str:
+    """The label of a condition; None: of the one on which the mechanisms differ most.
+
+    Raises:
+        StoreError: There is no such condition.
+    """
     labels = [each.label for each in results.conditions]
     if condition is None:
         found = most_different(results, 1)

@@ -140,6 +140,9 @@ class Comparison:
         steps_interval: Bootstrap interval of that mean.
         validation_difference: Mean difference in accuracy on the validation sequences; None: not kept.
         validation_interval: Its interval over seeds.
+        cross_entropy_difference: Mean difference in cross-entropy on the test sequences, in nats; None where a seed of
+            either diverged.
+        cross_entropy_interval: Its interval over seeds.
         example_interval: As `interval`, for the drawing of the test examples as well; None where there are more
             examples than are tested, so that this is no matter.
         untested: Why there is no test; None: there is one.
@@ -159,6 +162,8 @@ class Comparison:
     steps_interval: Interval | None
     validation_difference: float | None
     validation_interval: Interval | None
+    cross_entropy_difference: float | None
+    cross_entropy_interval: Interval | None
     example_interval: Interval | None
     untested: str | None
     neither_learned: bool
@@ -409,10 +414,16 @@ def _explain(comparison: Comparison) -> str:
 
 
 def _fixed_data(comparison: Comparison) -> str:
-    """A note on what validation examples say where there are no more than those at hand; none elsewhere."""
+    """A note on cross-entropy and on what validation examples say, where there are no more examples; none elsewhere."""
     if comparison.example_interval is None:
         return ""
     drawn = f" With the drawing of test examples: {LEVEL:.0%} interval {comparison.example_interval:+.4f}."
+    if comparison.cross_entropy_difference is not None:
+        interval = describe_interval(comparison.cross_entropy_interval, len(comparison.differences), "+.4f")
+        drawn += (
+            f" Cross-entropy {comparison.candidate.cross_entropy:.4f} against {comparison.baseline.cross_entropy:.4f} "
+            f"nats, difference {comparison.cross_entropy_difference:+.4f} ({interval})."
+        )
     if comparison.validation_difference is None:
         return drawn
     interval = describe_interval(comparison.validation_interval, len(comparison.differences), "+.4f")
@@ -482,6 +493,8 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
     ours, theirs = (restricted_steps(taken, steps) for taken in spent)
     more = [mine - other for mine, other in zip(ours, theirs, strict=True)]
     validation = (paired["validation"] - paired["validation_baseline"]).drop_nulls().to_list()
+    losses = (paired["cross_entropy"] - paired["cross_entropy_baseline"]).to_list()
+    are_finite = bool(np.isfinite(np.array(losses, dtype=float)).all())  # not where a seed diverged
     error = _example_error(results, condition, mechanism)
     untested = _untested(condition, paired)
     raw_p = None if untested else sign_flip_p(differences)
@@ -499,6 +512,8 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
         steps_interval=mean_interval(more),
         validation_difference=float(np.mean(validation)) if validation else None,
         validation_interval=mean_interval(validation) if validation else None,
+        cross_entropy_difference=float(np.mean(losses)) if are_finite else None,
+        cross_entropy_interval=mean_interval(losses) if are_finite else None,
         example_interval=None if error is None else wider(difference, interval, error),
         untested=untested,
         neither_learned=_neither_learned(condition, candidate_summary, baseline_summary),

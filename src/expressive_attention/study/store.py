@@ -3,6 +3,7 @@
 DIR/config.toml                    the study's configuration
 DIR/*.py                           copies of the files of tasks and mechanisms that it names
 DIR/record.json                    what they define, so that reading a study does not run them
+DIR/facts.json                     facts of its tasks, counted once
 DIR/cells/<identity>/cell.toml     what was run, on what, and checksums of the other files and of itself
 seeds, curves, splits, examples (.parquet), weights.safetensors
 DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
@@ -36,6 +37,7 @@ from .config import PROTOCOL, Cell, Comparison, StudyConfig, parse_config, runs_
 from .devices import CPU, device_name
 from .errors import StudyError
 from .exclusive import alone
+from .facts import KnownFacts
 from .family import PRIMARY_COMPARISONS
 from .files import to_disk, write_atomically
 from .record import Record, RecordError
@@ -59,6 +61,7 @@ _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
 
 _RECORD = "record.json"
+_FACTS = "facts.json"
 _TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA, "examples": EXAMPLE_SCHEMA}
 # Columns that protocol 2 did not have yet.
 _LATER = {
@@ -442,7 +445,9 @@ def collect(store: Store) -> StudyResults:
         ConfigError: Its configuration does not fit.
     """
     config, text = store.config()
-    conditions = config.conditions()
+    facts = KnownFacts(store.directory / _FACTS)
+    conditions = config.conditions(facts.of)
+    facts.keep()
     fixed = {condition.label for condition in conditions if condition.facts.get("fixed_data")}
     tables: dict[str, list[pl.DataFrame]] = {name: [] for name in _TABLES}
     finished, unfinished = finished_cells(store, config)

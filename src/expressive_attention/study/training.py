@@ -33,8 +33,11 @@ __all__ = [
     "build_model",
     "learning_rate_factor",
     "make_optimizer",
+    "model_arguments",
     "train_cell",
+    "train_further",
     "train_step",
+    "trained_ensemble",
     "trained_model",
 ]
 
@@ -63,32 +66,36 @@ class CellResult:
     seconds: float
 
 
+def model_arguments(task: Task, model: ModelConfig, mechanism: str) -> dict[str, Any]:
+    """The arguments with which `nn.Transformer` makes a model for a task, but for the gain at the start."""
+    base = max(10.0, 2.0 * task.length) if model.rope_base is None else model.rope_base
+    return {
+        "vocab_size": task.vocab_size,
+        "max_length": task.length,
+        "embed_dim": model.embed_dim,
+        "num_layers": model.layers,
+        "num_heads": model.heads,
+        "mechanism": mechanism,
+        "position": model.position,
+        "rope_base": base,
+        "norm": model.norm,
+        "norm_affine": model.norm_affine,
+        "mlp_ratio": model.mlp_ratio,
+        "activation": model.activation,
+        "gain": model.gain,
+        "qk_norm": model.qk_norm,
+        "qkv_bias": model.qkv_bias,
+        "bias": model.bias,
+        "embedding_std": model.embedding_std,
+        "embedding_shift": model.embedding_shift,
+        "input_dim": task.input_dim,
+        "is_causal": task.is_causal,
+    }
+
+
 def build_model(task: Task, model: ModelConfig, mechanism: str, seed: int, initial_gain: float = 1.0) -> Transformer:
     """The untrained model of one seed: what is drawn depends on task, model and seed, not on the mechanism."""
-    base = max(10.0, 2.0 * task.length) if model.rope_base is None else model.rope_base
-    built = Transformer(
-        task.vocab_size,
-        task.length,
-        model.embed_dim,
-        model.layers,
-        model.heads,
-        mechanism,
-        position=model.position,
-        rope_base=base,
-        norm=model.norm,
-        norm_affine=model.norm_affine,
-        mlp_ratio=model.mlp_ratio,
-        activation=model.activation,
-        gain=model.gain,
-        initial_gain=initial_gain,
-        qk_norm=model.qk_norm,
-        qkv_bias=model.qkv_bias,
-        bias=model.bias,
-        embedding_std=model.embedding_std,
-        embedding_shift=model.embedding_shift,
-        input_dim=task.input_dim,
-        is_causal=task.is_causal,
-    )
+    built = Transformer(**model_arguments(task, model, mechanism), initial_gain=initial_gain)
     bits = stream(seed, "parameters")
     built.initialize(torch.Generator().manual_seed(int(bits.random_raw()) >> 1))
     return built
@@ -303,10 +310,15 @@ class _Batches:
     """Training batches: each seed's own stream, whichever seeds are beside it."""
 
     def __init__(
-        self, task: Task, seeds: tuple[int, ...], training: TrainingConfig, device: torch.device = CPU
+        self,
+        task: Task,
+        seeds: tuple[int, ...],
+        training: TrainingConfig,
+        device: torch.device = CPU,
+        purpose: str = "training",
     ) -> None:
         self.task, self.size, self.device = task, training.batch_size, device
-        self.streams = [stream(seed, "training") for seed in seeds]
+        self.streams = [stream(seed, purpose) for seed in seeds]
         self.before: list[Any] = []  # states of the streams before what is in `drawn` was drawn
         self.drawn: list[tuple[Tensor, Tensor]] = []  # inputs (seeds, batch, L[, C]) and targets, the next one last
 
@@ -519,3 +531,32 @@ def trained_model(cell: Cell, weights: dict[str, Tensor], index: int) -> Transfo
     model = build_model(cell.task, cell.model, cell.function, cell.streams[index])
     model.load_state_dict({name: x[index] for name, x in weights.items()})
     return model
+
+
+def trained_ensemble(cell: Cell, weights: dict[str, Tensor]) -> nn.Module:
+    """The trained models of all seeds of a cell as one module, ``(R, ...)`` each parameter."""
+    ensure(cell.mechanism_file)
+    whole = stack([build_model(cell.task, cell.model, cell.function, seed) for seed in cell.streams])
+    whole.load_state_dict(weights)
+    return whole
+
+
+def train_further(cell: Cell, model: nn.Module, steps: int, learning_rate: float) -> None:
+    """Train the seeds of a cell on, with batches that its training has not drawn.
+
+    The rate rises over a third of the steps, for the optimizer starts without its averages, and falls to 0 by a cosine.
+    All else is as in the training of the cell.
+
+    Args:
+        cell: Which seeds.
+        model: Their models, which are changed, ``(R, ...)`` each parameter.
+        steps: Number of steps.
+        learning_rate: The largest one.
+    """
+    training = cell.training.model_copy(update={"steps": steps, "warmup": steps // 3, "schedule": "cosine"})
+    optimizer = make_optimizer(model, learning_rate, training)
+    batches = _Batches(cell.task, cell.streams, training, purpose="further training")
+    everyone = list(range(len(cell.seeds)))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * learning_rate_factor(step, training)
+        train_step(model, optimizer, *batches.next(everyone), training.gradient_clip)

@@ -10,29 +10,31 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
-from ..problem import Problem, accumulation_dtype, empty_peak
+from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
+from ...masks import repeated_strides
+from ..dropout import keep_share, threshold
 from . import library
 from .layout import BACKWARD, FORWARD
 
-__all__ = ["backward", "forward", "supports", "takes", "warn_of_fallback"]
+__all__ = ["backward", "declines", "forward", "warn_of_fallback"]
 
 # As in kernels/problem.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_HALVES = (torch.bfloat16, torch.float16)
 _NO_MASK = 5
 _NOTHING = (0, 0, 0, 0, 0)
 
 _warned = False
 
 
-def supports(problem: Problem) -> str | None:
-    """The reason why this backend declines `problem`; None: it does not."""
-    if problem.device != "cpu":
-        return f"it runs on the CPU, not on {problem.device}"
-    if problem.dropout_p:
-        return "dropout is not implemented"
-    if problem.differentiated_by_func:
+def declines(call: Call) -> str | None:
+    """The reason why this backend declines the call; None: it does not."""
+    if not call.query.is_cpu:
+        return f"it runs on the CPU, not on {call.query.device.type}"
+    if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
+    if call.visibility.query_starts is not None:
+        return "sequences must be in a batch"
     return library.MISSING
 
 
@@ -45,94 +47,62 @@ def warn_of_fallback() -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def takes(pattern: Pattern) -> bool:
-    """Whether this backend knows all that a pattern asks for."""
-    return pattern.slopes is None and pattern.query_starts is None
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, as `reference.forward`."""
+def forward(call: Call) -> Result:
+    """Output, normalizer and largest biases."""
+    query, value = call.query, call.value
     batch, heads, rows, _ = query.shape
-    output = torch.empty((batch, heads, rows, value.shape[-1]), dtype=query.dtype, device="cpu")
-    normalizer = torch.empty((batch, heads, rows), dtype=accumulation_dtype(query.dtype), device="cpu")
-    peak = empty_peak(normalizer, attn_mask)
-    lengths = _lengths(pattern)
-    _run(
-        library.chosen().forward,
-        FORWARD.pack(
-            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
-            output.data_ptr(),
-            normalizer.data_ptr(),
-            peak.data_ptr(),
-        ),
+    shape = (batch, heads, rows)
+    output = query.new_empty((*shape, value.shape[-1]))
+    dtype = query.dtype
+    sums = torch.float32 if dtype in _HALVES else dtype
+    normalizer = query.new_empty(shape, dtype=sums)
+    bias_max = torch.empty_like(normalizer) if call.has_bias else None
+    kept = _integers_and_slopes(call)
+    problem = FORWARD.pack(
+        *_inputs(call, *kept),
+        output.data_ptr(),
+        normalizer.data_ptr(),
+        0 if bias_max is None else bias_max.data_ptr(),
     )
-    return output, normalizer, peak
+    _run(library.chosen().forward, problem)
+    return Result(output, normalizer, bias_max)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    output: Tensor,
-    normalizer: Tensor,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value))
-    dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient and attn_mask is not None else None
-    for name, x in (("output", output), ("normalizer", normalizer), ("grad_normalizer", grad_normalizer)):
-        if x is not None:
-            _address(name, x)
-    output, normalizer = output.contiguous(), normalizer.contiguous()
-    grad_normalizer = None if grad_normalizer is None else grad_normalizer.contiguous()
-    upstream = _address("grad_output", grad_output)
-    lengths = _lengths(pattern)
-    _run(
-        library.chosen().backward,
-        BACKWARD.pack(
-            *_inputs(query, key, value, attn_mask, pattern, scale, form, lengths),
-            output.data_ptr(),
-            normalizer.data_ptr(),
-            0,
-            upstream,
-            *grad_output.stride(),
-            0 if grad_normalizer is None else grad_normalizer.data_ptr(),
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            0 if dmask is None else dmask.data_ptr(),
-            0,
-            *((0, 0, 0, 0) if dmask is None else dmask.shape),
-        ),
+def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
+    """Gradients of query, key, value and, if wanted, of the float mask."""
+    query, key, value, mask = call[:4]
+    grad_output, grad_normalizer, wants_mask = upstream
+    dq, dk, dv = (_empty_like(x) for x in (query, key, value))
+    dmask = _empty_like(mask) if wants_mask and mask is not None else None
+    output, normalizer = _contiguous("output", result.output), _contiguous("normalizer", result.normalizer)
+    grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
+    kept = _integers_and_slopes(call)
+    problem = BACKWARD.pack(
+        *_inputs(call, *kept),
+        output.data_ptr(),
+        normalizer.data_ptr(),
+        0,
+        _address("grad_output", grad_output),
+        *grad_output.stride(),
+        0 if grad_normalizer is None else grad_normalizer.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        0 if dmask is None else dmask.data_ptr(),
+        *((0, 0, 0, 0) if dmask is None else dmask.shape),
     )
-    return dq, dk, dv, dmask
+    _run(library.chosen().backward, problem)
+    return Gradients(dq, dk, dv, dmask)
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    lengths: Tensor | None,
-) -> tuple[float, ...]:
-    """The members of ``ea_problem`` from the first to the mask; `lengths` are `_lengths`, which the caller keeps."""
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _inputs(call: Call, lengths: Tensor | None, slopes: Tensor | None, seeds: Tensor | None) -> tuple[float, ...]:
+    """The members of ``ea_problem`` from the first to the mask; the caller keeps the tensors beside the call."""
+    query, key, value, mask, visibility, scale, form, dropout_p, _ = call
+    left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
     return (
@@ -140,11 +110,11 @@ def _inputs(
         _DTYPES[query.dtype],
         _NO_MASK if mask is None else _DTYPES[mask.dtype],
         form == "squared",
-        pattern.right is not None,
-        pattern.right or 0,
-        pattern.left is not None,
-        pattern.left or 0,
-        pattern.lower_right,
+        right is not None,
+        right or 0,
+        left is not None,
+        left or 0,
+        lower_right,
         batch,
         heads,
         kv_heads,
@@ -154,44 +124,55 @@ def _inputs(
         value_width,
         scale,
         0 if lengths is None else lengths.data_ptr(),
+        *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
+        *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
         _address("query", query),
         *query.stride(),
         _address("key", key),
         *key.stride(),
         _address("value", value),
         *value.stride(),
-        *(_NOTHING if mask is None else (_address("attn_mask", mask), *_mask_strides(mask))),
+        *(_NOTHING if mask is None else (_address("attn_mask", mask), *repeated_strides(mask))),
         *_NOTHING,
     )
 
 
 def _address(name: str, x: Tensor) -> int:
     """Where the memory of an argument begins. Raises ValueError if it does not reach as far as its elements."""
-    end = x.nbytes
-    if not x.is_contiguous():
-        end = (
-            x.itemsize + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) * x.itemsize
-        )
     memory = x.untyped_storage().nbytes()
-    if end + x.storage_offset() * x.itemsize > memory and x.numel():
-        raise ValueError(
-            f"the memory of {name} was freed or is too small: shape {tuple(x.shape)} with strides {x.stride()} needs "
-            f"{end} bytes from byte {x.storage_offset() * x.itemsize} on, and {memory} are there"
-        )
+    if memory != x.nbytes or x.storage_offset():  # it does not have its memory to itself
+        _check_memory(name, x, memory)
     return x.data_ptr()
 
 
-def _lengths(pattern: Pattern) -> Tensor | None:
-    """The lengths of keys as the library reads them."""
-    if pattern.key_lengths is None:
-        return None
-    _address("key_lengths", pattern.key_lengths)
-    return pattern.key_lengths.to(torch.int64).contiguous()
+def _check_memory(name: str, x: Tensor, memory: int) -> None:
+    size, start = x.itemsize, x.storage_offset() * x.itemsize
+    end = size + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)]) * size
+    if start + end > memory and x.numel():
+        raise ValueError(
+            f"the memory of {name} was freed or is too small: shape {tuple(x.shape)} with strides {x.stride()} needs "
+            f"{end} bytes from byte {start} on, and {memory} are there"
+        )
 
 
-def _mask_strides(mask: Tensor) -> tuple[int, ...]:
-    """Strides that repeat the dimensions of size one."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+def _contiguous(name: str, x: Tensor) -> Tensor:
+    """The numbers of an argument, one after the other."""
+    _address(name, x)
+    return x.contiguous()
+
+
+def _integers_and_slopes(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Lengths of keys, slopes and the seeds of dropout as the library reads them."""
+    lengths, slopes, seeds = call.visibility.key_lengths, call.visibility.slopes, call.dropout_seeds
+    return (
+        None if lengths is None else _contiguous("key_lengths", lengths).to(torch.int64),
+        None if slopes is None else _contiguous("alibi_slopes", slopes),
+        None if seeds is None else _contiguous("dropout_seeds", seeds),
+    )
+
+
+def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:
+    return threshold(dropout_p), keep_share(dropout_p), seeds.data_ptr(), max(1, batch // seeds.shape[0])
 
 
 def _run(kernel, problem: bytes) -> None:

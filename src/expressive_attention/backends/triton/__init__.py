@@ -10,31 +10,32 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..pattern import Pattern
-from ..problem import Problem
+from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
 
-__all__ = ["backward", "forward", "supports", "takes"]
+__all__ = ["backward", "declines", "forward"]
 
 _WIDEST = 256
 _OLDEST = (3, 4)  # Triton
 
 
-def supports(problem: Problem) -> str | None:
-    """The reason why this backend declines `problem`; None: it does not."""
-    if problem.device != "cuda" and not (problem.device == "cpu" and _interpreted()):
-        return f"it runs on GPUs, not on {problem.device}" + (f"; {_MISSING}" if _MISSING else "")
-    if problem.dtype == torch.float64:
+def declines(call: Call) -> str | None:
+    """The reason why this backend declines the call; None: it does not."""
+    device = call.query.device.type
+    if device != "cuda" and not (device == "cpu" and _interpreted()):
+        return f"it runs on GPUs, not on {device}" + (f"; {_MISSING}" if _MISSING else "")
+    if call.query.dtype == torch.float64:
         return "float64 is not implemented"
-    if problem.head_dim > _WIDEST:
-        return f"head dimensions above {_WIDEST} are not implemented, got {problem.head_dim}"
-    if problem.dropout_p:
+    widest = max(call.query.shape[-1], call.value.shape[-1])
+    if widest > _WIDEST:
+        return f"head dimensions above {_WIDEST} are not implemented, got {widest}"
+    if call.dropout_p:
         return "dropout is not implemented"
-    if problem.differentiated_by_func:
+    if call.attn_mask is not None and call.visibility.slopes is not None:
+        return "slopes beside a mask must be in it"
+    if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
     return _MISSING
 
@@ -55,23 +56,18 @@ def _missing() -> str | None:
 _MISSING = _missing()  # found out with the package, so that a call, and what compiles it, need not
 
 
-def takes(pattern: Pattern) -> bool:
-    """Whether this backend knows all that a pattern asks for."""
-    return True
-
-
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, of the arguments of `reference.forward`."""
+def forward(call: Call) -> Result:
+    """Output, normalizer and largest biases."""
     from . import launch  # not before it is needed: importing triton takes its time
 
-    return launch.forward(*arguments)
+    return launch.forward(call)
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, on request, of a float mask, of the arguments of `blockwise.backward`."""
+def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
+    """Gradients of query, key, value and, if wanted, of a float mask."""
     from . import launch
 
-    return launch.backward(*arguments)
+    return launch.backward(call, result, upstream)
 
 
 def _interpreted() -> bool:

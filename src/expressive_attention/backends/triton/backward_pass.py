@@ -63,9 +63,9 @@ from .tiles import (
     sequence_of,
     unit,
     visible_keys,
-    weight_and_half_slope,
+    weight_and_half_derivative,
     wide_parts,
-    wide_weight_and_half_slope,
+    wide_weight_and_half_derivative,
 )
 from .wide import lost_rows
 
@@ -74,7 +74,7 @@ __all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
 
 @triton.jit
 def _mean(
-    q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+    q, do, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
     scale, band, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -90,11 +90,11 @@ def _mean(
         )
         zero = tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32)
         z = product(q, tl.trans(k), zero, PRECISION) * scale
-        weight, _ = weight_and_half_slope(z, FORM, True)
+        weight, _ = weight_and_half_derivative(z, FORM, True)
         visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
         tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
         pairs = seen(tile, visible, MASK)
-        weight = tl.where(pairs, biased(weight, tile, peak[:, None], MASK), 0.0)
+        weight = tl.where(pairs, biased(weight, tile, bias_max[:, None], MASK), 0.0)
         mean += add(tl.where(pairs, weight * product(do, tl.trans(v), zero, PRECISION), 0.0), 1)
         top = tl.maximum(top, largest(weight, 1))
     return mean, top
@@ -112,7 +112,7 @@ def _has_all(top, normalizer):
     ]
 )  # fmt: skip
 def row_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
     grad_output, grad_normalizer, outputs, normalizers, stats,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
@@ -144,15 +144,15 @@ def row_kernel(
     query += batch * query_strides[0]
     key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
-    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK >= FLOAT:
-        peak = tl.load(peaks + index, mask=exist, other=0.0)
+        bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
     dn = tl.full((BLOCK_M,), 0.0, tl.float32)
     if grad_normalizer is not None:
         dn = tl.load(grad_normalizer + index, mask=exist, other=0.0)
 
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, peak, CAUSAL, WINDOW, MASK)
+    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
     is_wide = exist & is_lost(normalizer, lowest) & (count > 0)
     if EXACT:
         q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
@@ -161,7 +161,7 @@ def row_kernel(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
         mean, top = _mean(
-            q, do, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+            q, do, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
             scale, band, own_keys, width, value_width, first, last,
             CAUSAL, WINDOW, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
@@ -187,11 +187,11 @@ def row_kernel(
 
 @triton.jit
 def _query_tiles(
-    dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+    dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
     key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, keys,
     width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    GROUPS: tl.constexpr, WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last`, as `forward_pass._add_keys`.
@@ -214,7 +214,7 @@ def _query_tiles(
             f = scaled(u * u * r, 2 * c)
         else:
             z = product(q, tl.trans(k), zero, PRECISION) * scale
-            f, slope = weight_and_half_slope(z, FORM, False)
+            f, derivative = weight_and_half_derivative(z, FORM, False)
             weight = f
         masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
         if masked:
@@ -225,14 +225,20 @@ def _query_tiles(
             pairs = seen(tile, visible, MASK)
             if WIDE:
                 row = row_exponent[:, None]
-                weight, slope = wide_weight_and_half_slope(u, r, c, tile, row, peak[:, None], MASK)
+                weight, derivative = wide_weight_and_half_derivative(u, r, c, tile, row, bias_max[:, None], MASK)
             else:
-                weight, slope = biased(weight, tile, peak[:, None], MASK), biased(slope, tile, peak[:, None], MASK)
+                weight, derivative = (
+                    biased(weight, tile, bias_max[:, None], MASK),
+                    biased(derivative, tile, bias_max[:, None], MASK),
+                )
         elif MASK == ALIBI:
-            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
-            weight, slope = weight * by_row[:, None] * by_key[None, :], slope * by_row[:, None] * by_key[None, :]
+            by_row, by_key = decay(rows, position + band[0], j, bias_max, start + BLOCK_N - 1)
+            weight, derivative = (
+                weight * by_row[:, None] * by_key[None, :],
+                derivative * by_row[:, None] * by_key[None, :],
+            )
         g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
-        ds = slope * g
+        ds = derivative * g
         if masked:
             ds = tl.where(pairs, ds, 0.0)
         if RADIAL:
@@ -246,7 +252,7 @@ def _query_tiles(
         if WIDE:
             dq = selected_product(ds, k, pairs, dq, PRECISION)
         else:
-            dq = product(cast(ds, SLOPE), cast(k, SLOPE), dq, PRECISION)
+            dq = product(cast(ds, DS), cast(k, DS), dq, PRECISION)
     return dq, (squares, radial, top)
 
 
@@ -264,12 +270,12 @@ def _along(q, exponent, dq, wanted):
     ]
 )  # fmt: skip
 def query_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
     grad_output, stats, normalizers, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
+    WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and sequence.
@@ -299,11 +305,11 @@ def query_kernel(
             return
     coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
     shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK >= FLOAT:
-        peak = tl.load(peaks + index, mask=exist, other=0.0)
+        bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
         if WIDE:
-            peak = tl.load(stats + 5 * plane + index, mask=exist, other=0.0)
+            bias_max = tl.load(stats + 5 * plane + index, mask=exist, other=0.0)
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
@@ -323,22 +329,22 @@ def query_kernel(
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     if WINDOW:
         dq, sums = _query_tiles(
-            dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+            dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
             key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
             width, value_width, first, whole,
-            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+        dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole, whole_last,
-        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, peak, coefficient, shift, position, exist,
+        dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole_last, last,
-        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, SLOPE, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq = dq * (2.0 * scale)
     if WIDE:
@@ -371,12 +377,12 @@ def query_kernel(
 
 @triton.jit
 def _key_value_tiles(
-    dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
+    dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
     query_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width, plane, first, last,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     BOUNDARY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
-    SLOPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
     for tile in range(first, last):
@@ -402,11 +408,11 @@ def _key_value_tiles(
             q = scaled(q, (scale_exponent - row_exponent)[:, None])
         else:
             z = product(k, tl.trans(q), zero, PRECISION) * scale
-            weight, slope = weight_and_half_slope(z, FORM, False)
+            weight, derivative = weight_and_half_derivative(z, FORM, False)
         rows = mask_rows(mask, mask_strides, sequence, head, position)
-        peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+        bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
         if MASK >= FLOAT:
-            peak = tl.load(stats + 5 * plane + index if WIDE else peaks + index, mask=exist, other=0.0)
+            bias_max = tl.load(stats + 5 * plane + index if WIDE else bias_maxima + index, mask=exist, other=0.0)
         masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
         if masked:
             visible = exist[None, :] & (j < keys)[:, None]
@@ -416,17 +422,20 @@ def _key_value_tiles(
             pairs = seen(bias, visible, MASK)
             if WIDE:
                 row = row_exponent[None, :]
-                weight, slope = wide_weight_and_half_slope(u, r, c, bias, row, peak[None, :], MASK)
+                weight, derivative = wide_weight_and_half_derivative(u, r, c, bias, row, bias_max[None, :], MASK)
             else:
-                weight, slope = biased(weight, bias, peak[None, :], MASK), biased(slope, bias, peak[None, :], MASK)
+                weight, derivative = (
+                    biased(weight, bias, bias_max[None, :], MASK),
+                    biased(derivative, bias, bias_max[None, :], MASK),
+                )
         elif MASK == ALIBI:
-            by_row, by_key = decay(rows, position + band[0], j, peak, tl.minimum(largest(j, 0), keys - 1))
+            by_row, by_key = decay(rows, position + band[0], j, bias_max, tl.minimum(largest(j, 0), keys - 1))
             factor = by_row[None, :] * by_key[:, None]
-            weight, slope = weight * factor, slope * factor
+            weight, derivative = weight * factor, derivative * factor
         # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
         attention = weight * inverse[None, :] * FACTOR
         g = product(v, tl.trans(do), zero, PRECISION) * coefficient[None, :] - shift[None, :]
-        ds = slope * g
+        ds = derivative * g
         if masked:
             attention, ds = tl.where(pairs, attention, 0.0), tl.where(pairs, ds, 0.0)
         attention = cast(attention, WEIGHT)
@@ -435,7 +444,7 @@ def _key_value_tiles(
             dk = selected_product(ds, q, pairs, dk, PRECISION)
         else:
             dv = product(attention, cast(do, WEIGHT), dv, PRECISION)
-            dk = product(cast(ds, SLOPE), cast(q, SLOPE), dk, PRECISION)
+            dk = product(cast(ds, DS), cast(q, DS), dk, PRECISION)
     return dk, dv
 
 
@@ -446,12 +455,12 @@ def _key_value_tiles(
     ]
 )  # fmt: skip
 def key_value_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
     grad_output, stats, lost, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key and value: one program per tile of keys, key head and sequence, over all of its rows.
@@ -508,23 +517,23 @@ def key_value_kernel(
     dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
     dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
+        dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
         query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
         length, own_length, kv_heads, width, value_width, plane, first, whole,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
+        dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
         query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
         length, own_length, kv_heads, width, value_width, plane, whole, whole_last,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE, BLOCK_M, BLOCK_E, BLOCK_EV,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS, BLOCK_M, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     if WINDOW:
         dk, dv = _key_value_tiles(
-            dk, dv, k, v, query, mask, peaks, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
-            query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+            dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j,
+            own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
             length, own_length, kv_heads, width, value_width, plane, whole_last, last,
-            GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, SLOPE,
+            GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
             BLOCK_M, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)

@@ -1,4 +1,4 @@
-"""What a float mask needs beside the weights: the peaks of its rows, and its gradient."""
+"""What a float mask needs beside the weights: the bias_maxima of its rows, and its gradient."""
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -27,23 +27,23 @@ from .tiles import (
     sees,
     sequence_of,
     unit,
-    weight_and_half_slope,
+    weight_and_half_derivative,
     wide_parts,
-    wide_weight_and_half_slope,
+    wide_weight_and_half_derivative,
 )
 from .wide import lost_rows
 
-__all__ = ["bias_gradient_kernel", "peak_kernel"]
+__all__ = ["bias_gradient_kernel", "bias_max_kernel"]
 
 
 @triton.jit(do_not_specialize=["mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles"])
-def peak_kernel(
-    mask, peaks, query_starts, key_starts, key_lengths, mask_strides, mask_stride,
+def bias_max_kernel(
+    mask, bias_maxima, query_starts, key_starts, key_lengths, mask_strides, mask_stride,
     right, left, lower_right, length, keys, kv_heads, tiles,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The largest bias that each row sees, as `problem.row_peak`."""
+    """The largest bias that each row sees, as `masks.row_bias_max`."""
     program = tl.program_id(0)
     tile = program % tiles
     sequence, kv_head = head_of(program // tiles, kv_heads)
@@ -61,20 +61,20 @@ def peak_kernel(
         if WINDOW:
             lowest = tl.maximum(lowest, position + band[2])
         nearest = tl.minimum(tl.maximum(place, lowest), highest)
-        peak = tl.where(lowest <= highest, -tl.load(rows) * tl.abs(place - nearest).to(tl.float32), 0.0)
+        bias_max = tl.where(lowest <= highest, -tl.load(rows) * tl.abs(place - nearest).to(tl.float32), 0.0)
     else:
         last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
         first, _whole, _end, last = key_ranges(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
-        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        bias_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for start in range(first, last, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)[None, :]
             visible = sees(j, position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
             bias = load_mask(rows[:, None], j, j, mask_stride, visible, FLOAT)
-            peak = tl.maximum(peak, largest(bias, 1))
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-    tl.store(peaks + (batch * kv_heads * GROUPS + head) * length + first_row + position, peak, mask=exist)
+            bias_max = tl.maximum(bias_max, largest(bias, 1))
+        bias_max = tl.where(bias_max == float("-inf"), 0.0, bias_max)
+    tl.store(bias_maxima + (batch * kv_heads * GROUPS + head) * length + first_row + position, bias_max, mask=exist)
 
 
 @triton.jit(
@@ -93,7 +93,7 @@ def peak_kernel(
     ]
 )
 def bias_gradient_kernel(
-    query, key, value, mask, peaks, key_lengths, grad_output, stats, lost, gradient,
+    query, key, value, mask, bias_maxima, key_lengths, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
     scale, scale_exponent, right, left, lower_right, length, keys, heads, batches, width, value_width, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
@@ -139,7 +139,7 @@ def bias_gradient_kernel(
                     exist, row_exponent = lost_rows(stats, plane, index, exist)
                 coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
                 shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-                peak = tl.load(stats + 5 * plane + index if WIDE else peaks + index, mask=exist, other=0.0)
+                bias_max = tl.load(stats + 5 * plane + index if WIDE else bias_maxima + index, mask=exist, other=0.0)
                 rows = mask_rows(mask, mask_strides, batch, head, position)
                 q = load_rows(
                     query + batch * query_strides[0] + head * query_strides[1],
@@ -173,15 +173,15 @@ def bias_gradient_kernel(
                         u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
                     else:
                         z = product(q, tl.trans(k), zero, PRECISION) * scale
-                        weight, _ = weight_and_half_slope(z, FORM, False)
+                        weight, _ = weight_and_half_derivative(z, FORM, False)
                     visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
                     tile = load_mask(rows[:, None], j[None, :], j[None, :], mask_stride, visible, FLOAT)
                     if WIDE:
-                        weight, _ = wide_weight_and_half_slope(
-                            u, r, c, tile, row_exponent[:, None], peak[:, None], FLOAT
+                        weight, _ = wide_weight_and_half_derivative(
+                            u, r, c, tile, row_exponent[:, None], bias_max[:, None], FLOAT
                         )
                     else:
-                        weight = biased(weight, tile, peak[:, None], FLOAT)
+                        weight = biased(weight, tile, bias_max[:, None], FLOAT)
                     g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
                     sums += tl.where(seen(tile, visible, FLOAT), weight * g, 0.0)
 

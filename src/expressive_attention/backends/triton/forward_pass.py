@@ -32,7 +32,7 @@ from .tiles import (
     seen,
     sees,
     sequence_of,
-    weight_and_half_slope,
+    weight_and_half_derivative,
 )
 
 __all__ = ["forward_kernel"]
@@ -40,7 +40,7 @@ __all__ = ["forward_kernel"]
 
 @triton.jit
 def _add_keys(
-    output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+    output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
     scale, band, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
@@ -52,16 +52,16 @@ def _add_keys(
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
         z = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32), PRECISION) * scale
-        weight, _ = weight_and_half_slope(z, FORM, True)
+        weight, _ = weight_and_half_derivative(z, FORM, True)
         if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
-            by_row, by_key = decay(rows, position + band[0], j, peak, start + BLOCK_N - 1)
+            by_row, by_key = decay(rows, position + band[0], j, bias_max, start + BLOCK_N - 1)
             weight = weight * by_row[:, None] * by_key[None, :]
         elif BOUNDARY or MASK != NO_MASK:
             visible = exist[:, None] & inside[None, :]
             if BOUNDARY:
                 visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-            weight = tl.where(seen(tile, visible, MASK), biased(weight, tile, peak[:, None], MASK), 0.0)
+            weight = tl.where(seen(tile, visible, MASK), biased(weight, tile, bias_max[:, None], MASK), 0.0)
         total += add(weight, 1)
         v = load_rows(value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, WEIGHT)
         output = product(cast(weight * FACTOR, WEIGHT), v, output, PRECISION)
@@ -74,7 +74,7 @@ def _add_keys(
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths, outputs, normalizers,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, outputs, normalizers,
     query_strides, key_strides, value_strides, mask_strides, mask_stride,
     scale, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, span, plane,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
@@ -105,9 +105,9 @@ def forward_kernel(
     q = load_rows(
         query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, query.dtype.element_ty
     )
-    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK >= FLOAT:
-        peak = tl.load(peaks + index, mask=exist, other=0.0)
+        bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
 
     start = part * span
     own_keys = tl.minimum(start + span, own_keys)
@@ -121,17 +121,17 @@ def forward_kernel(
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     if WINDOW:
         output, total = _add_keys(
-            output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+            output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
             scale, band, own_keys, width, value_width, first, whole,
             CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     output, total = _add_keys(
-        output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+        output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
         scale, band, own_keys, width, value_width, whole, whole_last,
         CAUSAL, WINDOW, FORM, MASK, False, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     output, total = _add_keys(
-        output, total, q, key, value, rows, peak, position, exist, key_strides, value_strides, mask_stride,
+        output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
         scale, band, own_keys, width, value_width, whole_last, last,
         CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip

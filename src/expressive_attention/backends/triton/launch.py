@@ -10,11 +10,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..pattern import Pattern
-from ..problem import accumulation_dtype, empty_peak
+from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, empty_bias_max
+from ...masks import repeated_strides
 from . import decode
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
-from .bias import bias_gradient_kernel, peak_kernel
+from .bias import bias_gradient_kernel, bias_max_kernel
 from .forward_pass import forward_kernel
 from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, Tile, ceil_div, padded, shapes
 from .wide import wide_kernel
@@ -61,27 +61,21 @@ def _wide_tile(width: int) -> Tile:
     return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalizer and peak, as `reference.forward`."""
+def forward(call: Call) -> Result:
+    """Output, normalizer and largest biases."""
+    query, value, form = call.query, call.value, call.form
     batch, heads, length, _ = query.shape
     value_width = value.shape[3]
-    new = query.new_empty if pattern.query_starts is None else query.new_zeros  # there are rows of no sequence
+    is_packed = call.visibility.query_starts is not None
+    new = query.new_zeros if is_packed else query.new_empty  # there are rows of no sequence
     output = new((batch, heads, length, value_width))
     normalizer = new((batch, heads, length), dtype=accumulation_dtype(query.dtype))
-    peak = empty_peak(normalizer, attn_mask, pattern.slopes)
-    if pattern.query_starts is not None:
-        peak.zero_()
-    inputs = _Inputs(query, key, value, attn_mask, pattern, scale, form)
+    bias_max = empty_bias_max(normalizer, call)
+    if is_packed and bias_max is not None:
+        bias_max.zero_()
+    inputs = _Inputs(call)
     if normalizer.numel() == 0 or inputs.longest_query == 0:
-        return output, normalizer, peak
+        return Result(output, normalizer, bias_max)
 
     weight, factor, lowest = query.dtype, 1.0, _LOWEST
     if query.dtype == torch.float16 and form == "expressive":
@@ -99,9 +93,9 @@ def forward(
         span = decode.part_of_keys(programs, span, _processors(query.device))
     parts = ceil_div(inputs.longest_key, span) if span < inputs.longest_key else 1
     narrow = {"PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
-    narrow |= {"tiles": tiles, "span": span, "peaks": peak}
+    narrow |= {"tiles": tiles, "span": span, "bias_maxima": normalizer if bias_max is None else bias_max}
     with inputs.on_device():
-        inputs.find_peak(peak)
+        inputs.find_bias_max(bias_max)
         if parts == 1:
             _run(forward_kernel, (programs, 1), tile, arguments, SPLIT=False, **narrow)
         else:
@@ -118,37 +112,27 @@ def forward(
         wide = _wide_tile(inputs.widest)
         tiles = inputs.tiles(wide)
         _run(
-            wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **inputs.wide}, tiles=tiles, peaks=peak,
-            lowest=lowest, BACKWARD=False, stats=None, wide_stats=None, lost=None,
+            wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **inputs.wide}, tiles=tiles,
+            bias_maxima=narrow["bias_maxima"], lowest=lowest, BACKWARD=False, stats=None, wide_stats=None, lost=None,
             grad_output=None, grad_normalizer=None, grad_strides=(0, 0, 0, 0),
         )  # fmt: skip
-    return output, normalizer, peak
+    return Result(output, normalizer, bias_max)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_normalizer: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    output: Tensor,
-    normalizer: Tensor,
-    pattern: Pattern,
-    scale: float,
-    form: str,
-    mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, where `mask_gradient`, of the float mask, as `blockwise.backward`."""
+def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
+    """Gradients of query, key, value and, if wanted, of the float mask."""
+    query, key, value, attn_mask = call[:4]
+    form, (output, normalizer, _) = call.form, result
+    grad_output, grad_normalizer, wants_mask = upstream
     # In packed tensors there are rows of no sequence.
-    new = torch.empty if pattern.query_starts is None else torch.zeros
+    new = torch.empty if call.visibility.query_starts is None else torch.zeros
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    dmask = attn_mask.new_zeros(attn_mask.shape) if mask_gradient and attn_mask is not None else None
-    inputs = _Inputs(query, key, value, attn_mask, pattern, scale, form)
+    dmask = attn_mask.new_zeros(attn_mask.shape) if wants_mask and attn_mask is not None else None
+    inputs = _Inputs(call)
     if normalizer.numel() == 0 or inputs.longest_query == 0 or inputs.longest_key == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask
+        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dmask)
 
-    peak = empty_peak(normalizer, attn_mask, pattern.slopes)
+    bias_max = empty_bias_max(normalizer, call)
     plane = normalizer.numel()
     stats = new((4, plane), dtype=normalizer.dtype, device=query.device)
     wide_stats = new((6, plane), dtype=normalizer.dtype, device=query.device)
@@ -160,13 +144,13 @@ def backward(
         "grad_normalizer": None if grad_normalizer is None else grad_normalizer.contiguous(),
         "outputs": output.contiguous(),
         "normalizers": normalizer.contiguous(),
-        "peaks": peak,
+        "bias_maxima": normalizer if bias_max is None else bias_max,
         "lowest": _LOWEST,
         "lost": lost,
         "plane": plane,
     }
     tile, wide = _backward_tile(query.dtype, inputs.widest), _wide_tile(inputs.widest)
-    # Weights are at most 1 here; slopes have no bound, and float16 would not hold them.
+    # Weights are at most 1 here; derivatives have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
     radial = form != "exponential"
     narrow = {
@@ -176,11 +160,18 @@ def backward(
         "PRECISION": inputs.precision,
         "WEIGHT": _TYPES[query.dtype],
         "FACTOR": _FLOAT16_FACTOR if half else 1.0,
-        "SLOPE": _TYPES[torch.float32 if half else query.dtype],
+        "DS": _TYPES[torch.float32 if half else query.dtype],
     }
-    widened = {**inputs.wide, "WIDE": True, "RADIAL": radial, "stats": wide_stats, "FACTOR": 1.0, "SLOPE": tl.float32}
+    widened = {
+        **inputs.wide,
+        "WIDE": True,
+        "RADIAL": radial,
+        "stats": wide_stats,
+        "FACTOR": 1.0,
+        "DS": tl.float32,
+    }
     with inputs.on_device():
-        inputs.find_peak(peak)
+        inputs.find_bias_max(bias_max)
         # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
         exact = dmask is not None and query.dtype != torch.float32
         tiles = inputs.tiles(tile)
@@ -209,29 +200,21 @@ def backward(
         bias(tile, {**arguments, **narrow})
         query_key_value(wide, {**arguments, **widened})
         bias(wide, {**arguments, **widened})
-    return dq, dk, dv, dmask
+    return Gradients(dq, dk, dv, dmask)
 
 
 class _Inputs:
     """What all kernels are told about a problem."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        pattern: Pattern,
-        scale: float,
-        form: str,
-    ) -> None:
+    def __init__(self, call: Call) -> None:
+        query, key, value, attn_mask, visibility, scale, form, *_ = call
         self.device = query.device
         self.groups = query.shape[1] // key.shape[1]
         sequences, self.longest_query, self.longest_key = query.shape[0], query.shape[2], key.shape[2]
-        if pattern.query_starts is not None:
-            sequences = pattern.query_starts.numel() - 1
-            self.longest_query = min(self.longest_query, pattern.longest_query)
-            self.longest_key = min(self.longest_key, pattern.longest_key)
+        if visibility.query_starts is not None:
+            sequences = visibility.query_starts.numel() - 1
+            self.longest_query = min(self.longest_query, visibility.longest_query)
+            self.longest_key = min(self.longest_key, visibility.longest_key)
         self.programs = sequences * key.shape[1]
         self.widest = max(padded(query.shape[3]), padded(value.shape[3]))
         # Products of 16-bit numbers are exact in tf32.
@@ -240,10 +223,10 @@ class _Inputs:
         self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
         # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
         kind, weights, strides = NO_MASK, query, (0, 0, 0, 0)
-        if pattern.slopes is not None:
-            kind, weights, strides = ALIBI, pattern.slopes, (*_repeated_strides(pattern.slopes), 0, 0)
+        if visibility.slopes is not None:
+            kind, weights, strides = ALIBI, visibility.slopes, (*repeated_strides(visibility.slopes), 0, 0)
         elif attn_mask is not None:
-            kind, strides = FLOAT if self.biased else BOOL, _repeated_strides(attn_mask)
+            kind, strides = FLOAT if self.biased else BOOL, repeated_strides(attn_mask)
             weights = attn_mask if self.biased else attn_mask.view(torch.uint8)
         self.arguments: dict[str, Any] = {
             **shapes(query, key, value),
@@ -251,9 +234,9 @@ class _Inputs:
             "key": key,
             "value": value,
             "mask": weights,
-            "query_starts": _contiguous(pattern.query_starts),
-            "key_starts": _contiguous(pattern.key_starts),
-            "key_lengths": _contiguous(pattern.key_lengths),
+            "query_starts": _contiguous(visibility.query_starts),
+            "key_starts": _contiguous(visibility.key_starts),
+            "key_lengths": _contiguous(visibility.key_lengths),
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "value_strides": value.stride(),
@@ -262,11 +245,11 @@ class _Inputs:
             "scale": scale,
             "scale_exponent": 0,
             # No further than all there is, so that no place leaves 32 bits.
-            "right": min(pattern.right or 0, self.longest_query + self.longest_key),
-            "left": min(pattern.left or 0, self.longest_query + self.longest_key),
-            "lower_right": int(pattern.lower_right),
-            "CAUSAL": pattern.right is not None,
-            "WINDOW": pattern.left is not None,
+            "right": min(visibility.right or 0, self.longest_query + self.longest_key),
+            "left": min(visibility.left or 0, self.longest_query + self.longest_key),
+            "lower_right": int(visibility.lower_right),
+            "CAUSAL": visibility.right is not None,
+            "WINDOW": visibility.left is not None,
             "FORM": FORMS[form],
             "MASK": kind.value,
         }
@@ -285,21 +268,16 @@ class _Inputs:
         """How many tiles of rows the longest sequence has for each of its key heads."""
         return ceil_div(self.longest_query * self.groups, tile.rows)
 
-    def find_peak(self, peak: Tensor) -> None:
-        """Write the peaks of a float mask, or of slopes."""
-        if peak.numel():
+    def find_bias_max(self, bias_max: Tensor | None) -> None:
+        """Write the largest bias of each row, if there are biases."""
+        if bias_max is not None and bias_max.numel():
             tile = Tile(16, 64, 4, 2)
             tiles = self.tiles(tile)
-            _run(peak_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, peaks=peak)
+            _run(bias_max_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, bias_maxima=bias_max)
 
 
 def _contiguous(numbers: Tensor | None) -> Tensor | None:
     return None if numbers is None else numbers.contiguous()
-
-
-def _repeated_strides(mask: Tensor) -> tuple[int, ...]:
-    """Strides that repeat the dimensions of size one."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -65,9 +65,9 @@ __all__ = [
     "shapes",
     "unit",
     "visible_keys",
-    "weight_and_half_slope",
+    "weight_and_half_derivative",
     "wide_parts",
-    "wide_weight_and_half_slope",
+    "wide_weight_and_half_derivative",
 ]
 
 # Triton's interpreter runs the kernels on the CPU: whether it did so when this module was imported.
@@ -80,7 +80,7 @@ SQUARED = tl.constexpr(1)
 EXPONENTIAL = tl.constexpr(2)
 FORMS = {"expressive": 0, "squared": 1, "exponential": 2}
 
-# Kinds of masks; from FLOAT on, weights are multiplied by exp(bias - peak).
+# Kinds of masks; from FLOAT on, weights are multiplied by exp(bias - bias_max).
 NO_MASK = tl.constexpr(0)
 BOOL = tl.constexpr(1)
 FLOAT = tl.constexpr(2)
@@ -198,7 +198,7 @@ def _clamped(z, limit, NAN: tl.constexpr):
 
 
 @triton.jit
-def weight_and_half_slope(z, FORM: tl.constexpr, NAN: tl.constexpr):
+def weight_and_half_derivative(z, FORM: tl.constexpr, NAN: tl.constexpr):
     """The weight f(z), and f'(z) / 2. With `NAN`, no score that is not a number gets lost."""
     if FORM == EXPRESSIVE:
         # Beyond this |z|, f is 1 and f' is 0 to the last bit, and z * z would end in inf * 0.
@@ -206,16 +206,16 @@ def weight_and_half_slope(z, FORM: tl.constexpr, NAN: tl.constexpr):
         s = z * z
         r = _reciprocal(1.0 + s)
         weight = s * r
-        half_slope = z * r * r
+        half_derivative = z * r * r
     elif FORM == SQUARED:
         if not NAN:
             z = _clamped(z, 1.8e19, NAN)
         weight = z * z
-        half_slope = z
+        half_derivative = z
     else:
         weight = tl.exp2(z * _LOG2_E)
-        half_slope = 0.5 * weight
-    return weight, half_slope
+        half_derivative = 0.5 * weight
+    return weight, half_derivative
 
 
 @triton.jit
@@ -295,16 +295,16 @@ def wide_parts(y, exponent, FORM: tl.constexpr):
 
 
 @triton.jit
-def wide_weight_and_half_slope(u, r, c, tile, row_exponent, peak, MASK: tl.constexpr):
-    """Weights over 4^row and half their derivatives by z / 2^row, times exp(bias - peak), of `wide_parts`."""
-    weight, slope = u * u * r, u * r * r
+def wide_weight_and_half_derivative(u, r, c, tile, row_exponent, bias_max, MASK: tl.constexpr):
+    """Weights over 4^row and half their derivatives by z / 2^row, times exp(bias - bias_max), of `wide_parts`."""
+    weight, derivative = u * u * r, u * r * r
     shift = c - row_exponent
     weight_shift = 2 * shift
     if MASK >= FLOAT:
-        factor, exponent = exponential(tile - peak)
-        weight, slope = weight * factor, slope * factor
+        factor, exponent = exponential(tile - bias_max)
+        weight, derivative = weight * factor, derivative * factor
         weight_shift, shift = weight_shift + exponent, shift + exponent
-    return scaled(weight, weight_shift), scaled(slope, shift)
+    return scaled(weight, weight_shift), scaled(derivative, shift)
 
 
 # ---- rows and keys ----
@@ -438,29 +438,29 @@ def seen(tile, visible, MASK: tl.constexpr):
 
 
 @triton.jit
-def biased(x, tile, peak, MASK: tl.constexpr):
-    """Weights or slopes x times exp(bias - peak)."""
+def biased(x, tile, bias_max, MASK: tl.constexpr):
+    """Weights or derivatives x times exp(bias - bias_max)."""
     if MASK >= FLOAT:
-        x = x * tl.exp(tile - peak)
+        x = x * tl.exp(tile - bias_max)
     return x
 
 
 @triton.jit
-def decay(rows, place, key, peak, last_key):
-    """What ALiBi makes of weights, exp(bias - peak), as a factor of each row and one of each key: none is above 1.
+def decay(rows, place, key, bias_max, last_key):
+    """What ALiBi makes of weights, exp(bias - bias_max), as a factor of each row and one of each key: none is above 1.
 
     For keys up to `last_key`, which exists and is at or before the places of all rows, and any after it of which the
     weights are 0. Rows share a slope, that of one head.
     """
     slope = tl.load(rows)
-    by_row = tl.exp(-slope * (place - last_key).to(tl.float32) - peak)
+    by_row = tl.exp(-slope * (place - last_key).to(tl.float32) - bias_max)
     by_key = tl.exp(-largest(slope, 0) * tl.maximum(last_key - key, 0).to(tl.float32))
     return by_row, by_key
 
 
 @triton.jit
 def visible_keys(
-    position, rows, exist, stride, keys, band, peak, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
+    position, rows, exist, stride, keys, band, bias_max, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr
 ):
     """How many keys each row sees whose bias leaves more than 0 of their weights, counted where there is a mask."""
     first, last = position * 0, position * 0 + keys
@@ -469,9 +469,9 @@ def visible_keys(
     if WINDOW:
         first = tl.maximum(first, position + band[2])
     if MASK == ALIBI:
-        # exp(-105) is 0. The peak is at the nearest key.
+        # exp(-105) is 0. The bias_max is at the nearest key.
         slope = tl.load(rows)
-        reach = tl.minimum((105.0 - peak) / tl.maximum(slope, 1e-30), 2.0**30).to(tl.int32)
+        reach = tl.minimum((105.0 - bias_max) / tl.maximum(slope, 1e-30), 2.0**30).to(tl.int32)
         place = position + band[0]
         first, last = tl.maximum(first, place - reach), tl.minimum(last, place + reach + 1)
     if MASK == NO_MASK or MASK == ALIBI:  # noqa: SIM109, not in Triton
@@ -484,6 +484,6 @@ def visible_keys(
             tile = load_mask(rows[:, None], j, j, stride, inside, MASK)
             inside = seen(tile, inside, MASK)
             if MASK == FLOAT:
-                inside = tl.exp(tile - peak[:, None]) > 0.0
+                inside = tl.exp(tile - bias_max[:, None]) > 0.0
             count += add(inside.to(tl.int32), 1)
     return count

@@ -1,7 +1,7 @@
 """Rows that need a second look: weights left float32's range, or a result is not finite.
 
 Vectors of query and key are brought to length one by powers of two, so that scores of any size are known, as in
-`reference`. Each row has an exponent r, that of the score of its largest weight, and a peak p, the bias there: the
+`reference`. Each row has an exponent r, that of the score of its largest weight, and a bias_max p, the bias there: the
 weights are ``w_ij / (4^r_i exp(p_i))``, at most about 1, and what they are divided by is left to the end. The largest
 weight decides, not the largest bias: a key whose score is 0 has no weight, however high its bias.
 
@@ -42,7 +42,7 @@ from .tiles import (
     unit,
     visible_keys,
     wide_parts,
-    wide_weight_and_half_slope,
+    wide_weight_and_half_derivative,
 )
 
 __all__ = ["lost_rows", "wide_kernel"]
@@ -65,7 +65,7 @@ def lost_rows(stats, plane, index, exist):
     ]
 )  # fmt: skip
 def wide_kernel(
-    query, key, value, mask, peaks, query_starts, key_starts, key_lengths, outputs, normalizers,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, outputs, normalizers,
     grad_output, grad_normalizer, stats, wide_stats, lost,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
@@ -73,11 +73,12 @@ def wide_kernel(
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Output, normalizer and peak of the lost rows; with `BACKWARD`, their numbers, as of `backward_pass.row_kernel`.
+    """Output, normalizer and bias_max of the lost rows; with `BACKWARD`, their numbers, as of `row_kernel`.
 
-    These are six planes here: the last are r and p; the normalizer is that of the weights relative to both, the slope
-    that by ``z / 2^r``. The r of other rows is `_NOT_LOST`, and the rest is not written. `lost` tells of every key head
-    whether it has such rows; where it is 2, there are results that are not finite, and all rows are computed once more.
+    These are six planes here: the last are r and p; the normalizer is that of the weights relative to both, the
+    derivative that by ``z / 2^r``. The r of other rows is `_NOT_LOST`, and the rest is not written. `lost` tells of
+    every key head whether it has such rows; where it is 2, there are results that are not finite, and all rows are
+    computed once more.
     Rows that are written here have no part in what `stats` says any more.
     """
     program = tl.program_id(0)
@@ -106,17 +107,17 @@ def wide_kernel(
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, tl.float32)
-    peak = tl.full((BLOCK_M,), 0.0, tl.float32)
+    bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
     if MASK >= FLOAT:
-        peak = tl.load(peaks + index, mask=exist, other=0.0)
+        bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
     # A normalizer of 0 is exact where the row sees no key, or the query is 0.
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    count = visible_keys(position, rows, store, mask_stride, own_keys, band, peak, CAUSAL, WINDOW, MASK)
+    count = visible_keys(position, rows, store, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
     has_weights = (count > 0) & ~(largest(tl.abs(q), 1) == 0.0)
     has_weights = everything | (normalizer != 0.0) | has_weights
     if MASK >= FLOAT and not BACKWARD:
-        # exp(peak) may be beyond float32, and 0 times that is not 0.
-        tl.store(peaks + index, position * 0.0, mask=store & ~has_weights)
+        # exp(bias_max) may be beyond float32, and 0 times that is not 0.
+        tl.store(bias_maxima + index, position * 0.0, mask=store & ~has_weights)
     store = store & has_weights
     if not any_of(store):
         return
@@ -150,9 +151,9 @@ def wide_kernel(
         exponent = largest(tl.where(size == best_of_tile[:, None], c, -(2**20)), 1)
         row_exponent = tl.where(best_of_tile > best, exponent, row_exponent)
         best = tl.maximum(best, best_of_tile)
-    row_peak = peak
+    row_bias_max = bias_max
     if MASK >= FLOAT:
-        row_peak = tl.where(best == float("-inf"), peak, best - 2.0 * _LOG_2 * row_exponent.to(tl.float32))
+        row_bias_max = tl.where(best == float("-inf"), bias_max, best - 2.0 * _LOG_2 * row_exponent.to(tl.float32))
 
     do = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     if BACKWARD:
@@ -176,7 +177,7 @@ def wide_kernel(
         u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
         visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
         bias = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
-        weight, _ = wide_weight_and_half_slope(u, r, c, bias, row_exponent[:, None], row_peak[:, None], MASK)
+        weight, _ = wide_weight_and_half_derivative(u, r, c, bias, row_exponent[:, None], row_bias_max[:, None], MASK)
         pairs = seen(bias, visible, MASK)
         weight = tl.where(pairs, weight, 0.0)
         total += add(weight, 1)
@@ -186,17 +187,18 @@ def wide_kernel(
         else:
             output = selected_product(weight, v, pairs, output, PRECISION)
 
-    # The normalizer has to be multiplied by 4^r exp(p - peak), as a factor and an exponent. One below float32 is
-    # told by a lower peak, but not so low that exp(peak) is; it is small enough for the backward pass to find the row.
+    # The normalizer has to be multiplied by 4^r exp(p - bias_max), as a factor and an exponent. One below float32 is
+    # told by a lower bias_max, but not so low that exp(bias_max) is; it is small enough for the backward pass to find
+    # the row.
     factor, exponent = tl.full((BLOCK_M,), 1.0, tl.float32), 2 * row_exponent
     if MASK >= FLOAT:
-        _, shift = exponential(row_peak - peak)
-        lower = tl.maximum(row_peak + _LOG_2 * (exponent + 100).to(tl.float32), -60.0)
-        peak = tl.where(exponent + shift < -120, tl.minimum(peak, lower), peak)
-        difference = row_peak - peak
+        _, shift = exponential(row_bias_max - bias_max)
+        lower = tl.maximum(row_bias_max + _LOG_2 * (exponent + 100).to(tl.float32), -60.0)
+        bias_max = tl.where(exponent + shift < -120, tl.minimum(bias_max, lower), bias_max)
+        difference = row_bias_max - bias_max
         factor, shift = exponential(difference)
-        rounded = difference - row_peak
-        rounding = (row_peak - (difference - rounded)) - (peak + rounded)
+        rounded = difference - row_bias_max
+        rounding = (row_bias_max - (difference - rounded)) - (bias_max + rounded)
         factor, exponent = factor * (1.0 + rounding), exponent + shift
     if BACKWARD:
         tl.store(lost + program // tiles, tl.maximum(state, 1))
@@ -212,7 +214,7 @@ def wide_kernel(
         tl.store(wide_stats + 2 * plane + index, shift, mask=store)
         tl.store(wide_stats + 3 * plane + index, dn * total, mask=store)
         tl.store(wide_stats + 4 * plane + index, row_exponent.to(tl.float32), mask=store)
-        tl.store(wide_stats + 5 * plane + index, row_peak, mask=store)
+        tl.store(wide_stats + 5 * plane + index, row_bias_max, mask=store)
         for part in range(4):
             tl.store(stats + part * plane + index, tl.full((BLOCK_M,), 0.0, tl.float32), mask=store)
     else:
@@ -224,4 +226,4 @@ def wide_kernel(
         )
         tl.store(normalizers + index, scaled(total * factor, exponent), mask=store)
         if MASK >= FLOAT:
-            tl.store(peaks + index, tl.where(total == 0.0, 0.0, peak), mask=store)
+            tl.store(bias_maxima + index, tl.where(total == 0.0, 0.0, bias_max), mask=store)

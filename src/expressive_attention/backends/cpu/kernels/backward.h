@@ -4,6 +4,7 @@
 //     dv_j = sum_i w_ij u_i,   dq_i = sum_j h_ij g_ij (2 scale k_j),   dk_j = 2 sum_i h_ij g_ij (scale q_i),
 //     dbias_ij = w_ij g_ij.
 //
+// With dropout, u_i . v_j above and w_ij in dv_j are divided by 1 - p where the weight is kept, and 0 where it is dropped.
 // Hidden pairs have w = h = 0. The part of dq along q is what remains of terms that cancel where f is small, since
 // sum_j w_ij (g_ij - dN_i) = 0. Without them it is
 //
@@ -28,12 +29,17 @@ typedef struct {
   int recompute;                     // N and D from the inputs, not from what the forward pass stored
   int in_place;                      // the gradient of the query is added up where it belongs
   int keeps_shares;                  // f is kept beside w = f exp(bias)
+  int pairs;                         // bfloat16 is multiplied in pairs, of numbers as they are, neither scaled nor over N
+  double factor;                     // of sum h g q, the gradient of the key
 } backward_plan;
 
 typedef struct {
-  row_place *rows;
-  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *slopes, *products;
+  row_span *rows;
+  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *derivatives, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
+  // With pairs: rows two by two, and h g row by row.
+  REAL *query_pairs, *upstream_pairs, *weight_pairs, *derivative_pairs, *narrow_derivatives;
+  uint64_t *kept;  // with dropout
   mask_room mask;
   not_finite bad;
 } backward_room;
@@ -45,7 +51,7 @@ typedef struct {
 
 // Numbers of all rows (B, Hq, L).
 typedef struct {
-  REAL *normalizer, *mean, *peak;
+  REAL *normalizer, *mean, *bias_max;
 } row_numbers;
 
 typedef struct {
@@ -58,12 +64,12 @@ typedef struct {
   row_sums *sums;  // of all rows, for each part
   double *mask_sums;  // the gradient of the mask, where several terms add up to one element
   ea_queue queue;
-  _Atomic int unsafe;
+  _Atomic int unsafe, left_pairs;  // in need of double arithmetic, of no pairs
 } backward_run;
 
 static int64_t greatest_common_divisor(int64_t a, int64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
-static backward_plan plan_backward(const ea_problem *p) {
+static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   int64_t wide = most(p->width, p->value_width), rows = p->heads / p->kv_heads * p->rows;
   backward_plan plan = {.columns = padded(p->width), .value_columns = padded(p->value_width)};
   plan.block_keys = wide > 256 ? BACKWARD_KEYS / 4 : wide > 128 ? BACKWARD_KEYS / 2 : BACKWARD_KEYS;
@@ -77,18 +83,28 @@ static backward_plan plan_backward(const ea_problem *p) {
   int64_t units = plan.mask_batches * plan.mask_heads;
   plan.parts = least(p->threads / greatest_common_divisor(units, p->threads), plan.key_blocks);
   if (shared && p->mask_size[3] == 1) plan.parts = 1;  // all keys add to the same elements
-  // Where the forward pass adds the numbers of a score in another order, its N is not the sum of the same weights.
-  plan.recompute = p->dtype != REAL_DTYPE || plan_forward(p).few_rows;
+  forward_plan forward = plan_forward(p);
+  // An output of 16 bits is not exact enough for the gradient of a wider mask.
+  int exact = p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype);
+  plan.pairs = may_use_pairs && forward.pairs && !exact && can_use_pairs_backward(p);
+  double scale2 = p->scale * p->scale;
+  plan.factor = !plan.pairs ? 2 : p->squared ? 2 * scale2 : 2 / scale2;
+  // Where the forward pass adds the numbers of a score in another order, its N is not the sum of the same weights. In
+  // double, those of float may have lost what counts.
+  plan.recompute = exact || forward.few_rows || forward.pairs != plan.pairs || (REAL_IS_DOUBLE && p->dtype != REAL_DTYPE);
   plan.keeps_shares = has_bias(p) && !p->squared;
   plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1;
   return plan;
 }
 
+// The numbers of a row of `width` as they are packed.
+INLINE int64_t packed(const backward_plan *plan, int64_t width) { return plan->pairs ? width / 2 : width; }
+
 static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, char *memory, backward_room *room) {
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys, head_rows = p->heads / p->kv_heads * p->rows;
   *room = (backward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * plan->columns * sizeof(REAL)),
       .upstream = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .keys_transposed = take(&a, keys * p->width * sizeof(REAL)),
@@ -96,17 +112,26 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
       .keys = take(&a, keys * plan->columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
       .shares = take(&a, plan->keeps_shares ? rows * leading(keys) * sizeof(REAL) : 0),
-      .slopes = take(&a, rows * leading(keys) * sizeof(REAL)),
+      .derivatives = take(&a, rows * leading(keys) * sizeof(REAL)),
       .products = take(&a, MR * leading(keys) * sizeof(REAL)),
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .room = take(&a, most(keys, V * round_up(most(p->width, p->value_width), V)) * sizeof(REAL)),
-      .mask = {.factor = take(&a, keys * sizeof(REAL))},
+      .kept = take(&a, p->dropout_seeds ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
+      .mask = take_mask_room(p, &a, rows, keys),
       .bad = {.rows = take(&a, rows * sizeof(REAL)),
               .keys = take(&a, keys * sizeof(REAL)),
               .values = take(&a, keys * sizeof(REAL)),
               .seen = take(&a, keys)},
   };
+  if (plan->pairs) {
+    int64_t pairs = (rows + 1) / 2;
+    room->query_pairs = take(&a, pairs * plan->columns * sizeof(REAL));
+    room->upstream_pairs = take(&a, pairs * plan->value_columns * sizeof(REAL));
+    room->weight_pairs = take(&a, pairs * leading(keys) * sizeof(REAL));
+    room->derivative_pairs = take(&a, pairs * leading(keys) * sizeof(REAL));
+    room->narrow_derivatives = take(&a, rows * leading(keys) * sizeof(REAL) / 2);
+  }
   if (!plan->in_place && plan->parts == 1) room->grad_query = take(&a, head_rows * plan->columns * sizeof(REAL));
   return a.used;
 }
@@ -116,12 +141,17 @@ static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, 
 static void numbers_from_stored(backward_run *run, backward_room *room, int64_t count) {
   const ea_problem *p = run->p;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *row = room->rows + r;
+    const row_span *row = room->rows + r;
     int64_t index = index_of(p, row);
     const REAL *output = (const REAL *)p->output + index * p->value_width;
     const REAL *upstream = row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query);
     REAL normalizer = ((const REAL *)p->normalizer)[index];
-    if (p->grad_output.stride[3] != 1) {
+    if (p->dtype != REAL_DTYPE) {
+      read_row(room->room + p->value_width, (const char *)p->output + index * p->value_width * dtype_size(p->dtype),
+               p->dtype, 1, p->value_width);
+      output = room->room + p->value_width;
+    }
+    if (p->dtype != REAL_DTYPE || p->grad_output.stride[3] != 1) {
       read_row(room->room, upstream, p->dtype, p->grad_output.stride[3], p->value_width);
       upstream = room->room;
     }
@@ -132,20 +162,20 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
   }
 }
 
-// Weights, slopes and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
+// Weights, derivatives and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
 // sees there are zeros.
 static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                              int64_t key, int64_t n) {
-  int64_t ldw = leading(plan->block_keys), whole = padded(n);
+  int64_t ldw = leading(plan->block_keys), whole = padded(n), width = packed(plan, p->width);
   for (int64_t start = 0; start < n; start += PANEL) {
     int64_t ld = panel_width(start, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start;
       if (columns <= 0) continue;
-      slopes(mr, columns >= PANEL ? NR : tile_vectors(columns), p->width, room->query + r * plan->columns,
-             plan->columns, room->keys_transposed + start * p->width, ld, room->weights + r * ldw + start,
-             room->slopes + r * ldw + start, ldw, (int)p->squared);
+      derivatives(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * plan->columns, plan->columns,
+             room->keys_transposed + start * width, ld, room->weights + r * ldw + start, room->derivatives + r * ldw + start,
+             ldw, (REAL)(p->scale * p->scale), (REAL)(1 / (p->scale * p->scale)), (int)p->squared, plan->pairs);
     }
   }
   for (int64_t r = 0; r < count; r += MR) {
@@ -153,35 +183,75 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
     visible_range seen = range_of(room->rows + r, mr);
     if (is_plain(p, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
-      const row_place *row = room->rows + r + i;
+      const row_span *row = room->rows + r + i;
       int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
       if (plan->keeps_shares) {
         memcpy(room->shares + at, room->weights + at, (size_t)visible * sizeof(REAL));
         memset(room->shares + at + visible, 0, (size_t)(whole - visible) * sizeof(REAL));
       }
       apply_mask(p, row, key, whole, room->weights + at, &room->mask, 1);
-      apply_mask(p, row, key, whole, room->slopes + at, &room->mask, 1);
+      apply_mask(p, row, key, whole, room->derivatives + at, &room->mask, 1);
     }
   }
 }
 
-static void pack_key_block(const ea_problem *p, backward_room *room, int64_t b, int64_t kv_head, int64_t key,
-                           int64_t n) {
+// Which weights are kept, where some are dropped.
+static void read_block_kept(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
+                            int64_t key, int64_t n) {
+  if (p->dropout_seeds) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
+}
+
+INLINE const uint64_t *kept_of(const backward_plan *plan, const backward_room *room, int64_t r) {
+  return room->kept + r * kept_words(0, plan->block_keys);
+}
+
+static void pack_key_block(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t b,
+                           int64_t kv_head, int64_t key, int64_t n) {
+  if (plan->pairs) {
+    ea_tensor keys = as_pairs(&p->key), values = as_pairs(&p->value);
+    pack_transposed(room->keys_transposed, &keys, REAL_DTYPE, b, kv_head, key, n, p->width / 2, room->room);
+    pack_transposed(room->values_transposed, &values, REAL_DTYPE, b, kv_head, key, n, p->value_width / 2, room->room);
+    room->bad.any_key = 0;
+    return;
+  }
   pack_transposed(room->keys_transposed, &p->key, p->dtype, b, kv_head, key, n, p->width, room->room);
   pack_transposed(room->values_transposed, &p->value, p->dtype, b, kv_head, key, n, p->value_width, room->room);
   room->bad.any_key = clear_columns(room->keys_transposed, n, p->width, room->bad.keys);
   room->bad.any_key |= clear_columns(room->values_transposed, n, p->value_width, room->bad.values);
 }
 
+// The keys as rows, for the gradient of the query.
+static void pack_key_rows(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t b,
+                          int64_t kv_head, int64_t key, int64_t n) {
+#if HAS_PAIRS
+  if (plan->pairs) {
+    pack_row_pairs(room->keys, plan->columns, &p->key, b, kv_head, key, n, p->width);
+    return;
+  }
+#endif
+  pack_rows(room->keys, plan->columns, &p->key, p->dtype, b, kv_head, key, n, p->width, (REAL)(2 * p->scale));
+}
+
 static void pack_row_block(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
                            const REAL *normalizer) {
+#if HAS_PAIRS
+  if (plan->pairs) {
+    ea_tensor query = as_pairs(&p->query), upstream = as_pairs(&p->grad_output);
+    pack_places(room->query, plan->columns, &query, REAL_DTYPE, p, room->rows, count, p->width / 2, 1);
+    pack_places(room->upstream, plan->value_columns, &upstream, REAL_DTYPE, p, room->rows, count, p->value_width / 2, 1);
+    pack_place_pairs(room->query_pairs, plan->columns, &p->query, room->rows, count, p->width);
+    pack_place_pairs(room->upstream_pairs, plan->value_columns, &p->grad_output, room->rows, count, p->value_width);
+    for (int64_t r = 0; r < count; r++) room->bad.rows[r] = 0;
+    return;
+  }
+#endif
   pack_places(room->query, plan->columns, &p->query, p->dtype, p, room->rows, count, p->width, (REAL)p->scale);
   pack_places(room->upstream, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
   for (int64_t r = 0; r < count; r++) {
     REAL *query = room->query + r * plan->columns, *upstream = room->upstream + r * plan->value_columns;
-    if (normalizer) {
-      REAL total = normalizer[index_of(p, room->rows + r)];
-      scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total);
+    REAL total = normalizer ? normalizer[index_of(p, room->rows + r)] : 1;
+    if (normalizer || p->dropout_seeds) {
+      scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total / (REAL)p->keep);
     }
     room->bad.rows[r] = check_row(query, plan->columns) + check_row(upstream, plan->value_columns);
     if (room->bad.rows[r] != 0) {
@@ -194,14 +264,18 @@ static void pack_row_block(const ea_problem *p, const backward_plan *plan, backw
 // Whether row r, or one of the keys of the block, is not finite.
 INLINE int is_bad(const backward_room *room, int64_t r) { return room->bad.any_key || room->bad.rows[r] != 0; }
 
-// dO_i . v_j of a group of rows and the n keys of the block.
+// dO_i . v_j of a group of rows and the n keys of the block; 0 where the weight is dropped.
 static void group_products(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t r, int mr,
-                           int64_t n, int64_t columns) {
+                           int64_t key, int64_t n, int64_t columns) {
+  int64_t width = packed(plan, p->value_width);
   for (int64_t start = 0; start < columns; start += PANEL) {
     int nr = columns - start >= PANEL ? NR : tile_vectors(columns - start);
-    product(mr, nr, p->value_width, room->upstream + r * plan->value_columns, plan->value_columns,
-            room->values_transposed + start * p->value_width, panel_width(start, n), room->products + start,
-            leading(plan->block_keys));
+    product(mr, nr, width, room->upstream + r * plan->value_columns, plan->value_columns,
+            room->values_transposed + start * width, panel_width(start, n), room->products + start,
+            leading(plan->block_keys), plan->pairs);
+  }
+  for (int i = 0; p->dropout_seeds && i < mr; i++) {
+    drop(room->products + i * leading(plan->block_keys), columns, kept_of(plan, room, r + i), key);
   }
 }
 
@@ -242,12 +316,13 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
   pack_row_block(p, plan, room, count, NULL);
   for (int64_t key = begin; key < end; key += plan->block_keys) {
     int64_t n = least(plan->block_keys, end - key);
-    pack_key_block(p, room, b, kv_head, key, n);
+    pack_key_block(p, plan, room, b, kv_head, key, n);
     backward_weights(p, plan, room, count, key, n);
+    read_block_kept(p, plan, room, count, key, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key);
-      group_products(p, plan, room, r, mr, n, columns);
+      group_products(p, plan, room, r, mr, key, n, columns);
       for (int i = 0; i < mr; i++) {
         int64_t index = index_of(p, room->rows + r + i);
         bad[r + i] |= add_numbers(p, room, r + i, key, columns, room->weights + (r + i) * ldw, room->products + i * ldw,
@@ -273,7 +348,7 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
   room->mask.from = NULL;
   place_rows(p, b, kv_head, first, count, room->rows, room->room, plan->block_keys);
   if (has_bias(p)) {
-    for (int64_t r = 0; r < count; r++) run->numbers.peak[index_of(p, room->rows + r)] = room->rows[r].peak;
+    for (int64_t r = 0; r < count; r++) run->numbers.bias_max[index_of(p, room->rows + r)] = room->rows[r].bias_max;
   }
   if (plan->recompute) {
     numbers_from_inputs(run, room, b, kv_head, count);
@@ -284,9 +359,10 @@ static void numbers_task(backward_run *run, backward_room *room, int64_t task) {
 
 // ---- gradients ----
 
-// Terms of the gradients of a row: g = product - mean + grad_normalizer.
+// Terms of the gradients of a row: g = factor product - mean + grad_normalizer.
 typedef struct {
   const REAL *product;
+  REAL factor;  // of the product
   REAL normalizer, mean, grad_normalizer;
 } row_terms;
 
@@ -294,7 +370,7 @@ typedef struct {
 INLINE row_sums row_gradient(int64_t n, const REAL *w, const REAL *share, REAL *h, const row_terms *t, REAL *bias) {
   vec along = {0}, shares = {0};
   for (int64_t j = 0; j < n; j += V) {
-    vec weight = load(w + j), f = share ? load(share + j) : weight, g = load(t->product + j) - t->mean;
+    vec weight = load(w + j), f = share ? load(share + j) : weight, g = load(t->product + j) * t->factor - t->mean;
     // A row that sees one key has w = N and g = 0, but not to the last bit, which h / N = 1 / z would magnify.
     g = choose(weight == t->normalizer, splat(0), g) + t->grad_normalizer;
     store(h + j, load(h + j) * g);
@@ -329,7 +405,7 @@ static row_sums correct_gradient(const ea_problem *p, backward_room *room, int64
   return sums;
 }
 
-static void add_to_mask(backward_run *run, const row_place *row, int64_t key, int64_t n, const REAL *bias) {
+static void add_to_mask(backward_run *run, const row_span *row, int64_t key, int64_t n, const REAL *bias) {
   const ea_problem *p = run->p;
   const int64_t *size = p->mask_size;
   int64_t b = size[0] == 1 ? 0 : row->batch, h = size[1] == 1 ? 0 : row->head, i = size[2] == 1 ? 0 : row->query;
@@ -352,6 +428,23 @@ static void write_mask_sums(const ea_problem *p, const double *sums, int64_t num
   }
 }
 
+#if HAS_PAIRS
+// w / N and h g of a group of rows as pairs of bfloat16, from the first of n keys.
+static void narrow_group(const backward_plan *plan, backward_room *room, int64_t r, int mr, int64_t n,
+                         const REAL *factor) {
+  int64_t ldw = leading(plan->block_keys);
+  static const REAL zeros[BACKWARD_KEYS];
+  for (int i = 0; i < mr; i += 2, r += 2) {
+    const REAL *w = room->weights + r * ldw, *h = room->derivatives + r * ldw;
+    int alone = i + 1 == mr;
+    narrow_rows(room->weight_pairs + r / 2 * ldw, w, factor[i], alone ? zeros : w + ldw, alone ? 0 : factor[i + 1], n);
+    narrow_rows(room->derivative_pairs + r / 2 * ldw, h, 1, alone ? zeros : h + ldw, 1, n);
+    narrow_row(room->narrow_derivatives + r * ldw / 2, h, n);
+    if (!alone) narrow_row(room->narrow_derivatives + (r + 1) * ldw / 2, h + ldw, n);
+  }
+}
+#endif
+
 // From w and h of a group of rows to h g.
 static void group_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t key, int64_t n,
                            row_sums *sums) {
@@ -360,33 +453,51 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
   int64_t ldw = leading(plan->block_keys);
   visible_range seen = range_of(room->rows + r, mr);
   int64_t columns = least(n, seen.end - key);
+  if (plan->pairs) {
+    int64_t begin = most(0, round_up(columns, V)), bytes = (padded(n) - begin) * (int64_t)sizeof(REAL);
+    for (int i = 0; bytes > 0 && i < mr; i += 2) {
+      memset(room->weight_pairs + (r + i) / 2 * ldw + begin, 0, (size_t)bytes);
+      memset(room->derivative_pairs + (r + i) / 2 * ldw + begin, 0, (size_t)bytes);
+    }
+  }
   if (columns <= 0) return;
-  group_products(p, plan, room, r, mr, n, columns);
+  group_products(p, plan, room, r, mr, key, n, columns);
+  REAL factor[MR];
   int complete = key <= seen.begin && seen.end <= key + n;
   for (int i = 0; i < mr; i++) {
-    const row_place *row = room->rows + r + i;
+    const row_span *row = room->rows + r + i;
     int64_t index = index_of(p, row);
-    REAL *w = room->weights + (r + i) * ldw, *h = room->slopes + (r + i) * ldw;
+    REAL *w = room->weights + (r + i) * ldw, *h = room->derivatives + (r + i) * ldw;
     REAL *share = plan->keeps_shares ? room->shares + (r + i) * ldw : NULL;
+    REAL total = run->numbers.normalizer[index];
     row_terms t = {.product = room->products + i * ldw,
-                   .normalizer = run->numbers.normalizer[index],
+                   .factor = !plan->pairs ? 1 : total == 0 ? 0 : 1 / total / (REAL)p->keep,
+                   .normalizer = total,
                    .mean = run->numbers.mean[index],
                    .grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0};
     if (complete && t.normalizer != 0 && !is_bad(room, r + i)) {
       vec sum = {0};
       for (int64_t j = 0; j < columns; j += V) sum += load(w + j) / t.normalizer * load(t.product + j);
-      REAL mean = sum_of(sum);
+      REAL mean = sum_of(sum) * t.factor;
       if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
     }
     REAL *bias = p->grad_mask ? room->room : NULL;
     row_sums own = share ? row_gradient(columns, w, share, h, &t, bias) : row_gradient(columns, w, NULL, h, &t, bias);
-    if (is_bad(room, r + i) || own.along != own.along) {
+    if (plan->pairs && own.along != own.along) run->left_pairs = 1;
+    if (!plan->pairs && (is_bad(room, r + i) || own.along != own.along)) {
       own = correct_gradient(p, room, r + i, key, round_up(columns, V), w, share, h, &t, bias);
     }
+    if (p->dropout_seeds) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
     sums[index].along += own.along;
     sums[index].share += own.share;
     if (bias) add_to_mask(run, row, key, columns, bias);
+    factor[i] = t.factor;
   }
+#if HAS_PAIRS
+  if (plan->pairs) narrow_group(plan, room, r, mr, columns, factor);
+#else
+  (void)factor;
+#endif
 }
 
 // Add what a block of rows and a block of keys give one another.
@@ -396,30 +507,42 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys), columns = plan->columns, value_columns = plan->value_columns;
   backward_weights(p, plan, room, count, key, n);
+  read_block_kept(p, plan, room, count, key, n);
   for (int64_t r = 0; r < count; r += MR) group_gradient(run, room, r, (int)least(MR, count - r), key, n, sums);
   for (int64_t c = 0; c < columns; c += PANEL) {
     int nr = (int)(panel_width(c, columns) / V);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       int64_t seen = least(n, range_of(room->rows + r, mr).end - key);
-      add(mr, nr, seen, room->slopes + r * ldw, ldw, 0, room->keys + c, columns, grad_query + r * columns + c, columns);
+      REAL *to = grad_query + r * columns + c;
+      if (plan->pairs) {
+        add_pairs(mr, nr, (seen + 1) / 2, room->narrow_derivatives + r * ldw / 2, ldw / 2, 0, room->keys + c, columns, to,
+                  columns);
+      } else {
+        add(mr, nr, seen, room->derivatives + r * ldw, ldw, 0, room->keys + c, columns, to, columns);
+      }
     }
   }
+  int step = plan->pairs ? 2 : 1;
+  void (*add_some)(int, int, int64_t, const REAL *, int64_t, int, const REAL *, int64_t, REAL *, int64_t) =
+      plan->pairs ? add_pairs : add;
+  const REAL *w = plan->pairs ? room->weight_pairs : room->weights, *h = plan->pairs ? room->derivative_pairs : room->derivatives;
+  const REAL *query = plan->pairs ? room->query_pairs : room->query;
+  const REAL *upstream = plan->pairs ? room->upstream_pairs : room->upstream;
   // Rows before `first` see no key from j on.
   for (int64_t c = 0; c < most(columns, value_columns); c += PANEL) {
     for (int64_t j = 0, first = 0; j < n; j += MR) {
       int mr = (int)least(MR, n - j);
       while (first < count && range_of(room->rows + first, least(MR, count - first)).end <= key + j) first += MR;
       if (first >= count) break;
-      int64_t at = first * ldw + j;
+      int64_t at = first / step, n_rows = (count - first + step - 1) / step;
       if (c < value_columns) {
-        add(mr, (int)(panel_width(c, value_columns) / V), count - first, room->weights + at, ldw, 1,
-            room->upstream + first * value_columns + c, value_columns, room->grad_value + j * value_columns + c,
-            value_columns);
+        add_some(mr, (int)(panel_width(c, value_columns) / V), n_rows, w + at * ldw + j, ldw, 1,
+                 upstream + at * value_columns + c, value_columns, room->grad_value + j * value_columns + c, value_columns);
       }
       if (c < columns) {
-        add(mr, (int)(panel_width(c, columns) / V), count - first, room->slopes + at, ldw, 1,
-            room->query + first * columns + c, columns, room->grad_key + j * columns + c, columns);
+        add_some(mr, (int)(panel_width(c, columns) / V), n_rows, h + at * ldw + j, ldw, 1, query + at * columns + c,
+                 columns, room->grad_key + j * columns + c, columns);
       }
     }
   }
@@ -447,6 +570,7 @@ static void finish_query(const backward_run *run, int64_t index, REAL *dq, REAL 
     sums.along += run->sums[part * rows + index].along;
     sums.share += run->sums[part * rows + index].share;
   }
+  if (run->plan.pairs) scale_row(dq, p->width, (REAL)run->plan.factor);
   int64_t head = index / p->rows;
   REAL normalizer = run->numbers.normalizer[index];
   // Where f is near 1, it is the other way that cancels.
@@ -479,9 +603,9 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
     clear((char *)p->grad_key + (at + exist) * p->width * size, (n - exist) * p->width * size);
     clear((char *)p->grad_value + (at + exist) * p->value_width * size, (n - exist) * p->value_width * size);
     if ((n = exist) == 0) continue;
-    pack_key_block(p, room, b, kv_head, key, n);
-    pack_rows(room->keys, columns, &p->key, p->dtype, b, kv_head, key, n, p->width, (REAL)(2 * p->scale));
-    for (int64_t j = 0; j < n; j++) {
+    pack_key_block(p, plan, room, b, kv_head, key, n);
+    pack_key_rows(p, plan, room, b, kv_head, key, n);
+    for (int64_t j = 0; room->bad.any_key && j < n; j++) {
       if (room->bad.keys[j] != 0) memset(room->keys + j * columns, 0, (size_t)columns * sizeof(REAL));
     }
     memset(room->grad_key, 0, (size_t)(n * columns) * sizeof(REAL));
@@ -492,12 +616,12 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
       visible_range seen = range_of(room->rows, count);
       if (seen.end <= key || seen.begin >= key + n) continue;
       if (has_bias(p)) {
-        for (int64_t r = 0; r < count; r++) room->rows[r].peak = run->numbers.peak[index_of(p, room->rows + r)];
+        for (int64_t r = 0; r < count; r++) room->rows[r].bias_max = run->numbers.bias_max[index_of(p, room->rows + r)];
       }
       pack_row_block(p, plan, room, count, run->numbers.normalizer);
       backward_block(run, room, count, key, n, grad_query + first * columns, sums);
     }
-    scale_row(room->grad_key, n * columns, 2);
+    scale_row(room->grad_key, n * columns, (REAL)plan->factor);
     for (int64_t j = 0; j < n; j++) {
       write_row((char *)p->grad_key + (at + j) * p->width * size, p->dtype, room->grad_key + j * columns, p->width);
       write_row((char *)p->grad_value + (at + j) * p->value_width * size, p->dtype,
@@ -558,7 +682,7 @@ static void share_out(backward_run *run, void (*thread)(void *, int64_t), int64_
 
 static int backward_in_double(const ea_problem *p);
 
-static int run_backward(const ea_problem *p) {
+static int backward_once(const ea_problem *p, int may_use_pairs) {
   int64_t rows = p->batch * p->heads * p->rows, mask_numbers = 1;
   for (int i = 0; i < 4; i++) mask_numbers *= p->mask_size[i];
   if (p->grad_mask) clear(p->grad_mask, mask_numbers * dtype_size(p->mask_dtype));
@@ -569,7 +693,7 @@ static int run_backward(const ea_problem *p) {
     clear(p->grad_value, keys * p->value_width);
     return EA_OK;
   }
-  backward_run run = {.p = p, .plan = plan_backward(p)};
+  backward_run run = {.p = p, .plan = plan_backward(p, may_use_pairs)};
   const backward_plan *plan = &run.plan;
   run.query_size = rows * plan->columns;
   backward_room room;
@@ -585,7 +709,7 @@ static int run_backward(const ea_problem *p) {
     run.rooms = take(&a, most(1, least(p->threads, most(tasks, p->batch * p->kv_heads * plan->row_blocks))) * run.room_bytes);
     run.numbers.normalizer = take(&a, rows * sizeof(REAL));
     run.numbers.mean = take(&a, rows * sizeof(REAL));
-    run.numbers.peak = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
+    run.numbers.bias_max = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
     run.sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
     run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
     run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);
@@ -601,8 +725,14 @@ static int run_backward(const ea_problem *p) {
     return backward_in_double(p);
   }
   share_out(&run, backward_thread, tasks);
+  if (run.left_pairs) {
+    free(memory);
+    return backward_once(p, 0);
+  }
   if (plan->parts > 1) share_out(&run, merge_thread, p->batch * p->heads);
   if (sum_mask) write_mask_sums(p, run.mask_sums, mask_numbers);
   free(memory);
   return EA_OK;
 }
+
+static int run_backward(const ea_problem *p) { return backward_once(p, 1); }

@@ -23,7 +23,6 @@ INLINE int can_read(const ea_problem *p, const ea_tensor *t, int64_t width) {
 
 #if !REAL_IS_DOUBLE
 typedef uint16_t half_vec __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(VECTOR_BYTES)));
 #endif
 
 // V numbers of `dtype` from p on.

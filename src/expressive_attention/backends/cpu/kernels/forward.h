@@ -22,8 +22,9 @@ typedef struct {
 
 // Memory of one thread.
 typedef struct {
-  row_place *rows;
+  row_span *rows;
   REAL *query, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
+  uint64_t *kept;  // with dropout
   mask_room mask;
 } forward_room;
 
@@ -41,7 +42,8 @@ static forward_plan plan_forward(const ea_problem *p) {
   plan.block_keys = least(plan.block_keys, padded(p->keys));
   int64_t tasks = p->batch * p->kv_heads * plan.row_blocks;
   int64_t parts = tasks >= p->threads ? 1 : (p->threads + tasks - 1) / tasks;
-  plan.part_keys = most(PANEL, round_up((p->keys + parts - 1) / parts, PANEL));
+  int64_t multiple = p->dropout_seeds ? most(PANEL, KEPT_KEYS) : PANEL;
+  plan.part_keys = most(multiple, round_up((p->keys + parts - 1) / parts, multiple));
   plan.parts = most(1, (p->keys + plan.part_keys - 1) / plan.part_keys);
   return plan;
 }
@@ -51,7 +53,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys;
   *room = (forward_room){
-      .rows = take(&a, rows * sizeof(row_place)),
+      .rows = take(&a, rows * sizeof(row_span)),
       .query = take(&a, rows * p->width * sizeof(REAL)),
       .keys = take(&a, keys * p->width * sizeof(REAL)),
       .values = take(&a, keys * plan->value_columns * sizeof(REAL)),
@@ -61,7 +63,8 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
       .output = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .sums = take(&a, rows * sizeof(vec)),
       .room = take(&a, most(keys, V * round_up(p->width, V)) * sizeof(REAL)),
-      .mask = {.factor = take(&a, keys * sizeof(REAL))},
+      .kept = take(&a, p->dropout_seeds ? rows * kept_words(0, keys) * (int64_t)sizeof(uint64_t) : 0),
+      .mask = take_mask_room(p, &a, rows, keys),
   };
   return a.used;
 }
@@ -69,15 +72,17 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
 // Whether rows that see `seen` need no mask on the n keys from `key` on. (In double, numbers may be infinite:
 // then what lies past the last key in its vector is not 0.)
 INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_t n) {
-  return p->mask_dtype == EA_NONE && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
+  return p->mask_dtype == EA_NONE && !p->slopes && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
-// Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum.
-static void mask_and_sum(const ea_problem *p, forward_room *room, int64_t r, int64_t key, int64_t n, REAL *w) {
+// Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum; then drop some of them.
+static void mask_and_sum(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t r, int64_t key,
+                         int64_t n, REAL *w) {
   apply_mask(p, room->rows + r, key, round_up(n, V), w, &room->mask, 0);
   vec sum = load(room->sums + r * V);
   for (int64_t j = 0; j < n; j += V) sum += load(w + j);
   store(room->sums + r * V, sum);
+  if (p->dropout_seeds) drop(w, n, room->kept + r * kept_words(0, plan->block_keys), key);
 }
 
 // Add a block of keys to the rows: weights first, by panels of keys that stay in the first cache, then their
@@ -104,7 +109,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
         prefetch_rows(&p->value, p->dtype, b, kv_head, key + n + ahead, rows, p->value_width);
         ahead += rows;
       }
-      int plain = is_plain(p, seen, key, n);
+      int plain = !p->dropout_seeds && is_plain(p, seen, key, n);
       to.weights = (plain || !plan->pairs ? room->weights : room->wide_weights) + r * ldw;
       to.sums = plain ? room->sums + r * V : NULL;
       to.column = start;
@@ -116,10 +121,10 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     int mr = (int)least(MR, count - r);
     visible_range seen = range_of(room->rows + r, mr);
     int64_t columns = least(n, seen.end - key);
-    if (columns <= 0 || is_plain(p, seen, key, n)) continue;
+    if (columns <= 0 || (!p->dropout_seeds && is_plain(p, seen, key, n))) continue;
     for (int i = 0; i < mr; i++) {
       REAL *w = (plan->pairs ? room->wide_weights : room->weights) + (r + i) * ldw;
-      mask_and_sum(p, room, r + i, key, columns, w);
+      mask_and_sum(p, plan, room, r + i, key, columns, w);
 #if HAS_PAIRS
       if (plan->pairs) narrow_row(room->weights + (r + i) * ldw, w, columns);
 #endif
@@ -133,7 +138,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
       const REAL *w = room->weights + r * ldw;
       REAL *output = room->output + r * plan->value_columns + c;
       if (plan->pairs) {
-        add_pairs(mr, nr, (columns + 1) / 2, w, ldw, values + c, plan->value_columns, output, plan->value_columns);
+        add_pairs(mr, nr, (columns + 1) / 2, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
       } else {
         add(mr, nr, columns, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
       }
@@ -146,7 +151,7 @@ static void few_rows_block(const ea_problem *p, const forward_plan *plan, forwar
                            int64_t kv_head, int64_t count, int64_t key, int64_t n) {
   int64_t ldw = leading(plan->block_keys);
   few_rows_weights(p, b, kv_head, key, n, room->query, (int)count, room->weights, ldw);
-  for (int64_t r = 0; r < count; r++) mask_and_sum(p, room, r, key, n, room->weights + r * ldw);
+  for (int64_t r = 0; r < count; r++) mask_and_sum(p, plan, room, r, key, n, room->weights + r * ldw);
   few_rows_values(p, b, kv_head, key, n, room->weights, ldw, (int)count, room->output, plan->value_columns);
 }
 
@@ -170,6 +175,7 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
                  p->value.stride[2] == value_columns;
   for (int64_t key = begin; key < end; key += plan->block_keys) {
     int64_t n = least(plan->block_keys, end - key);
+    if (p->dropout_seeds) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
     if (plan->few_rows) {
       few_rows_block(p, plan, room, b, kv_head, count, key, n);
       continue;
@@ -190,23 +196,23 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
 }
 
 // Where the numbers of a row are in (B, Hq, L).
-INLINE int64_t index_of(const ea_problem *p, const row_place *row) {
+INLINE int64_t index_of(const ea_problem *p, const row_span *row) {
   return (row->batch * p->heads + row->head) * p->rows + row->query;
 }
 
 // Write the results of a row.
-static void write_results(const ea_problem *p, const row_place *row, const REAL *output, REAL normalizer) {
+static void write_results(const ea_problem *p, const row_span *row, const REAL *output, REAL normalizer) {
   int64_t index = index_of(p, row);
   write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
   write_number(p->normalizer, sums_dtype(p), index, normalizer);
-  // N = 0 stays 0, however large the exponential of the peak is.
-  if (has_bias(p)) write_number(p->peak, sums_dtype(p), index, normalizer == 0 ? 0 : row->peak);
+  // N = 0 stays 0, however large the exponential of the bias_max is.
+  if (has_bias(p)) write_number(p->bias_max, sums_dtype(p), index, normalizer == 0 ? 0 : row->bias_max);
 }
 
 // Write the results of a row: o = output / N. Return whether N lost what counts, or o is not finite. `output` has room
 // for whole vectors, and is changed.
-static int finish_row(const ea_problem *p, const row_place *row, REAL *output, REAL normalizer) {
-  REAL total = normalizer == 0 ? 1 : normalizer;
+static int finish_row(const ea_problem *p, const row_span *row, REAL *output, REAL normalizer) {
+  REAL total = (normalizer == 0 ? 1 : normalizer) * (REAL)p->keep;
   vec beyond = {0};
   for (int64_t c = 0; c < p->value_width; c += V) {
     vec o = load(output + c) / total;
@@ -230,7 +236,7 @@ typedef struct {
 static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer);
 
 // The results of row `index` of a key head, from its sums.
-static void settle_row(forward_run *run, const row_place *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
+static void settle_row(forward_run *run, const row_span *row, int64_t b, int64_t kv_head, int64_t index, REAL *output,
                        REAL normalizer) {
   if (!finish_row(run->p, row, output, normalizer)) return;
   int status = rescue_row(run->p, b, kv_head, index, normalizer);

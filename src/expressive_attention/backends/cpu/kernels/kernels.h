@@ -12,6 +12,7 @@
 #include "share.h"
 #include "tile.h"
 #include "visible.h"
+#include "dropout.h"
 //
 #include "few_rows.h"
 #include "pairs.h"

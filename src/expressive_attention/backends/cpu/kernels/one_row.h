@@ -5,6 +5,7 @@ typedef struct {
   REAL *query, *panel, *weights, *numbers, *output;
   double *sums;
   uint8_t *seen;
+  uint64_t *kept;
   mask_room mask;
 } one_row_room;
 
@@ -18,14 +19,15 @@ static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *
       .output = take(&a, p->value_width * sizeof(REAL)),
       .sums = take(&a, p->value_width * sizeof(double)),
       .seen = take(&a, PANEL),
-      .mask = {.factor = take(&a, PANEL * sizeof(REAL))},
+      .kept = take(&a, kept_words(KEPT_KEYS - 1, PANEL) * (int64_t)sizeof(uint64_t)),
+      .mask = take_mask_room(p, &a, PANEL, PANEL),
   };
   return a.used;
 }
 
 // The weights of n keys from `key`, masked; return whether the row sees one of them. In each, numbers are added in the
 // order of the tiles: the backward pass compares weights with their sum.
-static int one_row_weights(const ea_problem *p, const row_place *row, one_row_room *room, int64_t kv_head, int64_t key,
+static int one_row_weights(const ea_problem *p, const row_span *row, one_row_room *room, int64_t kv_head, int64_t key,
                            int64_t n) {
   int any = 0;
   read_seen(p, row, key, n, room->seen);
@@ -40,8 +42,8 @@ static int one_row_weights(const ea_problem *p, const row_place *row, one_row_ro
   weights_target to = {.squared = (int)p->squared, .scale2 = 1, .inverse = 1, .weights = room->weights, .ld = PANEL};
   weights(1, NR, p->width, room->query, p->width, room->panel, PANEL, &to, 0, 0);
   if (has_bias(p)) {
-    read_bias(p, row, key, n, &room->mask);
-    for (int64_t j = 0; j < n; j++) room->weights[j] *= room->seen[j] ? room->mask.factor[j] : 0;
+    const REAL *factor = read_bias(p, row, key, n, &room->mask);
+    for (int64_t j = 0; j < n; j++) room->weights[j] *= room->seen[j] ? factor[j] : 0;
   }
   return 1;
 }
@@ -52,7 +54,7 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   void *memory;
   if (posix_memalign(&memory, 64, (size_t)lay_out_one_row(p, NULL, &room)) != 0) return EA_NO_MEMORY;
   lay_out_one_row(p, memory, &room);
-  row_place row;
+  row_span row;
   place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
   pack_places(room.query, p->width, &p->query, p->dtype, p, &row, 1, p->width, (REAL)p->scale);
   clear(room.sums, p->value_width * (int64_t)sizeof(double));
@@ -60,15 +62,16 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   for (int64_t key = row.start; key < row.limit; key += PANEL) {
     int64_t n = least(PANEL, row.limit - key);
     if (!one_row_weights(p, &row, &room, kv_head, key, n)) continue;
+    if (p->dropout_seeds) read_kept(p, &row, 1, key, n, room.kept, 0);
     for (int64_t j = 0; j < n; j++) {
       if (!room.seen[j]) continue;
-      double w = room.weights[j];
+      double w = room.weights[j], kept = p->dropout_seeds && !is_kept(room.kept, key, j) ? 0 : w;
       read_row(room.numbers, row_of(&p->value, p->dtype, b, kv_head, key + j), p->dtype, p->value.stride[3], p->value_width);
-      for (int64_t c = 0; c < p->value_width; c++) room.sums[c] += w * room.numbers[c];
+      for (int64_t c = 0; c < p->value_width; c++) room.sums[c] += kept * room.numbers[c];
       total += w;
     }
   }
-  for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / (total == 0 ? 1 : total));
+  for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / ((total == 0 ? 1 : total) * p->keep));
   write_results(p, &row, room.output, (REAL)total);
   *normalizer = (REAL)total;
   free(memory);

@@ -1,4 +1,4 @@
-// What the library is asked to compute. Conventions: backends/problem.py; equations: docs/operator.md.
+// What the library is asked to compute. Conventions: call.py; equations: docs/operator.md.
 #ifndef EA_PROBLEM_H
 #define EA_PROBLEM_H
 
@@ -33,11 +33,16 @@ typedef struct {
   M(q, int64_t, keys, ) M(q, int64_t, width, ) M(q, int64_t, value_width, )                         \
   M(d, double, scale, )                                                                             \
   M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
+  /* ALiBi: weights are multiplied by exp(-slope |p - j|). Slopes of heads, from batch to batch so far apart; or NULL */ \
+  M(q, const float *, slopes, ) M(q, int64_t, slopes_stride, )                                      \
+  /* Dropout, see dropout.h: p 2^24; 1 - p (1 where p = 1); seed, offset and first row of so many batches each, or NULL */ \
+  M(q, int64_t, dropout_threshold, ) M(d, double, keep, )                                           \
+  M(q, const int64_t *, dropout_seeds, ) M(q, int64_t, dropout_batches, )                            \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
-  /* In linear time: cumulative log decays of keys (batch, head, key), of REAL; or no data */       \
+  /* In linear time: cumulative log decays of keys (batch, head, key), of REAL; or no data */         \
   M(5q, ea_tensor, decay, )                                                                         \
-  /* Contiguous. Normalizer, peak and their like are float, double for EA_FLOAT64. */               \
-  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, peak, )                            \
+  /* Contiguous. Normalizer, bias_max and their like are float, double for EA_FLOAT64. */           \
+  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, bias_max, )                        \
   /* The rest is for the backward pass. */                                                          \
   M(5q, ea_tensor, grad_output, )                                                                   \
   M(q, const void *, grad_normalizer, ) /* or NULL */                                               \

@@ -50,6 +50,7 @@ typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #else
 typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #endif
+typedef uint32_t uvec __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE vec load(const REAL *p) { return *(const unaligned_vec *)p; }
 INLINE void store(REAL *p, vec x) { *(unaligned_vec *)p = x; }
@@ -100,48 +101,62 @@ INLINE vec weight(vec x, int squared, REAL scale2, REAL inverse) {
 #endif
 }
 
-// f(z), and f'(z) / 2.
-INLINE vec weight_and_slope(vec z, int squared, vec *half_slope) {
-  vec s = saturate(z * z);
+// f(x sqrt(scale2)) as `weight`, and its derivative by x / 2, divided by scale2 where `squared` and else multiplied by it.
+INLINE vec weight_and_half_derivative(vec x, int squared, REAL scale2, REAL inverse, vec *half_derivative) {
+  vec s = saturate(x * x);
   if (squared) {
-    *half_slope = z;
-    return s;
+    *half_derivative = x;
+    return scale2 == 1 ? s : s * scale2;
   }
-  vec d = s + (REAL)1;
+  vec d = s + inverse;
 #if defined(__AVX512F__) && !REAL_IS_DOUBLE
   // The operations of `weight`: a weight over the sum of its row has to be the same number.
   vec r = (vec)_mm512_rcp14_ps((__m512)d), e = (REAL)1 - d * r, w = s * r;
   r += r * e;
-  *half_slope = z * r * r;
+  *half_derivative = x * r * r;
   return w + w * e;
 #else
-  *half_slope = z / d / d;
+  *half_derivative = x / d / d;
   return s / d;
 #endif
 }
 
-// exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place.
+#if !REAL_IS_DOUBLE
+// exp of the smaller of x and 0; NaN stays NaN. 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7:
+// error below an ulp.
+INLINE vec exponential(vec x) {
+  const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
+  const float magic = 0x1.8p23f;  // added to a number, leaves its nearest integer in the last bits
+  // Below -104 the result is 0, as it is at -104.
+#if defined(__AVX512F__)
+  vec y = (vec)_mm512_min_ps((__m512)splat(0), _mm512_max_ps((__m512)splat(-104), (__m512)x));
+#else
+  vec y = choose(x < -104.0f, splat(-104), choose(x > 0.0f, splat(0), x));
+#endif
+  vec shifted = y * log2e + magic, k = shifted - magic, r = y - k * high - k * low;
+  vec e = splat(1.0f / 5040);
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)e, (__m512)k);
+#else
+  // Two factors, as 2^k may be smaller than the least normal number.
+  ivec whole = (ivec)shifted - (ivec)splat(magic), half = whole >> 1;
+  whole -= half;
+  return e * (vec)((half + 127) << 23) * (vec)((whole + 127) << 23);
+#endif
+}
+#endif
+
+// exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place; there is room for whole vectors.
 static void exponentials(REAL *x, int64_t n) {
 #if REAL_IS_DOUBLE
   for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? 1 : exp(x[i]);
 #else
-  // 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7: error below an ulp.
-  const float log2e = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
-  for (int64_t i = 0; i < n; i++) {
-    float y = x[i] < -104.0f ? -104.0f : x[i] > 0.0f ? 0.0f : x[i];
-    float k = rintf(y * log2e);
-    float r = y - k * high - k * low;
-    float e = 1.0f / 5040;
-    e = e * r + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r * r + r + 1.0f;
-    // Two factors, as 2^k may be smaller than the least normal number.
-    int32_t whole = k == k ? (int32_t)k : 0, half = whole / 2;
-    union { int32_t bits; float number; } a = {(half + 127) << 23}, b = {(whole - half + 127) << 23};
-    x[i] = x[i] < -104.0f ? 0.0f : e * a.number * b.number;
-  }
+  for (int64_t i = 0; i < n; i += V) store(x + i, exponential(load(x + i)));
 #endif
 }

@@ -59,25 +59,26 @@ INLINE void weights_tile(const int mr, const int nr, int64_t n, const REAL *a, i
   (void)narrow;
 }
 
-// W = f(A B), H = f'(A B) / 2.
-INLINE void slopes_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
-                        REAL *w, REAL *h, int64_t ldw, const int squared) {
+// W = f(A B), H = f'(A B) / 2 as `weight_and_half_derivative` has them.
+INLINE void derivatives_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
+                        REAL *w, REAL *h, int64_t ldw, REAL scale2, REAL inverse, const int squared, const int pairs) {
   vec z[MR][NR] = {0};
-  multiply(z, mr, nr, n, a, lda, 1, b, ldb, 0);
+  multiply(z, mr, nr, n, a, lda, 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) {
-      vec half_slope;
-      store(w + i * ldw + j * V, weight_and_slope(z[i][j], squared, &half_slope));
-      store(h + i * ldw + j * V, half_slope);
+      vec half_derivative;
+      vec x = weight_and_half_derivative(z[i][j], squared, pairs ? scale2 : 1, pairs ? inverse : 1, &half_derivative);
+      store(w + i * ldw + j * V, x);
+      store(h + i * ldw + j * V, half_derivative);
     }
   }
 }
 
 // C = A B.
 INLINE void product_tile(const int mr, const int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb,
-                         REAL *to, int64_t ldc) {
+                         REAL *to, int64_t ldc, const int pairs) {
   vec c[MR][NR] = {0};
-  multiply(c, mr, nr, n, a, lda, 1, b, ldb, 0);
+  multiply(c, mr, nr, n, a, lda, 1, b, ldb, pairs);
   UNROLL for (int i = 0; i < mr; i++) {
     UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, c[i][j]);
   }
@@ -143,18 +144,36 @@ static void weights(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const
   }
 }
 
-static void slopes(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
-                   int64_t ldw, int squared) {
+static void derivatives(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *w, REAL *h,
+                   int64_t ldw, REAL scale2, REAL inverse, int squared, int pairs) {
+#if HAS_PAIRS
+  if (pairs && squared) {
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 1)
+    return;
+  }
+  if (pairs) {
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 1)
+    return;
+  }
+#endif
+  (void)pairs;
   if (squared) {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, 1)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 1, 0)
   } else {
-    WITH_SIZES(slopes_tile, n, a, lda, b, ldb, w, h, ldw, 0)
+    WITH_SIZES(derivatives_tile, n, a, lda, b, ldb, w, h, ldw, scale2, inverse, 0, 0)
   }
 }
 
 static void product(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *to,
-                    int64_t ldc) {
-  WITH_SIZES(product_tile, n, a, lda, b, ldb, to, ldc)
+                    int64_t ldc, int pairs) {
+#if HAS_PAIRS
+  if (pairs) {
+    WITH_SIZES(product_tile, n, a, lda, b, ldb, to, ldc, 1)
+    return;
+  }
+#endif
+  (void)pairs;
+  WITH_SIZES(product_tile, n, a, lda, b, ldb, to, ldc, 0)
 }
 
 static void add(int mr, int nr, int64_t n, const REAL *a, int64_t lda, int transposed, const REAL *b, int64_t ldb,
@@ -167,11 +186,15 @@ static void add(int mr, int nr, int64_t n, const REAL *a, int64_t lda, int trans
 }
 
 // The same with pairs: n counts them.
-static void add_pairs(int mr, int nr, int64_t n, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *to,
-                      int64_t ldc) {
+static void add_pairs(int mr, int nr, int64_t n, const REAL *a, int64_t lda, int transposed, const REAL *b, int64_t ldb,
+                      REAL *to, int64_t ldc) {
 #if HAS_PAIRS
-  WITH_SIZES(add_tile, n, a, lda, 0, b, ldb, to, ldc, 1)
+  if (transposed) {
+    WITH_SIZES(add_tile, n, a, lda, 1, b, ldb, to, ldc, 1)
+  } else {
+    WITH_SIZES(add_tile, n, a, lda, 0, b, ldb, to, ldc, 1)
+  }
 #else
-  (void)mr, (void)nr, (void)n, (void)a, (void)lda, (void)b, (void)ldb, (void)to, (void)ldc;
+  (void)mr, (void)nr, (void)n, (void)a, (void)lda, (void)transposed, (void)b, (void)ldb, (void)to, (void)ldc;
 #endif
 }

@@ -5,43 +5,119 @@
 typedef struct {
   int64_t batch, head, query;
   int64_t start, limit;  // it sees the keys from `start` to the one before `limit`
-  REAL peak;      // its largest visible bias, as `peak_of` has it; 0 without a float mask
-} row_place;
+  int64_t place;         // of the query among the keys
+  REAL slope;            // of ALiBi, or 0
+  REAL bias_max;             // its largest visible bias, as `bias_max_of` has it; 0 without a bias
+} row_span;
 
-INLINE int has_bias(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
+INLINE int has_float_mask(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
 
-// Room for the mask of a row over a block of keys, kept for rows that share it.
+// Whether weights are multiplied by the exponential of something.
+INLINE int has_bias(const ea_problem *p) { return p->slopes || has_float_mask(p); }
+
+// Room for the factors of a row over a block of keys, kept for rows that share them.
 typedef struct {
   REAL *factor;
   const void *from;
-  REAL peak;
+  REAL bias_max;
   int64_t count;
+  // exp(-slope |d|) for distances d = first, ..., first + size - 1 of keys after a query: those of a row are part of it.
+  REAL *table;
+  int64_t size, first;
+  REAL slope;
 } mask_room;
 
-// The visible biases of a row: the largest, where it is, and the least that is not -inf.
+INLINE mask_room empty_mask_room(REAL *factor, REAL *table, int64_t size) {
+  return (mask_room){.factor = factor, .table = table, .size = size, .slope = -1};
+}
+
+static mask_room take_mask_room(const ea_problem *p, arena *a, int64_t rows, int64_t keys) {
+  int64_t size = p->slopes ? round_up(rows + keys, V) : 0;
+  REAL *factor = take(a, keys * (int64_t)sizeof(REAL));
+  return empty_mask_room(factor, take(a, size * (int64_t)sizeof(REAL)), size);
+}
+
+// The visible biases of a row: the largest, and the least that is not -inf.
 typedef struct {
   REAL largest, least;
-  int64_t at;
 } bias_range;
 
-static bias_range read_range(const ea_problem *p, const row_place *row, REAL *room, int64_t room_size) {
-  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  int64_t stride = p->mask.stride[3], start = stride ? row->start : 0;
-  int64_t end = stride ? row->limit : row->start < row->limit;
-  bias_range range = {(REAL)-INFINITY, (REAL)INFINITY, start};
+// The bias of key j, which the row sees but for a bool mask.
+INLINE REAL bias_of(const ea_problem *p, const row_span *row, int64_t j) {
+  const char *mask = p->mask_dtype == EA_NONE ? NULL : row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  REAL bias = 0;
+  if (has_float_mask(p)) {
+    bias = read_number(mask, p->mask_dtype, j * p->mask.stride[3]);
+  } else if (mask && !mask[j * p->mask.stride[3]]) {
+    return (REAL)-INFINITY;
+  }
+  return bias - row->slope * (REAL)(j > row->place ? j - row->place : row->place - j);
+}
+
+// Subtract slope times distance from n numbers, of the keys from `key` on.
+static void subtract_distances(const row_span *row, int64_t key, int64_t n, REAL *x) {
+  for (int64_t j = 0; j < n; j++) {
+    int64_t d = key + j - row->place;
+    x[j] -= row->slope * (REAL)(d < 0 ? -d : d);
+  }
+}
+
+// Where the biases of a row over n keys from `key` on are, if they can be used in their place.
+INLINE const REAL *biases_in_place(const ea_problem *p, const row_span *row, int64_t key) {
+  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || p->slopes) return NULL;
+  return (const REAL *)row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query) + key;
+}
+
+// The biases of n keys from `key` on.
+static void read_biases(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x) {
+  if (has_float_mask(p)) {
+    const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+    int64_t stride = p->mask.stride[3];
+    read_row(x, from + key * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
+  } else if (p->mask_dtype == EA_BOOL) {
+    const uint8_t *keep = row_of(&p->mask, EA_BOOL, row->batch, row->head, row->query);
+    for (int64_t j = 0; j < n; j++) x[j] = keep[(key + j) * p->mask.stride[3]] ? 0 : (REAL)-INFINITY;
+  } else {
+    for (int64_t j = 0; j < n; j++) x[j] = 0;
+  }
+  if (p->slopes) subtract_distances(row, key, n, x);
+}
+
+static bias_range read_range(const ea_problem *p, const row_span *row, REAL *room, int64_t room_size) {
+  int64_t start = row->start, end = row->limit;
+  if (p->mask_dtype == EA_NONE && start < end) {  // distances alone
+    int64_t nearest = least(most(row->place, start), end - 1);
+    REAL first = bias_of(p, row, start), last = bias_of(p, row, end - 1);
+    return (bias_range){bias_of(p, row, nearest), first < last ? first : last};
+  }
+  if (!p->slopes && p->mask.stride[3] == 0) end = least(end, start + 1);
+  vec largest = splat((REAL)-INFINITY), smallest = splat((REAL)INFINITY);
   for (int64_t j = start; j < end; j += room_size) {
-    int64_t n = least(room_size, end - j);
-    read_row(room, from + j * stride * dtype_size(p->mask_dtype), p->mask_dtype, stride, n);
-    for (int64_t i = 0; i < n; i++) {
-      if (room[i] > range.largest || room[i] != room[i]) range.largest = room[i], range.at = j + i;
-      if (room[i] < range.least && room[i] != (REAL)-INFINITY) range.least = room[i];
+    int64_t n = least(room_size, end - j), whole = 0;
+    const REAL *from = biases_in_place(p, row, j);
+    if (from) {
+      whole = n / V * V;
+      for (int64_t i = whole; i < n; i++) room[i] = from[i];
+    } else {
+      read_biases(p, row, j, n, room);
     }
+    for (int64_t i = n; i < round_up(n, V); i++) room[i] = (REAL)-INFINITY;
+    for (int64_t i = 0; i < n; i += V) {
+      vec x = load((i < whole ? from : room) + i);
+      largest = choose((x > largest) | (x != x), x, largest);
+      smallest = choose((x < smallest) & (x > (REAL)-INFINITY), x, smallest);
+    }
+  }
+  bias_range range = {largest[0], smallest[0]};
+  for (int i = 1; i < V; i++) {
+    if (largest[i] > range.largest || largest[i] != largest[i]) range.largest = largest[i];
+    if (smallest[i] < range.least) range.least = smallest[i];
   }
   return range;
 }
 
 // Whether the score of a row and key j is not 0. In double, where no product of floats is rounded. `room` is for two rows.
-static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL *room) {
+static int has_score(const ea_problem *p, const row_span *row, int64_t j, REAL *room) {
   double sum = 0;
   REAL *key = room + p->width;
   read_row(room, row_of(&p->query, p->dtype, row->batch, row->head, row->query), p->dtype, p->query.stride[3], p->width);
@@ -55,18 +131,19 @@ static int has_score(const ea_problem *p, const row_place *row, int64_t j, REAL 
 #define WIDE_RANGE 60
 
 // The largest bias of a key whose score is not 0: one with score 0 has no weight, and would leave those far below it none.
-static REAL peak_of(const ea_problem *p, const row_place *row, const bias_range *range, REAL *room) {
+static REAL bias_max_of(const ea_problem *p, const row_span *row, const bias_range *range, REAL *room) {
   if (range->largest == (REAL)-INFINITY) return 0;
-  if (!((double)range->largest - (double)range->least > WIDE_RANGE) || has_score(p, row, range->at, room)) {
+  if (!((double)range->largest - (double)range->least > WIDE_RANGE)) return range->largest;
+  if (p->mask_dtype == EA_NONE && has_score(p, row, least(most(row->place, row->start), row->limit - 1), room)) {
     return range->largest;
   }
-  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  REAL peak = (REAL)-INFINITY;
+  REAL bias_max = (REAL)-INFINITY;
   for (int64_t j = row->start; j < row->limit; j++) {
-    REAL bias = read_number(from, p->mask_dtype, j * p->mask.stride[3]);
-    if (bias > peak && has_score(p, row, j, room)) peak = bias;
+    REAL bias = bias_of(p, row, j);
+    if (bias == range->largest && has_score(p, row, j, room)) return range->largest;
+    if (bias > bias_max && has_score(p, row, j, room)) bias_max = bias;
   }
-  return peak == (REAL)-INFINITY ? range->largest : peak;
+  return bias_max == (REAL)-INFINITY ? range->largest : bias_max;
 }
 
 // How many keys of a batch exist. Keys behind them are not read.
@@ -76,37 +153,38 @@ INLINE int64_t key_count(const ea_problem *p, int64_t batch) {
 
 // The places of rows first, ..., first + count - 1 of the key head `kv_head`, but for their peaks.
 static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                        row_place *rows) {
+                        row_span *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
   int64_t keys = key_count(p, batch);
   int64_t corner = p->lower_right ? keys - p->rows : 0;
   for (int64_t r = 0; r < count; r++) {
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
     int64_t start = p->window ? most(0, least(limit, query + corner - p->left)) : 0;
-    rows[r] = (row_place){batch, head, query, start, limit, 0};
+    REAL slope = p->slopes ? p->slopes[batch * p->slopes_stride + head] : 0;
+    rows[r] = (row_span){batch, head, query, start, limit, query + corner, slope, 0};
     if (++query == p->rows) head++, query = 0;
   }
 }
 
 // The places of rows with their peaks. `room` may be changed; it also holds two rows of E numbers.
 static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
-                       row_place *rows, REAL *room, int64_t room_size) {
+                       row_span *rows, REAL *room, int64_t room_size) {
   locate_rows(p, batch, kv_head, first, count, rows);
   if (!has_bias(p)) return;
   bias_range range;
   for (int64_t r = 0; r < count; r++) {
-    const row_place *before = rows + r - 1;
+    const row_span *before = rows + r - 1;
     if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
-        p->mask.stride[2] != 0) {
+        p->slopes || p->mask.stride[2] != 0) {
       range = read_range(p, rows + r, room, room_size);
     }
-    rows[r].peak = peak_of(p, rows + r, &range, room);
+    rows[r].bias_max = bias_max_of(p, rows + r, &range, room);
   }
 }
 
 // The rows of `t` at these places, as `pack_rows` would.
 static void pack_places(REAL *to, int64_t ld, const ea_tensor *t, int64_t dtype, const ea_problem *p,
-                        const row_place *rows, int64_t count, int64_t columns, REAL scale) {
+                        const row_span *rows, int64_t count, int64_t columns, REAL scale) {
   for (int64_t r = 0, n; r < count; r += n) {
     n = least(count - r, p->rows - rows[r].query);  // in one head
     pack_rows(to + r * ld, ld, t, dtype, rows[r].batch, rows[r].head, rows[r].query, n, columns, scale);
@@ -119,7 +197,7 @@ typedef struct {
   int64_t begin, end, all_begin, all_end;
 } visible_range;
 
-INLINE visible_range range_of(const row_place *rows, int64_t count) {
+INLINE visible_range range_of(const row_span *rows, int64_t count) {
   visible_range range = {rows[0].start, rows[0].limit, rows[0].start, rows[0].limit};
   for (int64_t r = 1; r < count; r++) {
     range.begin = least(range.begin, rows[r].start);
@@ -130,33 +208,62 @@ INLINE visible_range range_of(const row_place *rows, int64_t count) {
   return range;
 }
 
-// What the mask makes of the weights of `n` keys from `key`: exp(bias - peak) in room->factor.
-static void read_bias(const ea_problem *p, const row_place *row, int64_t key, int64_t n, mask_room *room) {
-  int64_t stride = p->mask.stride[3], size = dtype_size(p->mask_dtype);
-  const char *from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
-  from += key * stride * size;
-  if (room->from == from && room->peak == row->peak && room->count >= n) return;
-  read_row(room->factor, from, p->mask_dtype, stride, n);
-  for (int64_t j = 0; j < n; j++) room->factor[j] -= row->peak;
-  exponentials(room->factor, n);
-  *room = (mask_room){room->factor, from, row->peak, n};
+// What biases make of the weights of `n` keys from `key`: exp(bias - bias_max).
+static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
+  if (!has_float_mask(p) && row->bias_max == 0) {
+    int64_t d = key - row->place;
+    if (room->slope != row->slope || d < room->first || d + n > room->first + room->size) {
+      // The rows that follow have smaller distances.
+      room->slope = row->slope;
+      room->first = d + n - room->size;
+      for (int64_t i = 0; i < room->size; i++) room->table[i] = 0;
+      row_span origin = {.slope = row->slope};
+      subtract_distances(&origin, room->first, room->size, room->table);
+      exponentials(room->table, room->size);
+    }
+    return room->table + (d - room->first);
+  }
+  const char *from = NULL;
+  if (!p->slopes) {
+    from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+    from += key * p->mask.stride[3] * dtype_size(p->mask_dtype);
+    if (room->from == from && room->bias_max == row->bias_max && room->count >= n) return room->factor;
+  }
+  int64_t done = 0;
+#if !REAL_IS_DOUBLE
+  const REAL *biases = biases_in_place(p, row, key);
+  for (; biases && done + V <= n; done += V) {
+    __builtin_prefetch(biases + 2 * p->mask.stride[2] + done, 0, 3);  // of a row that follows
+    store(room->factor + done, exponential(load(biases + done) - row->bias_max));
+  }
+#endif
+  if (done < n) {
+    read_biases(p, row, key + done, n - done, room->factor + done);
+    for (int64_t j = done; j < n; j++) room->factor[j] -= row->bias_max;
+    exponentials(room->factor + done, n - done);
+  }
+  room->from = from;
+  room->bias_max = row->bias_max;
+  room->count = n;
+  return room->factor;
 }
 
 // Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
-// multiplied by exp(bias - peak). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
+// multiplied by exp(bias - bias_max). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
 // a finite one, which hides nothing. With `clear` it becomes 0 there.
-static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, int64_t n, REAL *x, mask_room *room,
+static void apply_mask(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x, mask_room *room,
                        const int clear) {
   int64_t visible = most(0, least(n, row->limit - key));
   for (int64_t j = visible; j < n; j++) x[j] = 0;
   if (has_bias(p)) {
-    read_bias(p, row, key, visible, room);
+    const REAL *factor = read_bias(p, row, key, visible, room);
     if (clear) {
-      for (int64_t j = 0; j < visible; j++) x[j] = room->factor[j] == 0 ? 0 : x[j] * room->factor[j];
+      for (int64_t j = 0; j < visible; j++) x[j] = factor[j] == 0 ? 0 : x[j] * factor[j];
     } else {
-      for (int64_t j = 0; j < visible; j++) x[j] *= room->factor[j];
+      for (int64_t j = 0; j < visible; j++) x[j] *= factor[j];
     }
-  } else if (p->mask_dtype == EA_BOOL) {
+  }
+  if (p->mask_dtype == EA_BOOL) {
     int64_t stride = p->mask.stride[3];
     const uint8_t *keep = row_of(&p->mask, EA_BOOL, row->batch, row->head, row->query);
     keep += key * stride;
@@ -172,19 +279,19 @@ static void apply_mask(const ea_problem *p, const row_place *row, int64_t key, i
 }
 
 // Whether the row sees each of `n` keys from `key` on.
-static void read_seen(const ea_problem *p, const row_place *row, int64_t key, int64_t n, uint8_t *seen) {
+static void read_seen(const ea_problem *p, const row_span *row, int64_t key, int64_t n, uint8_t *seen) {
   const char *mask = NULL;
   if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = 0; j < n; j++) {
     int64_t at = (key + j) * p->mask.stride[3];
     seen[j] = key + j >= row->start && key + j < row->limit &&
-              (!mask || (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
+              (!mask || (has_float_mask(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
   }
 }
 
 #if !REAL_IS_DOUBLE
 // Whether the row has a key that is not masked and a query that is not 0: then N = 0 may be an underflow.
-static int may_have_weight(const ea_problem *p, const row_place *row) {
+static int may_have_weight(const ea_problem *p, const row_span *row) {
   const char *query = row_of(&p->query, p->dtype, row->batch, row->head, row->query);
   int zero = 1;
   for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
@@ -193,7 +300,7 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
   const char *mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = row->start; j < row->limit; j++) {
     int64_t at = j * p->mask.stride[3];
-    if (has_bias(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : ((const uint8_t *)mask)[at]) return 1;
+    if (has_float_mask(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : ((const uint8_t *)mask)[at]) return 1;
   }
   return 0;
 }
@@ -206,7 +313,7 @@ static int may_have_weight(const ea_problem *p, const row_place *row) {
 INLINE int is_in_range(REAL normalizer) { return normalizer > LEAST_SUM && normalizer <= LARGEST; }
 
 // Whether a sum of weights computed in float32 has lost what counts, to underflow or overflow.
-INLINE int is_unsafe(const ea_problem *p, const row_place *row, REAL normalizer) {
+INLINE int is_unsafe(const ea_problem *p, const row_span *row, REAL normalizer) {
 #if REAL_IS_DOUBLE
   (void)p, (void)row, (void)normalizer;
   return 0;

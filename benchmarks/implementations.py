@@ -1,4 +1,4 @@
-"""Ours and its rivals: each makes, for a problem, the function of query, key and value that is timed."""
+"""Our operator and its rivals. For a problem, each makes the timed function of query, key and value."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from expressive_attention import expressive_attention
 from expressive_attention.backends import AUTOMATIC, BACKENDS
-from expressive_attention.backends import problem as backends_problem
+from expressive_attention.call import Call, Result, Upstream, Visibility
 from problems import Problem
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Something to time; `expressive`: it computes expressive attention, which is then checked."""
+class Implementation:
+    """An implementation to time; if `expressive`, it computes expressive attention and is checked."""
 
     name: str
     make: Callable[[Problem], Attention]
@@ -32,7 +32,7 @@ class Contestant:
 
 
 def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
-    """The output and, with `upstream`, the gradients of one call."""
+    """Return the output and, with `upstream`, the gradients of one call."""
     query, key, value = inputs
     if upstream is None:
         with torch.no_grad():
@@ -42,7 +42,7 @@ def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None)
 
 
 def prepared(attention: Attention, problem: Problem, inputs: Sequence[Tensor], upstream: Tensor | None):
-    """What is timed: the function that gives the output and the gradients of one call."""
+    """Return the function to time, which gives the output and the gradients of one call."""
     if not problem.backward_alone:
         return partial(run, attention, inputs, upstream)
     output = attention(*inputs)
@@ -50,22 +50,23 @@ def prepared(attention: Attention, problem: Problem, inputs: Sequence[Tensor], u
 
 
 def automatic(dtype: torch.dtype, device: str = "cpu") -> str:
-    """The backend that expressive_attention chooses by itself for `dtype`."""
+    """The backend that expressive_attention chooses by default for `dtype`."""
     return next(name for name in AUTOMATIC if why_not(name, dtype, device) is None)
 
 
 def why_not(backend: str, dtype: torch.dtype, device: str = "cpu") -> str | None:
-    """Why `backend` does not run `dtype` on the device; None: it does."""
-    return BACKENDS[backend].supports(backends_problem.Problem(device, dtype))
+    """Why `backend` does not run `dtype` on the device; None if it does."""
+    x = torch.empty(1, 1, 1, 1, dtype=dtype, device=device)
+    return BACKENDS[backend].declines(Call(x, x, x, None, Visibility(), 1.0, "expressive"))
 
 
-def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Contestant:
-    """Expressive attention as a user calls it, or by the backend of that name."""
+def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Implementation:
+    """Expressive attention with the named backend, or by default as a user calls it."""
 
     def make(problem: Problem) -> Attention:
         return partial(expressive_attention, is_causal=problem.causal, backend=backend)
 
-    return Contestant(backend or automatic(dtype, device), make)
+    return Implementation(backend or automatic(dtype, device), make)
 
 
 def _sdpa(problem: Problem) -> Attention:
@@ -73,7 +74,7 @@ def _sdpa(problem: Problem) -> Attention:
 
 
 def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
-    """SDPA by one of its own backends and no other."""
+    """SDPA forced to one of its own backends."""
 
     def make(problem: Problem) -> Attention:
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -86,32 +87,31 @@ def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
 
 
 def _twin(problem: Problem) -> Attention:
-    """Our own kernels with exp in the place of f, and no maximum: what f costs."""
+    """Our own kernels with exp in place of f, and no maximum, to show the cost of f."""
     from expressive_attention.backends import triton
-    from expressive_attention.backends.pattern import Pattern
 
-    settings = (Pattern(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
+    settings = (None, Visibility(right=0 if problem.causal else None), problem.shape[-1] ** -0.5, "exponential")
 
     class Twin(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output, normalizer, _ = triton.forward(query, key, value, None, *settings)
-            ctx.save_for_backward(query, key, value, output, normalizer)
-            return output
+            result = triton.forward(Call(query, key, value, *settings))
+            ctx.save_for_backward(query, key, value, *result[:2])
+            return result.output
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
             query, key, value, output, normalizer = ctx.saved_tensors
-            inputs = (query, key, value, None, output, normalizer)
-            return triton.backward(gradients[0], None, *inputs, *settings, False)[:3]
+            call = Call(query, key, value, *settings)
+            return triton.backward(call, Result(output, normalizer, None), Upstream(gradients[0], None, False))[:3]
 
     return Twin.apply
 
 
 def _flex(problem: Problem) -> Attention:
     """FlexAttention: the softmax of log f(z) is f(z) over its sum."""
-    functorch_config.donated_buffer = not problem.backward_alone  # whose forward pass is kept
-    torch.compiler.reset()  # one compiled function per problem, and none of them dynamic
+    functorch_config.donated_buffer = not problem.backward_alone  # repeated backward needs the buffers
+    torch.compiler.reset()  # compile one static function per problem
 
     def log_weight(z: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = z * z
@@ -135,7 +135,7 @@ def _flex(problem: Problem) -> Attention:
 
 
 def _formula(problem: Problem) -> Attention:
-    """Expressive attention as one would write it first."""
+    """Expressive attention as a plain formula."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         z = (query @ key.mT) * query.shape[-1] ** -0.5
@@ -147,11 +147,11 @@ def _formula(problem: Problem) -> Attention:
     return attention
 
 
-SDPA = Contestant("sdpa", _sdpa, expressive=False)
-RIVALS = (SDPA, Contestant("flex", _flex), Contestant("formula", _formula))
+SDPA = Implementation("sdpa", _sdpa, expressive=False)
+RIVALS = (SDPA, Implementation("flex", _flex), Implementation("formula", _formula))
 GPU_RIVALS = (
-    Contestant("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
-    Contestant("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
-    Contestant("flex", _flex),
-    Contestant("twin", _twin, expressive=False),
+    Implementation("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
+    Implementation("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
+    Implementation("flex", _flex),
+    Implementation("twin", _twin, expressive=False),
 )

@@ -1,0 +1,56 @@
+"""Imports point one way, as ARCHITECTURE.md draws them, and functions have few parameters."""
+
+import ast
+
+from tests.architecture import PACKAGE, PAGE, ROOMS, ROOT, edges, room_of, with_picture
+
+# What users or other libraries call, whose parameters are not ours to choose.
+PUBLIC = {
+    "functional.expressive_attention",
+    "varlen.expressive_attention_varlen",
+    "nested.nested_attention",
+    "nn.attention.__init__",
+    "nn.multihead.__init__",
+    "nn.multihead.forward",
+    "nn.multihead.multi_head_attention_forward",  # as in torch
+    "nn.transformer.__init__",
+    "integrations.huggingface._attention",  # called by transformers
+    "integrations.marks._load",  # called by torch
+    "integrations.x_transformers.forward",
+}
+
+
+def test_imports_point_one_way():
+    order = list(ROOMS)
+    wrong = {pair: files for pair, files in edges().items() if order.index(pair[0]) < order.index(pair[1])}
+    assert wrong == {}
+
+
+def test_every_module_has_a_room():
+    names = [path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()]
+    names = [name for name in names if not name.startswith("__") and name != "py.typed"]
+    assert [name for name in names if room_of(name) is None] == []
+
+
+def test_the_picture_is_that_of_the_imports():
+    """`python tests/architecture.py` draws it anew."""
+    page = PAGE.read_text()
+    assert page == with_picture(page)
+
+
+def test_functions_have_at_most_seven_parameters():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    found = {}
+    for path in files:
+        name = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("")
+        if "study" in name.parts or "triton" in name.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                own = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len([x for x in own if x not in ("self", "cls")])
+                whole = ".".join((*name.parts, node.name))
+                if count > 7:
+                    found[whole] = count
+    assert {name: count for name, count in found.items() if name not in PUBLIC} == {}
+    assert set(found) == PUBLIC
