@@ -62,7 +62,7 @@ def outcomes(config_class: Any) -> Iterator[str]:
 
 
 def rank(found: str) -> tuple[int, float]:
-    """Of two outcomes, which says more."""
+    """Return the order of an outcome: one that tells more ranks higher."""
     kinds = ("not tried", "without attention", "not reached", "partly")
     told = next((number for number, kind in enumerate(kinds, 1) if found.startswith(kind)), 0)
     reached, total = re.findall(r"\d+", found)[:2] if found.startswith("partly") else (0, 1)

@@ -122,7 +122,7 @@ class Maker:
                 yield torch.randn(1, length, size)
 
     def lengths(self) -> list[int]:
-        """Of sound, in frames."""
+        """Return the lengths of sound to try, in frames."""
         return list(dict.fromkeys((2 * self.find(("max_source_positions",), 64, "audio|encoder|speech"), 128, 200)))
 
     def sound(self) -> Iterator[torch.Tensor]:

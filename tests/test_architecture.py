@@ -1,10 +1,11 @@
 """Imports point one way, as ARCHITECTURE.md draws them, and functions have few parameters."""
 
 import ast
+import re
 
 from tests.architecture import PACKAGE, PAGE, ROOMS, ROOT, edges, room_of, with_picture
 
-# What users or other libraries call, whose parameters are not ours to choose.
+# Functions that users or other libraries call; their parameters are not ours to choose.
 PUBLIC = {
     "functional.expressive_attention",
     "varlen.expressive_attention_varlen",
@@ -54,3 +55,13 @@ def test_functions_have_at_most_seven_parameters():
                     found[whole] = count
     assert {name: count for name, count in found.items() if name not in PUBLIC} == {}
     assert set(found) == PUBLIC
+
+
+def test_the_page_names_files_and_attributes_that_exist():
+    text = PAGE.read_text()
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("src/**/*.*")} | {"tests/architecture.py"}
+    files |= {"tests/test_architecture.py"}
+    for named in re.findall(r"`([\w/]+\.(?:py|c|h))`", text):
+        assert any(file.endswith(f"/{named}") or file == named for file in files), named
+    (adapters,) = re.findall(r"`_ADAPTERS` of `(.*?)`", text)
+    assert "\n_ADAPTERS = (" in (PACKAGE / adapters).read_text()

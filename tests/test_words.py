@@ -21,8 +21,6 @@ TO_DO = {
     "docs/operator.md",
     "docs/study.md",
     "src/expressive_attention/backends/blockwise.py",
-    "src/expressive_attention/backends/cpu/kernels/problem.h",
-    "src/expressive_attention/backends/cpu/kernels/visible.h",
     "src/expressive_attention/backends/triton/__init__.py",
     "src/expressive_attention/backends/triton/backward_pass.py",
     "src/expressive_attention/backends/triton/bias.py",

@@ -198,7 +198,7 @@ class Call(NamedTuple):
 
     @property
     def diagonal(self) -> int | None:
-        """Of a diagonal visibility: query i sees key j if and only if ``j <= i + diagonal``; None: it sees all."""
+        """The d of a diagonal visibility: query i sees key j if and only if ``j <= i + d``; None: it sees all."""
         right = self.visibility.right
         if right is None or not self.visibility.lower_right:
             return right
@@ -252,7 +252,7 @@ class Backend(Protocol):
     """An implementation of the operator: a module with these functions."""
 
     def declines(self, call: Call) -> str | None:
-        """The reason why it does not run the call; None: it does. No reason is that a query sees up to a diagonal."""
+        """The reason why it does not run the call; None: it does. A diagonal visibility is never a reason."""
 
     def forward(self, call: Call) -> Result:
         """Output, normalizer and largest biases of a call that it does not decline."""

@@ -59,7 +59,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     largest = largest.clamp(max=1.0) if form == "expressive" else largest
     weight = (z / largest).square()
     weight = weight / (1.0 + z.square()) if form == "expressive" else weight
-    bias_max = q.new_empty(0)
+    bias_max = q.new_empty((*query.shape[:2], 0))
     if bias is not None:
         largest_bias = row_bias_max(bias, range(rows), diagonal)
         weight = weight * torch.exp(bias - largest_bias)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import ops
+from . import ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout
 from .call import Call, Result, Visibility, outline
 from .checks import (
@@ -235,7 +235,7 @@ def run(call: Call, backend: str | None) -> Result:
     for hook in call_hooks:
         hook(call)
     if call.dropout_p:
-        call = call.but(dropout_seeds=dropout.draw(call.query))
+        call = call.but(dropout_seeds=sharding.replicated(dropout.draw(call.query), call.query))
     chosen = _choose(call, backend)
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):

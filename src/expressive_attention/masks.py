@@ -16,8 +16,8 @@ def join_masks(first: Tensor, second: Tensor, dtype: torch.dtype | None = None) 
     Args:
         first: A mask.
         second: Another one, of a shape that broadcasts with it.
-        dtype: Of the bias, where the first mask is the only one that has one; its own if None. The gradient of a mask
-            of 16 bits is the sum of many, which float32 holds.
+        dtype: Dtype of the result if the first mask alone has a bias; default: its own. The gradient of a 16-bit mask
+            is a sum of many terms, which float32 holds.
     """
     if first.dtype == second.dtype == torch.bool:
         return first & second

@@ -86,10 +86,15 @@ def _is_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _no_bias_max(normalizer: Tensor) -> Tensor:
+    """An empty tensor ``(B, Hq, 0)``, which stands for None in the results of the operator."""
+    return normalizer.new_empty((*normalizer.shape[:-1], 0))
+
+
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = unflatten(arguments)
     output, normalizer, bias_max = calls.forward(BACKENDS[backend], call)
-    return output, normalizer, normalizer.new_empty(0) if bias_max is None else bias_max
+    return output, normalizer, _no_bias_max(normalizer) if bias_max is None else bias_max
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -110,7 +115,7 @@ def _(*arguments: Any):
     call, _ = unflatten(arguments)
     rows = call.query.shape[:-1]
     normalizer = call.query.new_empty(rows, dtype=accumulation_dtype(call.query.dtype))
-    bias_max = normalizer.new_empty(rows if call.has_bias else 0)
+    bias_max = torch.empty_like(normalizer) if call.has_bias else _no_bias_max(normalizer)
     return call.query.new_empty((*rows, call.value.shape[-1])), normalizer, bias_max
 
 
@@ -216,10 +221,7 @@ torch.library.register_autograd(BACKWARD, _backward_twice, setup_context=_setup_
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any):
     operator = torch.ops.expressive_attention.attention
     folded, size = _fold(info.batch_size, in_dims, args)
-    *results, bias_max = operator(*folded)
-    has_bias = unflatten(folded)[0].has_bias
-    results = _unfold([*results, bias_max] if has_bias else results, info.batch_size, size)
-    return (results, (0, 0, 0)) if has_bias else ((*results, bias_max), (0, 0, None))
+    return _unfold(operator(*folded), info.batch_size, size), (0, 0, 0)
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):

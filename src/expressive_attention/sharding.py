@@ -16,7 +16,7 @@ import torch
 from .call import Call, Result, Upstream, Visibility
 from .schema import flatten, flatten_backward, unflatten, unflatten_backward
 
-__all__ = ["register", "replicated"]
+__all__ = ["register"]
 
 _NOT_A_TENSOR: Any = None  # which has no placement
 
@@ -30,15 +30,6 @@ def register(*tensors: Any) -> None:
         _register()
 
 
-def replicated(x: torch.Tensor, like: Any) -> Any:
-    """x on every device of the mesh of a DTensor; x itself if `like` is none."""
-    if type(like).__name__ != "DTensor":
-        return x
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-
-
 @cache
 def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
@@ -49,16 +40,8 @@ def _register() -> None:
 
 def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     """Placements of (output, normalizer, bias_max) for those of the arguments, each of one dimension of the mesh."""
-    from torch.distributed.tensor import Replicate
-
     call, _ = unflatten(arguments)
-    mask: Any = call.attn_mask  # a placement, whose dtype is not where that of a tensor is
-    has_bias = call.visibility.slopes is not None or (mask is not None and mask.tensor_meta.dtype != torch.bool)
-    rules = []
-    for way in _ways(call):
-        rows = way.query
-        rules.append(([rows, rows, rows if has_bias else Replicate()], list(flatten(way, _NOT_A_TENSOR))))
-    return rules
+    return [([way.query] * 3, list(flatten(way, _NOT_A_TENSOR))) for way in _ways(call)]
 
 
 def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -94,8 +77,7 @@ def _ways(call: Call) -> list[Call]:
         for name in ("query_starts", "key_starts"):
             members[name] = None if getattr(seen, name) is None else Replicate()
         rows: Any = Replicate() if dim < 0 else Shard(dim)
-        seeds = None if call.dropout_seeds is None else Replicate()
-        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR, _NOT_A_TENSOR, seeds)
+        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR)
         return Call(rows, keys, keys, of(call.attn_mask, dim), Visibility(**members), *settings)
 
     ways = [way(-1, Replicate())]

@@ -275,6 +275,7 @@ def test_parts_of_a_model_get_back_what_each_had():
         assert torch.equal(model(**inputs).logits, wanted)
 
 
+@pytest.mark.skipif(not NEW, reason="in transformers 4, X-CLIP also has attention that convert refuses")
 def test_layers_with_a_configuration_that_the_model_does_not_know_are_switched(tmp_path):
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     text = {**small, "vocab_size": 64, "max_position_embeddings": 16, "pad_token_id": 0}

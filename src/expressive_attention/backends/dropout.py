@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..sharding import replicated
 
 __all__ = ["draw", "keep_share", "kept", "kept_weights", "philox", "threshold"]
 
@@ -30,8 +29,7 @@ def draw(query: Tensor) -> Tensor:
     The one place in which dropout draws random numbers, so that `torch.manual_seed`, checkpoints that restore the state
     of the generator, `torch.compile` and the modes of randomness of `torch.vmap` mean for it what they mean for torch.
     """
-    seeds = torch.nn.functional.pad(torch.randint(2**63 - 1, (1, 2), device=query.device), (0, 1))
-    return replicated(seeds, query)
+    return torch.nn.functional.pad(torch.randint(2**63 - 1, (1, 2), device=query.device), (0, 1))
 
 
 def threshold(dropout_p: float) -> int:

@@ -139,7 +139,7 @@ def is_guarded(module: nn.Module) -> bool:
 
 
 def _enter(module: Any, _: Any) -> None:
-    # Of what runs in every call, each step counts: no calls that can be done without.
+    # This runs in every call of a layer, so it calls as little as possible.
     if _here.off or (found := module.__dict__.get(GUARD)) is None:
         return
     if found.by_class:

@@ -33,7 +33,7 @@ class KnownFacts:
         self.found: dict[str, dict[str, Any]] = {}
 
     def of(self, task: Task | RecordedTask, test_sequences: int) -> dict[str, Any]:
-        """As `record.facts_of`."""
+        """The facts of a task, as `record.facts_of` counts them."""
         if isinstance(task, RecordedTask):
             return task.facts
         content = json.dumps([task.model_dump(mode="json"), test_sequences, _code()], sort_keys=True)

@@ -43,7 +43,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     """Capture the trained models of a study on test examples.
 
     Args:
-        directory: Of the study; its cells must be there.
+        directory: Folder of the study, with its cells.
         condition: Label of a condition; None: the one on which the mechanisms differ most.
         seed: A final seed; None: the one with the lowest accuracy of DPA, or of what there is.
         trust: Run the study's Python files, without which the models of its own tasks cannot be used.

@@ -93,7 +93,7 @@ def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
 
     Args:
         cell: A finished cell of EA.
-        store: Where it is.
+        store: Where the study is kept.
         share: Steps of the training after the replacement, as a share of those of the cell.
 
     Raises:

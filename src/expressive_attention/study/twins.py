@@ -69,8 +69,8 @@ def write_twins(
     """Write the trained models of one condition and seed of a study, one file per mechanism, and examples.
 
     Args:
-        directory: Of the study; its cells must be there.
-        out: Where to; made if it is not there.
+        directory: Folder of the study, with its cells.
+        out: Folder to write to; it is made if it does not exist.
         condition: Label of a condition; None: the one on which the mechanisms differ most.
         seed: A final seed; None: the one in the middle by the accuracy of DPA, or of the first mechanism.
         half: Keep parameters in float16: files of half the size.

@@ -1,4 +1,4 @@
-"""What a float mask needs beside the weights: the bias_maxima of its rows, and its gradient."""
+"""Kernels for float masks: the largest bias of each row, and the gradient of the mask."""
 
 # What Triton compiles looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false

@@ -204,7 +204,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
 
 
 class _Inputs:
-    """What all kernels are told about a problem."""
+    """The arguments that all kernels take."""
 
     def __init__(self, call: Call) -> None:
         query, key, value, attn_mask, visibility, scale, form, *_ = call

@@ -447,7 +447,7 @@ def biased(x, tile, bias_max, MASK: tl.constexpr):
 
 @triton.jit
 def decay(rows, place, key, bias_max, last_key):
-    """What ALiBi makes of weights, exp(bias - bias_max), as a factor of each row and one of each key: none is above 1.
+    """The factors exp(bias - bias_max) of ALiBi, as one of each row and one of each key: none is above 1.
 
     For keys up to `last_key`, which exists and is at or before the places of all rows, and any after it of which the
     weights are 0. Rows share a slope, that of one head.

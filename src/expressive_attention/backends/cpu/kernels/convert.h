@@ -9,7 +9,7 @@ INLINE int64_t dtype_size(int64_t dtype) {
   }
 }
 
-// Of the normalizer, the bias_max, and their like.
+// The dtype of the normalizer, the bias_max and other numbers of a row.
 INLINE int64_t sums_dtype(const ea_problem *p) { return p->dtype == EA_FLOAT64 ? EA_FLOAT64 : EA_FLOAT32; }
 
 INLINE float from_bits(uint32_t bits) {

@@ -1,4 +1,4 @@
-// What the library is asked to compute. Conventions: call.py; equations: docs/operator.md.
+// A problem that the library computes. Conventions: call.py; equations: docs/operator.md.
 #ifndef EA_PROBLEM_H
 #define EA_PROBLEM_H
 

@@ -208,7 +208,7 @@ INLINE visible_range range_of(const row_span *rows, int64_t count) {
   return range;
 }
 
-// What biases make of the weights of `n` keys from `key`: exp(bias - bias_max).
+// The factors of the weights of `n` keys from `key`, exp(bias - bias_max).
 static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
   if (!has_float_mask(p) && row->bias_max == 0) {
     int64_t d = key - row->place;
