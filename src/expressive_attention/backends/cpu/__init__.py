@@ -89,6 +89,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         dk.data_ptr(),
         dv.data_ptr(),
         0 if dmask is None else dmask.data_ptr(),
+        0,
         *((0, 0, 0, 0) if dmask is None else dmask.shape),
     )
     _run(library.chosen().backward, problem)

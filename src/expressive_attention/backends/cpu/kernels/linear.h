@@ -219,8 +219,7 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
       }
     }
     if (c) {
-      REAL factor = begin ? c[begin + n - 1] - c[begin - 1] : 0;
-      exponentials(&factor, 1);
+      REAL factor = begin ? exponential_of(c[begin + n - 1] - c[begin - 1]) : 1;
       scale_row(room->sums, plan->products * plan->value_columns, factor);
       scale_row(room->moment, plan->products, factor);
       for (int64_t j = 0; j < n; j++) room->until[j] = c[begin + n - 1] - c[begin + j];

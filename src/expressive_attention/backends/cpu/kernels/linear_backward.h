@@ -82,9 +82,9 @@ static void clear_state(const ea_problem *p, const linear_plan *plan, quadratic_
 }
 
 static void decay_state(const ea_problem *p, const linear_plan *plan, quadratic_state *state, REAL log_factor) {
-  exponentials(&log_factor, 1);
-  scale_row(state->sums, p->value_width * state->ld, log_factor);
-  scale_row(state->moment, p->width * plan->ld, log_factor);
+  REAL factor = exponential_of(log_factor);
+  scale_row(state->sums, p->value_width * state->ld, factor);
+  scale_row(state->moment, p->width * plan->ld, factor);
 }
 
 // to[r] = from[r] * factor[r] for `count` rows of n numbers, `ld` apart. factor NULL: 1.
@@ -157,7 +157,7 @@ static void half_gradients(const ea_problem *p, const linear_plan *plan, const l
       for (int64_t k = 0; k < whole; k += PANEL) {
         int nr = (int)(panel_width(k, whole) / V);
         product(mr, nr, p->value_width, y + r * plan->value_columns, plan->value_columns,
-                state->sums + room->at[i] + k, state->ld, room->matrix + k, ld);
+                state->sums + room->at[i] + k, state->ld, room->matrix + k, ld, 0);
       }
       for (int j = 0; j < mr; j++) {
         store(room->matrix + j * ld + whole, (vec){0});  // is read, and multiplied by 0
@@ -239,11 +239,11 @@ static void pairs_of_chunk(const ea_problem *p, const linear_plan *plan, linear_
     int64_t seen = seen_of(at, r + mr - 1);
     for (int64_t start = 0; start < seen; start += PANEL) {
       int64_t ld = panel_width(start, at->n);
-      slopes(mr, (int)(ld / V), p->width, room->query + r * plan->ld, plan->ld,
+      derivatives(mr, (int)(ld / V), p->width, room->query + r * plan->ld, plan->ld,
              room->keys_transposed + start * p->width, ld, room->weights + r * ldw + start, room->scores + r * ldw + start,
-             ldw, 1);
+             ldw, 1, 1, 1, 0);
       product(mr, (int)(ld / V), p->value_width, room->upstream + r * plan->value_columns, plan->value_columns,
-              room->values_transposed + start * p->value_width, ld, room->products + r * ldw + start, ldw);
+              room->values_transposed + start * p->value_width, ld, room->products + r * ldw + start, ldw, 0);
     }
     for (int i = 0; i < mr; i++) {
       REAL *w = room->weights + (r + i) * ldw, *s = room->scores + (r + i) * ldw, *g = room->products + (r + i) * ldw;
