@@ -36,7 +36,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     (z / m)^2 / (1 + z^2), which a row of small scores does not underflow.
     """
     call = lower(unflatten(arguments)[0], reference)
-    query, key, value, mask, _, scale, form, dropout_p, _ = call
+    query, key, value, mask, _, scale, form, dropout_p, *_ = call
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)

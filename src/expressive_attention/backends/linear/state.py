@@ -56,6 +56,10 @@ class State:
         """x^T moment x, ``(N, C, 1)``."""
         return (torch.bmm(x, self.moment) * x).sum(-1, keepdim=True)
 
+    def trace(self) -> Tensor:
+        """The sum of s |x|^2, ``(N, 1, 1)``."""
+        return self.moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+
     def gradient(self, x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         """The gradient of phi(x)^T sums y - s x^T moment x with respect to x, over 2, ``(N, C, E)``."""
         found = torch.bmm(x, self.moment) * -s

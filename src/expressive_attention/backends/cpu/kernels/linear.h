@@ -3,9 +3,20 @@
 // earlier chunks amount to from the state, and is added to it.
 //
 // With decay, a pair has the factor exp(c_p - c_j): c are cumulative, never rise, and p is the place of the query.
+//
+// A state that a row cannot be read from with the accuracy of its arithmetic is computed again in double.
 
 // Keys of a chunk: a multiple of MR, so that no tile of rows is cut short.
 #define LINEAR_CHUNK 96
+// The error of a normalizer that is read from a state is that of |q|^2 sum_j |k_j|^2, whose terms cancel where q is nearly
+// orthogonal to the keys. Rows with a smaller share of it are unsafe: double has digits to spare for other dtypes.
+#define LEAST_SHARE(dtype) (REAL_DTYPE == (dtype) || !REAL_IS_DOUBLE ? (REAL)0x1p-10 : (REAL)0x1p-28)
+#if REAL_IS_DOUBLE
+#define LEAST_LINEAR_SUM 0x1p-900
+#else
+#define LEAST_LINEAR_SUM 0x1p-80f
+#endif
+
 // Products that are formed at a time, where one component has no more: their part of the state stays in the first cache.
 #define LINEAR_PRODUCTS 128
 
@@ -27,11 +38,23 @@ typedef struct {
   REAL *query, *keys, *columns, *values, *decayed;  // of a chunk; `columns` are the keys, transposed
   REAL *phi, *weights, *output, *totals, *total, *room;  // `totals`: a vector for each row
   REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
+  REAL trace;           // of the matrix sum_j k_j k_j^T of the state, a sum of squares
+  int64_t any;          // the first key that is not 0
+  int unsafe;           // whether a row could not be read with enough accuracy
 } linear_room;
+
+// Whether N of a row q lost what counts: of the state, `trace` is that at the row. `any`: whether it sees a key that is not 0.
+INLINE int is_unsafe_sum(const ea_problem *p, const REAL *q, REAL total, REAL trace, int any) {
+  REAL square = 0;
+  int is_zero = 1;
+  for (int64_t e = 0; e < p->width; e++) square += q[e] * q[e], is_zero &= q[e] == 0;
+  if (is_zero || !any) return total != 0;
+  return !(total > LEAST_LINEAR_SUM && total <= LARGEST && total >= LEAST_SHARE(p->dtype) * square * trace);
+}
 
 static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
   linear_plan plan = {.value_columns = padded(p->value_width), .ld = padded(p->width) + V};
-  plan.groups = p->decay.data && p->decay.stride[1] ? 1 : p->heads / p->kv_heads;
+  plan.groups = p->decay.data && p->decay_heads != p->kv_heads ? 1 : p->heads / p->kv_heads;
   plan.state_heads = p->heads / plan.groups;
   plan.states = p->batch * plan.state_heads;
   for (int64_t a = 0; a < p->width;) {
@@ -135,7 +158,7 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
 }
 
 // Pairs of the rows of a chunk with its keys begin, ..., begin + n - 1; the place of row r is `place` + r.
-static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *c,
+static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const ea_problem *p, const double *c,
                                int64_t count, int64_t place, int64_t begin, int64_t n) {
   int64_t ldw = leading(padded(LINEAR_CHUNK)), columns = plan->value_columns;
   weights_target to = {.squared = 1, .scale2 = 1, .inverse = 1, .ld = ldw};
@@ -153,7 +176,7 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
       int64_t last = least(n, place + r + i + 1 - begin);
       if (c) {
         int64_t at = least(place + r + i, p->keys - 1);
-        for (int64_t j = 0; j < last; j++) room->until[j] = c[at] - c[begin + j];
+        for (int64_t j = 0; j < last; j++) room->until[j] = (REAL)(c[at] - c[begin + j]);
         exponentials(room->until, last);
         for (int64_t j = 0; j < last; j++) w[j] *= room->until[j];
       }
@@ -170,7 +193,7 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
 
 // Output and normalizer of rows first, ..., first + count - 1 of a query head, of which the first has the place `place`,
 // with the state of all keys before `begin` and the n keys from there on.
-static void linear_rows(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *c, int64_t b,
+static void linear_rows(const linear_plan *plan, linear_room *room, const ea_problem *p, const double *c, int64_t b,
                         int64_t head, int64_t first, int64_t count, int64_t place, int64_t begin, int64_t n) {
   int64_t columns = plan->value_columns;
   pack_rows(room->query, plan->ld, &p->query, p->dtype, b, head, first, count, p->width, (REAL)p->scale);
@@ -181,7 +204,7 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
     read_state(plan, room, p, room->query, count);
     for (int64_t r = 0; r < count; r++) room->total[r] = sum_of(load(room->totals + r * V));
     if (c) {
-      for (int64_t r = 0; r < count; r++) room->since[r] = c[least(place + r, p->keys - 1)] - c[begin - 1];
+      for (int64_t r = 0; r < count; r++) room->since[r] = (REAL)(c[least(place + r, p->keys - 1)] - c[begin - 1]);
       exponentials(room->since, count);
       for (int64_t r = 0; r < count; r++) {
         scale_row(room->output + r * columns, columns, room->since[r]);
@@ -193,10 +216,34 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
   int64_t index = (b * p->heads + head) * p->rows + first;
   for (int64_t r = 0; r < count; r++, index++) {
     REAL *output = room->output + r * columns, total = room->total[r];
-    for (int64_t e = 0; e < p->value_width; e++) output[e] /= total == 0 ? 1 : total;
+    int64_t last = least(begin + n - 1, place + r);
+    REAL trace = !begin ? 0 : c ? room->trace * room->since[r] : room->trace, beyond = 0;
+    for (int64_t e = 0; e < p->value_width; e++) output[e] /= total == 0 ? 1 : total, beyond += output[e] * 0;
+    room->unsafe |= beyond != 0 || is_unsafe_sum(p, room->query + r * plan->ld, total, trace, room->any <= last);
     write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
     write_number(p->normalizer, sums_dtype(p), index, total);
   }
+}
+
+// The cumulative log decays of a state; NULL: there are none.
+INLINE const double *decays_of(const ea_problem *p, int64_t b, int64_t state) {
+  return p->decay.data ? (const double *)p->decay.data + b * p->decay.stride[0] + state * p->decay.stride[1] : NULL;
+}
+
+INLINE REAL square_of(const REAL *x, int64_t n) {
+  REAL sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+  return sum;
+}
+
+// The first of `count` vectors that is not 0; `count`: there is none.
+INLINE int64_t first_nonzero(const REAL *x, int64_t ld, int64_t count, int64_t n) {
+  for (int64_t j = 0; j < count; j++) {
+    for (int64_t e = 0; e < n; e++) {
+      if (x[j * ld + e] != 0) return j;
+    }
+  }
+  return count;
 }
 
 // All of one state: its keys in turn.
@@ -204,13 +251,18 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
   int64_t b = task / plan->state_heads, state = task % plan->state_heads;
   int64_t kv_head = state * plan->groups / (p->heads / p->kv_heads), keys = key_count(p, b);
   int64_t corner = (p->lower_right ? keys - p->rows : 0) + p->right;
-  const REAL *c = p->decay.data ? (const REAL *)p->decay.data + b * p->decay.stride[0] + state * p->decay.stride[1] : NULL;
+  const double *c = decays_of(p, b, state);
+  room->trace = 0, room->any = INT64_MAX, room->unsafe = 0;
   clear(room->sums, plan->products * plan->value_columns * (int64_t)sizeof(REAL));
   clear(room->moment, (plan->products + V) * (int64_t)sizeof(REAL));
   for (int64_t begin = 0; begin < keys; begin += LINEAR_CHUNK) {
     int64_t n = least(LINEAR_CHUNK, keys - begin);
     pack_rows(room->keys, plan->ld, &p->key, p->dtype, b, kv_head, begin, n, p->width, 1);
     pack_rows(room->values, plan->value_columns, &p->value, p->dtype, b, kv_head, begin, n, p->value_width, 1);
+    if (room->any == INT64_MAX) {
+      int64_t found = first_nonzero(room->keys, plan->ld, n, p->width);
+      if (found < n) room->any = begin + found;
+    }
     int64_t first = most(0, least(p->rows, begin - corner)), end = most(0, least(p->rows, begin + n - corner));
     if (p->causal && end > first) {
       pack_transposed(room->columns, &p->key, p->dtype, b, kv_head, begin, n, p->width, room->room);
@@ -219,15 +271,19 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
       }
     }
     if (c) {
-      REAL factor = begin ? exponential_of(c[begin + n - 1] - c[begin - 1]) : 1;
+      REAL factor = begin ? exponential_of((REAL)(c[begin + n - 1] - c[begin - 1])) : 1;
+      room->trace *= factor;
       scale_row(room->sums, plan->products * plan->value_columns, factor);
       scale_row(room->moment, plan->products, factor);
-      for (int64_t j = 0; j < n; j++) room->until[j] = c[begin + n - 1] - c[begin + j];
+      for (int64_t j = 0; j < n; j++) room->until[j] = (REAL)(c[begin + n - 1] - c[begin + j]);
       exponentials(room->until, n);
       memcpy(room->decayed, room->values, (size_t)(n * plan->value_columns) * sizeof(REAL));
       for (int64_t j = 0; j < n; j++) {
         scale_row(room->decayed + j * plan->value_columns, plan->value_columns, room->until[j]);
       }
+    }
+    for (int64_t j = 0; j < n; j++) {
+      room->trace += square_of(room->keys + j * plan->ld, p->width) * (c ? room->until[j] : 1);
     }
     write_state(plan, room, p, n, c != NULL);
   }
@@ -252,7 +308,11 @@ typedef struct {
   int64_t room_bytes;
   char *rooms;
   ea_queue queue;
+  int64_t first;  // of the tasks
+  _Atomic int status;
 } linear_run;
+
+static int linear_in_double(const ea_problem *p, int64_t task);
 
 static void linear_thread(void *context, int64_t thread) {
   linear_run *run = context;
@@ -260,15 +320,20 @@ static void linear_thread(void *context, int64_t thread) {
   lay_out_linear(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
   plan_linear(run->p, room.blocks);
   for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
-    for (; task < end; task++) linear_task(&run->plan, &room, run->p, task);
+    for (; task < end; task++) {
+      linear_task(&run->plan, &room, run->p, run->first + task);
+      int status = room.unsafe ? linear_in_double(run->p, run->first + task) : EA_OK;
+      if (status != EA_OK) run->status = status;
+    }
   }
 }
 
-static int run_linear(const ea_problem *p) {
+// The states first, ..., end - 1; end -1: all.
+static int run_linear(const ea_problem *p, int64_t first, int64_t end) {
   if (p->batch * p->heads * p->rows == 0) return EA_OK;
-  linear_run run = {.p = p, .plan = plan_linear(p, NULL)};
-  int64_t threads = most(1, least(p->threads, run.plan.states));
-  run.queue = (ea_queue){.count = run.plan.states, .chunk = 1};
+  linear_run run = {.p = p, .plan = plan_linear(p, NULL), .first = first};
+  int64_t tasks = (end < 0 ? run.plan.states : end) - first, threads = most(1, least(p->threads, tasks));
+  run.queue = (ea_queue){.count = tasks, .chunk = 1};
   linear_room room;
   run.room_bytes = lay_out_linear(p, &run.plan, NULL, &room);
   void *memory;
@@ -276,5 +341,5 @@ static int run_linear(const ea_problem *p) {
   run.rooms = memory;
   ea_parallel(linear_thread, &run, threads);
   free(memory);
-  return EA_OK;
+  return run.status;
 }

@@ -22,6 +22,7 @@ typedef struct {
   REAL *phi, *matrix, *half, *moment;  // `half` and `moment`: half the gradients of the two forms
   REAL *weighted, *scaled, *grad, *grad_value, *room;
   REAL *since, *until, *decay;
+  int64_t any;  // the first key that is not 0
 } linear_backward_room;
 
 typedef struct {
@@ -29,9 +30,13 @@ typedef struct {
   linear_plan plan;
   int64_t room_bytes;
   char *rooms;
-  REAL *numbers;  // N and m of all rows (B, Hq, L)
+  REAL *numbers;  // N and m of all rows (B, Hq, L) from `first_row` on
+  int64_t first, first_row;  // of the tasks
   ea_queue queue;
+  _Atomic int status;
 } linear_backward_run;
+
+static int linear_backward_in_double(const ea_problem *p, int64_t task);
 
 static int64_t most_products(const ea_problem *p) { return most(LINEAR_PRODUCTS, p->width) + PANEL; }
 
@@ -201,7 +206,7 @@ static void turn_state(const ea_problem *p, const linear_plan *plan, linear_room
 // has the place `place`.
 typedef struct {
   int64_t b, head, kv_head, first, count, place, begin, n;
-  const REAL *c;  // cumulative log decays, or NULL
+  const double *c;  // cumulative log decays, or NULL
 } linear_chunk;
 
 static void load_rows(const ea_problem *p, const linear_plan *plan, linear_backward_room *room, const linear_chunk *at) {
@@ -211,7 +216,7 @@ static void load_rows(const ea_problem *p, const linear_plan *plan, linear_backw
   if (!at->c) return;
   if (!at->begin) return;
   for (int64_t r = 0; r < at->count; r++) {
-    room->since[r] = at->c[least(at->place + r, p->keys - 1)] - at->c[at->begin - 1];
+    room->since[r] = (REAL)(at->c[least(at->place + r, p->keys - 1)] - at->c[at->begin - 1]);
   }
   exponentials(room->since, at->count);
 }
@@ -223,7 +228,7 @@ static void load_keys(const ea_problem *p, const linear_plan *plan, linear_backw
   pack_transposed(room->values_transposed, &p->value, p->dtype, at->b, at->kv_head, at->begin, at->n, p->value_width,
                   room->room);
   if (!at->c) return;
-  for (int64_t j = 0; j < at->n; j++) room->until[j] = at->c[at->begin + at->n - 1] - at->c[at->begin + j];
+  for (int64_t j = 0; j < at->n; j++) room->until[j] = (REAL)(at->c[at->begin + at->n - 1] - at->c[at->begin + j]);
   exponentials(room->until, at->n);
 }
 
@@ -249,8 +254,8 @@ static void pairs_of_chunk(const ea_problem *p, const linear_plan *plan, linear_
       REAL *w = room->weights + (r + i) * ldw, *s = room->scores + (r + i) * ldw, *g = room->products + (r + i) * ldw;
       int64_t last = seen_of(at, r + i);
       if (at->c) {
-        REAL now = at->c[least(at->place + r + i, p->keys - 1)];
-        for (int64_t j = 0; j < last; j++) room->decay[j] = now - at->c[at->begin + j];
+        double now = at->c[least(at->place + r + i, p->keys - 1)];
+        for (int64_t j = 0; j < last; j++) room->decay[j] = (REAL)(now - at->c[at->begin + j]);
         exponentials(room->decay, last);
         for (int64_t j = 0; j < last; j++) w[j] *= room->decay[j], s[j] *= room->decay[j];
       }
@@ -268,8 +273,8 @@ INLINE void subtract_mean(REAL *g, const REAL *w, int64_t n, REAL total, REAL sh
   for (int64_t j = 0; j < n; j++) g[j] = w[j] == total ? of_normalizer * total : g[j] - shift;
 }
 
-// dq, N and m of the rows of a chunk, with the state of all keys before it.
-static void rows_backward(linear_backward_run *run, const linear_room *forward, linear_backward_room *room,
+// dq, N and m of the rows of a chunk, with the state of all keys before it. Return whether an N is unsafe.
+static int rows_backward(linear_backward_run *run, const linear_room *forward, linear_backward_room *room,
                           const linear_chunk *at) {
   const ea_problem *p = run->p;
   const linear_plan *plan = &run->plan;
@@ -279,6 +284,9 @@ static void rows_backward(linear_backward_run *run, const linear_room *forward, 
   if (at->n) pairs_of_chunk(p, plan, room, at);
   clear(room->grad, at->count * plan->ld * (int64_t)sizeof(REAL));
   int64_t index = (at->b * p->heads + at->head) * p->rows + at->first;
+  REAL *numbers = run->numbers + 2 * (index - run->first_row), trace = 0;
+  for (int64_t e = 0; at->begin && e < p->width; e++) trace += room->state.moment[e * plan->ld + e];
+  int unsafe = 0;
   for (int64_t r = 0; r < at->count; r++) {
     const REAL *q = room->query + r * plan->ld;
     REAL *half = room->half + r * plan->ld, *moment = room->moment + r * plan->ld, *grad = room->grad + r * plan->ld;
@@ -293,8 +301,9 @@ static void rows_backward(linear_backward_run *run, const linear_room *forward, 
     for (int64_t j = 0; j < seen; j++) mean += w[j] * g[j];
     REAL of_normalizer = grad_normalizer_of(p, index + r), inverse = total == 0 ? 0 : 1 / total;
     REAL shift = mean * inverse - of_normalizer * total;
-    run->numbers[2 * (index + r)] = total;
-    run->numbers[2 * (index + r) + 1] = shift * inverse;
+    unsafe |= is_unsafe_sum(p, q, total, trace * decay, room->any <= least(at->begin + at->n - 1, at->place + r));
+    numbers[2 * r] = total;
+    numbers[2 * r + 1] = shift * inverse;
     if (at->begin) {
       for (int64_t e = 0; e < p->width; e++) grad[e] = decay * (half[e] - shift * moment[e]);
     }
@@ -311,7 +320,7 @@ static void rows_backward(linear_backward_run *run, const linear_room *forward, 
   }
   for (int64_t r = 0; r < at->count; r++) {
     const REAL *q = room->query + r * plan->ld;
-    REAL *grad = room->grad + r * plan->ld, total = run->numbers[2 * (index + r)], along = 0, square = 0;
+    REAL *grad = room->grad + r * plan->ld, total = numbers[2 * r], along = 0, square = 0;
     REAL inverse = total == 0 ? 0 : 1 / total;
     for (int64_t e = 0; e < p->width; e++) grad[e] *= inverse, along += grad[e] * q[e], square += q[e] * q[e];
     // q . dq / 2 is dN N: what is left of terms that cancel.
@@ -319,15 +328,17 @@ static void rows_backward(linear_backward_run *run, const linear_room *forward, 
     for (int64_t e = 0; e < p->width; e++) grad[e] = 2 * (REAL)p->scale * (grad[e] + change * q[e]);
     write_row((char *)p->grad_query + (index + r) * p->width * dtype_size(p->dtype), p->dtype, grad, p->width);
   }
+  return unsafe;
 }
 
 // u of the rows in place of dO; the rows' m.
 static void divide_rows(const linear_backward_run *run, linear_backward_room *room, const linear_chunk *at, REAL *mean) {
   int64_t index = (at->b * run->p->heads + at->head) * run->p->rows + at->first;
+  const REAL *numbers = run->numbers + 2 * (index - run->first_row);
   for (int64_t r = 0; r < at->count; r++) {
-    REAL total = run->numbers[2 * (index + r)];
+    REAL total = numbers[2 * r];
     scale_row(room->upstream + r * run->plan.value_columns, run->plan.value_columns, total == 0 ? 0 : 1 / total);
-    mean[r] = run->numbers[2 * (index + r) + 1];
+    mean[r] = numbers[2 * r + 1];
   }
 }
 
@@ -343,7 +354,7 @@ static void remember_rows(const linear_backward_run *run, const linear_room *for
 
 // Add what pairs inside of the chunk give to dk and dv; the rows' numbers are those of `divide_rows`.
 static void keys_of_chunk(const linear_backward_run *run, linear_backward_room *room, const linear_chunk *at,
-                          const REAL *mean, REAL *grad_decay) {
+                          const REAL *mean, double *grad_decay) {
   const ea_problem *p = run->p;
   const linear_plan *plan = &run->plan;
   int64_t ldw = leading(padded(LINEAR_CHUNK)), columns = padded(p->width);
@@ -352,7 +363,7 @@ static void keys_of_chunk(const linear_backward_run *run, linear_backward_room *
   for (int64_t r = 0; r < at->count; r++) {
     REAL *w = room->weights + r * ldw, *s = room->scores + r * ldw, *g = room->products + r * ldw;
     int64_t seen = seen_of(at, r);
-    REAL total = run->numbers[2 * (index + r)], of_normalizer = grad_normalizer_of(p, index + r);
+    REAL total = run->numbers[2 * (index - run->first_row + r)], of_normalizer = grad_normalizer_of(p, index + r);
     for (int64_t j = 0; j < seen; j++) {
       g[j] = w[j] == total ? of_normalizer : g[j] - mean[r];
       s[j] *= g[j];
@@ -376,7 +387,7 @@ static void keys_of_chunk(const linear_backward_run *run, linear_backward_room *
 
 // dk and dv of a chunk of keys from the state of the rows after it.
 static void keys_from_state(const linear_backward_run *run, linear_room *forward, linear_backward_room *room,
-                            const linear_chunk *at, REAL *grad_decay) {
+                            const linear_chunk *at, double *grad_decay) {
   const ea_problem *p = run->p;
   const linear_plan *plan = &run->plan;
   half_gradients(p, plan, forward, room, room->keys, room->values, at->n);
@@ -409,18 +420,20 @@ static void write_keys(const ea_problem *p, const linear_plan *plan, linear_back
   }
 }
 
-// All of one state: its chunks in order, and in reverse.
-static void linear_backward_task(linear_backward_run *run, linear_room *forward, linear_backward_room *room, int64_t task) {
+// All of one state: its chunks in order, and in reverse. Return whether N of some row is unsafe: then there are no gradients.
+static int linear_backward_task(linear_backward_run *run, linear_room *forward, linear_backward_room *room, int64_t task) {
   const ea_problem *p = run->p;
   const linear_plan *plan = &run->plan;
   int64_t b = task / plan->state_heads, state = task % plan->state_heads;
   int64_t keys = key_count(p, b), corner = (p->lower_right ? keys - p->rows : 0) + p->right;
   int64_t rest = p->causal ? most(0, least(p->rows, keys - corner)) : 0;
   int64_t before = p->causal ? least(p->rows, -corner) : 0;  // rows before the first key
-  REAL *grad_decay = p->grad_decay ? (REAL *)p->grad_decay + (b * plan->state_heads + state) * p->keys : NULL;
+  double *grad_decay = p->grad_decay ? (double *)p->grad_decay + (b * plan->state_heads + state) * p->keys : NULL;
   REAL mean[LINEAR_CHUNK];
   linear_chunk at = {.b = b, .kv_head = state * plan->groups / (p->heads / p->kv_heads)};
-  if (p->decay.data) at.c = (const REAL *)p->decay.data + b * p->decay.stride[0] + state * p->decay.stride[1];
+  at.c = decays_of(p, b, state);
+  room->any = INT64_MAX;
+  int unsafe = 0;
 
   clear_state(p, plan, &room->state);
   for (at.begin = 0; at.begin < keys; at.begin += LINEAR_CHUNK) {
@@ -429,11 +442,14 @@ static void linear_backward_task(linear_backward_run *run, linear_room *forward,
     at.count = p->causal ? most(0, least(p->rows, at.begin + at.n - corner)) - at.first : 0;
     at.place = at.first + corner;
     load_keys(p, plan, room, &at);
+    int64_t found = room->any == INT64_MAX ? first_nonzero(room->keys, plan->ld, at.n, p->width) : at.n;
+    if (found < at.n) room->any = at.begin + found;
     for (int64_t g = 0; at.count > 0 && g < plan->groups; g++) {
       at.head = state * plan->groups + g;
-      rows_backward(run, forward, room, &at);
+      unsafe |= rows_backward(run, forward, room, &at);
     }
-    if (at.c && at.begin) decay_state(p, plan, &room->state, at.c[at.begin + at.n - 1] - at.c[at.begin - 1]);
+    if (unsafe) return 1;
+    if (at.c && at.begin) decay_state(p, plan, &room->state, (REAL)(at.c[at.begin + at.n - 1] - at.c[at.begin - 1]));
     const REAL *until = at.c ? room->until : NULL;
     scale_rows(room->weighted, room->values, plan->value_columns, at.n, p->value_width, until);
     add_to_state(p, plan, forward, room, room->keys, room->weighted, until, at.n);
@@ -442,13 +458,14 @@ static void linear_backward_task(linear_backward_run *run, linear_room *forward,
     at.head = state * plan->groups + g, at.n = 0;
     for (at.first = 0, at.begin = 0; at.first < before; at.first += LINEAR_CHUNK) {
       at.count = least(LINEAR_CHUNK, before - at.first), at.place = at.first + corner;
-      rows_backward(run, forward, room, &at);
+      unsafe |= rows_backward(run, forward, room, &at);
     }
     for (at.first = rest, at.begin = keys; at.first < p->rows; at.first += LINEAR_CHUNK) {
       at.count = least(LINEAR_CHUNK, p->rows - at.first), at.place = at.first + corner;
-      rows_backward(run, forward, room, &at);
+      unsafe |= rows_backward(run, forward, room, &at);
     }
   }
+  if (unsafe) return 1;
 
   clear_state(p, plan, &room->state);
   for (int64_t g = 0; keys && g < plan->groups; g++) {
@@ -469,7 +486,7 @@ static void linear_backward_task(linear_backward_run *run, linear_room *forward,
     clear(room->grad, at.n * plan->ld * (int64_t)sizeof(REAL));
     clear(room->grad_value, at.n * plan->value_columns * (int64_t)sizeof(REAL));
     keys_from_state(run, forward, room, &at, grad_decay);
-    if (at.c && at.begin) decay_state(p, plan, &room->state, at.c[at.begin + at.n - 1] - at.c[at.begin - 1]);
+    if (at.c && at.begin) decay_state(p, plan, &room->state, (REAL)(at.c[at.begin + at.n - 1] - at.c[at.begin - 1]));
     for (int64_t g = 0; at.count > 0 && g < plan->groups; g++) {
       at.head = state * plan->groups + g;
       load_rows(p, plan, room, &at);
@@ -479,6 +496,7 @@ static void linear_backward_task(linear_backward_run *run, linear_room *forward,
     }
     write_keys(p, plan, room, &at);
   }
+  return 0;
 }
 
 static void linear_backward_thread(void *context, int64_t thread) {
@@ -487,24 +505,31 @@ static void linear_backward_thread(void *context, int64_t thread) {
   linear_backward_room room;
   lay_out_linear_backward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &forward, &room);
   for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
-    for (; task < end; task++) linear_backward_task(run, &forward, &room, task);
+    for (; task < end; task++) {
+      int unsafe = linear_backward_task(run, &forward, &room, run->first + task);
+      int status = unsafe ? linear_backward_in_double(run->p, run->first + task) : EA_OK;
+      if (status != EA_OK) run->status = status;
+    }
   }
 }
 
-static int run_linear_backward(const ea_problem *p) {
+// The states first, ..., end - 1; end -1: all.
+static int run_linear_backward(const ea_problem *p, int64_t first, int64_t end) {
   if (p->batch * p->heads * p->rows == 0) return EA_OK;
-  linear_backward_run run = {.p = p, .plan = plan_linear(p, NULL)};
-  int64_t threads = most(1, least(p->threads, run.plan.states));
-  run.queue = (ea_queue){.count = run.plan.states, .chunk = 1};
+  linear_backward_run run = {.p = p, .plan = plan_linear(p, NULL), .first = first};
+  int64_t tasks = (end < 0 ? run.plan.states : end) - first, threads = most(1, least(p->threads, tasks));
+  int64_t state_rows = run.plan.groups * p->rows;
+  run.first_row = first * state_rows;
+  run.queue = (ea_queue){.count = tasks, .chunk = 1};
   linear_room forward;
   linear_backward_room room;
   run.room_bytes = round_up(lay_out_linear_backward(p, &run.plan, NULL, &forward, &room), 64);
-  int64_t numbers = 2 * p->batch * p->heads * p->rows * (int64_t)sizeof(REAL);
+  int64_t numbers = 2 * tasks * state_rows * (int64_t)sizeof(REAL);
   void *memory;
   if (posix_memalign(&memory, 64, (size_t)(threads * run.room_bytes + numbers)) != 0) return EA_NO_MEMORY;
   run.rooms = memory;
   run.numbers = (REAL *)(run.rooms + threads * run.room_bytes);
   ea_parallel(linear_backward_thread, &run, threads);
   free(memory);
-  return EA_OK;
+  return run.status;
 }

@@ -6,7 +6,8 @@
 
 enum ea_dtype { EA_FLOAT32, EA_FLOAT64, EA_BFLOAT16, EA_FLOAT16, EA_BOOL, EA_NONE };
 
-enum ea_status { EA_OK, EA_NO_MEMORY };
+// EA_UNSAFE: a state in double could not hold what some row sees, and results are not to be used.
+enum ea_status { EA_OK, EA_NO_MEMORY, EA_UNSAFE };
 
 // Four dimensions (batch, head, row, column) of elements `stride` apart; 0 repeats an element.
 typedef struct {
@@ -39,7 +40,8 @@ typedef struct {
   M(q, int64_t, dropout_threshold, ) M(d, double, keep, )                                           \
   M(q, const int64_t *, dropout_seeds, ) M(q, int64_t, dropout_batches, )                            \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
-  /* In linear time: cumulative log decays of keys (batch, head, key), of REAL; or no data */         \
+  /* In linear time: cumulative log decays of keys (batch, head, key), of double, of so many heads; or no data */ \
+  M(q, int64_t, decay_heads, )                                                                      \
   M(5q, ea_tensor, decay, )                                                                         \
   /* Contiguous. Normalizer, bias_max and their like are float, double for EA_FLOAT64. */           \
   M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, bias_max, )                        \
@@ -48,7 +50,7 @@ typedef struct {
   M(q, const void *, grad_normalizer, ) /* or NULL */                                               \
   M(q, void *, grad_query, ) M(q, void *, grad_key, ) M(q, void *, grad_value, )                    \
   M(q, void *, grad_mask, )       /* or NULL; contiguous, of the dtype of the mask */               \
-  M(q, void *, grad_decay, )      /* or NULL; contiguous, of one number for each key of each state */ \
+  M(q, void *, grad_decay, )      /* or NULL; contiguous, of one double for each key of each state */ \
   M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */
 
 #define EA_DECLARE(format, type, name, size) type name size;
