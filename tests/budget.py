@@ -26,7 +26,7 @@ FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
 LINEAR = ("linear torch", *(f"linear {build}" for build in library.BUILDS))
 
 # All that run on the CPU; the kernels in Triton, which only an interpreter runs there, have their own tests.
-ON_CPU = tuple(name for name in BACKENDS if name != "triton")
+ON_CPU = tuple(name for name in BACKENDS if name not in ("triton", "linear"))
 
 NAMES = ("output", "normalizer", "query", "key", "value")
 
