@@ -145,10 +145,10 @@ def expressive_attention(
             a mask, they are a float mask of L x S.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
-        log_decay: Decay of each token (retention, gated linear attention, arXiv 2312.06635): the weight of key j for query
-            i is multiplied by ``exp(sum of log_decay over the keys after j, up to p_i)``. Broadcastable to ``(..., Hq,
-            S)``, or of the heads of key, ``(..., Hkv, S)``, floating, at most 0; differentiable; with `is_causal`. Except
-            for the form "squared" in linear time, it is a float mask of L x S.
+        log_decay: Decay of each token, as in gated linear attention (arXiv 2312.06635): the weight of key j for query i
+            is multiplied by ``exp(sum of log_decay over the keys after j, up to p_i)``. Broadcastable to
+            ``(..., Hq, S)``, or of the heads of key, ``(..., Hkv, S)``, floating, at most 0, differentiable, with
+            `is_causal`. Except in linear time (form "squared"), it is a float mask of L x S.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
             ``o = (N1 * o1 + N2 * o2) / (N1 + N2)``.
         backend: Name of the backend; None picks the first that supports the call. One asked for by name is

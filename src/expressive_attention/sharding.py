@@ -16,7 +16,7 @@ import torch
 from .call import Call, Result, Upstream, Visibility
 from .schema import flatten, flatten_backward, unflatten, unflatten_backward
 
-__all__ = ["register"]
+__all__ = ["register", "replicated"]
 
 _NOT_A_TENSOR: Any = None  # which has no placement
 
@@ -28,6 +28,15 @@ def register(*tensors: Any) -> None:
     """
     if any(type(x).__name__ == "DTensor" for x in tensors):
         _register()
+
+
+def replicated(x: torch.Tensor, like: Any) -> Any:
+    """x on every device of the mesh of a DTensor; x itself if `like` is none."""
+    if type(like).__name__ != "DTensor":
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 @cache
@@ -78,9 +87,9 @@ def _ways(call: Call) -> list[Call]:
         for name in ("query_starts", "key_starts"):
             members[name] = None if getattr(seen, name) is None else Replicate()
         rows: Any = Replicate() if dim < 0 else Shard(dim)
-        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR)
-        log_decay = of(call.log_decay, dim)
-        return Call(rows, keys, keys, of(call.attn_mask, dim), Visibility(**members), *settings, log_decay=log_decay)
+        seeds = None if call.dropout_seeds is None else Replicate()
+        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR, _NOT_A_TENSOR, seeds, of(call.log_decay, dim))
+        return Call(rows, keys, keys, of(call.attn_mask, dim), Visibility(**members), *settings)
 
     ways = [way(-1, Replicate())]
     if call.visibility.query_starts is None:  # all sequences are in one batch

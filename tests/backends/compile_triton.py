@@ -56,11 +56,11 @@ def compile_only(kernel, grid, tile, arguments, **more):
     sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared}\n")
 
 
-def attend(dtype, width, mask=None, visibility=CAUSAL, length=512, form="expressive", groups=2):
+def attend(dtype, width, mask=None, visibility=CAUSAL, length=512, form="expressive", groups=2, seeds=None):
     """Forward and backward, for query heads that share a key head."""
     query = torch.empty(1, groups, length, width, dtype=dtype)
     key = value = torch.empty(1, 1, 512, width, dtype=dtype)
-    call = Call(query, key, value, mask, visibility, 0.125, form)
+    call = Call(query, key, value, mask, visibility, 0.125, form, 0.0 if seeds is None else 0.1, seeds)
     result = launch.forward(call)
     has_bias = mask is not None and mask.dtype != torch.bool
     launch.backward(call, result, Upstream(result.output, result.normalizer, has_bias))
@@ -85,3 +85,8 @@ attend(torch.bfloat16, 128, visibility=Visibility(left=128, right=0, slopes=SLOP
 attend(torch.float16, 64, visibility=Visibility(slopes=SLOPES, **PACKED))
 attend(torch.bfloat16, 64, BIAS, Visibility(left=128, key_lengths=LENGTHS))
 attend(torch.bfloat16, 128, visibility=Visibility(right=0, lower_right=True, key_lengths=LENGTHS), length=1)
+SEEDS = torch.zeros(1, 3, dtype=torch.int64)
+attend(torch.bfloat16, 64, seeds=SEEDS)
+attend(torch.bfloat16, 128, BIAS, seeds=SEEDS)
+attend(torch.float32, 64, visibility=Visibility(left=128, right=0, slopes=SLOPES), seeds=SEEDS)
+attend(torch.float16, 256, visibility=Visibility(), length=1, seeds=SEEDS)

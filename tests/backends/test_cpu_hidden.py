@@ -43,7 +43,11 @@ def drawn(rows, keys, dtype, heads=2):
 def assert_same(got, want):
     for name, x in want.items():
         rtol, atol = (1e-2, 1e-2) if x.dtype.itemsize == 2 else (2e-5, 1e-5)
-        torch.testing.assert_close(got[name], x, rtol=rtol, atol=atol, msg=name)
+        # Pairs of bfloat16 round the terms of a sum, and take no part where anything is not finite: numbers of 16 bits
+        # differ by as much as a row has terms.
+        unit = x.abs().amax(-1, keepdim=True).clamp(min=1) if x.dtype.itemsize == 2 else torch.ones_like(x)
+        unit = unit.nan_to_num(1.0, 1.0)
+        torch.testing.assert_close(got[name] / unit, x / unit, rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,8 +16,8 @@ _VERSION = 2
 _FORWARD = (
     "threads:q dtype:q mask_dtype:q squared:q causal:q right:q window:q left:q lower_right:q batch:q heads:q "
     "kv_heads:q rows:q keys:q width:q value_width:q scale:d key_lengths:q slopes:q slopes_stride:q "
-    "dropout_threshold:q keep:d dropout_seeds:q dropout_batches:q query:5q key:5q value:5q mask:5q decay_heads:q decay:5q "
-    "output:q normalizer:q bias_max:q "
+    "dropout_threshold:q keep:d dropout_seeds:q dropout_batches:q query:5q key:5q value:5q mask:5q "
+    "decay_heads:q decay:5q output:q normalizer:q bias_max:q "
 )
 _BACKWARD = (
     "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q grad_decay:q mask_size:4q "

@@ -1,13 +1,13 @@
 """The squared form in linear time: f(z) = z^2 factorizes, (q . k)^2 = phi(q) . phi(k).
 
-phi has the E (E + 1) / 2 distinct products of components, so sum_j w_ij v_j is a product of phi(q_i) and of a state, the
-sum_j phi(k_j) v_j^T of the keys so far. ``kernels/linear.h`` of the backend `cpu` has it in C; `chunks` is plain torch, on
-any device.
+phi has the E (E + 1) / 2 distinct products of components, so sum_j w_ij v_j is a product of phi(q_i) and of a state,
+the sum_j phi(k_j) v_j^T of the keys so far. ``kernels/linear.h`` of the backend `cpu` has it in C; `chunks` is plain
+torch, on any device.
 
 The normalizer is read from the state as q^T (sum_j k_j k_j^T) q. Where q is nearly orthogonal to all keys, terms cancel
-there that are |q|^2 |k|^2 / z^2 times as large as what is left. A state that some row cannot be read from accurately, or
-that leaves float32's range, is computed again in float64. If that does not help, or a number is not finite, all pairs are
-multiplied, by the backend that has no state.
+there that are |q|^2 |k|^2 / z^2 times as large as what is left. A state that some row cannot be read from accurately,
+or that leaves float32's range, is computed again in float64. If that does not help, or a number is not finite, all
+pairs are multiplied, by the backend that has no state.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The squared form in linear time: chunks of keys in turn, of which a state remembers all that came before.
 
-A chunk multiplies its own pairs one by one, and takes the sum over earlier chunks from `state.State`. A pair has the weight
+A chunk multiplies its own pairs one by one, and takes the sum over earlier chunks from `state.State`. A pair has the
+weight
 
     w_ij = (q_i . k_j)^2 exp(c_p - c_j)
 
-with cumulative log decays c, which never rise, and p the place of query i among the keys, so no factor exceeds 1. A place
-after the last key counts as the last.
+with cumulative log decays c, which never rise, and p the place of query i among the keys, so no factor exceeds 1. A
+place after the last key counts as the last.
 """
 
 from __future__ import annotations

@@ -33,8 +33,6 @@ def declines(call: Call) -> str | None:
         return f"head dimensions above {_WIDEST} are not implemented, got {widest}"
     if call.log_decay is not None:
         return "decays must be in a mask"
-    if call.dropout_p:
-        return "dropout is not implemented"
     if call.attn_mask is not None and call.visibility.slopes is not None:
         return "slopes beside a mask must be in it"
     if differentiated_by_func():

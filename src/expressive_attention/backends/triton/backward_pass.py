@@ -35,6 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import drop, streams
 from .tiles import (
     ALIBI,
     EXPRESSIVE,
@@ -74,7 +75,7 @@ __all__ = ["key_value_kernel", "query_kernel", "row_kernel"]
 
 @triton.jit
 def _mean(
-    q, do, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
+    q, do, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides, mask_stride,
     scale, band, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -95,7 +96,10 @@ def _mean(
         tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
         pairs = seen(tile, visible, MASK)
         weight = tl.where(pairs, biased(weight, tile, bias_max[:, None], MASK), 0.0)
-        mean += add(tl.where(pairs, weight * product(do, tl.trans(v), zero, PRECISION), 0.0), 1)
+        of_values = product(do, tl.trans(v), zero, PRECISION)
+        if stream is not None:
+            of_values = drop(of_values, stream, start, BLOCK_N)
+        mean += add(tl.where(pairs, weight * of_values, 0.0), 1)
         top = tl.maximum(top, largest(weight, 1))
     return mean, top
 
@@ -109,13 +113,15 @@ def _has_all(top, normalizer):
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "plane",
+        "share", "threshold",
     ]
 )  # fmt: skip
 def row_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
     grad_output, grad_normalizer, outputs, normalizers, stats,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -160,12 +166,18 @@ def row_kernel(
         first, _whole, _end, last = key_ranges(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
+        stream = None
+        if seeds is not None:
+            heads = kv_heads * GROUPS
+            stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
         mean, top = _mean(
-            q, do, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
+            q, do, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides, mask_stride,
             scale, band, own_keys, width, value_width, first, last,
             CAUSAL, WINDOW, FORM, MASK, PRECISION, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         mean = quotient(mean, normalizer)
+        if seeds is not None:
+            mean *= grown
         is_wide = is_wide | (exist & (count > 1) & _has_all(top, normalizer))
     else:
         column = tl.arange(0, BLOCK_EV)
@@ -187,7 +199,7 @@ def row_kernel(
 
 @triton.jit
 def _query_tiles(
-    dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
+    dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
     key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, keys,
     width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
@@ -237,7 +249,10 @@ def _query_tiles(
                 weight * by_row[:, None] * by_key[None, :],
                 derivative * by_row[:, None] * by_key[None, :],
             )
-        g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
+        of_values = product(do, tl.trans(v), zero, PRECISION)
+        if stream is not None:
+            of_values = drop(of_values, stream, start, BLOCK_N)
+        g = of_values * coefficient[:, None] - shift[:, None]
         ds = derivative * g
         if masked:
             ds = tl.where(pairs, ds, 0.0)
@@ -266,14 +281,15 @@ def _along(q, exponent, dq, wanted):
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "plane",
+        "plane", "share", "threshold",
     ]
 )  # fmt: skip
 def query_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
     grad_output, stats, normalizers, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -311,6 +327,11 @@ def query_kernel(
         if WIDE:
             bias_max = tl.load(stats + 5 * plane + index, mask=exist, other=0.0)
     rows = mask_rows(mask, mask_strides, sequence, head, position)
+    stream = None
+    if seeds is not None:
+        heads = kv_heads * GROUPS
+        stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
+        coefficient *= grown
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
     q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
     if WIDE:
@@ -329,19 +350,19 @@ def query_kernel(
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     if WINDOW:
         dq, sums = _query_tiles(
-            dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
+            dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
             key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
             width, value_width, first, whole,
             CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
+        dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole, whole_last,
         CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, bias_max, coefficient, shift, position, exist,
+        dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
         key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
         width, value_width, whole_last, last,
         CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
@@ -377,12 +398,13 @@ def query_kernel(
 
 @triton.jit
 def _key_value_tiles(
-    dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
+    dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
     query_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width, plane, first, last,
+    scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width, plane,
+    share, threshold, grown, start, first, last,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     BOUNDARY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
-    DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
     for tile in range(first, last):
@@ -434,7 +456,13 @@ def _key_value_tiles(
             weight, derivative = weight * factor, derivative * factor
         # Divided by N before it is rounded to 16 bits: in float16 1 / N itself, and dO / N, may be too small.
         attention = weight * inverse[None, :] * FACTOR
-        g = product(v, tl.trans(do), zero, PRECISION) * coefficient[None, :] - shift[None, :]
+        of_values = product(v, tl.trans(do), zero, PRECISION)
+        if seeds is not None:
+            heads = kv_heads * GROUPS
+            stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
+            kept = tl.trans(drop(tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), stream, start, BLOCK_N))
+            attention, of_values = attention * kept, tl.where(kept != 0.0, of_values * grown, 0.0)
+        g = of_values * coefficient[None, :] - shift[None, :]
         ds = derivative * g
         if masked:
             attention, ds = tl.where(pairs, attention, 0.0), tl.where(pairs, ds, 0.0)
@@ -451,14 +479,15 @@ def _key_value_tiles(
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "plane",
+        "plane", "share", "threshold",
     ]
 )  # fmt: skip
 def key_value_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
     grad_output, stats, lost, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -517,26 +546,31 @@ def key_value_kernel(
     dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
     dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
-        query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-        length, own_length, kv_heads, width, value_width, plane, first, whole,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS, BLOCK_M, BLOCK_E, BLOCK_EV,
+        dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
+        own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+        length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start, first, whole,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+        BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j, own_keys,
-        query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-        length, own_length, kv_heads, width, value_width, plane, whole, whole_last,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS, BLOCK_M, BLOCK_E, BLOCK_EV,
+        dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
+        own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+        length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start, whole, whole_last,
+        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+        BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     if WINDOW:
         dk, dv = _key_value_tiles(
-            dk, dv, k, v, query, mask, bias_maxima, grad_output, stats, sequence, batch, first_row, kv_head, j,
+            dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
             own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-            length, own_length, kv_heads, width, value_width, plane, whole_last, last,
+            length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start,
+            whole_last, last,
             GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
-            BLOCK_M, BLOCK_E, BLOCK_EV,
+            BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
+    if seeds is not None:
+        dv *= grown
     row += (batch * kv_heads + kv_head) * keys
     column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
     place = grad_key + row[:, None] * width + column[None, :]

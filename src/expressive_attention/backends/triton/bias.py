@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import drop, streams
 from .tiles import (
     ALIBI,
     FLOAT,
@@ -90,12 +91,15 @@ def bias_max_kernel(
         "heads",
         "batches",
         "plane",
+        "share",
+        "threshold",
     ]
 )
 def bias_gradient_kernel(
-    query, key, value, mask, bias_maxima, key_lengths, grad_output, stats, lost, gradient,
+    query, key, value, mask, bias_maxima, key_lengths, seeds, grad_output, stats, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
     scale, scale_exponent, right, left, lower_right, length, keys, heads, batches, width, value_width, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -182,7 +186,11 @@ def bias_gradient_kernel(
                         )
                     else:
                         weight = biased(weight, tile, bias_max[:, None], FLOAT)
-                    g = product(do, tl.trans(v), zero, PRECISION) * coefficient[:, None] - shift[:, None]
+                    of_values = product(do, tl.trans(v), zero, PRECISION)
+                    if seeds is not None:
+                        stream = streams(seeds, share, threshold, batch, heads, head + position * 0, position)
+                        of_values = drop(of_values, stream, start, BLOCK_N) * grown
+                    g = of_values * coefficient[:, None] - shift[:, None]
                     sums += tl.where(seen(tile, visible, FLOAT), weight * g, 0.0)
 
     place_m, place_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import drop, streams
 from .tiles import (
     ALIBI,
     FLOAT,
@@ -40,7 +41,7 @@ __all__ = ["forward_kernel"]
 
 @triton.jit
 def _add_keys(
-    output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
+    output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides, mask_stride,
     scale, band, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
@@ -63,6 +64,8 @@ def _add_keys(
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             weight = tl.where(seen(tile, visible, MASK), biased(weight, tile, bias_max[:, None], MASK), 0.0)
         total += add(weight, 1)
+        if stream is not None:
+            weight = drop(weight, stream, start, BLOCK_N)
         v = load_rows(value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, WEIGHT)
         output = product(cast(weight * FACTOR, WEIGHT), v, output, PRECISION)
     return output, total
@@ -71,12 +74,14 @@ def _add_keys(
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "span", "plane",
+        "share", "threshold",
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, outputs, normalizers,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers,
     query_strides, key_strides, value_strides, mask_strides, mask_stride,
     scale, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, span, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -109,6 +114,11 @@ def forward_kernel(
     if MASK >= FLOAT:
         bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
 
+    stream = None
+    if seeds is not None:
+        heads = kv_heads * GROUPS
+        stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
+
     start = part * span
     own_keys = tl.minimum(start + span, own_keys)
     last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
@@ -121,22 +131,24 @@ def forward_kernel(
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
     if WINDOW:
         output, total = _add_keys(
-            output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
-            scale, band, own_keys, width, value_width, first, whole,
+            output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
+            mask_stride, scale, band, own_keys, width, value_width, first, whole,
             CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     output, total = _add_keys(
-        output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
-        scale, band, own_keys, width, value_width, whole, whole_last,
+        output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
+        mask_stride, scale, band, own_keys, width, value_width, whole, whole_last,
         CAUSAL, WINDOW, FORM, MASK, False, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
     output, total = _add_keys(
-        output, total, q, key, value, rows, bias_max, position, exist, key_strides, value_strides, mask_stride,
-        scale, band, own_keys, width, value_width, whole_last, last,
+        output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
+        mask_stride, scale, band, own_keys, width, value_width, whole_last, last,
         CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
 
     total = tl.where(is_finite(output), total, float("nan"))
+    if seeds is not None:
+        output = output * grown
     if SPLIT:
         output = output * (1.0 / FACTOR)
         index += part.to(tl.int64) * plane

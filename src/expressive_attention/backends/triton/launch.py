@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, empty_bias_max
 from ...masks import repeated_strides
+from ..dropout import keep_share, threshold
 from . import decode
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
 from .bias import bias_gradient_kernel, bias_max_kernel
@@ -207,7 +208,7 @@ class _Inputs:
     """The arguments that all kernels take."""
 
     def __init__(self, call: Call) -> None:
-        query, key, value, attn_mask, visibility, scale, form, *_ = call
+        query, key, value, attn_mask, visibility, scale, form, dropout_p, seeds = call
         self.device = query.device
         self.groups = query.shape[1] // key.shape[1]
         sequences, self.longest_query, self.longest_key = query.shape[0], query.shape[2], key.shape[2]
@@ -237,6 +238,7 @@ class _Inputs:
             "query_starts": _contiguous(visibility.query_starts),
             "key_starts": _contiguous(visibility.key_starts),
             "key_lengths": _contiguous(visibility.key_lengths),
+            **_dropout(dropout_p, seeds, query.shape[0]),
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "value_strides": value.stride(),
@@ -274,6 +276,13 @@ class _Inputs:
             tile = Tile(16, 64, 4, 2)
             tiles = self.tiles(tile)
             _run(bias_max_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, bias_maxima=bias_max)
+
+
+def _dropout(dropout_p: float, seeds: Tensor | None, batch: int) -> dict[str, Any]:
+    """What kernels are told of dropout: seeds and of how many batches each, 2^24 p, and 1 / (1 - p)."""
+    share = 1 if seeds is None else max(1, batch // seeds.shape[0])
+    grown = 1 / keep_share(dropout_p)
+    return {"seeds": _contiguous(seeds), "share": share, "threshold": threshold(dropout_p), "grown": grown}
 
 
 def _contiguous(numbers: Tensor | None) -> Tensor | None:

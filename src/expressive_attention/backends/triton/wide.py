@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import drop, streams
 from .tiles import (
     FLOAT,
     add,
@@ -61,14 +62,15 @@ def lost_rows(stats, plane, index, exist):
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "lowest", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads",
-        "tiles", "plane",
+        "tiles", "plane", "share", "threshold",
     ]
 )  # fmt: skip
 def wide_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, outputs, normalizers,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers,
     grad_output, grad_normalizer, stats, wide_stats, lost,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -155,6 +157,10 @@ def wide_kernel(
     if MASK >= FLOAT:
         row_bias_max = tl.where(best == float("-inf"), bias_max, best - 2.0 * _LOG_2 * row_exponent.to(tl.float32))
 
+    stream = None
+    if seeds is not None:
+        heads = kv_heads * GROUPS
+        stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
     do = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     if BACKWARD:
         offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
@@ -183,9 +189,17 @@ def wide_kernel(
         total += add(weight, 1)
         if BACKWARD:
             top = tl.maximum(top, largest(weight, 1))
-            mean += add(tl.where(pairs, weight * product(do, tl.trans(v), zero, PRECISION), 0.0), 1)
+            of_values = product(do, tl.trans(v), zero, PRECISION)
+            if stream is not None:
+                of_values = drop(of_values, stream, start, BLOCK_N)
+            mean += add(tl.where(pairs, weight * of_values, 0.0), 1)
         else:
+            if stream is not None:
+                weight = drop(weight, stream, start, BLOCK_N)
             output = selected_product(weight, v, pairs, output, PRECISION)
+
+    if seeds is not None:
+        mean, output = mean * grown, output * grown
 
     # The normalizer has to be multiplied by 4^r exp(p - bias_max), as a factor and an exponent. One below float32 is
     # told by a lower bias_max, but not so low that exp(bias_max) is; it is small enough for the backward pass to find
