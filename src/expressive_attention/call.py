@@ -209,7 +209,7 @@ class Call(NamedTuple):
         return right + self.key.shape[2] - self.query.shape[2]
 
     def cumulative_decay(self) -> Tensor | None:
-        """Log decays added up over the keys, ``(B, Hq | Hkv, S)`` of float64: of two large sums, the difference counts."""
+        """Log decays added up over the keys, ``(B, Hq | Hkv, S)``, in float64: the difference of large ones counts."""
         if self.log_decay is None:
             return None
         return self.log_decay.to(torch.float64).clamp(min=_LEAST_LOG_DECAY).cumsum(-1)

@@ -172,8 +172,8 @@ def check_log_decay(log_decay: Tensor, query: Tensor, scores: tuple[int, ...], k
     )
     if not fits:
         raise ValueError(
-            f"log_decay must be broadcastable to (..., H, S) = {(*batch, heads, keys)}, or have the {kv_heads} heads of "
-            f"key, got shape {shape}"
+            f"log_decay must be broadcastable to (..., H, S) = {(*batch, heads, keys)}, or have the {kv_heads} heads "
+            f"of key, got shape {shape}"
         )
     if not is_causal:
         raise ValueError("log_decay needs is_causal=True: weights decay from a key to the queries after it")

@@ -200,11 +200,14 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
         of_mask = leaves["attn_mask"] if wants_mask else None
-        pairs = zip((*inputs, of_mask, leaves.get("log_decay")), upstream, strict=True)
-        pairs = [(x, g) for x, g in pairs if x is not None and g is not None]
-        first = torch.autograd.grad(outputs, [x for x, _ in pairs], grads, create_graph=True)
+        given = zip((*inputs, of_mask, leaves.get("log_decay")), upstream, strict=True)
+        given = [(x, g) for x, g in given if x is not None]
+        first = torch.autograd.grad(outputs, [x for x, _ in given], grads, create_graph=True)
+        pairs = [(y, g) for y, (_, g) in zip(first, given, strict=True) if g is not None]
         wanted = [name for name, x in leaves.items() if x.requires_grad]
-        second = torch.autograd.grad(first, [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True)
+        second = torch.autograd.grad(
+            [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
+        )
     by_name = dict(zip(wanted, second, strict=True))
     none: Any = None
     found: list[Any] = [by_name.get(name) for name in names]

@@ -70,10 +70,9 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         found = cpu.linear_backward(call, decays, upstream) if _in_c(call) else chunks.backward(call, decays, upstream)
     if found is None:
         return _all_pairs_backward(call, upstream)
-    *gradients, by_key = found
-    if call.log_decay is None or by_key is None:
-        return Gradients(*gradients, None)
-    return Gradients(*gradients, None, _of_log_decay(call, by_key, result, upstream))
+    dq, dk, dv, by_key = found
+    of_decay = None if call.log_decay is None or by_key is None else _of_log_decay(call, by_key, result, upstream)
+    return Gradients(dq, dk, dv, None, of_decay)
 
 
 def _in_c(call: Call) -> bool:
@@ -175,7 +174,7 @@ def _all_pairs_backward(call: Call, upstream: Upstream) -> Gradients:
         of_result = _bias_max(call, result.normalizer)
         dn = dn * torch.exp(result.bias_max if of_result is None else result.bias_max - of_result)
     found = calls.backward(backend, plain, result, Upstream(upstream.output, dn, decay is not None))
-    if decay is None:
+    if decay is None or lowered.attn_mask is None or found.attn_mask is None:
         return found
     (ddecay,) = torch.autograd.grad(lowered.attn_mask, decay, found.attn_mask)
     return Gradients(*found[:3], None, ddecay)

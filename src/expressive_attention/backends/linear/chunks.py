@@ -225,9 +225,9 @@ def backward(
             if found is None:
                 return None
             n = own[0].key.shape[2]
-            dq[one], dk[one, :, :n], dv[one, :, :n] = found[:3]
-            if dc is not None:
-                dc[one, :, :n] = found[3]
+            dq[one], dk[one, :, :n], dv[one, :, :n], of_decays = found
+            if dc is not None and of_decays is not None:
+                dc[one, :, :n] = of_decays
         return dq, dk, dv, dc
     if call.key.shape[2] == 0:
         return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value), decays
@@ -237,7 +237,7 @@ def backward(
         if found is None:
             continue
         output, normalizer = found
-        heads, groups = problem.key.shape[0] // call.key.shape[0], problem.query.shape[1]
+        heads = problem.key.shape[0] // call.key.shape[0]
         total = torch.where(normalizer == 0, torch.inf, normalizer)
         u = do.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) / total.unsqueeze(-1)
         mean = (u * output).sum(-1)

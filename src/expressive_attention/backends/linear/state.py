@@ -4,8 +4,8 @@ A squared dot product is linear in the products of components,
 
     (q . k)^2 = sum_ab q_a q_b k_a k_b = phi(q) . phi(k),
 
-so sum_j (q . k_j)^2 v_j = phi(q)^T sum_j phi(k_j) v_j^T, and sum_j (q . k_j)^2 = q^T (sum_j k_j k_j^T) q. E components have
-E (E + 1) / 2 distinct products. This class keeps them in blocks of 16 by 16 components, which are formed without a gather.
+so sum_j (q . k_j)^2 v_j = phi(q)^T sum_j phi(k_j) v_j^T, and sum_j (q . k_j)^2 = q^T (sum_j k_j k_j^T) q. E components
+have E (E + 1) / 2 distinct products. This class keeps them in blocks of 16 by 16 components, formed without a gather.
 A block above the diagonal counts twice, for the one below it too.
 """
 
