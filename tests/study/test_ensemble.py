@@ -53,7 +53,7 @@ def make_members(count: int = 3, **options: object) -> list[Transformer]:
     torch.manual_seed(0)  # of what the models themselves draw
     members = []
     for _ in range(count):
-        model = Transformer(5, 6, 8, 2, 2, activation="relu", **options).double()  # pyright: ignore[reportArgumentType]
+        model = Transformer(5, 6, 8, 2, 2, activation="relu", **options).double()
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.copy_(parameter.detach().round(decimals=0) + 0.4 * noise)

@@ -59,7 +59,9 @@ def test_accuracy_counts_the_scored_positions_alone():
 
 
 def test_logits_that_are_not_finite_are_wrong_in_rollouts_too():
-    digits, exact = rollouts(Oracle(), TASK, make_examples(20), 6, 4)
+    found = rollouts(Oracle(), TASK, make_examples(20), 6, 4)
+    assert found is not None
+    digits, exact = found
     assert digits[[0, 3]].tolist() == [1, 0]
     assert exact[[0, 3]].tolist() == [1, 0]
 

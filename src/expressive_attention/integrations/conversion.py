@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..call import check_form
+from .classes import set_attributes
 from .errors import ConversionError
-from .guard import guard, is_guarded, unguarded
+from .guard import Guarded, guard, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
 from .marks import mark
-from .switching import GAIN, Switched, set_attributes
+from .switching import GAIN, Switched
 from .table import Table
 from .tracing import Tracer, traced
 
@@ -288,7 +289,7 @@ def convert(
             if taken:
                 undos.extend(adapter.switch(model, taken, form, len(taken) == len(each)))
             for found in taken:
-                undos.append(guard(found.module, found.name, isinstance(found.module, Switched)))
+                undos.append(guard(found.module, found.name))
                 undos.append(mark(found.module, form))
         record()
         _warn_of_zeros(found for found in chosen if not found.why_not)
@@ -415,7 +416,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if issubclass(type(module), Switched) or is_guarded(module)
+        if issubclass(type(module), Guarded)
     ]
     yield None, done
     taken = [found.name for found in done]

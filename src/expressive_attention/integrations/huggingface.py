@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..functional import expressive_attention
 from ..masks import join_masks
 from ..varlen import expressive_attention_varlen
+from .classes import give_class, set_attributes
 from .conversion import (
     ConversionError,
     Found,
@@ -39,11 +41,11 @@ from .conversion import (
     has_gain,
     record_choice,
 )
-from .guard import note_expressive
-from .inspection import names_used
+from .guard import GUARD, Guarded, implementation_of, note_expressive
+from .inspection import names_used, own_softmax
 from .marks import MARK, marked
 from .paged import allow, gathered
-from .switching import GAIN, set_attributes
+from .switching import GAIN
 
 try:
     from safetensors import safe_open
@@ -86,6 +88,9 @@ _UNDEFINED = {
     "layer_head_mask": "a mask of heads",
 }
 
+
+# The name that modules of transformers have for the attention interface.
+_TABLE = "ALL_ATTENTION_FUNCTIONS"
 
 # Arguments of loaders that say where a model is.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -207,9 +212,12 @@ def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:
     )
 
 
-for _form, _name in IMPLEMENTATIONS.items():
-    AttentionInterface.register(_name, partial(_attention, _form))
-    AttentionInterface.register(f"paged|{_name}", partial(_attention, _form))  # as transformers 5.0 calls it
+# The entries of transformers' interface of attention.
+_ENTRIES = {name: partial(_attention, form) for form, name in IMPLEMENTATIONS.items()}
+
+for _name, _entry in _ENTRIES.items():
+    AttentionInterface.register(_name, _entry)
+    AttentionInterface.register(f"paged|{_name}", _entry)  # as transformers 5.0 calls it
     AttentionMaskInterface.register(_name, _mask)
 allow(IMPLEMENTATIONS.values())
 AttentionInterface.register(_PARTLY, _partly)
@@ -335,7 +343,7 @@ def _forms(model: PreTrainedModel) -> dict[str, list[str] | None]:
 
 def _form_of(module: nn.Module) -> str | None:
     """The form that an attention layer computes; None: it computes softmax."""
-    follows = "ALL_ATTENTION_FUNCTIONS" in names_used(type(module))
+    follows = _TABLE in names_used(type(module))
     return form_of(module) or (_FORMS.get(_name_of(module)) if follows else None)
 
 
@@ -395,14 +403,50 @@ def find(model: nn.Module) -> list[Found]:
         for name, module in model.named_modules()
         if any(name.startswith(f"{root}." if root else "") for root in roots)
         and not isinstance(module, PreTrainedModel)
-        and "ALL_ATTENTION_FUNCTIONS" in names_used(type(module))
+        and _TABLE in names_used(type(module))
         and hasattr(module, "config")
     ]
+
+
+class _Named(Guarded):
+    """A layer that asks the attention interface for the implementation of its configuration."""
+
+    _original: Any
+    # The entries of what its code calls ALL_ATTENTION_FUNCTIONS: those of its module, which come first, and of all.
+    _entries: tuple[dict[str, Any], dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        modules = [sys.modules[base.__module__] for base in cls._original.__mro__ if base.__module__ in sys.modules]
+        tables = [vars(module)[_TABLE] for module in modules if _TABLE in vars(module)]
+        table: Any = tables[0] if tables else AttentionInterface()
+        cls._entries = table._local_mapping, table._global_mapping
+        cls._has_notes = own_softmax(cls._original)
+
+    def _has_changed(self) -> bool:
+        name: Any = implementation_of(self)
+        own, everyones = self._entries
+        return (
+            self._has_notes  # its own code computes softmax for some calls, and torch's functions are to be seen
+            or name != self.__dict__[GUARD].implementation
+            or "forward" in self.__dict__
+            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
+        )
+
+    def _changes(self) -> list[str]:
+        name: Any = implementation_of(self)
+        own, everyones = self._entries
+        changes, entry = super()._changes(), own.get(name, everyones.get(name))
+        if name in _ENTRIES and entry is not _ENTRIES[name]:
+            told = f"the entry {name!r} of transformers' attention interface was that of this package and is "
+            changes.append(told + getattr(entry, "__name__", repr(entry)))
+        return changes
 
 
 def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) -> Iterator[Undo]:
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
+    for found in layers:
+        yield give_class(found.module, _Named)
     if whole:
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         yield _switch_models(models, [found.module for found in layers], name)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..call import FORMS
-from .switching import set_attributes
+from .classes import set_attributes
 
 __all__ = ["MARK", "mark", "marked"]
 

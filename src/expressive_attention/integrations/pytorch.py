@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..nn import MultiheadAttention
+from .classes import set_attributes
 from .conversion import Found, Undo
 from .guard import note_expressive
-from .switching import Switched, WithExpressiveSdpa, set_attributes
+from .switching import Switched, WithExpressiveSdpa
 from .switching import switch as give_class
 
 __all__ = ["find", "switch"]

@@ -85,26 +85,26 @@ class _HeadGain(nn.Module):
 
 
 class _RelativeBias(nn.Module):
-    """`RelativeBias` per member: ``(R, 1, H, L, L)``."""
+    """`RelativeBias` per member: ``(R, 1, H, L, S)``."""
 
     def __init__(self, members: Sequence[RelativeBias]) -> None:
         super().__init__()
         self.max_length = members[0].max_length
         self.table = _stacked([m.table for m in members])
 
-    def forward(self, length: int) -> Tensor:
-        return self.table[:, None, :, distance_index(length, self.max_length, self.table.device)]
+    def forward(self, queries: int, keys: int) -> Tensor:
+        return self.table[:, None, :, distance_index(queries, keys, self.max_length, self.table.device)]
 
 
 class _LearnedAlibi(nn.Module):
-    """`LearnedAlibi` per member: ``(R, 1, H, L, L)``, or ``(R, 1, H, 1, L)``."""
+    """`LearnedAlibi` per member: ``(R, 1, H, L, S)``, or ``(R, 1, H, 1, S)``."""
 
     def __init__(self, members: Sequence[LearnedAlibi]) -> None:
         super().__init__()
         self.log_slopes = _stacked([m.log_slopes for m in members])
 
-    def forward(self, length: int, *, is_causal: bool = False) -> Tensor:
-        return distance_bias(self.log_slopes.exp().unsqueeze(1), length, length, is_causal=is_causal)
+    def forward(self, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
+        return distance_bias(self.log_slopes.exp().unsqueeze(1), queries, keys, is_causal=is_causal)
 
 
 _STACKED = {
