@@ -100,7 +100,12 @@ def _bias_max(call: Call, normalizer: Tensor) -> Tensor | None:
     if slopes is None:
         return None
     place, last = _places(call)
-    return (-slopes.unsqueeze(-1) * (place - last).clamp(min=0)).to(normalizer.dtype).expand_as(normalizer).contiguous()
+    return (
+        (-slopes.to(torch.float64).unsqueeze(-1) * (place - last).clamp(min=0))
+        .to(normalizer.dtype)
+        .expand_as(normalizer)
+        .contiguous()
+    )
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:
