@@ -123,7 +123,7 @@ class Case:
             if decay is not None:
                 total = decay.expand(batch, -1, -1)[b].double().cumsum(-1)
                 total = total.repeat_interleave(heads // total.shape[0], 0)
-                here = total[:, place[:, 0].clamp(0, max(keys - 1, 0))] if keys else total.new_zeros(heads, rows)
+                here = total[:, place[:, 0].clamp(max=own - 1).clamp(min=0)] if keys else total.new_zeros(heads, rows)
                 factor[b] += here.unsqueeze(-1) - total.unsqueeze(-2)
             if slopes is not None:
                 own_slopes = slopes.double() if slopes.ndim == 1 else slopes[b].double()

@@ -224,7 +224,9 @@ class Call(NamedTuple):
         place, column, *_ = self.visibility.places(torch.arange(rows, device=total.device), rows, keys)
         if keys == 0:
             return total.unsqueeze(-2).expand(-1, -1, rows, -1).to(accumulation_dtype(self.query.dtype))
-        here = total.gather(-1, place.clamp(0, keys - 1).expand(*total.shape[:2], rows, 1).squeeze(-1))
+        lengths = self.visibility.key_lengths
+        last = keys - 1 if lengths is None else (lengths.view(-1, 1, 1, 1) - 1).clamp(min=0)
+        here = total.gather(-1, place.clamp(min=0).clamp(max=last).expand(*total.shape[:2], rows, 1).squeeze(-1))
         bias = here.unsqueeze(-1) - total.unsqueeze(-2)
         return torch.where(column <= place, bias, 0.0).to(accumulation_dtype(self.query.dtype))
 

@@ -159,7 +159,7 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
 
 // Pairs of the rows of a chunk with its keys begin, ..., begin + n - 1; the place of row r is `place` + r.
 static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const ea_problem *p, const double *c,
-                               int64_t count, int64_t place, int64_t begin, int64_t n) {
+                               int64_t keys, int64_t count, int64_t place, int64_t begin, int64_t n) {
   int64_t ldw = leading(padded(LINEAR_CHUNK)), columns = plan->value_columns;
   weights_target to = {.squared = 1, .scale2 = 1, .inverse = 1, .ld = ldw};
   for (int64_t r = 0; r < count; r += MR) {
@@ -175,7 +175,7 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
       REAL *w = room->weights + i * ldw, total = 0;
       int64_t last = least(n, place + r + i + 1 - begin);
       if (c) {
-        int64_t at = least(place + r + i, p->keys - 1);
+        int64_t at = least(place + r + i, keys - 1);
         for (int64_t j = 0; j < last; j++) room->until[j] = (REAL)(c[at] - c[begin + j]);
         exponentials(room->until, last);
         for (int64_t j = 0; j < last; j++) w[j] *= room->until[j];
@@ -195,7 +195,7 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
 // with the state of all keys before `begin` and the n keys from there on.
 static void linear_rows(const linear_plan *plan, linear_room *room, const ea_problem *p, const double *c, int64_t b,
                         int64_t head, int64_t first, int64_t count, int64_t place, int64_t begin, int64_t n) {
-  int64_t columns = plan->value_columns;
+  int64_t columns = plan->value_columns, keys = key_count(p, b);
   pack_rows(room->query, plan->ld, &p->query, p->dtype, b, head, first, count, p->width, (REAL)p->scale);
   clear(room->output, count * columns * (int64_t)sizeof(REAL));
   clear(room->total, count * (int64_t)sizeof(REAL));
@@ -204,7 +204,7 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
     read_state(plan, room, p, room->query, count);
     for (int64_t r = 0; r < count; r++) room->total[r] = sum_of(load(room->totals + r * V));
     if (c) {
-      for (int64_t r = 0; r < count; r++) room->since[r] = (REAL)(c[least(place + r, p->keys - 1)] - c[begin - 1]);
+      for (int64_t r = 0; r < count; r++) room->since[r] = (REAL)(c[least(place + r, keys - 1)] - c[begin - 1]);
       exponentials(room->since, count);
       for (int64_t r = 0; r < count; r++) {
         scale_row(room->output + r * columns, columns, room->since[r]);
@@ -212,7 +212,7 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
       }
     }
   }
-  if (n) add_pairs_of_chunk(plan, room, p, c, count, place, begin, n);
+  if (n) add_pairs_of_chunk(plan, room, p, c, keys, count, place, begin, n);
   int64_t index = (b * p->heads + head) * p->rows + first;
   for (int64_t r = 0; r < count; r++, index++) {
     REAL *output = room->output + r * columns, total = room->total[r];

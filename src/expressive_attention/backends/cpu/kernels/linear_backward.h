@@ -216,7 +216,7 @@ static void load_rows(const ea_problem *p, const linear_plan *plan, linear_backw
   if (!at->c) return;
   if (!at->begin) return;
   for (int64_t r = 0; r < at->count; r++) {
-    room->since[r] = (REAL)(at->c[least(at->place + r, p->keys - 1)] - at->c[at->begin - 1]);
+    room->since[r] = (REAL)(at->c[least(at->place + r, key_count(p, at->b) - 1)] - at->c[at->begin - 1]);
   }
   exponentials(room->since, at->count);
 }
@@ -254,7 +254,7 @@ static void pairs_of_chunk(const ea_problem *p, const linear_plan *plan, linear_
       REAL *w = room->weights + (r + i) * ldw, *s = room->scores + (r + i) * ldw, *g = room->products + (r + i) * ldw;
       int64_t last = seen_of(at, r + i);
       if (at->c) {
-        double now = at->c[least(at->place + r + i, p->keys - 1)];
+        double now = at->c[least(at->place + r + i, key_count(p, at->b) - 1)];
         for (int64_t j = 0; j < last; j++) room->decay[j] = (REAL)(now - at->c[at->begin + j]);
         exponentials(room->decay, last);
         for (int64_t j = 0; j < last; j++) w[j] *= room->decay[j], s[j] *= room->decay[j];
