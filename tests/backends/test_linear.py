@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
+from expressive_attention.backends.cpu import library
 from expressive_attention.call import Call, Visibility
+from expressive_attention.functional import _choose as choice
 from expressive_attention.schema import flatten
 from tests.budget import LINEAR, Case, assert_within_budget, fused, threads_of_torch
 from tests.problems import strided
@@ -247,3 +249,38 @@ def test_what_it_declines():
             expressive_attention(q, k, v, is_causal=True, log_decay=log_decay)
     with pytest.raises(ValueError, match="log_decay needs is_causal=True"):
         expressive_attention(q, k, v, log_decay=decay)
+
+
+@pytest.mark.skipif(library.MISSING is not None, reason="the choice is between C kernels")
+@pytest.mark.parametrize(
+    ("dim", "length", "causal", "chosen"),
+    [
+        (64, 1000, True, "cpu"),
+        (64, 4000, True, "cpu"),
+        (64, 8000, True, "linear"),
+        (64, 4000, False, "linear"),
+        (16, 200, False, "cpu"),
+        (16, 1000, True, "linear"),
+        (128, 16000, True, "cpu"),
+    ],
+)
+def test_the_choice_by_cost(dim, length, causal, chosen):
+    x = torch.zeros(()).expand(1, 2, length, dim)
+    call = Call(x, x, x, None, Visibility(right=0 if causal else None), 1.0, "squared")
+    with threads_of_torch(1):
+        assert choice(call, None) == chosen
+        assert choice(call.but(form="expressive"), None) == "cpu"
+        assert choice(call.but(query=x[:, :, -1:]), None) == "cpu"
+        assert choice(call.but(attn_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool)), None) == "cpu"
+    with threads_of_torch(32):  # of which one would work
+        assert choice(call, None) == "cpu"
+
+
+def test_what_is_chosen_is_what_runs():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 600, 8).unbind(0)
+    options = {"is_causal": True, "form": "squared"}
+    with threads_of_torch(1):
+        chosen, linear, pairs = (expressive_attention(q, k, v, **options, backend=b) for b in (None, "linear", "cpu"))
+    assert torch.equal(chosen, linear)
+    assert not torch.equal(chosen, pairs)
