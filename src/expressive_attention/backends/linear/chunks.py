@@ -24,8 +24,9 @@ __all__ = ["backward", "forward"]
 
 _CHUNK = 256
 
-# As LEAST_SHARE in kernels/linear.h: rows whose N is a smaller share of |q|^2 sum_j |k_j|^2 are unsafe.
-_LEAST_SHARE = 2.0**-10
+# As LEAST_SHARE in kernels/linear.h: rows whose N is a smaller share of |q|^2 sum_j |k_j|^2 are unsafe. That of random
+# vectors is 1 / E.
+_LEAST_SHARE_OF_RANDOM = 0.125
 _LEAST_SHARE_IN_DOUBLE = 2.0**-28
 _LEAST_SUM = {torch.float32: 2.0**-80, torch.float64: 2.0**-900}
 
@@ -48,7 +49,8 @@ class _Problem(NamedTuple):
         heads = key.shape[1] if decays is None else decays.shape[1]
         if heads != key.shape[1]:
             key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
-        least = _LEAST_SHARE if dtype == accumulation_dtype(call.query.dtype) else _LEAST_SHARE_IN_DOUBLE
+        own = dtype == accumulation_dtype(call.query.dtype)
+        least = _LEAST_SHARE_OF_RANDOM / query.shape[-1] if own else _LEAST_SHARE_IN_DOUBLE
         return cls(
             (query.to(dtype) * call.scale).unflatten(1, (heads, -1)).flatten(0, 1),
             key.flatten(0, 1),

@@ -9,8 +9,9 @@
 // Keys of a chunk: a multiple of MR, so that no tile of rows is cut short.
 #define LINEAR_CHUNK 96
 // The error of a normalizer that is read from a state is that of |q|^2 sum_j |k_j|^2, whose terms cancel where q is nearly
-// orthogonal to the keys. Rows with a smaller share of it are unsafe: double has digits to spare for other dtypes.
-#define LEAST_SHARE(dtype) (REAL_DTYPE == (dtype) || !REAL_IS_DOUBLE ? (REAL)0x1p-10 : (REAL)0x1p-28)
+// orthogonal to the keys: of random ones, it has a share of 1 / E. Rows with a much smaller one are unsafe; double has digits
+// to spare for other dtypes.
+#define LEAST_SHARE(p) (REAL_IS_DOUBLE && (p)->dtype != EA_FLOAT64 ? (REAL)0x1p-28 : (REAL)0.125 / (REAL)(p)->width)
 #if REAL_IS_DOUBLE
 #define LEAST_LINEAR_SUM 0x1p-900
 #else
@@ -49,7 +50,7 @@ INLINE int is_unsafe_sum(const ea_problem *p, const REAL *q, REAL total, REAL tr
   int is_zero = 1;
   for (int64_t e = 0; e < p->width; e++) square += q[e] * q[e], is_zero &= q[e] == 0;
   if (is_zero || !any) return total != 0;
-  return !(total > LEAST_LINEAR_SUM && total <= LARGEST && total >= LEAST_SHARE(p->dtype) * square * trace);
+  return !(total > LEAST_LINEAR_SUM && total <= LARGEST && total >= LEAST_SHARE(p) * square * trace);
 }
 
 static linear_plan plan_linear(const ea_problem *p, product_block *blocks) {
