@@ -268,7 +268,7 @@ class Upstream(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients of the tensors of a call.
 
-    That of `attn_mask` is None if it was not asked for, that of `log_decay` if the call has none.
+    `attn_mask` is None if its gradient was not asked for, `log_decay` if the call has none.
     """
 
     query: Tensor

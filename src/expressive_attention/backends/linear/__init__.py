@@ -153,7 +153,7 @@ def _places(call: Call) -> tuple[Tensor, Tensor]:
 def _of_log_decay(call: Call, by_key: Tensor, result: Result, upstream: Upstream) -> Tensor:
     """The gradient of log decays from that of their sums as keys have it, -sum_i w_ij g_ij.
 
-    That of the sums as queries have it is sum_j w_ij g_ij = N_i dN_i.
+    Queries have sum_j w_ij g_ij = N_i dN_i of them.
     """
     assert call.log_decay is not None
     total = by_key.to(torch.float64)

@@ -114,7 +114,7 @@ static void read_state(const linear_plan *plan, linear_room *room, const ea_prob
       for (int i = 0; i < mr; i++) {
         REAL *phi = room->phi + i * ld;
         form_products(phi, block, x + (r + i) * plan->ld, p->width, 2);
-        // What the rows of others left behind the products must not count.
+        // The numbers that other rows left behind the products must not count.
         store(phi + block->count, (vec){0});
         vec total = load(room->totals + (r + i) * V);
         for (int64_t k = 0; k < block->count; k += V) total += load(phi + k) * load(moment + k);
