@@ -22,7 +22,8 @@ from .state import State
 
 __all__ = ["backward", "forward"]
 
-_CHUNK = 256
+# Keys of a chunk: sums of longer ones lose more digits.
+_CHUNK = 128
 
 # As LEAST_SHARE in kernels/linear.h: rows whose N is a smaller share of |q|^2 sum_j |k_j|^2 are unsafe. Random
 # vectors have a share of 1 / E.
