@@ -27,7 +27,7 @@ _CHUNK = 128
 
 # As LEAST_SHARE in kernels/linear.h: rows whose N is a smaller share of |q|^2 sum_j |k_j|^2 are unsafe. Random
 # vectors have a share of 1 / E.
-_LEAST_SHARE_OF_RANDOM = 0.125
+_LEAST_SHARE_OF_RANDOM = 0.25
 _LEAST_SHARE_IN_DOUBLE = 2.0**-28
 _LEAST_SUM = {torch.float32: 2.0**-80, torch.float64: 2.0**-900}
 

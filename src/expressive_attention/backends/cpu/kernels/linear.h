@@ -11,7 +11,7 @@
 // The error of a normalizer that is read from a state is that of |q|^2 sum_j |k_j|^2, whose terms cancel where q is nearly
 // orthogonal to the keys: of random ones, it has a share of 1 / E. Rows with a much smaller one are unsafe; double has digits
 // to spare for other dtypes.
-#define LEAST_SHARE(p) (REAL_IS_DOUBLE && (p)->dtype != EA_FLOAT64 ? (REAL)0x1p-28 : (REAL)0.125 / (REAL)(p)->width)
+#define LEAST_SHARE(p) (REAL_IS_DOUBLE && (p)->dtype != EA_FLOAT64 ? (REAL)0x1p-28 : (REAL)0.25 / (REAL)(p)->width)
 #if REAL_IS_DOUBLE
 #define LEAST_LINEAR_SUM 0x1p-900
 #else
