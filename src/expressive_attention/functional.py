@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import ops, sharding
+from . import call_log, ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout
 from .call import Call, Result, Visibility, outline
 from .checks import (
@@ -26,7 +26,7 @@ from .checks import (
 )
 from .overrides import as_causality, listening, tell
 
-__all__ = ["expressive_attention", "match_heads", "run"]
+__all__ = ["choose", "expressive_attention", "match_heads", "run"]
 
 
 # Those of calls without a window: made once, since a small call takes not much longer than they do.
@@ -236,7 +236,9 @@ def run(call: Call, backend: str | None) -> Result:
         hook(call)
     if call.dropout_p:
         call = call.but(dropout_seeds=sharding.replicated(dropout.draw(call.query), call.query))
-    chosen = _choose(call, backend)
+    chosen = choose(call, backend)
+    if call_log.ENABLED and not torch.compiler.is_compiling():
+        call_log.log_call(call, chosen, backend)
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):
             return ops.reference_forward(call)
@@ -344,7 +346,11 @@ def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 # ---- choice of the backend ----
 
 
-def _choose(call: Call, backend: str | None) -> str:
+def choose(call: Call, backend: str | None) -> str:
+    """The backend of that name, or the first that does not decline the call.
+
+    Raises NotImplementedError if the one of that name declines it.
+    """
     call = outline(call)
     if backend is not None:
         reason = BACKENDS[backend].declines(call)

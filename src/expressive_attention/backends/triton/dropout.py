@@ -1,6 +1,6 @@
-"""Which weights dropout keeps, as `backends.dropout` has it: a tile at a time, from the same generator."""
+"""Dropout: which weights are kept, as `backends.dropout` has it: a tile at a time, from the same generator."""
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code for Triton looks wrong to a checker of Python's types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
@@ -14,7 +14,7 @@ __all__ = ["drop", "streams"]
 
 @triton.jit
 def streams(seeds, share, threshold, batch, heads, head, row):
-    """What the generator is told of some rows of query heads: its key, offset, and for each of them row and head."""
+    """The key of the generator, its offset, and the row and the head of each of some rows, as counters have them."""
     seeds += batch // share * 3
     seed, offset = tl.load(seeds), tl.load(seeds + 1)
     first = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)

@@ -279,7 +279,7 @@ class _Inputs:
 
 
 def _dropout(dropout_p: float, seeds: Tensor | None, batch: int) -> dict[str, Any]:
-    """What kernels are told of dropout: seeds and of how many batches each, 2^24 p, and 1 / (1 - p)."""
+    """Arguments of kernels: seeds, of how many batches each is, 2^24 p, and 1 / (1 - p)."""
     share = 1 if seeds is None else max(1, batch // seeds.shape[0])
     grown = 1 / keep_share(dropout_p)
     return {"seeds": _contiguous(seeds), "share": share, "threshold": threshold(dropout_p), "grown": grown}
