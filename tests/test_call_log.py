@@ -31,7 +31,8 @@ LINES = [
         "reference takes query (1, 2, 4, 8), key (1, 2, 4, 8), value (1, 2, 4, 8) of float32 on cpu, "
         "a mask (1, 2, 4, 4) of float32, squared; "
         "not cpu: torch.func and forward-mode derivatives are not implemented; "
-        "not triton: it runs on GPUs, not on cpu; not blockwise: torch.func and forward-mode derivatives are not implemented"
+        "not triton: it runs on GPUs, not on cpu; "
+        "not blockwise: torch.func and forward-mode derivatives are not implemented"
     ),
     (
         "blockwise takes query (1, 2, 5, 8), key (1, 2, 5, 8), value (1, 2, 5, 8) of bfloat16 on cpu, "
