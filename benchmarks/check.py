@@ -19,7 +19,7 @@ from problems import Problem
 
 
 class Settings(NamedTuple):
-    """What weights of the last head are multiplied by, in float64: ``(1, 1, L, S)`` or None.
+    """Factors of the weights of the last head, in float64: ``(1, 1, L, S)`` or None.
 
     Attributes:
         bias: The logarithm of a factor before normalization.
