@@ -41,6 +41,108 @@ def test_it_is_the_operator(form, mask, visibility, size):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
+BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+HIDING = {
+    "bool mask": (torch.arange(6) < 4, Visibility()),
+    "float mask": (torch.zeros(6).masked_fill(torch.arange(6) >= 4, -torch.inf), Visibility()),
+    "lengths": (None, Visibility(key_lengths=torch.tensor([4, 4]))),
+    "lengths and bias": (BIAS, Visibility(key_lengths=torch.tensor([4, 4]))),
+    "lengths and slopes": (None, Visibility(key_lengths=torch.tensor([4, 4]), slopes=torch.full((1, 4), 0.2))),
+    "window": (None, Visibility(left=6, right=-2)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("how", "what"), [*((how, what) for how in HIDING for what in ("key", "value")), ("lengths and bias", "bias")]
+)
+def test_what_is_hidden_has_no_influence(how, what, bad):
+    mask, visibility = HIDING[how]
+    if mask is not None and mask.ndim == 1:
+        mask = mask[None, None, None]
+    rows, key, value = (3 if how == "window" else 6), K.clone(), V.clone()
+    wanted = ops.attention(Call(Q[:, :, :rows], key, value, mask, visibility, 0.3, "expressive"), "reference")
+    if what == "bias":
+        mask = mask.clone()
+        mask[..., 4:] = BAD[bad]
+    else:
+        {"key": key, "value": value}[what][:, :, 4:] = BAD[bad]
+    found = DECOMPOSED(Q[:, :, :rows], key, value, mask, *visibility, 0.3, "expressive", "reference")
+    for x, y in zip(found, wanted, strict=True):
+        if y is not None:
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("what", ["query", "key", "value", "bias"])
+def test_rows_that_see_no_numbers_are_those_of_the_reference(what, bad):
+    tensors = {"query": Q.clone(), "key": K.clone(), "value": V.clone(), "bias": BIAS.clone()}
+    if what == "bias":
+        tensors[what][..., 1, 2] = BAD[bad]
+    else:
+        tensors[what][0, 1, 2] = BAD[bad]
+    masks = (tensors["bias"],) if what == "bias" else (None, BIAS)
+    for mask in masks:
+        arguments = tensors["query"], tensors["key"], tensors["value"], mask, Visibility(right=0)
+        wanted = ops.attention(Call(*arguments, 0.3, "expressive"), "reference")
+        found = DECOMPOSED(*arguments[:4], *arguments[4], 0.3, "expressive", "reference")
+        torch.testing.assert_close(found[0], wanted.output, rtol=1e-9, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(found[1], wanted.normalizer, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_a_key_with_score_0_hides_no_others_behind_its_bias():
+    key, bias = K.float(), torch.zeros(1, 1, 6, 6)
+    key[:, :, 3], bias[..., 3] = 0.0, 500.0
+    arguments = Q.float(), key, V.float(), bias, Visibility()
+    wanted = expressive_attention(Q, key.double(), V, scale=0.3)
+    found, _, largest = DECOMPOSED(*arguments[:4], *arguments[4], 0.3, "expressive", "reference")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert not largest.any()
+    bias[..., 3] = torch.finfo(torch.float32).max
+    found, *_ = DECOMPOSED(*arguments[:4], *arguments[4], 0.3, "expressive", "reference")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("query", "key"), [(1e-30, 1e30), (1e30, 1e-12), (1e25, 1e25), (1e-9, 1e-9)])
+def test_sizes_of_query_and_key_do_not_overflow_on_the_way(query, key):
+    wanted = expressive_attention(query * Q, key * K, V, scale=0.3)
+    found, *_ = DECOMPOSED(
+        (query * Q).float(), (key * K).float(), V.float(), None, *Visibility(), 0.3, "expressive", "reference"
+    )
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Hidden(nn.Module):
+    """Keys that are hidden by lengths, a bool mask and a key of score 0 with a large bias."""
+
+    def forward(self, q, k, v, lengths, keep, bias):
+        return (
+            expressive_attention(q, k, v, key_lengths=lengths),
+            expressive_attention(q, k, v, keep),
+            expressive_attention(q, k, v, bias),
+        )
+
+
+def test_onnx_runtime_leaves_out_what_is_hidden(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    q, k, v = Q.float(), K.float(), V.float()
+    lengths, keep = torch.tensor([4, 4]), (torch.arange(6) < 4).expand(1, 1, 6, 6).clone()
+    bias = torch.zeros(1, 1, 6, 6)
+    bias[..., 4:] = -torch.inf
+    bias[..., 1] = 200.0
+    k[:, :, 1] = 0.0
+    wanted = expressive_attention(Q, k[:, :, :4].double(), V[:, :, :4]).float()
+    k[:, :, 4:], v[:, :, 4] = torch.nan, torch.nan
+    v[:, :, 5] = torch.inf
+    inputs = (q, k, v, lengths, keep, bias)
+    torch.onnx.export(Hidden(), inputs, str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    given = {each.name: x.numpy() for each, x in zip(session.get_inputs(), inputs, strict=True)}
+    for found in session.run(None, given):
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+
+
 class Decoder(nn.Module):
     """Two layers, causal, with a mask and grouped queries."""
 

@@ -29,7 +29,7 @@ from .overrides import as_causality, listening, tell
 __all__ = ["choose", "expressive_attention", "match_heads", "run"]
 
 
-# Those of calls without a window: made once, since a small call takes not much longer than they do.
+# The visibilities of calls without a window are made once: a small call takes not much longer than they do.
 _VISIBILITIES = {
     (causal, alignment): Visibility(None, 0 if causal else None, alignment == "lower_right")
     for causal in (False, True)

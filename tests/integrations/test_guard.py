@@ -104,11 +104,21 @@ def test_a_forward_pass_that_is_replaced_afterwards_is_seen():
     torch.testing.assert_close(model(X), by_definition(model[1], by_definition(model[1], X)))
 
 
-def test_a_class_that_is_replaced_afterwards_is_seen():
-    model, _ = switched()
-    model[1].__class__ = Attn
-    with pytest.raises(ConversionError, match="class was 'ExpressiveAttn' and is 'Attn'"):
+def test_a_class_is_not_replaced_afterwards():
+    model, conversion = switched()
+    with pytest.raises(ConversionError, match=r"^1 \(ExpressiveAttn\) .* and the class Attn would take that away"):
+        model[1].__class__ = Attn
+    torch.testing.assert_close(model(X), by_definition(model[1], by_definition(model[0], X)))
+    # A subclass, as those of FSDP and parametrizations, keeps the guard.
+    model[1].__class__ = type("Sharded", (type(model[1]),), {})
+    torch.testing.assert_close(model(X), by_definition(model[1], by_definition(model[0], X)))
+    model[1].way = "softmax"
+    with pytest.raises(ConversionError, match="way was None and is 'softmax'"):
         model(X)
+    model[1].__class__ = type(model[1]).__base__
+    conversion.undo()
+    assert type(model[1]) is Attn
+    model[1].__class__ = nn.Module
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -175,8 +185,7 @@ def test_undo_under_a_forward_pass_that_was_put_on_later_is_refused():
 def test_undo_takes_the_guard_away():
     model, conversion = switched("softmax")
     conversion.undo()
-    assert not model[0]._forward_hooks
-    assert not model[0]._forward_pre_hooks
+    assert type(model[0]) is Attn
     assert all(not name.startswith("_expressive") for name in vars(model[0]))
     model(X)
 
@@ -250,6 +259,44 @@ def test_transformers_with_another_implementation(implementation):
         conversion.undo()
         model.set_attn_implementation("eager")
         model(**inputs)
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in the table of the layer's module"])
+def test_an_entry_of_transformers_that_is_replaced_afterwards(where):
+    pytest.importorskip("transformers", reason="needs the extra 'huggingface'")
+    from transformers import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    from .transformers_models import build, inputs_of
+
+    def attention(_, query, key, value, *args, **kwargs):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2), None
+
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    convert(model)
+    table = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    ours = table["expressive"]
+
+    def wrapped(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    register = AttentionInterface.register if where == "everywhere" else table.__setitem__
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        try:
+            register("expressive", attention)
+            with pytest.raises(
+                ConversionError,
+                match=r"^model\.layers\.0\.self_attn .*\(scaled_dot_product_attention\).*the entry 'expressive' of "
+                "transformers' attention interface was that of this package and is attention",
+            ):
+                model(**inputs)
+            register("expressive", wrapped)  # which calls expressive attention
+            assert torch.equal(model(**inputs)[0], before)
+        finally:
+            table._local_mapping.pop("expressive", None)
+            AttentionInterface.register("expressive", ours)
+        assert torch.equal(model(**inputs)[0], before)
 
 
 def test_a_way_through_a_layer_of_transformers_that_few_calls_take():

@@ -9,6 +9,7 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="needs peft")
 
 from expressive_attention.integrations import ConversionError, calibrate, convert, merge_gains  # noqa: E402
+from expressive_attention.nn import MultiheadAttention  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "Deprecation", "User")]
 
@@ -35,6 +36,63 @@ def test_lora_of_multi_head_attention(first):
     torch.testing.assert_close(found, merged(x))
     assert not torch.allclose(found, softmax, atol=1e-3)
     torch.testing.assert_close(adapted.merge_and_unload()(x), merged(x))
+
+
+@pytest.mark.parametrize("holder", ["a module", "an encoder layer of torch", "an encoder of torch"])
+def test_lora_of_the_class_of_this_package(holder):
+    attention = MultiheadAttention(16, 4, batch_first=True)
+    model = Holder(attention)
+    if holder != "a module":
+        model = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
+        model.self_attn = attention
+    if holder == "an encoder of torch":
+        model = nn.TransformerEncoder(model, 2, enable_nested_tensor=False)
+    model = nn.Sequential(model).double()
+    twin = copy.deepcopy(model)  # of torch's class, converted after PEFT
+    for module in list(twin.modules()):
+        if isinstance(getattr(module, "self_attn", None), MultiheadAttention):
+            softmax = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
+            softmax.load_state_dict(module.self_attn.state_dict())
+            module.self_attn = softmax
+    config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
+    adapted, twin = peft.get_peft_model(model, config), peft.get_peft_model(twin, config)
+    twin.load_state_dict(adapted.state_dict())
+    convert(twin)
+    x = torch.randn(2, 5, 16).double()
+    for mode in (adapted.eval, adapted.train):
+        mode()
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(adapted(x), twin(x))
+    adapted(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+    assert gradients
+    for name, p in twin.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad)
+    before = adapted.eval()(x)
+    merged = adapted.merge_and_unload().eval()
+    torch.testing.assert_close(merged(x), before)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), before)
+
+
+def test_the_class_of_this_package_with_other_widths_is_refused_for_that_reason():
+    model = nn.Sequential(Holder(MultiheadAttention(16, 4, kdim=8, batch_first=True)))
+    with pytest.raises(ValueError, match="Only same"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["self_attn"], r=2))
+
+
+class Holder(nn.Module):
+    """Attention of a sequence to itself."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.self_attn = attention
+
+    def forward(self, x):
+        return self.self_attn(x, x, x)[0]
 
 
 def llama():

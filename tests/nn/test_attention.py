@@ -28,7 +28,7 @@ def by_hand(module, x, attend):
             i = torch.arange(len(x))
             bias = bias - module.alibi.log_slopes[h].exp() * (i[:, None] - i).abs()
         if module.relative is not None:
-            bias = bias + module.relative(len(x))[h]
+            bias = bias + module.relative(len(x), len(x))[h]
         heads.append(attend(z, bias.to(z.dtype)) @ vh)
     return torch.cat(heads, -1) @ module.out.weight.T + module.out.bias
 

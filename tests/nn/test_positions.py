@@ -96,15 +96,16 @@ def test_a_relative_bias_is_its_table_at_the_distance():
     relative = RelativeBias(2, 4)
     assert not relative.table.any()
     torch.nn.init.normal_(relative.table)
-    bias = relative(3)
+    bias = relative(3, 3)
     for h in range(2):
         for i in range(3):
             for j in range(3):
                 assert bias[h, i, j] == relative.table[h, i - j + 3]
     bias[0, 2, 0].backward()
     assert relative.table.grad.nonzero().tolist() == [[0, 5]]
-    with pytest.raises(ValueError, match="length must be at most 4, got 5"):
-        relative(5)
+    torch.testing.assert_close(relative(2, 3), bias[:, 1:])  # the last two positions
+    with pytest.raises(ValueError, match="keys must be at most 4, got 5"):
+        relative(1, 5)
 
 
 def test_learned_positions_add_their_table():
@@ -125,10 +126,11 @@ def test_a_base_is_positive(positions):
 
 def test_learned_slopes_start_as_alibis_and_are_a_decay():
     alibi = LearnedAlibi(4)
-    torch.testing.assert_close(alibi(6), alibi_bias(4, 6, 6))
-    torch.testing.assert_close(alibi(6, is_causal=True), alibi_bias(4, 6, 6, is_causal=True))
+    torch.testing.assert_close(alibi(6, 6), alibi_bias(4, 6, 6))
+    torch.testing.assert_close(alibi(6, 6, is_causal=True), alibi_bias(4, 6, 6, is_causal=True))
     torch.nn.init.uniform_(alibi.log_slopes, -40.0, 3.0)
-    bias = alibi(6)
+    bias = alibi(6, 6)
+    torch.testing.assert_close(alibi(2, 6), bias[:, 4:])
     for h in range(4):
         for i in range(6):
             for j in range(6):
@@ -148,7 +150,7 @@ def test_slopes_have_the_gradient_of_the_formula(mechanism, is_causal):
     alibi = LearnedAlibi(3).double()
     torch.nn.init.uniform_(alibi.log_slopes, -3.0, 0.5)
     q, k, v, upstream = torch.randn(4, 2, 3, 7, 4, dtype=torch.float64).unbind(0)
-    output = attend(mechanism, q, k, v, alibi(7, is_causal=is_causal), is_causal=is_causal)
+    output = attend(mechanism, q, k, v, alibi(7, 7, is_causal=is_causal), is_causal=is_causal)
     (output * upstream).sum().backward()
     i = torch.arange(7.0, dtype=torch.float64)
     distance = (i[:, None] - i).abs()

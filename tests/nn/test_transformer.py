@@ -119,6 +119,11 @@ def test_wrong_arguments_are_named(change, message):
         Transformer(**{"vocab_size": 10, "max_length": 6, **change})
 
 
-def test_too_many_tokens_are_refused():
-    with pytest.raises(ValueError, match="at most 6 positions, got 7"):
-        Transformer(10, 6, 8, 1, 1)(torch.zeros(1, 7, dtype=torch.long))
+@pytest.mark.parametrize("position", [*POSITIONS, "rope+relative"])
+def test_a_table_of_positions_limits_the_length(position):
+    model, tokens = Transformer(10, 6, 8, 1, 1, position=position), torch.zeros(1, 7, dtype=torch.long)
+    if {"learned", "relative"}.isdisjoint(position.split("+")):
+        assert model(tokens).shape == (1, 7, 10)
+    else:
+        with pytest.raises(ValueError, match="at most 6 positions, got 7"):
+            model(tokens)

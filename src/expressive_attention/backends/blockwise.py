@@ -136,7 +136,7 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     output, normalizer, _ = result
     dtype = torch.float64 if _exceeds_float32(call, normalizer) else normalizer.dtype
     if dtype != query.dtype:
-        # What was stored is rounded to 16 bits (the output) or may have left float32's range (the normalizer).
+        # The stored output is rounded to 16 bits, and the stored normalizer may have left float32's range.
         output, normalizer, _ = _forward(call, dtype)
     total = torch.where(normalizer == 0, torch.inf, normalizer).unsqueeze(-1)
     keep = dropout.keep_share(call.dropout_p)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..call import Call, Visibility
 from ..functional import fold_batch, fold_mask, with_dims
-from ..integrations.switching import set_attributes
+from ..integrations.classes import set_attributes
 from ..integrations.tracing import Tracer, traced
 from .record import LayerRecord, Record
 

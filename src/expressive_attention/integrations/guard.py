@@ -1,12 +1,13 @@
 """A switched layer guards itself: softmax in the place of expressive attention is an error, in whatever call.
 
 `Conversion.verify` proves one call. Afterwards a processor may be set, an implementation be named, or a call may take a
-way through the layer that others do not take. So each switched layer has two hooks. The first opens a note, where
-expressive attention and functions of torch that compute softmax are entered while the layer runs; the second reads it.
-Softmax alone is an error. A layer that runs neither, because the batch is empty or it has a cache, is left in peace.
+way through the layer that others do not take. So the class of a switched layer calls it with a note, where expressive
+attention and functions of torch that compute softmax are entered while it runs. Softmax alone is an error. A layer that
+runs neither, because the batch is empty or it has a cache, is left in peace.
 
 Functions of torch are seen by a mode. Layers that run inside of `expressive_sdpa` have one; all others get one for
-calls where they could compute softmax: something of them has changed, or their own code has softmax in it.
+calls where they could compute softmax: something of them has changed, or their own code has softmax in it. A layer of
+the attention interface of transformers that has not changed cannot, and is called without a note.
 """
 
 from __future__ import annotations
@@ -20,13 +21,25 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .classes import Subclassed, set_attributes
 from .errors import ConversionError
-from .inspection import own_softmax
 
-__all__ = ["GUARD", "guard", "is_guarded", "note_expressive", "note_function", "unguarded"]
+__all__ = [
+    "GUARD",
+    "Guarded",
+    "guard",
+    "implementation_of",
+    "is_switched",
+    "note_expressive",
+    "note_function",
+    "unguarded",
+]
 
 # The attribute of a switched layer that holds its `Guard`.
 GUARD = "_expressive_guard"
+
+# Configurations of transformers have a method of their own for attributes, which takes most of the time of a guard.
+_get_attribute: Any = object.__getattribute__
 
 # Functions of torch, its operators, and operators of libraries of kernels that compute softmax, or the exponentials of
 # one that is spelled out.
@@ -48,27 +61,20 @@ class Guard:
 
     Attributes:
         name: Its dotted name in the model that was converted.
-        by_class: Whether the switch gave it another class.
         implementation: The name that its configuration has for its attention, if it goes by that.
-        watched: Whether its own code has softmax in it beside what was switched.
         state: Everything else that may change, to be named in messages.
     """
 
     name: str
-    by_class: bool
     implementation: str | None
-    watched: bool
     state: dict[str, Any]
 
 
 class _Note:
-    """Whether expressive attention ran in a running layer, and which function computed softmax."""
+    """Whether expressive attention ran in a running layer, and the function that computed softmax, if one did."""
 
-    __slots__ = ("expressive", "module", "softmax", "watch")
-
-    def __init__(self, module: nn.Module, watch: _Watch | None) -> None:
-        self.module, self.watch = module, watch
-        self.expressive, self.softmax = False, ""
+    expressive = False
+    function = ""
 
 
 class _Here(threading.local):
@@ -100,7 +106,7 @@ def note_function(func: Any) -> None:
     """A function of torch is called in the innermost layer that is running."""
     name = getattr(func, "__name__", "")
     if name in _SOFTMAX and _here.notes:
-        _here.notes[-1].softmax = name
+        _here.notes[-1].function = name
 
 
 @contextmanager
@@ -113,62 +119,82 @@ def unguarded() -> Iterator[None]:
         _here.off -= 1
 
 
-def guard(module: nn.Module, name: str, by_class: bool) -> Callable[[], None]:
-    """Put the hooks on a layer that has just been switched; returns what takes them off."""
-    implementation = None if by_class else _implementation(module)
-    watched = not by_class and own_softmax(type(module))
+class Guarded(Subclassed):
+    """A layer that was switched, and guards its calls."""
+
+    # Whether calls of a layer that has not changed have a note.
+    _has_notes = True
+    _call_impl: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        original: Any = cls.__dict__.get("_original")
+        if original is not None:
+            # Between `__call__` and `forward`, so that a forward pass that is an attribute of the layer is seen.
+            cls._call_impl = _guarded(original._call_impl, cls._has_changed, cls._has_notes)
+
+    def _has_changed(self) -> bool:
+        """Whether something has changed since the switch by which it may compute softmax."""
+        raise NotImplementedError
+
+    def _changes(self) -> list[str]:
+        """Everything that has changed, in words."""
+        found, now = self.__dict__[GUARD].state, _state(self)  # pyright: ignore[reportArgumentType]
+        names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
+        return [f"{name} was {found.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and GUARD in self.__dict__ and not issubclass(value, Guarded):
+            raise ConversionError(
+                f"{self.__dict__[GUARD].name or 'the model'} ({type(self).__name__}) was switched to expressive "
+                f"attention, and the class {value.__name__} would take that away; call undo() of the conversion first"
+            )
+        super().__setattr__(name, value)
+
+
+def _guarded(plain_call: Callable[..., Any], has_changed: Callable[[Any], bool], has_notes: bool) -> Callable[..., Any]:
+    # It runs in every call, so it looks up as little as possible: attributes of modules are slow, and hooks of torch
+    # would cost several times as much.
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = has_changed(self)
+        if not (changed or has_notes):
+            return plain_call(self, *args, **kwargs)
+        note, notes = _Note(), _here.notes
+        notes.append(note)
+        try:
+            if changed:
+                with _Watch():
+                    output = plain_call(self, *args, **kwargs)
+            else:
+                output = plain_call(self, *args, **kwargs)
+        finally:
+            notes.pop()
+        if note.function and not note.expressive and not _here.off:
+            raise ConversionError(_told(self, note.function))
+        return output
+
+    return call
+
+
+def guard(module: nn.Module, name: str) -> Callable[[], None]:
+    """Note the state of a layer that has just been switched; returns what undoes it."""
     # By __dict__, as all that the package keeps in modules of others.
-    module.__dict__[GUARD] = Guard(name, by_class, implementation, watched, _state(module))
-    handles = (
-        module.register_forward_pre_hook(_enter),
-        module.register_forward_hook(_leave, always_call=True),
-    )
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        module.__dict__.pop(GUARD, None)
-
-    return undo
+    return set_attributes(module, **{GUARD: Guard(name, implementation_of(module), _state(module))})
 
 
-def is_guarded(module: nn.Module) -> bool:
-    """Whether a layer was switched by its configuration, and still is."""
-    found = getattr(module, GUARD, None)
-    return found is not None and not found.by_class and _implementation(module) == found.implementation
+def is_switched(module: nn.Module) -> bool:
+    """Whether a layer was switched, and goes by the same name still, if it goes by a name."""
+    found = module.__dict__.get(GUARD) if isinstance(module, Guarded) else None
+    return found is not None and implementation_of(module) == found.implementation
 
 
-def _enter(module: Any, _: Any) -> None:
-    # This runs in every call of a layer, so it calls as little as possible.
-    if _here.off or (found := module.__dict__.get(GUARD)) is None:
-        return
-    if found.by_class:
-        changed = not hasattr(type(module), "_original")  # as classes have that `switch` has made
-    else:
-        changed = found.watched or _implementation(module) != found.implementation
-    watch = None
-    if changed or "forward" in module.__dict__:
-        watch = _Watch()
-        watch.__enter__()
-    _here.notes.append(_Note(module, watch))
-
-
-def _leave(module: nn.Module, _: Any, output: Any) -> None:
-    notes = _here.notes
-    if not notes or notes[-1].module is not module:
-        return
-    note = notes.pop()
-    if note.watch is not None:
-        note.watch.__exit__(None, None, None)
-    if note.softmax and not note.expressive and output is not None:  # None: the call has ended in an error
-        raise ConversionError(_told(module, note.softmax))
-
-
-def _implementation(module: Any) -> str | None:
+def implementation_of(module: Any) -> str | None:
     """The name that the configuration of a layer has for its attention, if it has one."""
     config: Any = module.__dict__.get("config")
+    if config is None:
+        return None
     try:
-        return config._attn_implementation_internal  # without its property, in half the time
+        return _get_attribute(config, "_attn_implementation_internal")
     except AttributeError:
         return getattr(config, "_attn_implementation", None)
 
@@ -183,27 +209,21 @@ def _state(module: nn.Module) -> dict[str, Any]:
     processor = getattr(module, "processor", None)
     return {
         **found,
-        "attn_implementation": _implementation(module),
+        "attn_implementation": implementation_of(module),
         "processor": None if processor is None else type(processor).__name__,
         "class": type(module).__name__,
         "forward": "a method of its own" if "forward" in vars(module) else "that of its class",
     }
 
 
-def _told(module: nn.Module, softmax: str) -> str:
-    found: Guard = getattr(module, GUARD)
-    now = _state(module)
-    changes = [
-        f"{name} was {found.state.get(name)!r} and is {now.get(name)!r}"
-        for name in {**found.state, **now}
-        if found.state.get(name) != now.get(name)
-    ]
+def _told(module: Guarded, function: str) -> str:
+    changes = module._changes()
     why = (
         f"since the switch it has changed: {'; '.join(changes)}"
         if changes
         else "nothing of it has changed since the switch, so this call takes a way that others do not take"
     )
     return (
-        f"{found.name or 'the model'} ({type(module).__name__}) was switched to expressive attention and has computed "
-        f"softmax ({softmax}) without it: {why}. To go back to softmax, call undo() of the conversion"
+        f"{module.__dict__[GUARD].name or 'the model'} ({type(module).__name__}) was switched to expressive attention "
+        f"and has computed softmax ({function}) without it: {why}. To go back to softmax, call undo() of the conversion"
     )

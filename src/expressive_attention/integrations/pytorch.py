@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..nn import MultiheadAttention
+from .classes import set_attributes
 from .conversion import Found, Undo
 from .guard import note_expressive
-from .switching import Switched, WithExpressiveSdpa, set_attributes
+from .switching import Switched, WithExpressiveSdpa
 from .switching import switch as give_class
 
 __all__ = ["find", "switch"]
@@ -26,7 +27,7 @@ class _ExpressiveHeads(Switched):
 
     @property
     def form(self) -> str:
-        """What the class of this package has as an attribute."""
+        """The form, by the name that the class of this package has for it."""
         return self._expressive_form
 
 

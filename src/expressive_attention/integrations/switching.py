@@ -1,32 +1,30 @@
-"""Gives a module another class, a subclass of its own: it keeps its parameters, and gets its old class back."""
+"""Classes of switched layers, whose code runs with torch's attention replaced, or is replaced itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import nn
 
+from .classes import give_class
+from .guard import Guarded
 from .sdpa import expressive_sdpa
 
-__all__ = ["GAIN", "Switched", "WithExpressiveSdpa", "set_attributes", "switch"]
+__all__ = ["GAIN", "Switched", "WithExpressiveSdpa", "switch"]
 
 
 # A parameter ``(H,)`` that `calibrate` gives to switched layers: a factor on the queries of each head.
 GAIN = "expressive_gain"
 
 
-class Switched:
-    """What the classes that `switch` makes have in common. They have no name to import, and are made again."""
+class Switched(Guarded):
+    """A layer whose class was switched."""
 
-    _original: type
     _expressive_form: str
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        mixin = next(base for base in type(self).__bases__ if issubclass(base, Switched))
-        return (_remade, (mixin, self._original), *rest)
+    def _has_changed(self) -> bool:
+        return "forward" in self.__dict__
 
     def extra_repr(self) -> str:
         """As before, with the mechanism."""
@@ -49,41 +47,5 @@ class WithExpressiveSdpa(Switched):
 
 
 def switch(module: nn.Module, mixin: type[Switched], form: str, **attributes: Any) -> Callable[[], None]:
-    """Put `mixin` before the class of a module, and set attributes of it.
-
-    Returns:
-        What undoes it.
-    """
-    original = type(module)
-    module.__class__ = _class(mixin, original)
-    undo_attributes = set_attributes(module, _expressive_form=form, **attributes)
-
-    def undo() -> None:
-        module.__class__ = original
-        undo_attributes()
-
-    return undo
-
-
-def set_attributes(target: Any, **attributes: Any) -> Callable[[], None]:
-    """Set attributes of an object; returns what gives it back those that it had."""
-    before = {name: target.__dict__[name] for name in attributes if name in target.__dict__}
-    target.__dict__.update(attributes)
-
-    def undo() -> None:
-        for name in attributes:
-            target.__dict__.pop(name, None)
-        target.__dict__.update(before)
-
-    return undo
-
-
-@cache
-def _class(mixin: type[Switched], original: type) -> type:
-    name = f"Expressive{original.__name__}"
-    return type(name, (mixin, original), {"_original": original, "__module__": original.__module__})
-
-
-def _remade(mixin: type[Switched], original: type) -> Any:
-    made: Any = _class(mixin, original)
-    return made.__new__(made)
+    """Put `mixin` before the class of a module, and set attributes of it; returns what undoes it."""
+    return give_class(module, mixin, _expressive_form=form, **attributes)

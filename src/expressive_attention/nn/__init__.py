@@ -1,6 +1,7 @@
 """Modules: self-attention, torch's multi-head attention, position encodings and a small decoder-only transformer."""
 
 from .attention import HeadGain, SelfAttention
+from .cache import KeyValueCache
 from .mechanisms import MECHANISMS, attend
 from .multihead import MultiheadAttention
 from .positions import (
@@ -21,6 +22,7 @@ __all__ = [
     "NORMS",
     "POSITIONS",
     "HeadGain",
+    "KeyValueCache",
     "LearnedAlibi",
     "LearnedPositions",
     "MultiheadAttention",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import join_masks
+from .cache import KeyValueCache
 from .mechanisms import attend, check_mechanism
 from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, position_codes
 
@@ -115,41 +116,69 @@ class SelfAttention(nn.Module):
             f"is_causal={self.is_causal}"
         )
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``.
 
         Args:
             x: Input ``(..., L, D)``.
-            attn_mask: Broadcastable to ``(..., H, L, L)``: bool (True: takes part) or a bias in log-weight
+            attn_mask: Broadcastable to ``(..., H, L, S)``: bool (True: takes part) or a bias in log-weight
                 space, together with causality.
+            cache: Of the positions before x, which x continues and is added to: S = ``cache.length`` + L. Without one,
+                S = L.
+
+        Raises:
+            ValueError: A cache is given to attention that is not causal, or is full.
         """
-        q, k, v = self.heads(x)
-        bias = self.position_bias(x)
-        if bias is not None:
-            attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
+        if cache is not None and not self.is_causal:
+            raise ValueError("cache must be None for attention that is not causal")
+        past = 0 if cache is None else cache.length
+        q, k, v = self.heads(x, past)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        for bias in (self.position_bias(x, past), self._causal(past, x)):
+            if bias is not None:
+                attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
         dropout_p = self.dropout_p if self.training else 0.0
-        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal)
+        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal and past == 0)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value ``(..., H, L, E)`` of X ``(..., L, D)``: normalized, turned and with the gain."""
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value ``(..., H, L, E)`` of X ``(..., L, D)``: normalized, turned and with the gain.
+
+        Args:
+            x: Input ``(..., L, D)``.
+            start: Position of its first vector.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
         if self.qk_norm:
             q, k = (F.rms_norm(vectors, vectors.shape[-1:]) for vectors in (q, k))
         if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
+            q, k = self.rope(q, start), self.rope(k, start)
         if self.gain is not None:
             q = self.gain(q)
         return q, k, v
 
-    def position_bias(self, x: Tensor) -> Tensor | None:
-        """The positions' float mask for X ``(..., L, D)``, broadcastable to ``(..., H, L, L)``; None without one."""
-        length, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
-        is_causal, biases = self.is_causal and wide, []
+    def position_bias(self, x: Tensor, past: int = 0) -> Tensor | None:
+        """The positions' float mask, broadcastable to ``(..., H, L, S)``; None without one.
+
+        Args:
+            x: Input ``(..., L, D)``.
+            past: Number of keys before it: S = `past` + L.
+        """
+        queries, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
+        keys, is_causal, biases = past + queries, self.is_causal and wide, []
         if "alibi" in position_codes(self.position):
-            biases.append(alibi_bias(self.num_heads, length, length, x.device, is_causal=is_causal).to(x.dtype))
+            biases.append(alibi_bias(self.num_heads, queries, keys, x.device, is_causal=is_causal).to(x.dtype))
         if self.alibi is not None:
-            biases.append(self.alibi(length, is_causal=is_causal))
+            biases.append(self.alibi(queries, keys, is_causal=is_causal))
         if self.relative is not None:
-            biases.append(self.relative(length))
+            biases.append(self.relative(queries, keys))
         return sum(biases[1:], biases[0]) if biases else None
+
+    @staticmethod
+    def _causal(past: int, x: Tensor) -> Tensor | None:
+        """Which keys several queries see that come after others, ``(L, S)``; one sees all."""
+        queries = x.shape[-2]
+        if past == 0 or queries == 1:
+            return None
+        return torch.ones(queries, past + queries, dtype=torch.bool, device=x.device).tril(past)

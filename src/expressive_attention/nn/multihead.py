@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     `Transformer`, whose fused inference path would compute softmax without calling it: this class keeps them from
     it. To go on with the weights of a model that exists, load its state dict or use `integrations.convert`.
 
-    What differs: a query whose keys are all blocked gives 0 before the output projection, where torch gives NaN;
+    Differences: a query whose keys are all blocked gives 0 before the output projection, where torch gives NaN;
     `add_zero_attn` adds a key of zeros, which expressive weights never choose; `is_causal` works without a mask, too.
     Nested tensors are an error.
 
@@ -78,8 +79,24 @@ class MultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.form = form
-        # Torch's layers take their fused path, which computes softmax, only where this is True; it has no other use.
-        self._qkv_same_embed_dim = False
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Whether keys and values are as wide as queries; False for torch's layers, whose fused path computes softmax.
+
+        They take it only where this is True. Torch's own code of this class and PEFT, which adapts no others, are told
+        how it is; not so PEFT's attribute of this name, which passes it on to torch's layers.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        asked_by = sys._getframe(1)
+        room = asked_by.f_globals.get("__name__", "")
+        is_told = room == nn.MultiheadAttention.__module__ or room.startswith("peft.")
+        return is_told and asked_by.f_code.co_name != "_qkv_same_embed_dim" and self._has_same_widths
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, same: bool) -> None:
+        self._has_same_widths = same
 
     def extra_repr(self) -> str:
         """Heads, mechanism and form."""

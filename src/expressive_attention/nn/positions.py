@@ -58,12 +58,12 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.table = nn.Embedding(max_length, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X ``(..., L, D)`` with positions 0 to L - 1 added."""
-        length = x.shape[-2]
-        if length > self.table.num_embeddings:
-            raise ValueError(f"x must have at most {self.table.num_embeddings} positions, got {length}")
-        return x + self.table(torch.arange(length, device=x.device))
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """X ``(..., L, D)`` with positions `start` to `start` + L - 1 added."""
+        end = start + x.shape[-2]
+        if end > self.table.num_embeddings:
+            raise ValueError(f"x must have at most {self.table.num_embeddings} positions, got {end}")
+        return x + self.table(torch.arange(start, end, device=x.device))
 
 
 class SinusoidalPositions(nn.Module):
@@ -85,9 +85,9 @@ class SinusoidalPositions(nn.Module):
         self.embed_dim = embed_dim
         self.base = base
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X ``(..., L, D)`` with positions 0 to L - 1 added."""
-        angles = _angles(x.shape[-2], self.embed_dim, self.base, x.device)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """X ``(..., L, D)`` with positions `start` to `start` + L - 1 added."""
+        angles = _angles(start, start + x.shape[-2], self.embed_dim, self.base, x.device)
         return x + torch.stack([angles.sin(), angles.cos()], -1).flatten(-2).to(x.dtype)
 
 
@@ -112,23 +112,29 @@ class RotaryPositions(nn.Module):
         self.base = base
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X ``(..., L, E)`` rotated, positions 0 to L - 1."""
-        cos, sin = self._cos_sin(x)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """X ``(..., L, E)`` rotated, positions `start` to `start` + L - 1."""
+        cos, sin = self._cos_sin(x, start)
         rotated = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (x_2, x_1); the sign is in sin
         return x * cos + rotated * sin
 
-    def _cos_sin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin ``(L, E)``, kept from call to call."""
-        length = x.shape[-2]
+        end = start + x.shape[-2]
+        if torch.compiler.is_compiling():
+            cos, sin = self._table(x, start, end)
+            return cos, sin
         kept = self._tables
-        if kept is None or kept[0].shape[0] != length or kept[0].dtype != x.dtype or kept[0].device != x.device:
-            angles = _angles(length, self.head_dim, self.base, x.device)
-            cos, sin = angles.cos(), angles.sin()
-            kept = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
-            if not torch.compiler.is_compiling():
-                self._tables = kept
-        return kept
+        if kept is None or kept[0].shape[0] < end or kept[0].dtype != x.dtype or kept[0].device != x.device:
+            # With room to grow: generation asks for one position more in each call.
+            kept = self._tables = self._table(x, 0, 1 << (end - 1).bit_length())
+        cos, sin = kept
+        return cos[start:end], sin[start:end]
+
+    def _table(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        angles = _angles(start, end, self.head_dim, self.base, x.device)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
 
 
 def _check_waves(name: str, width: int, base: float) -> None:
@@ -138,9 +144,9 @@ def _check_waves(name: str, width: int, base: float) -> None:
         raise ValueError(f"base must be positive, got {base}")
 
 
-def _angles(length: int, width: int, base: float, device: torch.device) -> Tensor:
-    """p * base^(-2 i / width) in float64, ``(length, width / 2)``."""
-    positions = torch.arange(length, dtype=torch.float64, device=device)
+def _angles(start: int, end: int, width: int, base: float, device: torch.device) -> Tensor:
+    """p * base^(-2 i / width) in float64 for positions p from `start` to `end`, ``(end - start, width / 2)``."""
+    positions = torch.arange(start, end, dtype=torch.float64, device=device)
     pairs = torch.arange(0, width, 2, dtype=torch.float64, device=device)
     return torch.outer(positions, base ** (-pairs / width))
 
@@ -163,17 +169,17 @@ class RelativeBias(nn.Module):
         self.max_length = max_length
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1))
 
-    def forward(self, length: int) -> Tensor:
-        """Float mask ``(H, L, L)``."""
-        return self.table[:, distance_index(length, self.max_length, self.table.device)]
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """Float mask ``(H, L, S)``, queries being the last L of S positions."""
+        return self.table[:, distance_index(queries, keys, self.max_length, self.table.device)]
 
 
-def distance_index(length: int, max_length: int, device: torch.device) -> Tensor:
-    """Column i - j + T - 1 of a `RelativeBias` for query i and key j, ``(L, L)``."""
-    if length > max_length:
-        raise ValueError(f"length must be at most {max_length}, got {length}")
-    i = torch.arange(length, device=device)
-    return i.unsqueeze(1) - i + max_length - 1
+def distance_index(queries: int, keys: int, max_length: int, device: torch.device) -> Tensor:
+    """Column i - j + T - 1 of a `RelativeBias` for query i, of the last L of S positions, and key j, ``(L, S)``."""
+    if keys > max_length:
+        raise ValueError(f"keys must be at most {max_length}, got {keys}")
+    j = torch.arange(keys, device=device)
+    return j[keys - queries :].unsqueeze(1) - j + max_length - 1
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -229,6 +235,6 @@ class LearnedAlibi(nn.Module):
         super().__init__()
         self.log_slopes = nn.Parameter(alibi_slopes(num_heads).log())
 
-    def forward(self, length: int, *, is_causal: bool = False) -> Tensor:
-        """Float mask ``(H, L, L)``, or ``(H, 1, L)`` for causal attention, as `alibi_bias`."""
-        return distance_bias(self.log_slopes.exp(), length, length, is_causal=is_causal)
+    def forward(self, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
+        """Float mask ``(H, L, S)``, or ``(H, 1, S)`` for causal attention, as `alibi_bias`."""
+        return distance_bias(self.log_slopes.exp(), queries, keys, is_causal=is_causal)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SelfAttention, check_choice
+from .cache import KeyValueCache
 from .positions import LearnedPositions, SinusoidalPositions, position_codes
 
 __all__ = ["NORMS", "Transformer", "TransformerBlock"]
@@ -60,13 +61,13 @@ class TransformerBlock(nn.Module):
         self.activation = _ACTIVATIONS[activation]
         self.norms = nn.ModuleList(make_norm(embed_dim, norm, norm_affine) for _ in range(2))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """X ``(..., L, D)`` to ``(..., L, D)``; `attn_mask` as in `SelfAttention`."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """X ``(..., L, D)`` to ``(..., L, D)``; `attn_mask` and `cache` as in `SelfAttention`."""
         first, second = self.norms
         if self.norm == "pre":
-            x = x + self.attention(first(x), attn_mask)
+            x = x + self.attention(first(x), attn_mask, cache)
             return x + self._mlp(second(x))
-        x = first(x + self.attention(x, attn_mask))
+        x = first(x + self.attention(x, attn_mask, cache))
         return second(x + self._mlp(x))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size: Number of tokens V.
-        max_length: Longest sequence; sizes learned and relative positions.
+        max_length: Longest sequence with learned or relative positions, which have a table of it. Other positions
+            take any length.
         embed_dim: Width D.
         num_layers: Number of blocks.
         num_heads: Heads per block.
@@ -135,6 +137,7 @@ class Transformer(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.max_length = max_length
+        self._has_table = not {"learned", "relative"}.isdisjoint(codes)
         self.reads_tokens = input_dim is None
         self.embedding = (
             nn.Embedding(vocab_size, embed_dim) if input_dim is None else nn.Linear(input_dim, embed_dim, bias=bias)
@@ -180,21 +183,92 @@ class Transformer(nn.Module):
             with torch.no_grad():
                 self.embedding.weight[:, 0] += self.embedding_shift
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Tokens ``(..., L)``, integers in [0, V), or vectors ``(..., L, input_dim)``, to logits ``(..., L, V)``.
 
+        Args:
+            inputs: The tokens or vectors.
+            caches: One for each block, of the positions before `inputs`, which are added to them.
+
         Raises:
-            ValueError: For more than `max_length` positions.
+            ValueError: For more than `max_length` positions, where learned or relative ones are among the codes; or
+                for as many caches as there are not blocks.
         """
-        length = inputs.shape[-1 if self.reads_tokens else -2]
-        if length > self.max_length:
-            raise ValueError(f"inputs must have at most {self.max_length} positions, got {length}")
+        if caches is not None and len(caches) != len(self.blocks):
+            raise ValueError(f"caches must have one for each of {len(self.blocks)} blocks, got {len(caches)}")
+        start = caches[0].length if caches else 0
+        self._check_length(start + inputs.shape[-1 if self.reads_tokens else -2])
         x = self.embedding(inputs)
-        if self.positions is not None:
-            x = self.positions(x)
-        for block in self.blocks:
-            x = block(x)
+        for added in self.positions if isinstance(self.positions, nn.Sequential) else (self.positions,):
+            if added is not None:
+                x = added(x, start)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if caches is None else block(x, cache=caches[i])
         return self.head(self.final_norm(x))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue tokens ``(..., L)`` to ``(..., L + steps)``. Each step computes its own position alone.
+
+        Args:
+            tokens: Integers in [0, V), at least one.
+            steps: How many to add.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_k: Draw among the k most likely tokens.
+            generator: Of the random numbers.
+
+        Raises:
+            ValueError: An argument does not fit, the result would have more than `max_length` positions (as in
+                ``forward``), the model reads vectors or is not causal, or drops weights because it is in training mode.
+
+        Example:
+            >>> model = Transformer(vocab_size=10, max_length=8, embed_dim=16, num_layers=1, num_heads=1).eval()
+            >>> model.generate(torch.tensor([[1, 2, 3]]), 4).shape
+            torch.Size([1, 7])
+        """
+        if not self.reads_tokens:
+            raise ValueError("the model must read tokens to generate them, but reads vectors")
+        if tokens.ndim < 1 or tokens.shape[-1] < 1:
+            raise ValueError(f"tokens must have at least one position, got shape {tuple(tokens.shape)}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if self.training and any(module.dropout_p for module in self.modules() if isinstance(module, SelfAttention)):
+            raise ValueError("the model must be in evaluation mode, got one that drops weights; call eval() first")
+        capacity = tokens.shape[-1] + steps - 1  # the last token is never read
+        self._check_length(capacity)
+        caches = [KeyValueCache(capacity) for _ in self.blocks]
+        new = tokens
+        for _ in range(steps):
+            logits = self(new, caches)[..., -1, :]
+            new = _draw(logits, temperature, top_k, generator).unsqueeze(-1)
+            tokens = torch.cat([tokens, new], -1)
+        return tokens
+
+    def _check_length(self, length: int) -> None:
+        if self._has_table and length > self.max_length:
+            raise ValueError(f"inputs must have at most {self.max_length} positions, got {length}")
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """Tokens ``(...)`` of logits ``(..., V)``."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -torch.inf)
+    shares = (logits / temperature).softmax(-1)
+    return torch.multinomial(shares.view(-1, shares.shape[-1]), 1, generator=generator).view(shares.shape[:-1])
 
 
 def make_norm(embed_dim: int, norm: str, affine: bool) -> nn.Module:

@@ -39,7 +39,7 @@ def declines(call: Call) -> str | None:
 
 
 def _missing() -> str | None:
-    """What is wrong with the installation of Triton; None: nothing."""
+    """The fault in the installation of Triton; None: it has none."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'expressive-attention[gpu]'"
     try:

@@ -26,7 +26,7 @@ corrected along q where the mean of f is below 1/2. 16-bit gradients are not wor
 along q is less than its rounding.
 """
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 

@@ -3,7 +3,7 @@
 Sums over different keys merge by addition alone, o = sum w v and N = sum w: no part has to know another's maximum.
 """
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 

@@ -3,7 +3,7 @@
 It runs over all keys of a row, or over a part of them (`SPLIT`), whose sums `decode` adds up.
 """
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 

@@ -257,7 +257,7 @@ class _Inputs:
         }
 
         mantissa, exponent = math.frexp(scale)
-        # What is different for the kernels that compute lost rows.
+        # Kernels that compute lost rows get other values of these arguments.
         self.wide = {
             "scale": mantissa, "scale_exponent": exponent, "PRECISION": self.precision, "WEIGHT": tl.float32,
         }  # fmt: skip
@@ -279,7 +279,7 @@ class _Inputs:
 
 
 def _dropout(dropout_p: float, seeds: Tensor | None, batch: int) -> dict[str, Any]:
-    """Arguments of kernels: seeds, of how many batches each is, 2^24 p, and 1 / (1 - p)."""
+    """The arguments of kernels for dropout: seeds and of how many batches each, 2^24 p, and 1 / (1 - p)."""
     share = 1 if seeds is None else max(1, batch // seeds.shape[0])
     grown = 1 / keep_share(dropout_p)
     return {"seeds": _contiguous(seeds), "share": share, "threshold": threshold(dropout_p), "grown": grown}

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of rows and of keys, which keys a row sees, and the weight function.
+"""Parts that the kernels share: tiles of rows and of keys, which keys a row sees, and the weight function.
 
 Rows of a key head run over the positions of its queries and, for each position, over the query heads that share
 it: row r is head ``r % GROUPS`` of the group at position ``r // GROUPS``. So keys are read once for all of them,
@@ -13,7 +13,7 @@ on which `unit`, `wide_parts` and `scaled` have the last word: there weights are
 `selected_product` multiplies tiles. See `wide`.
 """
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 

@@ -9,7 +9,7 @@ Only pairs that are seen count: hidden ones are left out of every product, see `
 there are no such rows, and a program returns at once.
 """
 
-# What Triton compiles looks wrong to a checker of Python's types.
+# Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
