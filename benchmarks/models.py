@@ -32,7 +32,6 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -68,11 +67,11 @@ def build(shape: str, positions: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]
     return ours, softmax
 
 
-def trained_models(small: bool) -> Iterator[tuple[str, PreTrainedModel, dict[str, Tensor]]]:
+def trained_models(small: bool) -> Iterator[tuple[str, Any, dict[str, Tensor]]]:
     """Models in training mode with dropout, and a batch of each."""
     layers, heads, width, vocabulary = SHAPES["small" if small else "gpt2"]
     length, pixels = (64, 32) if small else (512, 224)
-    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width}
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width}
     sizes |= {"intermediate_size": 4 * width, "hidden_dropout_prob": DROPOUT, "attention_probs_dropout_prob": DROPOUT}
     ids = torch.randint(vocabulary, (2, length))
     gpt2 = GPT2Config(
@@ -82,8 +81,8 @@ def trained_models(small: bool) -> Iterator[tuple[str, PreTrainedModel, dict[str
     yield "GPT-2", GPT2LMHeadModel(gpt2), {"input_ids": ids, "labels": ids}
     bert = BertConfig(vocab_size=vocabulary, max_position_embeddings=length, **sizes)
     yield "BERT", BertForMaskedLM(bert), {"input_ids": ids, "labels": ids}
-    vit = ViTConfig(image_size=pixels, patch_size=16, num_labels=10, **sizes)
-    images, labels = torch.randn(2, 3, pixels, pixels), torch.tensor([3, 7])
+    vit = ViTConfig(image_size=pixels, patch_size=16, **sizes)
+    images, labels = torch.randn(2, 3, pixels, pixels), torch.tensor([0, 1])
     yield "ViT", ViTForImageClassification(vit), {"pixel_values": images, "labels": labels}
 
 
