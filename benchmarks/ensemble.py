@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expressive_attention.study.config import Cell, load_config
-from expressive_attention.study.ensemble import stack
-from expressive_attention.study.presets import preset_names
-from expressive_attention.study.streams import stream
+from expressive_attention.study.config.cells import Cell
+from expressive_attention.study.config.load import load_config
+from expressive_attention.study.config.presets import preset_names
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.training import build_model, make_optimizer, train_step
+from expressive_attention.study.tasks.rng import stream
+from expressive_attention.study.training.ensemble import stack
+from expressive_attention.study.training.model import build_model
+from expressive_attention.study.training.optimization import make_optimizer, train_step
 from timing import paired
 
 STEPS = 20
@@ -91,7 +93,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.threads} threads")
     print(f"model-steps per second, and their ratio over {arguments.pairs} pairs: median (least to most)")
     config, _ = load_config(arguments.preset)
-    chosen = [comparison for comparison in config.comparisons() if arguments.only in comparison.condition]
+    chosen = [comparison for comparison in config.arms() if arguments.only in comparison.condition]
     if not chosen:
         parser.error(f"--only must be part of a condition of {arguments.preset}, got {arguments.only!r}")
     for comparison in chosen:

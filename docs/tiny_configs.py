@@ -30,6 +30,7 @@ GIVEN: dict[str, Any] = {
     "use_cache": False,
     "upsample_groups": 1,
     "mm_tokens_per_image": 4,
+    "latent_query_num": 4,
     "attn_layer_indices": [1],
     "num_kv_shared_layers": 0,
     "n_group": 1,

@@ -217,7 +217,8 @@ OPTIONAL = (
     "input_values", "bbox", "visual_feats", "visual_pos", "lang_ids", "decoder_input_values", "decoder_input_ids",
     "future_values", "future_time_features", "actions", "rewards", "returns_to_go", "timesteps",
     "encoder_hidden_states", "spatial_shapes", "pixel_attention_mask", "target_sizes", "image_sizes",
-    "image_position_ids", "input_features_mask", "feature_attention_mask",
+    "image_position_ids", "input_features_mask", "feature_attention_mask", "image_attention_mask",
+    "image_embeds_position_mask",
 )  # fmt: skip
 
 # Models that take one of these take patches of images.
@@ -230,7 +231,10 @@ BINS = (
 )  # fmt: skip
 
 # Arguments that many models take, and few need.
-EXTRAS = ("image_sizes", "encoder_hidden_states", "target_sizes", "pixel_attention_mask", "input_features_mask")
+EXTRAS = (
+    "image_sizes", "encoder_hidden_states", "target_sizes", "pixel_attention_mask", "input_features_mask",
+    "image_attention_mask", "image_embeds_position_mask",
+)  # fmt: skip
 
 MASKS = {
     "input_features_mask": "input_features",
@@ -274,6 +278,8 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "spatial_shapes": lambda m: torch.tensor([[m.grid(), m.grid()]]),
     "target_sizes": lambda m: torch.tensor([[m.grid(), m.grid()]]),
     "image_sizes": lambda m: torch.tensor([m.image_size()]),
+    "image_attention_mask": lambda m: torch.ones(1, 8, 1, dtype=torch.long),
+    "image_embeds_position_mask": lambda m: (torch.arange(8) < m.find(("latent_query_num",), 4)).unsqueeze(0),
     "pixel_position_ids": Maker.places,
     "image_position_ids": Maker.places,
     "past_values": _series,
@@ -297,7 +303,6 @@ RULES: dict[str, Callable[[Maker], Any]] = {
     "inputs": lambda m: torch.randn(1, 8, m.find(("d_model",), 32)),
     "prompt_pixel_values": Maker.images,
     "prompt_masks": Maker.images,
-    "image_embeds_position_mask": lambda m: torch.ones(1, 1).long(),
     "task_inputs": lambda m: m.tokens(m.find(("task_seq_len",), 8)),
     "merge_sizes": lambda m: torch.tensor([1]),
 }

@@ -15,10 +15,12 @@ from torch import nn
 
 from expressive_attention.geometry import Record, capture, figures
 from expressive_attention.geometry.folder import write_folder
-from expressive_attention.study.config import Cell, parse_config
-from expressive_attention.study.ensemble import member_state
-from expressive_attention.study.results import Setting
-from expressive_attention.study.training import build_model, train_cell
+from expressive_attention.study.config.cells import Cell
+from expressive_attention.study.config.condition import Setting
+from expressive_attention.study.config.load import parse_config
+from expressive_attention.study.training.ensemble import member_state
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.model import build_model
 
 STUDY = """
 name = "geometry"
@@ -54,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)  # enough for small models
     config = parse_config(STUDY, "the study of this example")
     last: dict[str, Record] = {}
-    for comparison in config.comparisons():
+    for comparison in config.arms():
         (cell,) = comparison.final_cells(Setting(2e-2, 1.0))
         records = records_by_step(cell, {0, 200, 500, 1500})
         name = {"expressive": "EA", "dot_product": "DPA"}[comparison.mechanism]

@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from expressive_attention.geometry import capture
 from expressive_attention.nn import Transformer
-from expressive_attention.study.config import Cell, load_config
-from expressive_attention.study.ensemble import member_state
-from expressive_attention.study.results import Setting
+from expressive_attention.study.config.cells import Cell
+from expressive_attention.study.config.condition import Setting
+from expressive_attention.study.config.load import load_config
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.training import build_model, train_cell
+from expressive_attention.study.training.ensemble import member_state
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.model import build_model
 
 CONDITION, RATE, DELAY = "sum, basis 16, delay 5, rope, embed_dim 16, heads 1", 2e-2, 5
 
 
 def cell_of(mechanism: str, seeds: int, steps: int) -> Cell:
     """Return the ladder's cell with the final seeds."""
-    comparisons = load_config("ladder")[0].comparisons()
+    comparisons = load_config("ladder")[0].arms()
     chosen = next(c for c in comparisons if c.condition == CONDITION and c.mechanism == mechanism)
     cell = chosen.final_cells(Setting(RATE, 1.0))[0]
     training = cell.training.model_copy(update={"steps": steps})

@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """How many workers ``-n auto`` starts. Each takes about 1 GB of memory, and beyond eight they gain little."""
-    from expressive_attention.study.devices import available_cores
+    from expressive_attention.study.training.devices import available_cores
 
     return min(available_cores(), 8)
 

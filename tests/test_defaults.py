@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from expressive_attention.study.config import ModelConfig, SeedsConfig, StudyConfig, TrainingConfig, tomllib
+from expressive_attention.study.config.schema import ModelConfig, SeedsConfig, TrainingConfig
+from expressive_attention.study.config.study import StudyConfig
+from expressive_attention.study.config.toml import tomllib
 from tests.integrations.torchvision_stub import make_importable
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import expressive_attention
-from expressive_attention.study.config import parse_config
+from expressive_attention.study.config.load import parse_config
 from tests.integrations.torchvision_stub import make_importable
 
 ROOT = Path(__file__).parents[1]

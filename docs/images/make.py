@@ -11,16 +11,20 @@ from pathlib import Path
 import matplotlib as mpl
 
 from expressive_attention.geometry.folder import landscape_figure
-from expressive_attention.study.figures import accuracy_figure, margin_map_figure
-from expressive_attention.study.store import Store, collect
+from expressive_attention.study.report.drawing.with_matplotlib import image
+from expressive_attention.study.report.figure import Material
+from expressive_attention.study.report.figures import FIGURES
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store
 
-# By the name of the study; an accuracy figure for those that are not here.
-FIGURES = {"ladder": margin_map_figure}
+# The figure of a study, by its name; accuracy for those that are not here.
+SHOWN = {"ladder": "margin_map"}
 
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "expressive-attention"  # the same file from the same numbers
     landscape_figure().savefig(Path(__file__).with_name("geometry_landscape.svg"), metadata={"Date": None})
     for folder in sys.argv[1:]:
         results = collect(Store(Path(folder)))
-        figure = FIGURES.get(results.name, accuracy_figure)(results)
-        figure.savefig(Path(__file__).with_name(f"{results.name}.svg"), metadata={"Date": None})
+        drawing = FIGURES[SHOWN.get(results.name, "accuracy")].draw(Material(results))
+        assert drawing is not None
+        image(drawing).savefig(Path(__file__).with_name(f"{results.name}.svg"), metadata={"Date": None})

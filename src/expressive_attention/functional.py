@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import ops, sharding
+from . import call_log, ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout, linear
 from .call import Call, Result, Visibility, lower, outline, reason_to_decline
 from .checks import (
@@ -27,7 +27,7 @@ from .checks import (
 )
 from .overrides import as_causality, listening, tell
 
-__all__ = ["expressive_attention", "match_heads", "run"]
+__all__ = ["choose", "expressive_attention", "match_heads", "run"]
 
 
 # The visibilities of calls without a window are made once: a small call takes not much longer than they do.
@@ -250,7 +250,9 @@ def run(call: Call, backend: str | None) -> Result:
         hook(call)
     if call.dropout_p:
         call = call.but(dropout_seeds=sharding.replicated(dropout.draw(call.query), call.query))
-    chosen = _choose(call, backend)
+    chosen = choose(call, backend)
+    if call_log.ENABLED and not torch.compiler.is_compiling():
+        call_log.log_call(call, chosen, backend)
     if call.log_decay is not None:
         call = lower(call, BACKENDS[chosen])  # here, where autograd sees the mask
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
@@ -348,7 +350,7 @@ def _with_learned_slopes(call: Call, backend: str | None) -> Call:
     seen = call.visibility
     slopes, rows, keys = seen.slopes, call.query.shape[2], call.key.shape[2]
     assert slopes is not None
-    if _choose(call, backend) == "linear" and seen.key_lengths is None and (seen.lower_right or rows <= keys):
+    if choose(call, backend) == "linear" and seen.key_lengths is None and (seen.lower_right or rows <= keys):
         log_decay = -slopes.unsqueeze(-1).expand(call.query.shape[0], -1, keys)
         if call.log_decay is not None:
             log_decay = log_decay + call.log_decay.repeat_interleave(slopes.shape[1] // call.log_decay.shape[1], 1)
@@ -382,7 +384,11 @@ def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 # ---- choice of the backend ----
 
 
-def _choose(call: Call, backend: str | None) -> str:
+def choose(call: Call, backend: str | None) -> str:
+    """The backend of that name, or the first that does not decline the call.
+
+    Raises NotImplementedError if the one of that name declines it.
+    """
     if backend is not None:
         reason = reason_to_decline(call, BACKENDS[backend])
         if reason is not None:

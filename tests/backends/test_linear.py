@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from expressive_attention import expressive_attention, expressive_attention_varlen
 from expressive_attention.backends.cpu import library
 from expressive_attention.call import Call, Visibility
-from expressive_attention.functional import _choose as choice
+from expressive_attention.functional import choose as choice
 from expressive_attention.schema import flatten
 from tests.budget import LINEAR, Case, assert_within_budget, fused, threads_of_torch
 from tests.problems import strided

@@ -399,3 +399,60 @@ def test_the_softmax_of_a_router_is_none_of_attention():
             return super().forward(x) * shares.unflatten(0, x.shape[:2])[..., :8]
 
     assert str(convert(Routed()).verify(X)) == "EA ran in 1/1 layers"
+
+
+def test_a_conversion_is_copied_with_the_model_that_holds_it_and_undone_where_it_was_made():
+    model = nn.Sequential(Attn(), Attn())
+    model.conversion = convert(model)
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.conversion.model is twin
+        assert str(twin.conversion) == str(model.conversion)
+        assert str(twin.conversion.verify(x)) == "EA ran in 2/2 layers"
+        with pytest.raises(ConversionError, match="a copy of a conversion cannot undo it"):
+            twin.conversion.undo()
+        assert torch.equal(twin(x), expected)
+    model.conversion.undo()
+    assert type(model[0]) is Attn
+    assert type(twin[0]) is not Attn
+
+
+def test_layers_that_are_gone_are_named_and_undone_where_they_are():
+    model = nn.Sequential(Attn(), Attn(), Attn())
+    conversion, gone = convert(model), model[2]
+    model[0] = Attn()
+    del model[2]
+    with pytest.raises(ConversionError, match="no longer has the layers 2; convert it as it is now"):
+        conversion.verify(torch.randn(2, 5, 8))
+    conversion.undo()
+    assert [type(layer) for layer in (*model, gone)] == [Attn] * 3
+
+
+class KeyIndexer(nn.Module):
+    """Weighs keys by softmax, to choose some."""
+
+    def forward(self, x):
+        return (x.unsqueeze(1).softmax(-1) * x.unsqueeze(1)).sum(-1) > 0
+
+
+class ChoosingAttn(Attn):
+    """Attention to keys that a part of it has chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.indexer = KeyIndexer()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, self.indexer(x).unsqueeze(-2)).squeeze(1)
+
+
+def test_softmax_that_chooses_keys_is_told_and_is_no_error():
+    model, x = nn.Sequential(ChoosingAttn(), Attn()), torch.randn(2, 5, 8)
+    conversion = convert(model)
+    found = conversion.verify(x)
+    assert found.calls == {"0": 1, "1": 1}
+    assert found.softmax == {"0.indexer": 1}
+    assert not found.failed
+    assert str(found) == "EA ran in 2/2 layers; softmax ran in: 0.indexer"

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,8 +46,23 @@ def worker(rank, how, address, expected):
             found = {name: value.full_tensor() for name, value in model.named_parameters()}
         for name, value in torch.load(expected).items():
             torch.testing.assert_close(found[name], value.detach(), msg=lambda text, name=name: f"{name}: {text}")
+        keep_and_load(model, x)
     finally:
         dist.destroy_process_group()
+
+
+def keep_and_load(model, x):
+    """The state dict of torch.distributed.checkpoint is taken by a converted model in one piece, and by no other."""
+    kept = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert [name for name in kept if name.endswith("expressive_attention_form")]
+    again, *_ = model_and_data()
+    set_model_state_dict(again, dict(kept))
+    torch.testing.assert_close(again(x), model(x))
+    set_model_state_dict(model, dict(kept), options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(model(x), again(x))
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    with pytest.raises(RuntimeError, match="expressive_attention_form"):
+        set_model_state_dict(plain, dict(kept))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -281,3 +281,18 @@ def test_weights_without_the_model_are_refused_by_softmax():
     twin = copy.deepcopy(other)
     assert twin.state_dict().keys() == other.state_dict().keys()
     twin.load_state_dict(other.state_dict())
+
+
+def test_gains_are_restored_from_files_of_a_variant_or_missed(tmp_path):
+    model, inputs = build("llama", torch.float32), inputs_of("llama")
+    calibrate(convert(model), [inputs])
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    for size in ("1GB", "2KB"):
+        model.save_pretrained(tmp_path / size, variant="half", max_shard_size=size)
+        again = huggingface.from_pretrained(AutoModelForCausalLM, tmp_path / size, variant="half")
+        with torch.no_grad():
+            assert torch.equal(again(**inputs)[0], expected)
+    torch.save(model.state_dict(), tmp_path / "1GB" / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"gains in layers\.0\.self_attn, .* not in its files"):
+        huggingface.from_pretrained(AutoModelForCausalLM, tmp_path / "1GB")

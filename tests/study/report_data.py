@@ -11,16 +11,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from expressive_attention.study.results import (
-    CURVE_SCHEMA,
-    EXAMPLE_SCHEMA,
-    SEED_SCHEMA,
-    SPLIT_SCHEMA,
-    Condition,
-    StudyResults,
-)
-from expressive_attention.study.store import Store, collect
-from expressive_attention.study.training import train_cell
+from expressive_attention.study.config.condition import Condition
+from expressive_attention.study.runs.results import StudyResults, collect
+from expressive_attention.study.runs.store import Store
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.result import CURVE_SCHEMA, EXAMPLE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
 
 from .tiny import tiny
 
@@ -196,7 +191,7 @@ def trained(directory: Path) -> StudyResults:
     store = Store(directory)
     store.create(tiny(learning_rates="[1e-2]")).release()
     config, _ = store.config()
-    for comparison in config.comparisons():
+    for comparison in config.arms():
         for cell in comparison.final_cells(config.training.settings[0]):
             store.save(cell, train_cell(cell))
     return collect(store)

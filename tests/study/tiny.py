@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expressive_attention.study.config import Cell, ModelConfig, StudyConfig, TrainingConfig, parse_config
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.config.cells import Cell
+from expressive_attention.study.config.load import parse_config
+from expressive_attention.study.config.schema import ModelConfig, TrainingConfig
+from expressive_attention.study.config.study import StudyConfig
+from expressive_attention.study.tasks.recurrences.nt import NTTask
 
 TINY = """
 name = "tiny"

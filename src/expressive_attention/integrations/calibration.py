@@ -97,7 +97,7 @@ def calibrate(conversion: Conversion, batches: Iterable[Any], *, target: float =
     A head whose scores are all zero, as with zero-initialized projections, keeps its gain.
 
     Args:
-        conversion: What `convert` returned.
+        conversion: The conversion that `convert` returned.
         batches: Inputs of the model, on its device: a tensor, a tuple of positional or a mapping of named arguments
             each. A few are enough.
         target: Root mean square of z that is aimed at.
@@ -122,8 +122,7 @@ def calibrate(conversion: Conversion, batches: Iterable[Any], *, target: float =
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     inputs = list(batches)
-    modules = dict(conversion.model.named_modules())
-    layers = {layer.name: modules[layer.name] for layer in conversion.switched}
+    layers = conversion.modules(conversion.switched)
     before = spread(conversion, inputs)
     old = {
         name: None if (gain := getattr(module, GAIN, None)) is None else gain.detach().clone()
@@ -152,8 +151,7 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
     """
     if not batches:
         raise ValueError("batches must hold at least one input of the model, got none")
-    modules = dict(conversion.model.named_modules())
-    layers = {layer.name: modules[layer.name] for layer in conversion.switched}
+    layers = conversion.modules(conversion.switched)
     sums: dict[str, list[Tensor]] = defaultdict(list)
     dtypes: dict[str, torch.dtype] = {}
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..call import check_form
 from .classes import set_attributes
 from .errors import ConversionError
-from .guard import Guarded, guard, unguarded
+from .guard import guard, is_switched, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
 from .marks import mark
 from .switching import GAIN, Switched
@@ -62,7 +62,7 @@ class Found:
 
 
 class Adapter(Protocol):
-    """What a file of this folder offers to `convert`."""
+    """The functions that a file of this folder offers to `convert`."""
 
     def find(self, model: nn.Module) -> list[Found]:
         """The attention layers that it knows, switchable or not."""
@@ -140,8 +140,8 @@ class Conversion(Table):
     def __init__(self, model: nn.Module, form: str, layers: Sequence[Layer], strict: bool, undos: list[Undo]) -> None:
         self.model, self.form, self.layers, self.strict = model, form, tuple(layers), strict
         self._undos: list[Undo] | None = undos
-        modules = dict(model.named_modules())
-        self._classes = {layer.name: type(modules[layer.name]) for layer in self.switched}
+        # With the classes that they were given: undone where they are then, in the model or not.
+        self._made = [(name, module, type(module)) for name, module in self.modules(self.switched).items()]
 
     def __enter__(self) -> Conversion:
         return self
@@ -155,21 +155,42 @@ class Conversion(Table):
         """The layers that compute expressive attention now."""
         return [layer for layer in self.layers if layer.how]
 
+    def modules(self, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+        """The modules of layers, by name.
+
+        Raises:
+            ConversionError: The model has no such modules any more.
+        """
+        modules = dict(self.model.named_modules())
+        names = [layer.name for layer in layers]
+        if gone := [name for name in names if name not in modules]:
+            raise ConversionError(f"the model no longer has the layers {', '.join(gone)}; convert it as it is now")
+        return {name: modules[name] for name in names}
+
+    def _choosers(self) -> dict[str, nn.Module]:
+        """Parts of layers that choose keys, and do not attend to them: their softmax is not that of the layer."""
+        layers = [layer.name for layer in self.layers]
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if "indexer" in type(module).__name__.lower() and any(_inside(name, layer) for layer in layers)
+        }
+
     @torch.no_grad()
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Run ``model(*inputs, **kwargs)`` and count calls of expressive attention in each layer.
 
         Softmax is found where an operator of torch computes it, fused ones included; that of a matrix, as routers of
-        experts compute it, does not count. No gradients are computed; training or evaluation mode is left as it is.
+        experts compute it, does not count. Parts of layers that choose keys (indexers) count as layers of their own.
+        No gradients are computed; training or evaluation mode is left as it is.
 
         Raises:
             ConversionError: With `strict`, a layer that was switched ran softmax, or no expressive attention; or no
-                switched layer ran at all. The message names the layers.
+                switched layer ran at all; or a layer is gone. The message names the layers.
         """
         if self._undos is None:
             raise ConversionError("the conversion has been undone; there is nothing to verify")
-        modules = dict(self.model.named_modules())
-        layers = {layer.name: modules[layer.name] for layer in self.layers}
+        layers = {**self.modules(self.layers), **self._choosers()}
         expressive: Counter[str] = Counter()
         with (
             unguarded(),
@@ -194,23 +215,18 @@ class Conversion(Table):
 
         Raises:
             ConversionError: A layer was given another class since, as by a parametrization, or another forward pass, as
-                by a hook of accelerate. Nothing is changed.
+                by a hook of accelerate; or this is a copy of a conversion. Nothing is changed.
         """
         if self._undos is None:
             return
-        modules = dict(self.model.named_modules())
-        changed = [name for name, made in self._classes.items() if type(modules.get(name)) is not made]
+        changed = [name for name, module, made in self._made if type(module) is not made]
         if changed:
             raise ConversionError(
                 f"the classes of these layers have been changed since the conversion, as parametrizations and FSDP do: "
                 f"{', '.join(changed)}; take that back first"
             )
         # A replacement may keep, and call, the forward pass of a class that the layer would no longer have.
-        hidden = [
-            name
-            for name, made in self._classes.items()
-            if issubclass(made, Switched) and "forward" in vars(modules[name])
-        ]
+        hidden = [name for name, module, made in self._made if issubclass(made, Switched) and "forward" in vars(module)]
         if hidden:
             raise ConversionError(
                 f"the forward methods of these layers have been replaced since the conversion, as hooks of accelerate "
@@ -219,6 +235,10 @@ class Conversion(Table):
         for undo in reversed(self._undos):
             undo()
         self._undos = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model may hold its conversion, and be copied with it. The functions that undo it know the original alone.
+        return {**self.__dict__, "_made": [], "_undos": None if self._undos is None else [_refuse_to_undo]}
 
     def __str__(self) -> str:
         rows = [("layer", "class", "")] + [
@@ -252,7 +272,7 @@ def convert(
         strict: A layer that cannot be switched is an error, and nothing is changed; otherwise it is left alone.
 
     Returns:
-        What was done, and how to verify or undo it.
+        The conversion: it says what was done, and verifies or undoes it.
 
     Raises:
         TypeError: `model` is no module.
@@ -300,6 +320,10 @@ def convert(
     return Conversion(model, form, _in_order(model, rows), strict, undos)
 
 
+def _refuse_to_undo() -> None:
+    raise ConversionError("a copy of a conversion cannot undo it; undo the conversion before its model is copied")
+
+
 def _parts_to_give(pipeline: Any) -> str:
     """The attributes to give instead of an object that is no module and holds some, as pipelines do."""
     parts = {**getattr(pipeline, "components", {}), **getattr(pipeline, "__dict__", {})}
@@ -344,7 +368,7 @@ def has_gain(module: nn.Module) -> bool:
 
 
 def _keep_gain(module: nn.Module) -> Undo:
-    """What gives a layer back the gain that it has now, or none."""
+    """Return a function that gives a layer back the gain that it has now, or none."""
     before = module._parameters.get(GAIN)
 
     def undo() -> None:
@@ -412,11 +436,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
-    """What each adapter finds that none before it has found, and that is not inside of such a layer."""
+    """Each adapter with the layers that it finds, without those that one before it has found and parts of these."""
     done = [
         Found(name, module, why_not="it is switched already")
         for name, module in model.named_modules()
-        if issubclass(type(module), Guarded)
+        if is_switched(module)
     ]
     yield None, done
     taken = [found.name for found in done]
@@ -436,7 +460,7 @@ def _by_adapter(model: nn.Module) -> Iterator[tuple[Any, list[Found]]]:
         ]
         taken += [found.name for found in new]
         yield adapter, new
-    # What has an attention layer's name and is nobody's: it would go on with softmax, unseen.
+    # Modules with an attention layer's name that no adapter knows: they would go on with softmax, unseen.
     left = {
         name: module
         for name, module in model.named_modules()

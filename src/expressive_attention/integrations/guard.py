@@ -24,7 +24,16 @@ from torch.overrides import TorchFunctionMode
 from .classes import Subclassed, set_attributes
 from .errors import ConversionError
 
-__all__ = ["GUARD", "Guarded", "guard", "implementation_of", "note_expressive", "note_function", "unguarded"]
+__all__ = [
+    "GUARD",
+    "Guarded",
+    "guard",
+    "implementation_of",
+    "is_switched",
+    "note_expressive",
+    "note_function",
+    "unguarded",
+]
 
 # The attribute of a switched layer that holds its `Guard`.
 GUARD = "_expressive_guard"
@@ -64,10 +73,8 @@ class Guard:
 class _Note:
     """Whether expressive attention ran in a running layer, and the function that computed softmax, if one did."""
 
-    __slots__ = ("expressive", "function")
-
-    def __init__(self) -> None:
-        self.expressive, self.function = False, ""
+    expressive = False
+    function = ""
 
 
 class _Here(threading.local):
@@ -117,6 +124,14 @@ class Guarded(Subclassed):
 
     # Whether calls of a layer that has not changed have a note.
     _has_notes = True
+    _call_impl: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        original: Any = cls.__dict__.get("_original")
+        if original is not None:
+            # Between `__call__` and `forward`, so that a forward pass that is an attribute of the layer is seen.
+            cls._call_impl = _guarded(original._call_impl, cls._has_changed, cls._has_notes)
 
     def _has_changed(self) -> bool:
         """Whether something has changed since the switch by which it may compute softmax."""
@@ -128,29 +143,6 @@ class Guarded(Subclassed):
         names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
         return [f"{name} was {found.get(name)!r} and is {now.get(name)!r}" for name in names]
 
-    # Between `__call__` and `forward`, so that a forward pass that is an attribute of the layer is seen. Hooks of torch
-    # would cost five times as much.
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        own: Any = super()
-        if _here.off or GUARD not in self.__dict__:
-            return own._call_impl(*args, **kwargs)
-        changed = self._has_changed()
-        if not (changed or self._has_notes):
-            return own._call_impl(*args, **kwargs)
-        note, notes = _Note(), _here.notes
-        notes.append(note)
-        try:
-            if changed:
-                with _Watch():
-                    output = own._call_impl(*args, **kwargs)
-            else:
-                output = own._call_impl(*args, **kwargs)
-        finally:
-            notes.pop()
-        if note.function and not note.expressive:
-            raise ConversionError(_told(self, note.function))
-        return output
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and GUARD in self.__dict__ and not issubclass(value, Guarded):
             raise ConversionError(
@@ -160,15 +152,47 @@ class Guarded(Subclassed):
         super().__setattr__(name, value)
 
 
+def _guarded(plain_call: Callable[..., Any], has_changed: Callable[[Any], bool], has_notes: bool) -> Callable[..., Any]:
+    # It runs in every call, so it looks up as little as possible: attributes of modules are slow, and hooks of torch
+    # would cost several times as much.
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = has_changed(self)
+        if not (changed or has_notes):
+            return plain_call(self, *args, **kwargs)
+        note, notes = _Note(), _here.notes
+        notes.append(note)
+        try:
+            if changed:
+                with _Watch():
+                    output = plain_call(self, *args, **kwargs)
+            else:
+                output = plain_call(self, *args, **kwargs)
+        finally:
+            notes.pop()
+        if note.function and not note.expressive and not _here.off:
+            raise ConversionError(_told(self, note.function))
+        return output
+
+    return call
+
+
 def guard(module: nn.Module, name: str) -> Callable[[], None]:
     """Note the state of a layer that has just been switched; returns what undoes it."""
     # By __dict__, as all that the package keeps in modules of others.
     return set_attributes(module, **{GUARD: Guard(name, implementation_of(module), _state(module))})
 
 
+def is_switched(module: nn.Module) -> bool:
+    """Whether a layer was switched, and goes by the same name still, if it goes by a name."""
+    found = module.__dict__.get(GUARD) if isinstance(module, Guarded) else None
+    return found is not None and implementation_of(module) == found.implementation
+
+
 def implementation_of(module: Any) -> str | None:
     """The name that the configuration of a layer has for its attention, if it has one."""
     config: Any = module.__dict__.get("config")
+    if config is None:
+        return None
     try:
         return _get_attribute(config, "_attn_implementation_internal")
     except AttributeError:

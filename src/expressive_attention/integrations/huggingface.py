@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ _RECORD = "expressive_attention"
 # Key of config.json with the names of the layers that have gains.
 _GAINS = "expressive_gains"
 
-# What a softmax layer may be given that expressive attention does not define. To leave it out would change the model.
+# Arguments of softmax layers that expressive attention does not define. To leave them out would change the model.
 _UNDEFINED = {
     "softcap": "a soft cap of the scores",
     "logits_soft_cap": "a soft cap of the scores",
@@ -109,7 +109,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in every layer: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
+    """Attention of a layer of transformers: ``(B, H, L, E)`` to ``(B, L, H, E)``, and weights if asked for."""
     note_expressive()
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
@@ -241,6 +241,7 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     record = getattr(config, _RECORD, None)
     if record is None:
         return model_class.from_pretrained(name, config=config, **kwargs)
+    gains = getattr(config, _GAINS, [])
     # The record alone says what there is to do; converting anew leaves it as it is.
     for key in ("attn_implementation", _RECORD, _GAINS):
         config.__dict__.pop(key, None)
@@ -250,14 +251,20 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     for form, layers in record.items():
         convert(model, form=form, layers=layers)
     where.pop("trust_remote_code", None)
-    _restore_gains(model, name, where)
+    _restore_gains(model, name, where, kwargs.get("variant"))
+    prefix = f"{model.base_model_prefix}."  # of the layers of a base model inside of one with a head
+    if missing := sorted({n.removeprefix(prefix) for n in gains} - {n.removeprefix(prefix) for n in _gains(model)}):
+        raise ConversionError(
+            f"{type(model).__name__} was saved with gains in {', '.join(missing)}, which are not in its files of "
+            "safetensors"
+        )
     record_choice(model)
     return loaded
 
 
-def _restore_gains(model: PreTrainedModel, name: str, where: dict[str, Any]) -> None:
+def _restore_gains(model: PreTrainedModel, name: str, where: dict[str, Any], variant: str | None) -> None:
     """Give layers the gains that lie in the files of a saved model, which transformers has no place for."""
-    for file, keys in _files(name, where).items():
+    for file, keys in _files(name, where, variant).items():
         with safe_open(file, "pt") as weights:
             for key in keys or weights.keys():
                 if key.endswith(f".{GAIN}"):
@@ -275,15 +282,19 @@ def _restore_gain(model: PreTrainedModel, layer: str, gain: Tensor) -> None:
     module.register_parameter(GAIN, nn.Parameter(gain.to(like.device, dtype)))
 
 
-def _files(name: str, where: dict[str, Any]) -> dict[str, list[str]]:
+def _files(name: str, where: dict[str, Any], variant: str | None) -> dict[str, list[str]]:
     """The files of weights of a saved model, and the names in each; none: to be seen in it."""
+    index_name, file_name = (
+        f".{variant}.".join(known.rsplit(".", 1)) if variant else known
+        for known in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
     find_file = partial(cached_file, name, **where, _raise_exceptions_for_missing_entries=False)
-    if (index := find_file(filename=SAFE_WEIGHTS_INDEX_NAME)) is not None:
+    if (index := find_file(filename=index_name)) is not None:
         keys: dict[str, list[str]] = {}
         for key, file in json.loads(Path(index).read_text())["weight_map"].items():
             keys.setdefault(file, []).append(key)
         return {str(find_file(filename=file)): names for file, names in keys.items() if any(GAIN in n for n in names)}
-    return {} if (file := find_file(filename=SAFE_WEIGHTS_NAME)) is None else {file: []}
+    return {} if (file := find_file(filename=file_name)) is None else {file: []}
 
 
 def record(model: nn.Module) -> None:
@@ -408,10 +419,30 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
+def _always(_: Any) -> bool:
+    return True
+
+
+def _named_otherwise(own: dict[str, Any], everyones: dict[str, Any]) -> Callable[[Any], bool]:
+    """Whether a layer goes by another name, another entry has its name, or its forward pass has been replaced."""
+
+    def has_changed(self: Any) -> bool:
+        attributes: Any = self.__dict__
+        name: Any = implementation_of(self)
+        return (
+            (GUARD in attributes and name != attributes[GUARD].implementation)
+            or "forward" in attributes
+            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
+        )
+
+    return has_changed
+
+
 class _Named(Guarded):
     """A layer that asks the attention interface for the implementation of its configuration."""
 
     _original: Any
+    _has_notes = False
     # The entries of what its code calls ALL_ATTENTION_FUNCTIONS: those of its module, which come first, and of all.
     _entries: tuple[dict[str, Any], dict[str, Any]]
 
@@ -420,17 +451,10 @@ class _Named(Guarded):
         tables = [vars(module)[_TABLE] for module in modules if _TABLE in vars(module)]
         table: Any = tables[0] if tables else AttentionInterface()
         cls._entries = table._local_mapping, table._global_mapping
-        cls._has_notes = own_softmax(cls._original)
-
-    def _has_changed(self) -> bool:
-        name: Any = implementation_of(self)
-        own, everyones = self._entries
-        return (
-            self._has_notes  # its own code computes softmax for some calls, and torch's functions are to be seen
-            or name != self.__dict__[GUARD].implementation
-            or "forward" in self.__dict__
-            or own.get(name, everyones.get(name)) is not _ENTRIES.get(name)
-        )
+        # Its own code computes softmax for some calls, and torch's functions are to be seen.
+        check: Any = _always if own_softmax(cls._original) else _named_otherwise(*cls._entries)
+        cls._has_changed = check
+        super().__init_subclass__()
 
     def _changes(self) -> list[str]:
         name: Any = implementation_of(self)
@@ -446,7 +470,8 @@ def switch(model: nn.Module, layers: Sequence[Found], form: str, whole: bool) ->
     """Switch whole models by their configuration, single layers by one of their own."""
     name = IMPLEMENTATIONS[form]
     for found in layers:
-        yield give_class(found.module, _Named)
+        if not isinstance(found.module, _Named):  # as it is where another name was set after a conversion
+            yield give_class(found.module, _Named)
     if whole:
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         yield _switch_models(models, [found.module for found in layers], name)

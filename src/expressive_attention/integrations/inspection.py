@@ -1,4 +1,4 @@
-"""What the code of a module's class refers to: does it call torch's attention, or compute softmax by itself?"""
+"""The names that the code of a module's class refers to: torch's attention, or softmax of its own?"""
 
 from __future__ import annotations
 

@@ -18,15 +18,14 @@ from .classes import set_attributes
 
 __all__ = ["MARK", "mark", "marked"]
 
-# Name of the entry: a number, the place of the form in `FORMS`.
+# Name of the entry: a number, the place of the form in `FORMS`. The layer has it as an attribute, too, by which
+# torch.distributed.checkpoint finds what an entry belongs to.
 MARK = "expressive_attention_form"
-
-_FORM = "_expressive_mark"
 
 
 def mark(module: nn.Module, form: str) -> Callable[[], None]:
     """Put the entry into the state dict of a layer; returns what takes it out."""
-    undo_attribute = set_attributes(module, **{_FORM: form})
+    undo_attribute = set_attributes(module, **{MARK: torch.tensor(FORMS.index(form), device="cpu")})
     handles = (
         module.register_state_dict_post_hook(_save),
         module.register_load_state_dict_pre_hook(_load),
@@ -43,12 +42,12 @@ def mark(module: nn.Module, form: str) -> Callable[[], None]:
 def marked(model: nn.Module) -> Iterator[str]:
     """The names of the entries in the state dict of a model."""
     for name, module in model.named_modules():
-        if hasattr(module, _FORM):
+        if MARK in module.__dict__:
             yield f"{name}.{MARK}".lstrip(".")
 
 
 def _save(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    state_dict[prefix + MARK] = torch.tensor(FORMS.index(getattr(module, _FORM)))
+    state_dict[prefix + MARK] = module.__dict__[MARK].clone()
 
 
 def _load(
@@ -62,6 +61,8 @@ def _load(
     errors: list[str],
 ) -> None:
     found = state_dict.pop(prefix + MARK, None)
-    form = getattr(module, _FORM)
-    if found is not None and FORMS[int(found)] != form:
-        errors.append(f"{prefix}{MARK}: saved with the form {FORMS[int(found)]!r}, and the layer has {form!r}")
+    if found is None or found.is_meta:
+        return
+    saved, form = FORMS[int(found)], FORMS[int(module.__dict__[MARK])]
+    if saved != form:
+        errors.append(f"{prefix}{MARK}: saved with the form {saved!r}, and the layer has {form!r}")

@@ -27,7 +27,7 @@ class _ExpressiveHeads(Switched):
 
     @property
     def form(self) -> str:
-        """What the class of this package has as an attribute."""
+        """The form, by the name that the class of this package has for it."""
         return self._expressive_form
 
 

@@ -47,8 +47,8 @@ class expressive_sdpa(TorchFunctionMode):  # noqa: N801 used like a function, as
     inside. It nests (the innermost counts), holds for the thread that enters it, as all modes of torch do, and
     may be entered inside a function that `torch.compile` compiles.
 
-    What it cannot see: softmax that a model computes by itself, and kernels that are not torch's (flash-attn,
-    xformers). `convert` finds these, and its `verify` proves where expressive attention ran.
+    It cannot see softmax that a model computes by itself, and kernels that are not torch's (flash-attn, xformers).
+    `convert` finds these, and its `verify` proves where expressive attention ran.
 
     Activation checkpointing runs a part of the forward pass again during the backward pass, outside of the context
     that it ran in first. Give the mode to `torch.utils.checkpoint.checkpoint`, too:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..functional import expressive_attention
 from ..masks import join_masks
 
-__all__ = ["MECHANISMS", "attend", "check_mechanism", "known_mechanisms", "register"]
+__all__ = ["MECHANISMS", "attend", "check_mechanism", "known_mechanisms", "name_here", "register"]
 
 
 def _saturated(z: Tensor) -> Tensor:
@@ -82,9 +82,13 @@ _OTHER_NAMES = {"softmax": "dot_product", "dpa": "dot_product", "sdpa": "dot_pro
 def check_mechanism(mechanism: str) -> None:
     """Raise ValueError if `mechanism` is none of `known_mechanisms`."""
     if mechanism not in known_mechanisms():
-        meant = _OTHER_NAMES.get(mechanism.lower()) if isinstance(mechanism, str) else None
-        hint = "" if meant is None else f"; {meant!r} is its name here"
-        raise ValueError(f"mechanism must be one of {known_mechanisms()}, got {mechanism!r}{hint}")
+        raise ValueError(f"mechanism must be one of {known_mechanisms()}, got {mechanism!r}{name_here(mechanism)}")
+
+
+def name_here(mechanism: str) -> str:
+    """The end of an error for an unknown mechanism: ``"; 'dot_product' is its name here"`` for softmax, or nothing."""
+    meant = _OTHER_NAMES.get(mechanism.lower()) if isinstance(mechanism, str) else None
+    return "" if meant is None else f"; {meant!r} is its name here"
 
 
 def known_mechanisms() -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The study: expressive attention against dot-product attention, on tasks of growing difficulty.
 
-`config` says what is compared, `sweep` runs it, `store` keeps what is finished, `results` hands it to
-`statistics`, `figures` and `report`; `cli` is the command ``ea``.
+Its rooms, each of which imports only from those before it: `tasks` (examples and their random numbers), `config` (the
+conditions to compare), `training` (one cell), `runs` (all cells, kept on disk), `analysis` (estimates and verdicts),
+`report` (pages, figures and tables) and `cli` (the command ``ea``).
 """

@@ -1,4 +1,4 @@
-"""Errors that end a command with one line, without a traceback: what a user can put right."""
+"""Errors that a user can correct; they end a command with one line, without a traceback."""
 
 __all__ = ["ConfigError", "StudyError"]
 

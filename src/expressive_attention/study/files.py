@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all."""
+"""Atomic writing of files: a file is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["to_disk", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole, old or new, whenever the process is killed."""
+    """Write a file atomically: it is whole, old or new, whenever the process is killed."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Have the system write a file or folder out before anything that follows."""
+    """Flush a file or folder to disk before anything that follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,11 +8,12 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from expressive_attention.study.config import ConfigError, load_config
-from expressive_attention.study.streams import stream
+from expressive_attention.study.config.load import load_config
+from expressive_attention.study.errors import ConfigError
 from expressive_attention.study.tasks import IGNORED, digits
 from expressive_attention.study.tasks.digits import DigitsTask, part
-from expressive_attention.study.training import train_cell
+from expressive_attention.study.tasks.rng import stream
+from expressive_attention.study.training.loop import train_cell
 from tests.budget import threads_of_torch
 from tests.study.tiny import cell
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.induction import InductionTask
+from expressive_attention.study.tasks.recall.induction import InductionTask
+from expressive_attention.study.tasks.rng import stream
 
 tasks = st.builds(InductionTask, context=st.integers(3, 40), vocab=st.integers(3, 20))
 

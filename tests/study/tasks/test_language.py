@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from expressive_attention.study.config import ConfigError, parse_config
-from expressive_attention.study.streams import stream
+from expressive_attention.study.config.load import parse_config
+from expressive_attention.study.errors import ConfigError
 from expressive_attention.study.tasks.base import Examples
 from expressive_attention.study.tasks.language import (
     LanguageTask,
@@ -20,7 +20,8 @@ from expressive_attention.study.tasks.language import (
     source_files,
     unigram_bits,
 )
-from expressive_attention.study.training import train_cell
+from expressive_attention.study.tasks.rng import stream
+from expressive_attention.study.training.loop import train_cell
 from tests.budget import threads_of_torch
 from tests.study.tiny import cell
 

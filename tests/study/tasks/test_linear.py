@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.config import parse_config
+from expressive_attention.study.config.load import parse_config
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.linear import LinearTask
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.tasks.recurrences.linear import LinearTask
+from expressive_attention.study.tasks.recurrences.nt import NTTask
 
 
 @settings(deadline=None)

@@ -4,9 +4,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.modular_addition import ModularAdditionTask
+from expressive_attention.study.tasks.rng import stream
 
 OPERATIONS = ["add", "subtract", "multiply", "divide"]
 

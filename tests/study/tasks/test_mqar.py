@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.mqar import MQARTask
+from expressive_attention.study.tasks.recall.mqar import MQARTask
+from expressive_attention.study.tasks.rng import stream
 
 tasks = st.builds(
     lambda pairs, vocab, slots, filler: MQARTask(

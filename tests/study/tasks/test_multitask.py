@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from expressive_attention.study.config import parse_config
-from expressive_attention.study.streams import stream
+from expressive_attention.study.config.load import parse_config
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.multitask import MultiTask
+from expressive_attention.study.tasks.recurrences.multitask import MultiTask
+from expressive_attention.study.tasks.rng import stream
 
 MIXES = [
     {"basis": 2, "delays": (1, 3)},

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.noisy import NoisyTask
+from expressive_attention.study.tasks.recurrences.noisy import NoisyTask
+from expressive_attention.study.tasks.rng import stream
 
 SMALL = [
     {"basis": 2, "delay": 3, "noise": 0.25, "context": 5},

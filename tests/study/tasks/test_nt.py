@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.contexts import unseen
-from expressive_attention.study.tasks.nt import NTTask
+from expressive_attention.study.tasks.recurrences.nt import NTTask
+from expressive_attention.study.tasks.rng import stream
 
 sums = st.builds(
     NTTask, operation=st.sampled_from(["sum", "difference"]), basis=st.integers(2, 20), delay=st.integers(1, 12)

@@ -3,10 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.parity import ParityTask
+from expressive_attention.study.tasks.rng import stream
 
 tasks = st.builds(ParityTask, context=st.integers(1, 40), asked=st.sampled_from(["every", "last"]))
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.permutation import PermutationTask
+from expressive_attention.study.tasks.rng import stream
 
 tasks = st.builds(PermutationTask, degree=st.integers(2, 6), context=st.integers(2, 20))
 

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED, TASKS
+from expressive_attention.study.tasks.rng import stream
 from expressive_attention.study.tasks.sampled import SampledTask, by_distance, distinct, prefix_identifiers
-from expressive_attention.study.training import train_cell
+from expressive_attention.study.training.loop import train_cell
 from tests.study.tiny import cell
 
 # Small examples of every kind, whose inputs are still far more than are drawn.

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from expressive_attention.study.streams import stream
 from expressive_attention.study.tasks import IGNORED
-from expressive_attention.study.tasks.selective_copy import SelectiveCopyTask
+from expressive_attention.study.tasks.recall.selective_copy import SelectiveCopyTask
+from expressive_attention.study.tasks.rng import stream
 
 tasks = st.builds(SelectiveCopyTask, copied=st.integers(1, 8), noise=st.integers(0, 20), vocab=st.integers(4, 20))
 

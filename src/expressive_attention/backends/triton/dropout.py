@@ -1,4 +1,4 @@
-"""Which weights dropout keeps, as `backends.dropout` has it: a tile at a time, from the same generator."""
+"""Dropout: which weights are kept, as `backends.dropout` has it: a tile at a time, from the same generator."""
 
 # Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -14,7 +14,7 @@ __all__ = ["drop", "streams"]
 
 @triton.jit
 def streams(seeds, share, threshold, batch, heads, head, row):
-    """The arguments of the generator for some rows of query heads: its key, offset, and for each of them row and head."""
+    """The arguments of the generator for rows of query heads: its key, its offset, and the row and head of each."""
     seeds += batch // share * 3
     seed, offset = tl.load(seeds), tl.load(seeds + 1)
     first = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)

@@ -1,4 +1,4 @@
-"""What the study asks of a task."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "one_in", "same_as"]
 
 # The target of a position at which nothing is to be predicted; what torch's cross_entropy leaves out.
 IGNORED = -100
@@ -20,13 +20,13 @@ TASKS: dict[str, type[Task]] = {}
 
 @dataclass(frozen=True)
 class Examples:
-    """What a model reads, and what it is to say at each position.
+    """The input of a model, and its target at each position.
 
     Attributes:
         inputs: Tokens ``(n, L)``, int64, or vectors ``(n, L, C)``, float32.
         targets: Classes ``(n, L)``, int64; `IGNORED` where nothing is to be predicted.
-        groups: Which of the problems of a mixture each example is ``(n,)``, for measures by group; the model is not
-            told.
+        groups: Number of each example's problem in a mixture ``(n,)``, for measures by group; the model does not see
+            it.
     """
 
     inputs: np.ndarray
@@ -40,11 +40,44 @@ class Examples:
         return Examples(self.inputs[part], self.targets[part], None if self.groups is None else self.groups[part])
 
 
+def needed(doc: str) -> Any:
+    """An abstract property, which a task defines in full or with one of the three below."""
+
+    @abstractmethod
+    def get(self: Any) -> Any: ...
+
+    return property(get, doc=doc)
+
+
+def same_as(field: str) -> Any:
+    """A property that is a field of the task under another name.
+
+    A task whose tokens are digits has ``vocab_size = same_as("basis")``.
+    """
+    return property(lambda self: getattr(self, field), doc=f"The field `{field}`.")
+
+
+def always(value: Any) -> Any:
+    """A property that is the same for all tasks of a kind.
+
+    A task of bits has ``vocab_size = always(2)``.
+    """
+    return property(lambda self: value, doc=f"Always {value}.")
+
+
+def one_in(number: str) -> Any:
+    """A property that is 1 over another one.
+
+    A task whose answers are equally likely digits has ``chance = one_in("basis")``.
+    """
+    return property(lambda self: 1.0 / getattr(self, number), doc=f"1 / `{number}`.")
+
+
 class Task(BaseModel, ABC):
     """A family of problems: sequences, and what is to be predicted at some of their positions.
 
     A new task is one file with one subclass: fields are its settings, `kind` is its name in a configuration, and
-    the abstract members say what it is. The class registers itself. The others have defaults that fit a task whose
+    the abstract members describe it. The class registers itself. The other members have defaults that fit a task whose
     targets follow from the inputs.
     """
 
@@ -65,15 +98,8 @@ class Task(BaseModel, ABC):
     def label(self) -> str:
         """Short name, e.g. ``"sum, basis 16, delay 5"``."""
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of different tokens, of input and target alike."""
-
-    @property
-    @abstractmethod
-    def length(self) -> int:
-        """Number of positions L."""
+    vocab_size = needed("Number of different tokens, of input and target alike, int.")
+    length = needed("Number of positions L, int.")
 
     @property
     def input_dim(self) -> int | None:
@@ -82,7 +108,7 @@ class Task(BaseModel, ABC):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position may see itself and what came before, alone."""
+        """Whether a position sees itself and those before it alone."""
         return True
 
     @abstractmethod
@@ -111,14 +137,14 @@ class Task(BaseModel, ABC):
         return np.ones(examples.targets.shape)
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By what accuracy is split: name to group ``(n, L)``, an integer; groups below 0 are left out.
+        """Groups of positions by which accuracy is split: from a name to integers ``(n, L)``; below 0: in no group.
 
         Unlike `scored`, all positions with a target count.
         """
         return {"position": np.broadcast_to(np.arange(examples.targets.shape[1]), examples.targets.shape)}
 
     def group_name(self, split: str, group: int) -> str:
-        """What a group of a split is, in words."""
+        """The name of a group of a split."""
         return f"{split} {group}"
 
     def contexts(self, examples: Examples) -> np.ndarray | None:
@@ -131,7 +157,7 @@ class Task(BaseModel, ABC):
 
     @property
     def fixed_data(self) -> bool:
-        """Whether there are no more examples than those at hand, so that the drawing of the test's is a matter."""
+        """Whether there are no further examples, so that results depend on which of them are the test."""
         return False
 
     def continued(self, examples: Examples, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -143,13 +169,10 @@ class Task(BaseModel, ABC):
     def complexity(self) -> float:
         """Difficulty in bits, by which tasks of one family are ordered: log2 of the number of states."""
 
-    @property
-    @abstractmethod
-    def chance(self) -> float:
-        """Accuracy of a guess at a scored position."""
+    chance = needed("Accuracy of a guess at a scored position, float.")
 
     def facts(self) -> dict[str, Any]:
-        """What an accuracy is worth here; keys as in `study.results.Condition`."""
+        """Facts that put an accuracy into perspective; keys as in `study.config.condition.Condition`."""
         test = self.held_out_examples(2048, "test")
         counted = self.scored(test)
         answers = test.targets[counted]

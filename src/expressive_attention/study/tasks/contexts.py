@@ -45,7 +45,7 @@ def scored_contexts(task: Task, examples: Examples) -> np.ndarray:
 
 
 def unseen(task: Task, training: Iterable[Examples], test: Examples) -> Unseen:
-    """How much of a test is new to what was trained on."""
+    """The part of a test that is new, given the examples of the training."""
     contexts = scored_contexts(task, test)
     if task.contexts(test[:1]) is None:
         return Unseen(None, len(contexts), len(np.unique(contexts)))
@@ -55,7 +55,7 @@ def unseen(task: Task, training: Iterable[Examples], test: Examples) -> Unseen:
 
 
 def facts_of_test(task: Task, test_sequences: int) -> dict[str, Any]:
-    """The facts that an accuracy on so many test examples rests on; keys as in `study.results.Condition`."""
+    """The facts that an accuracy on so many test examples rests on; keys as in `study.config.condition.Condition`."""
     test = task.held_out_examples(test_sequences, "test")
     contexts = scored_contexts(task, test)
     return {"predictions": len(contexts), "contexts": len(np.unique(contexts)), "fixed_data": task.fixed_data}

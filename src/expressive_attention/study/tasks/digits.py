@@ -1,6 +1,6 @@
 """Images of handwritten digits, read as a sequence of patches, for a small vision transformer.
 
-The 1797 images of 8 x 8 pixels that scikit-learn brings along: the test part of E. Alpaydin and C. Kaynak, *Optical
+These are the 1797 images of 8 x 8 pixels in scikit-learn, the test part of E. Alpaydin and C. Kaynak, *Optical
 Recognition of Handwritten Digits*, UCI Machine Learning Repository (1998), doi:10.24432/C50P49.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples, Task
-from .recurrence import mixed
+from .base import IGNORED, Examples, Task, always, one_in
+from .recurrences.recurrence import mixed
 
 __all__ = ["DigitsTask", "images_and_classes", "part"]
 
@@ -26,7 +26,7 @@ _MEAN, _STD = 4.88, 6.02
 
 
 class DigitsTask(Task):
-    """Which digit an image shows; every position sees all of its patches.
+    """A model tells which digit an image shows; every position sees all of its patches.
 
     The patches come row by row, each a vector of its pixels and a 0. One more position has the class as its target
     and reads zeros and a 1: what the model's input map makes of it is a learned class token (Dosovitskiy et al.,
@@ -52,9 +52,7 @@ class DigitsTask(Task):
     def label(self) -> str:
         return f"digits, patch {self.patch}, shift {self.shift}"
 
-    @property
-    def vocab_size(self) -> int:
-        return 10
+    vocab_size = always(10)
 
     @property
     def length(self) -> int:
@@ -112,9 +110,7 @@ class DigitsTask(Task):
         """log2 of the number of training images: an image has no state to count."""
         return math.log2(len(part("training")))
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.vocab_size
+    chance = one_in("vocab_size")
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {

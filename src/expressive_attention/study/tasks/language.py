@@ -1,4 +1,4 @@
-"""Byte-level language modelling of a text that every Python brings along: the sources of its standard library."""
+"""Byte-level language modelling of a text that comes with every Python: the sources of its standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from .base import Examples, Task
+from .base import Examples, Task, always, one_in, same_as
 
 __all__ = ["LanguageTask", "Text", "bigram_bits", "part_of", "source_files", "unigram_bits"]
 
@@ -78,13 +78,8 @@ class LanguageTask(Task):
     def label(self) -> str:
         return f"Python sources, context {self.context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return 256
-
-    @property
-    def length(self) -> int:
-        return self.context
+    vocab_size = always(256)
+    length = same_as("context")
 
     # ---- windows ----
 
@@ -116,7 +111,7 @@ class LanguageTask(Task):
         return None
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By the number of bytes that were read, rounded down to a power of 2."""
+        """Groups by the number of bytes that were read, rounded down to a power of 2."""
         powers = np.log2(np.arange(1, self.length + 1)).astype(np.int64)
         return {"bytes read": np.broadcast_to(powers, examples.targets.shape)}
 
@@ -129,9 +124,7 @@ class LanguageTask(Task):
         """log2 of the number of bytes in the training files: text has no state to count."""
         return math.log2(len(self._part("training").content))
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.vocab_size
+    chance = one_in("vocab_size")
 
     def facts(self) -> dict[str, Any]:
         training, test = self._part("training"), self.held_out_examples(2048, "test")

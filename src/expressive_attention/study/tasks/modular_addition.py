@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..streams import stream
-from .base import IGNORED, Examples, Task
+from .base import IGNORED, Examples, Task, always, one_in
+from .rng import stream
 from .sampled import integers
 
 __all__ = ["ModularAdditionTask"]
@@ -58,9 +58,7 @@ class ModularAdditionTask(Task):
     def vocab_size(self) -> int:
         return self.modulus + 2
 
-    @property
-    def length(self) -> int:
-        return 4
+    length = always(4)
 
     @property
     def pairs(self) -> int:
@@ -77,9 +75,7 @@ class ModularAdditionTask(Task):
         """log2 of the number of pairs."""
         return math.log2(self.pairs)
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.modulus
+    chance = one_in("modulus")
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -117,7 +113,7 @@ class ModularAdditionTask(Task):
         return predictions
 
     def splits(self, examples: Examples) -> dict[str, np.ndarray]:
-        """By position; where a o b = b o a, by whether the pair the other way round is trained on."""
+        """Groups by position and, where a o b = b o a, by whether the reversed pair is trained on."""
         found = super().splits(examples)
         if self.operation in ("subtract", "divide"):
             return found

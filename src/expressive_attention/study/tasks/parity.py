@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import IGNORED, Examples
+from .base import IGNORED, Examples, always, one_in, same_as
 from .sampled import SampledTask, integers, prefix_identifiers
 
 __all__ = ["ParityTask"]
@@ -33,13 +33,8 @@ class ParityTask(SampledTask):
     def label(self) -> str:
         return f"{'running parity' if self.asked == 'every' else 'parity'}, context {self.context}"
 
-    @property
-    def vocab_size(self) -> int:
-        return 2
-
-    @property
-    def length(self) -> int:
-        return self.context
+    vocab_size = always(2)
+    length = same_as("context")
 
     @property
     def problems(self) -> int:
@@ -50,9 +45,7 @@ class ParityTask(SampledTask):
         """log2 of the number of strings."""
         return float(self.context)
 
-    @property
-    def chance(self) -> float:
-        return 0.5
+    chance = one_in("vocab_size")
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:
         inputs = integers(bits, (count, self.context), 2)

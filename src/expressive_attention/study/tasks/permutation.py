@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import Examples
+from .base import Examples, one_in, same_as
 from .sampled import SampledTask, integers, prefix_identifiers
 
 __all__ = ["PermutationTask"]
@@ -44,9 +44,7 @@ class PermutationTask(SampledTask):
     def vocab_size(self) -> int:
         return math.factorial(self.degree)
 
-    @property
-    def length(self) -> int:
-        return self.context
+    length = same_as("context")
 
     @property
     def problems(self) -> int:
@@ -57,9 +55,7 @@ class PermutationTask(SampledTask):
         """log2 of the number of sequences, as for the parity; the state is one of ``factorial(degree)``."""
         return self.context * math.log2(self.vocab_size)
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.vocab_size
+    chance = one_in("vocab_size")
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:
         inputs = integers(bits, (count, self.context), self.vocab_size)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..streams import stream
 from .base import Examples, Task
-from .recurrence import mixed
+from .recurrences.recurrence import mixed
+from .rng import stream
 
 __all__ = ["SampledTask", "by_distance", "distinct", "integers", "prefix_identifiers"]
 
@@ -28,8 +28,8 @@ _DRAWN = 4096
 class SampledTask(Task):
     """Examples are drawn at random, and a hash of the inputs tells those for training, validation and test apart.
 
-    One in 16 inputs is for validation and one for test, unless there are fewer than 256 different ones. What is to be
-    predicted does not depend on the hash, so each part follows the distribution of the task.
+    One in 16 inputs is for validation and one for test, unless there are fewer than 256 different ones. The targets do
+    not depend on the hash, so each part follows the distribution of the task.
     """
 
     @property

@@ -1,0 +1,1 @@
+"""Analysis of finished cells: estimators, summaries, and the claims with their verdicts."""

@@ -1,0 +1,247 @@
+"""The limit of small scores: how close trained EA models are to it, and how they change when z^2 replaces f.
+
+f(z) = z^2 / (1 + z^2) is z^2 where scores are small, and z^2 runs in linear time (docs/operator.md). All is measured on
+validation sequences: test sequences are touched once, by the training of final seeds.
+
+DIR/limit/<identity>.seeds.parquet, .heads.parquet    of one finished cell, written once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from ...nn import SelfAttention
+from ..config.cells import Cell
+from ..config.record import RecordedTask
+from ..files import write_atomically
+from ..runs.results import StudyResults
+from ..runs.store import Store, StoreError
+from ..training.evaluation import Prepared, score
+from ..training.loop import train_further
+from ..training.model import trained_ensemble
+from .summaries import evidence
+from .trained import cells_by_seed
+
+__all__ = [
+    "HEAD_SCHEMA",
+    "LIMIT_SCHEMA",
+    "SHARE",
+    "limit_cells",
+    "limit_of",
+    "limit_sentences",
+    "limit_tables",
+    "write_limit",
+]
+
+# The training after the replacement is so long a part of the first one, and starts at so small a part of its rate.
+SHARE, _RATE = 0.05, 0.1
+
+# The quantiles of |z| that are kept of each head.
+_QUANTILES = {"z_10": 0.1, "z_50": 0.5, "z_90": 0.9, "z_99": 0.99, "z_max": 1.0}
+
+# Scores of about so many pairs of query and key are looked at per seed and head.
+_PAIRS = 1 << 16
+
+_MODELS = ("expressive", "squared", "expressive_trained", "squared_trained")
+
+# One row per final seed of EA, on validation sequences. "expressive" is the model as it was trained, "squared" the same
+# with z^2 in the place of f; "..._trained" is each of the two after `steps` further steps.
+LIMIT_SCHEMA: dict[str, Any] = {
+    "seed": pl.Int64,
+    "steps": pl.Int64,
+    **{f"{model}_{measure}": pl.Float64 for model in _MODELS for measure in ("accuracy", "cross_entropy")},
+}
+
+# One row per final seed, layer and head of EA: quantiles of |z| over the pairs of query and key that see each other.
+HEAD_SCHEMA: dict[str, Any] = {
+    "seed": pl.Int64,
+    "layer": pl.Int64,  # from 0
+    "head": pl.Int64,  # from 0
+    **dict.fromkeys(_QUANTILES, pl.Float64),
+}
+
+# Further columns of the tables of a study, of z^2 trained from the start on the same seed: `squared_from_start_...`.
+_FROM_START = {"validation": "accuracy", "validation_cross_entropy": "cross_entropy"}
+
+
+def limit_cells(results: StudyResults, store: Store, *, trust: bool = False) -> list[Cell]:
+    """The finished cells with final seeds of EA, ready to be measured.
+
+    Raises:
+        StoreError: Tasks are in Python files that are not trusted, or there is no such cell.
+    """
+    cells = _cells(results, store, trust=trust)
+    for cell in cells:
+        if isinstance(cell.task, RecordedTask):
+            raise StoreError(
+                f"{store.directory}: the task of {cell.condition!r} is in a Python file, which --trust runs"
+            )
+    if not cells:
+        raise StoreError(f"{store.directory} has no finished cell with final seeds of EA")
+    return cells
+
+
+def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
+    """Measure a cell and keep the result in the folder of the study, unless it is there already; its table of seeds.
+
+    Args:
+        cell: A finished cell of EA.
+        store: Where the study is kept.
+        share: Steps of the training after the replacement, as a share of those of the cell.
+
+    Raises:
+        CorruptCellError: The cell is not what was written; the message names the file.
+    """
+    steps = max(1, round(share * cell.training.steps))
+    kept = _read(_paths(store, cell))
+    if kept is None or (kept[0]["steps"] != steps).any():
+        kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
+        (store.directory / "limit").mkdir(exist_ok=True)
+        for path, table in zip(_paths(store, cell)[::-1], kept[::-1], strict=True):  # seeds last: then it is whole
+            table.write_parquet(content := BytesIO())
+            write_atomically(path, content.getvalue())
+    return kept[0]
+
+
+def limit_of(cell: Cell, weights: dict[str, Tensor], steps: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Measures of the seeds, `LIMIT_SCHEMA`, and of their heads, `HEAD_SCHEMA`.
+
+    Args:
+        cell: A cell of EA.
+        weights: Its trained parameters, ``(R, ...)`` each.
+        steps: How long EA and z^2 are trained after the replacement.
+    """
+    examples = cell.task.held_out_examples(cell.training.validation_sequences, "validation")
+    validation = Prepared.of(cell.task, examples)
+    rows: list[dict[str, Any]] = [{"seed": seed, "steps": steps} for seed in cell.seeds]
+    heads: list[pl.DataFrame] = []
+    for mechanism in ("expressive", "squared"):
+        model = trained_ensemble(cell, weights)
+        for module in _attentions(model):
+            module.mechanism = mechanism
+        if mechanism == "expressive":
+            heads = _heads(cell, model, validation.inputs)
+        for name in (mechanism, f"{mechanism}_trained"):
+            if name != mechanism:
+                train_further(cell, model, steps, _RATE * cell.setting.learning_rate)
+            scores = score(model, validation, len(cell.seeds))
+            for row, accuracy, loss in zip(rows, scores.accuracy.tolist(), scores.cross_entropy.tolist(), strict=True):
+                row |= {f"{name}_accuracy": accuracy, f"{name}_cross_entropy": loss}
+    return pl.DataFrame(rows, schema=LIMIT_SCHEMA), pl.concat(heads)
+
+
+def limit_tables(results: StudyResults, store: Store) -> dict[str, pl.DataFrame]:
+    """All that `write_limit` has kept of a study: ``limit`` and ``limit_heads``; empty where there is nothing.
+
+    Both have the column ``condition``. ``limit`` has ``squared_from_start_accuracy`` and ``..._cross_entropy``, of
+    the study's mechanism ``"squared"`` on the same seed, null where it has none.
+    """
+    if not (store.directory / "limit").is_dir():
+        return {}
+    tables: dict[str, list[pl.DataFrame]] = {"limit": [], "limit_heads": []}
+    for cell in _cells(results, store):
+        kept = _read(_paths(store, cell))
+        if kept is None:
+            continue
+        columns = ["seed", *_FROM_START]
+        start = evidence(results.seeds, cell.condition, "squared").select(columns)
+        names = {column: f"squared_from_start_{measure}" for column, measure in _FROM_START.items()}
+        seeds = kept[0].join(start.rename(names), on="seed", how="left")
+        for parts, table in zip(tables.values(), (seeds, kept[1]), strict=True):
+            parts.append(table.select(pl.lit(cell.condition).alias("condition"), pl.all()))
+    return {name: pl.concat(parts) for name, parts in tables.items() if parts}
+
+
+def limit_sentences(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -> list[str]:
+    """Sentences on each condition in `limit_tables`: means over seeds, and the largest value of all heads."""
+    sentences = []
+    for condition in results.conditions:
+        seeds, heads = (table.filter(condition=condition.label) for table in tables.values())
+        if seeds.is_empty():
+            continue
+        means = {name: seeds[name].mean() for name in seeds.columns if name.endswith(("accuracy", "cross_entropy"))}
+
+        def reached(model: str, means: dict[str, Any] = means) -> str:
+            accuracy, loss = (means[f"{model}_{measure}"] for measure in ("accuracy", "cross_entropy"))
+            return f"{accuracy:.4f} ({loss:.4f} nats)"
+
+        from_start = means["squared_from_start_accuracy"] is not None
+        start = f"; z² from the start {reached('squared_from_start')}" if from_start else ""
+        sentences.append(
+            f"{condition.label}: 99% of |z| are below {heads['z_99'].median():.2g} in half of the heads and below "
+            f"{heads['z_99'].max():.2g} in all, the largest is {heads['z_max'].max():.2g}. Accuracy with f "
+            f"{reached('expressive')}, with z² in its place {reached('squared')}; after {seeds['steps'][0]} further "
+            f"steps {reached('expressive_trained')} and {reached('squared_trained')}{start}."
+        )
+    return sentences
+
+
+def _cells(results: StudyResults, store: Store, *, trust: bool = False) -> list[Cell]:
+    config, _ = store.config(trust=trust)
+    found: dict[str, Cell] = {}
+    for arm in config.arms():
+        if arm.mechanism == "expressive":
+            found |= {cell.identity: cell for cell in cells_by_seed(results, store, arm).values()}
+    return list(found.values())
+
+
+def _paths(store: Store, cell: Cell) -> list[Path]:
+    return [store.directory / "limit" / f"{cell.identity}.{table}.parquet" for table in ("seeds", "heads")]
+
+
+def _read(paths: list[Path]) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+    """The two tables of a cell; None where they are not there, or not what this version writes."""
+    try:
+        seeds, heads = (pl.read_parquet(path) for path in paths)
+    except (OSError, pl.exceptions.PolarsError):
+        return None
+    whole = dict(seeds.schema) == LIMIT_SCHEMA and dict(heads.schema) == HEAD_SCHEMA
+    return (seeds, heads) if whole else None
+
+
+def _attentions(model: nn.Module) -> Iterator[SelfAttention]:
+    """The attention of each layer, the first one first."""
+    return (module for module in model.modules() if isinstance(module, SelfAttention))
+
+
+@torch.no_grad()
+def _heads(cell: Cell, model: nn.Module, inputs: Tensor) -> list[pl.DataFrame]:
+    """Quantiles of |z| of each layer, over the first of the inputs ``(n, L)``."""
+    length, seeds = cell.task.length, len(cell.seeds)
+    seen = torch.ones(length, length, dtype=torch.bool)
+    seen = seen.tril() if cell.task.is_causal else seen
+    read = inputs[: max(1, _PAIRS // int(seen.sum()))]
+    found: list[np.ndarray] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, SelfAttention)
+        q, k, _ = module.heads(args[0])  # (R, n, H, L, E)
+        z = (q @ k.mT * q.shape[-1] ** -0.5).abs()[..., seen]
+        found.append(np.quantile(z.transpose(1, 2).flatten(2).numpy(), list(_QUANTILES.values()), axis=-1))
+
+    hooks = [module.register_forward_pre_hook(keep) for module in _attentions(model)]
+    try:
+        model(read.expand(seeds, *read.shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        pl.DataFrame(
+            [
+                {"seed": seed, "layer": layer, "head": head}
+                | dict(zip(_QUANTILES, quantiles[:, index, head].tolist(), strict=True))
+                for index, seed in enumerate(cell.seeds)
+                for head in range(quantiles.shape[2])
+            ],
+            schema=HEAD_SCHEMA,
+        )
+        for layer, quantiles in enumerate(found)
+    ]

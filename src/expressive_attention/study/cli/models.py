@@ -1,0 +1,162 @@
+"""Commands that need the trained models of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Directory, Trust, fail, one_line_errors, write_page
+
+__all__ = ["geometry", "limit", "twins", "verify"]
+
+
+def geometry(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Folder of a study with its trained models.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="PATH_OR_CONFIG", help="A model of Hugging Face transformers, in place of a study."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text that the model of --model reads.")
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Final seed of the study; by default the one with the lowest accuracy of DPA.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.  [default: RUN/geometry, or geometry]"),
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Show attention space: an interactive page, pictures, and a table of all heads."""
+    from ...geometry.folder import write_folder
+
+    if (directory is None) == (model is None):
+        fail("geometry takes either the folder of a study, or --model with --text")
+    if (model is None) != (text is None):
+        fail("--model and --text belong together")
+    if model is not None and (condition is not None or seed is not None):
+        fail("--condition and --seed are of a study, and do not go with --model")
+    with one_line_errors():
+        if directory is not None:
+            from ..report.attention_space import look_into
+
+            look = look_into(directory, condition, seed, trust=trust)
+            records, title, tokens, unseen = look.records, look.title, look.tokens, look.unseen
+        else:
+            assert model is not None
+            assert text is not None
+            from ...geometry.text import record_text
+
+            content = text.read_text(encoding="utf-8", errors="replace")
+            try:
+                record, words = record_text(model, content)
+            except (ValueError, ImportError) as error:
+                fail(str(error))
+            records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
+        written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
+        if directory is not None and out is None and (directory / "report.html").exists():
+            from ..runs.results import collect
+            from ..runs.store import Store
+
+            write_page(collect(Store(directory)), directory, trust=trust)  # the report links the page now
+    if unseen:
+        typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
+    for name, record in records.items():
+        typer.echo(f"{name}\n{record}\n")
+    typer.echo("\n".join(str(path) for path in written))
+
+
+def verify(
+    directory: Directory,
+    sample: Annotated[int, typer.Option("--sample", "-n", metavar="N", help="Number of cells.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Random seed of the choice of cells.")] = 0,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Device to train on.")] = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
+
+    Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
+    another number of threads or device, which are named.
+    """
+    from ..runs.store import Store
+    from ..runs.verify import sample_cells, verify_cell
+    from ..training.devices import devices
+
+    if sample < 1:
+        fail(f"--sample must be at least 1, got {sample}")
+    store, differ = Store(directory), 0
+    with one_line_errors():
+        place = devices(device)[0]
+        cells = sample_cells(store, sample, seed, trust=trust)
+        for cell in cells:
+            found = verify_cell(cell, store, place)
+            outcome = "; ".join(found.differences) or "same bits"
+            typer.echo(f"{cell.identity}  {cell}: {outcome}  ({found.seconds:.0f} s)")
+            if found.circumstances:
+                typer.echo(f"  not as it was: {'; '.join(found.circumstances)}")
+            differ += bool(found.differences)
+    typer.echo(f"{len(cells) - differ} of {len(cells)} cells have the same bits")
+    if differ:
+        raise typer.Exit(1)
+
+
+def limit(
+    directory: Directory,
+    share: Annotated[
+        float,
+        typer.Option("--share", metavar="SHARE", help="Steps of the further training, as a share of the first one."),
+    ] = 0.05,
+    trust: Trust = False,
+) -> None:
+    """Replace EA's function by z^2, which runs in linear time, in all trained models, and measure the difference.
+
+    Validation sequences are used, before and after a short further training. EA gets the same training as a control.
+    Results are kept in DIR/limit; `export` writes them with the other tables.
+    """
+    from ..analysis.limit import limit_cells, limit_sentences, limit_tables, write_limit
+    from ..runs.results import collect
+    from ..runs.store import Store
+
+    if not 0 < share <= 1:
+        fail(f"--share must be above 0 and at most 1, got {share:g}")
+    with one_line_errors():
+        store = Store(directory)
+        results = collect(store)
+        cells = limit_cells(results, store, trust=trust)
+        for index, cell in enumerate(cells):
+            typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
+            write_limit(cell, store, share)
+        tables = limit_tables(results, store)
+    for sentence in limit_sentences(results, tables):
+        typer.echo(sentence)
+
+
+def twins(
+    directory: Directory,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.  [default: DIR/twins]")
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="A final seed; by default the middle one by accuracy.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Parameters in float16: files of half the size.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Write trained models that differ in the mechanism alone, one file each, for `load_twins` to read."""
+    from ..report.twins import write_twins
+
+    with one_line_errors():
+        files = write_twins(directory, out or directory / "twins", condition, seed, half=half, trust=trust)
+    for file in files:
+        typer.echo(f"{file}  ({file.stat().st_size / 1000:.0f} kB)")

@@ -1,0 +1,134 @@
+"""Cells: seeds that train together, and their names on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from .condition import Setting
+from .schema import PROTOCOL, TUNING_SEEDS, ModelConfig, Role, SeedsConfig, Strict, TrainingConfig
+from .task_files import TaskFile, file_of
+
+__all__ = ["AGAIN", "Arm", "Cell"]
+
+
+# The protocol's name in the identity of every cell.
+_PROTOCOLS = {2: "ladder-2", 3: "study-3"}
+
+# Fields of a training that decide which cells there are; no single cell depends on them.
+_NOT_OF_A_CELL = {"learning_rates", "initial_gains", "tuning_steps"}
+# Seeds that confirm an exclusive range start so much further on than the reported ones.
+_CONFIRMATION_SEEDS = 2_000_000
+# A mechanism under a second name, for arms in which there is no difference: its seeds draw other numbers.
+AGAIN = "_again"
+_AGAIN_SEEDS = 500_000_000
+
+
+class Cell(Strict):
+    """Seeds that train together: one task, model, mechanism and setting."""
+
+    condition: str
+    task: Any
+    model: ModelConfig
+    mechanism: str
+    learning_rate: float
+    initial_gain: float = 1.0
+    role: Role
+    seeds: tuple[int, ...]
+    training: TrainingConfig
+    protocol: int = PROTOCOL
+    mechanism_file: TaskFile | None = None  # the file that defines the mechanism; None: it is one of the package
+
+    @property
+    def setting(self) -> Setting:
+        """The setting, whose parts are fields of the cell on disk."""
+        return Setting(self.learning_rate, self.initial_gain)
+
+    @property
+    def function(self) -> str:
+        """The mechanism as `nn.attend` knows it, whatever the study calls it."""
+        name = self.mechanism.removesuffix(AGAIN)
+        return name if self.mechanism_file is None else f"{name}@{self.mechanism_file.digest}"
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Seeds of the random numbers: those of a mechanism under a second name differ from those of the first."""
+        return tuple(seed + self.mechanism.endswith(AGAIN) * _AGAIN_SEEDS for seed in self.seeds)
+
+    @property
+    def identity(self) -> str:
+        """The name of the cell on disk: a hash of all that its result depends on."""
+        content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file"})
+        content["task"] = self.task.model_dump(mode="json")
+        content["training"] = self.training.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
+        content["protocol"] = _PROTOCOLS[self.protocol]
+        if (file := file_of(self.task)) is not None:
+            content["task_file"] = file.digest
+        if self.mechanism_file is not None:
+            content["mechanism_file"] = self.mechanism_file.digest
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.condition}, {self.mechanism}, {self.role}, {self.setting}"
+
+
+class Arm(Strict):
+    """One condition with one mechanism: cells to tune on, cells to report, and cells to confirm these."""
+
+    condition: str
+    task: Any
+    model: ModelConfig
+    mechanism: str
+    training: TrainingConfig
+    seeds: SeedsConfig
+    protocol: int = PROTOCOL
+    mechanism_file: TaskFile | None = None
+
+    def tuning_cells(self, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """One set of cells per setting; none where there is nothing to choose.
+
+        Args:
+            finished: Whether a cell is on disk. Seeds of a cell that was finished when a study had fewer of them are
+                not trained again: only those that it lacks make a cell of their own.
+        """
+        settings = self.training.settings
+        if len(settings) == 1:
+            return []
+        return [cell for setting in settings for cell in self._cells("tuning", setting, self.seeds.tuning, finished)]
+
+    def final_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """The cells of the reported seeds; `finished` as in `tuning_cells`."""
+        return self._cells("final", setting, self.seeds.final, finished)
+
+    def confirmation_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+        """The cells of the seeds that confirm what the reported ones show; `finished` as in `tuning_cells`."""
+        return self._cells("confirmation", setting, self.seeds.confirmation, finished)
+
+    def _cells(self, role: Role, setting: Setting, count: int, finished: Callable[[Cell], bool] | None) -> list[Cell]:
+        first = self.seeds.start + {"tuning": TUNING_SEEDS, "final": 0, "confirmation": _CONFIRMATION_SEEDS}[role]
+        together, cells = self.seeds.together, []
+        for start in range(0, count, together):
+            seeds = range(first + start, first + min(start + together, count))
+            cells += self._split(role, setting, seeds, finished or (lambda cell: False))
+        return cells
+
+    def _split(self, role: Role, setting: Setting, seeds: range, finished: Callable[[Cell], bool]) -> list[Cell]:
+        """One cell, or the longest finished one that these seeds begin with, and the cells of the others."""
+        whole = self._cell(role, setting, seeds)
+        if finished(whole):
+            return [whole]
+        for count in range(len(seeds) - 1, 0, -1):
+            part = self._cell(role, setting, seeds[:count])
+            if finished(part):
+                return [part, *self._split(role, setting, seeds[count:], finished)]
+        return [whole]
+
+    def _cell(self, role: Role, setting: Setting, seeds: range) -> Cell:
+        return Cell(
+            condition=self.condition, task=self.task, model=self.model, mechanism=self.mechanism,
+            **setting._asdict(), role=role, training=self.training.of(role), seeds=tuple(seeds), protocol=self.protocol,
+            mechanism_file=self.mechanism_file,
+        )  # fmt: skip

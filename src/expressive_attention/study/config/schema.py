@@ -1,0 +1,142 @@
+"""The parts of a configuration: model, training and seeds. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ...nn import position_codes
+from .condition import Setting
+
+__all__ = ["PROTOCOL", "TUNING_SEEDS", "ModelConfig", "SeedsConfig", "Strict", "TrainingConfig", "distinct"]
+
+
+# Raise it when a change of the code changes what a run means; docs/protocol.md describes each.
+PROTOCOL = 3
+
+# Seeds on which learning rates and gains are chosen start so much further on than the reported ones.
+TUNING_SEEDS = 1_000_000
+
+
+class Strict(BaseModel):
+    """A part of a configuration: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values, which must differ."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"values must differ, got {list(values)}")
+    return values
+
+
+def _one_spelling(position: str) -> str:
+    """One spelling of position codes, so that their order does not change the identity of a cell."""
+    return "+".join(position_codes(position)) or "none"
+
+
+Position = Annotated[str, AfterValidator(_one_spelling)]
+Role = Literal["tuning", "final", "confirmation"]
+
+
+class ModelConfig(Strict):
+    """The transformer that all mechanisms sit in; see `expressive_attention.nn.Transformer`."""
+
+    layers: int = Field(default=1, ge=1)
+    embed_dim: int = Field(default=16, ge=1)
+    heads: int = Field(default=1, ge=1)
+    position: Position = "rope"
+    rope_base: float | None = Field(default=None, gt=0)  # None: max(10, 2 * length)
+    norm: Literal["pre", "post", "none"] = "pre"
+    norm_affine: bool = False
+    mlp_ratio: int = Field(default=4, ge=1)
+    activation: Literal["relu", "gelu"] = "relu"
+    gain: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    bias: bool = True
+    embedding_std: float = Field(default=0.5, gt=0)
+    embedding_shift: float = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim must be a multiple of heads, got {self.embed_dim} and {self.heads}")
+        codes = position_codes(self.position)
+        if "rope" in codes and self.embed_dim // self.heads % 2:
+            raise ValueError(f"rope needs an even embed_dim / heads, got {self.embed_dim} / {self.heads}")
+        if "sinusoidal" in codes and self.embed_dim % 2:
+            raise ValueError(f"sinusoidal positions need an even embed_dim, got {self.embed_dim}")
+        return self
+
+
+class TrainingConfig(Strict):
+    """The training and evaluation of one seed, the same for all mechanisms."""
+
+    steps: int = Field(default=3000, ge=1)
+    tuning_steps: int | None = Field(default=None, ge=1)  # of a tuning seed; None: as many as of all others
+    batch_size: int = Field(default=32, ge=1)
+    # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
+    # the best.
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(distinct)] = Field(
+        default=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), min_length=1
+    )
+    initial_gains: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(distinct)] = Field(
+        default=(1.0,), min_length=1
+    )
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled in adam (AdamW)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    warmup: int = Field(default=100, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    gradient_clip: float | None = Field(default=None, gt=0)  # norm of a seed's gradient; None: not clipped
+    evaluate_every: int = Field(default=100, ge=1)
+    validation_sequences: int = Field(default=1024, ge=1)
+    test_sequences: int = Field(default=2048, ge=1)
+    rollouts: int = Field(default=256, ge=1)
+    rollout_digits: int = Field(default=32, ge=1)
+    # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
+    solved_accuracy: float = Field(default=0.995, gt=0, le=1)
+    solved_evaluations: int = Field(default=3, ge=1)
+    # Only protocol 2 has this: a seed ended when it had reached that many evaluations in a row.
+    early_stop: bool = False
+
+    @model_validator(mode="after")
+    def _tuning_is_no_longer(self) -> TrainingConfig:
+        if self.tuning_steps is not None and self.tuning_steps > self.steps:
+            raise ValueError(f"tuning_steps must be at most steps, got {self.tuning_steps} and {self.steps}")
+        return self
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings that are tried for each mechanism."""
+        return tuple(Setting(rate, gain) for rate in self.learning_rates for gain in self.initial_gains)
+
+    def of(self, role: Role) -> TrainingConfig:
+        """The training of the seeds of a role."""
+        steps = self.steps if role != "tuning" or self.tuning_steps is None else self.tuning_steps
+        return self.model_copy(update={"steps": steps, "tuning_steps": None})
+
+
+class SeedsConfig(Strict):
+    """The numbers of seeds, and of seeds that train together in one program."""
+
+    tuning: int = Field(default=8, ge=0)
+    final: int = Field(default=16, ge=1)
+    # Fresh seeds, for conditions on which the final seeds show an exclusive range.
+    confirmation: int = Field(default=32, ge=0)
+    # The first of the final seeds: another start repeats a study on other seeds, tuning seeds included.
+    start: int = Field(default=0, ge=0, lt=TUNING_SEEDS)
+    together: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _seeds_are_others(self) -> SeedsConfig:
+        for name in ("tuning", "final", "confirmation"):
+            if self.start + getattr(self, name) > TUNING_SEEDS:
+                raise ValueError(
+                    f"start + {name} must be at most {TUNING_SEEDS}, got {self.start} + {getattr(self, name)}"
+                )
+        return self

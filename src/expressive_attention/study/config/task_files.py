@@ -1,0 +1,246 @@
+"""Tasks in files of the user's own: loaded by path, known by their text, and able to travel to other processes."""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import inspect
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..tasks import IGNORED, TASKS, Examples, Task
+from ..tasks.rng import stream
+
+__all__ = [
+    "TaskFile",
+    "TaskFileError",
+    "blame",
+    "check_task",
+    "file_of",
+    "load_module",
+    "load_task_files",
+    "named",
+    "read_file",
+]
+
+_PREFIX = "expressive_attention_task_file_"
+
+
+class TaskFileError(ValueError):
+    """A file of tasks or mechanisms that cannot be used; the message says which and why, in one line.
+
+    Attributes:
+        key: The key of the configuration that names the file.
+    """
+
+    def __init__(self, message: str, key: str = "task_files") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """The name of a file of tasks or mechanisms, without folders, and its text as it was read."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """The name of the file's content: a hash of its text, wherever it lies."""
+        return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
+
+
+# The file that each class of a task was defined in.
+_FILES: dict[type[Task], TaskFile] = {}
+
+
+def load_task_files(paths: Sequence[Path]) -> tuple[TaskFile, ...]:
+    """Run the files and have their tasks among `TASKS`, in place of what other versions of them defined before.
+
+    Raises:
+        TaskFileError: A file cannot be read or run, defines no task or an incomplete one, or a kind that there is
+            already: in the package, or in another of these files.
+    """
+    found: list[TaskFile] = []
+    defined: dict[str, type[Task]] = {}
+    for path in paths:
+        file = read_file(path)
+        tasks = [task for task in _tasks(load_module(file, path)) if isinstance(task.model_fields["kind"].default, str)]
+        if not tasks:
+            raise TaskFileError(f"{path}: defines no task: no subclass of Task whose field kind has a default")
+        for task in tasks:
+            kind = task.model_fields["kind"].default
+            other = defined.get(kind) or (None if TASKS.get(kind) in _FILES else TASKS.get(kind))
+            if other is not None:
+                where = _FILES[other].name if other in _FILES else other.__module__
+                raise TaskFileError(
+                    f"{path}: the kind {kind!r} of {task.__name__} is already that of {other.__name__} in {where}"
+                )
+            if inspect.isabstract(task):
+                raise TaskFileError(f"{path}: {task.__name__} lacks {', '.join(sorted(task.__abstractmethods__))}")
+            defined[kind] = task
+        found.append(file)
+    TASKS.update(defined)
+    return tuple(found)
+
+
+def read_file(path: Path, key: str = "task_files") -> TaskFile:
+    """A file as it is now.
+
+    Raises:
+        TaskFileError: It cannot be read.
+    """
+    try:
+        return TaskFile(path.name, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise TaskFileError(f"{path}: cannot be read: {reason}", key) from None
+
+
+def file_of(task: Any) -> TaskFile | None:
+    """The file that the task's class was defined in, or that is on record; None: it is one of the package."""
+    return getattr(task, "file", None) if not isinstance(task, Task) else _FILES.get(type(task))
+
+
+def blame(error: BaseException) -> str | None:
+    """``"my_task.py, line 12: NameError: ..."``, the last line of a file of tasks on the way to the error, if any."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if str(frame.f_globals.get("__name__")).startswith(_PREFIX):
+            return f"{frame.f_code.co_filename}, line {line}: {named(error)}"
+    return None
+
+
+def check_task(task: Task) -> None:
+    """Try a task from a file on a few examples.
+
+    Raises:
+        TaskFileError: It breaks a rule of `Task`.
+    """
+    file = file_of(task)
+    try:
+        problem = None if file is None else _problem(task)
+    except SystemExit as error:
+        raise TaskFileError(blame(error) or named(error)) from None
+    if file is not None and problem is not None:
+        raise TaskFileError(f"{file.name}: {type(task).__name__}: {problem}")
+
+
+# ---- modules ----
+
+
+def load_module(file: TaskFile, path: Path, key: str = "task_files") -> ModuleType:
+    """The file as a module, run once in a process; its tasks are not among `TASKS` by that.
+
+    Raises:
+        TaskFileError: It cannot be run.
+    """
+    name = _PREFIX + file.digest
+    if name in sys.modules:
+        return sys.modules[name]
+    before = dict(TASKS)
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # pickle and pydantic look for its definitions there
+    try:
+        exec(compile(file.text, str(path), "exec", dont_inherit=True), module.__dict__)
+    except SyntaxError as error:
+        del sys.modules[name]
+        raise TaskFileError(f"{error.filename}, line {error.lineno}: {named(error)}", key) from None
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise TaskFileError(blame(error) or f"{path}: {named(error)}", key) from None
+    finally:
+        TASKS.clear()
+        TASKS.update(before)
+    for task in _tasks(module):
+        _FILES[task] = file
+        copyreg.pickle(task, _reduce)
+    return module
+
+
+def _tasks(module: ModuleType) -> list[type[Task]]:
+    """The subclasses of `Task` that the module defines."""
+    classes = [thing for thing in vars(module).values() if isinstance(thing, type) and issubclass(thing, Task)]
+    return [task for task in dict.fromkeys(classes) if task.__module__ == module.__name__]
+
+
+def _reduce(task: Task) -> tuple[Any, ...]:
+    """The pickled form of a task, with its file, which the process that unpickles it may not have run yet."""
+    return _blank, (_FILES[type(task)], type(task).__name__), task.__getstate__()
+
+
+def _blank(file: TaskFile, name: str) -> Task:
+    """An object of the class `name` in the file, for its state to be put into."""
+    task = vars(load_module(file, Path(file.name)))[name]
+    return task.__new__(task)
+
+
+def named(error: BaseException) -> str:
+    """An error in one line: its class and its message."""
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+# ---- what a task has to keep to ----
+
+
+def _problem(task: Task) -> str | None:
+    """The first fault of a task; None: it has none."""
+    for name in ("vocab_size", "length"):
+        value = getattr(task, name)
+        if not isinstance(value, int) or value < 1:
+            return f"{name} must be an integer of at least 1, got {value!r}"
+    if not isinstance(task.label, str) or not task.label:
+        return f"label must be a text, got {task.label!r}"
+    for name in ("complexity", "chance"):
+        value = getattr(task, name)
+        if not isinstance(value, (int, float)) or not np.isfinite(value):
+            return f"{name} must be a finite number, got {value!r}"
+    trained = [task.training_examples(stream(0, "check"), 8) for _ in range(2)]
+    if len(trained[0]) != 8:
+        return f"training_examples(bits, 8) must give 8 examples, got {len(trained[0])}"
+    if problem := _problem_with(task, "training_examples", *trained):
+        return problem
+    for purpose in ("validation", "test"):
+        held_out = [task.held_out_examples(8, purpose) for _ in range(2)]
+        if not 1 <= len(held_out[0]) <= 8:
+            return f"held_out_examples(8, {purpose!r}) must give 1 to 8 examples, got {len(held_out[0])}"
+        if problem := _problem_with(task, "held_out_examples", *held_out):
+            return problem
+    solved = task.solve(trained[0].inputs)
+    if solved is not None and solved.shape != trained[0].targets.shape:
+        return f"solve must give the shape {trained[0].targets.shape}, got {solved.shape}"
+    return None
+
+
+def _problem_with(task: Task, origin: str, examples: Examples, again: Examples) -> str | None:
+    """The first fault of examples, and of the same ones asked for again; None: they have none."""
+    positions = (len(examples), task.length)
+    tokens = task.input_dim is None
+    vectors = ((*positions, task.input_dim), "float32")
+    for name, array, (shape, kind) in (
+        ("inputs", examples.inputs, (positions, "int64") if tokens else vectors),
+        ("targets", examples.targets, (positions, "int64")),
+    ):
+        if array.shape != shape or array.dtype != kind:
+            return f"{origin} must give {name} of shape {shape}, {kind}, got {array.shape}, {array.dtype}"
+    classes = examples.targets[examples.targets != IGNORED]
+    for name, values in (("targets", classes), *([("inputs", examples.inputs)] if tokens else [])):
+        if values.size and not 0 <= values.min() <= values.max() < task.vocab_size:
+            return (
+                f"{origin} must give {name} from 0 to vocab_size - 1 = {task.vocab_size - 1}, "
+                f"got {values.min()} to {values.max()}"
+            )
+    if not task.scored(examples).any():
+        return f"{origin} gives no position that is scored"
+    if not (np.array_equal(examples.inputs, again.inputs) and np.array_equal(examples.targets, again.targets)):
+        return f"{origin} must give the same examples when asked for the same, got others"
+    return None

@@ -1,0 +1,1 @@
+"""Figures as descriptions, and what draws them: matplotlib for files and paper, plotly for the page."""

@@ -1,0 +1,1 @@
+"""Runs: the cells on disk, their scheduler, the engines that train them, progress and loggers."""

@@ -1,0 +1,104 @@
+"""The results of a study so far, in the form that analysis and report read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from ..config.condition import Condition, Setting
+from ..config.declared import PRIMARY_COMPARISONS
+from ..training.result import TABLES
+from .environment import environment
+from .facts import KnownFacts
+from .selection import finished_cells
+from .store import Store
+
+__all__ = ["StudyResults", "collect", "setting_of"]
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that what follows from it can be kept
+class StudyResults:
+    """All finished cells of a study.
+
+    Attributes:
+        name: Name of the study.
+        config: The configuration as TOML text.
+        conditions: Conditions in the order of the configuration, those without results included.
+        mechanisms: Mechanisms that are compared, e.g. ``["expressive", "dot_product"]``.
+        seeds: `SEED_SCHEMA` plus ``condition`` (label), ``mechanism``, ``learning_rate``, ``initial_gain`` and
+            ``role``: ``"tuning"`` (seeds on which rate and gain were chosen), ``"final"`` (fresh seeds with the
+            chosen ones) or ``"confirmation"`` (fresh ones again, where the final ones show an exclusive range). All
+            mechanisms' runs of one seed share initial parameters and batches.
+        curves: `CURVE_SCHEMA` plus the same five columns.
+        splits: `SPLIT_SCHEMA` plus the same five columns.
+        examples: `EXAMPLE_SCHEMA` plus the same five columns; only of conditions with fixed data.
+        unfinished: One line per cell that has no result yet.
+        claims: The claims that the study tests, as `StudyConfig.claims`.
+        protocol: Number of the protocol by which it was run.
+        family: Number of comparisons over which p is adjusted where the study has fewer; 0: over its own.
+        environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
+        seconds: Sum of the cells' training times in seconds.
+    """
+
+    name: str
+    config: str
+    conditions: list[Condition]
+    mechanisms: list[str]
+    seeds: pl.DataFrame
+    curves: pl.DataFrame
+    splits: pl.DataFrame
+    examples: pl.DataFrame
+    unfinished: list[str]
+    claims: list[str]
+    environment: dict[str, str]
+    seconds: float
+    protocol: int = 3
+    family: int = 0
+
+
+_FACTS = "facts.json"
+
+
+def setting_of(rows: pl.DataFrame) -> Setting:
+    """The setting of rows of a table of `StudyResults`, which have the same one."""
+    return Setting(*rows.select(Setting._fields).row(0))
+
+
+def collect(store: Store) -> StudyResults:
+    """All finished cells of a study; none of its Python files is run.
+
+    Raises:
+        StoreError: The folder is not a study, or a cell is corrupt; the message names the file.
+        ConfigError: Its configuration does not fit.
+    """
+    config, text = store.config()
+    facts = KnownFacts(store.directory / _FACTS)
+    conditions = config.conditions(facts.of)
+    facts.keep()
+    fixed = {condition.label for condition in conditions if condition.facts.get("fixed_data")}
+    tables: dict[str, list[pl.DataFrame]] = {name: [] for name in TABLES}
+    finished, unfinished = finished_cells(store, config)
+    found: dict[str, str] = {}
+    seconds = 0.0
+    for cell in finished:
+        result = store.load(cell)
+        labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
+        columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+        columns += [pl.lit(value).alias(name) for name, value in cell.setting._asdict().items()]
+        for name, parts in tables.items():
+            if name != "examples" or cell.condition in fixed:
+                parts.append(getattr(result, name).with_columns(columns))
+        seconds += result.seconds
+        found = store.about(cell)["environment"]
+    empty = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
+    joined = {
+        name: pl.concat(parts) if parts else pl.DataFrame(schema={**TABLES[name], **empty})
+        for name, parts in tables.items()
+    }
+    return StudyResults(
+        name=config.name, config=text, conditions=conditions, mechanisms=list(config.mechanisms),
+        **joined, unfinished=unfinished, claims=list(config.claims), environment=found or environment(),
+        seconds=seconds, protocol=config.protocol,
+        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
+    )  # fmt: skip

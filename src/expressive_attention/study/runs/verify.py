@@ -1,0 +1,156 @@
+"""Run finished cells again, and compare their results with the stored ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from ..config.cells import Cell
+from ..config.load import runs_files
+from ..config.schema import PROTOCOL
+from ..training.devices import CPU
+from ..training.loop import train_cell
+from ..training.result import CellResult
+from .environment import environment
+from .selection import finished_cells
+from .store import Store, StoreError
+
+__all__ = ["Recheck", "sample_cells", "verify_cell"]
+
+# The columns that make a row of each table unique.
+_KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
+
+# Columns that a difference is measured in; the first that a table has is used.
+_MEASURES = ("right", "accuracy", "validation")
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """A cell that was run again.
+
+    Attributes:
+        differences: The differences and their sizes, one phrase each; none: all tables and weights are the same.
+        circumstances: Changes since the cell ran first: versions, processor, threads, device.
+        seconds: Time of the second training.
+    """
+
+    differences: tuple[str, ...]
+    circumstances: tuple[str, ...]
+    seconds: float
+
+
+def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) -> list[Cell]:
+    """Up to `count` finished cells of a study, drawn at random.
+
+    Args:
+        store: The study.
+        count: Largest number of cells.
+        seed: Random seed of the choice.
+        trust: Run the study's Python files, which a study that has any needs.
+
+    Raises:
+        StoreError: The folder is not a study, has no finished cell, is of another protocol than this version runs, or
+            has Python files and is not trusted.
+        ConfigError: Its configuration does not fit.
+    """
+    config, text = store.config(trust=trust)
+    if config.protocol != PROTOCOL:
+        raise StoreError(
+            f"{store.directory} is of protocol {config.protocol}: this version trains by protocol {PROTOCOL}, and "
+            "would find something else"
+        )
+    if runs_files(text) and not trust:
+        raise StoreError(f"{store.directory} has tasks or mechanisms in Python files, which --trust runs")
+    cells, _ = finished_cells(store, config)
+    if not cells:
+        raise StoreError(f"{store.directory}: no cell is finished yet")
+    return random.Random(seed).sample(cells, min(count, len(cells)))
+
+
+def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck:
+    """Train a finished cell again with as many threads as it had, one if that was not kept.
+
+    Args:
+        cell: The cell.
+        store: Store of its study.
+        device: Device to train on.
+
+    Raises:
+        CorruptCellError: The stored result cannot be read; the message names the file.
+    """
+    then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
+    with _threads(int(then.get("threads", 1))):
+        again, now = train_cell(cell, device=device), environment(device)
+    circumstances = [
+        f"{name} {then.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    return Recheck(tuple(compare(kept, again)), tuple(circumstances), again.seconds)
+
+
+def compare(kept: CellResult, again: CellResult) -> list[str]:
+    """The differences between two results of a cell, and their sizes; NaN equals NaN."""
+    differences = []
+    for table, keys in _KEYS.items():
+        before, after = getattr(kept, table), getattr(again, table)
+        if not before.equals(after):
+            differences.append(f"{table}: {_table_difference(before, after, keys)}")
+    if kept.weights.keys() != again.weights.keys():
+        names = sorted(kept.weights.keys() ^ again.weights.keys())
+        differences.append(f"weights: only one of the two has {', '.join(names)}")
+    else:
+        pairs = [(before, again.weights[name]) for name, before in kept.weights.items()]
+        if any(before.shape != after.shape for before, after in pairs):
+            differences.append("weights: other shapes")
+        elif not all(_same_bits(before, after) for before, after in pairs):
+            largest = max(_largest(before, after) for before, after in pairs)
+            differences.append(f"weights: by up to {largest:.2g}")
+    return differences
+
+
+def _table_difference(before: pl.DataFrame, after: pl.DataFrame, keys: list[str]) -> str:
+    joined = before.join(after, on=keys, suffix="_again", validate="1:1")
+    # Tuning seeds have no accuracy on test sequences, but one on validation sequences.
+    present = [name for name in _MEASURES if name in before.columns and before[name].null_count() < len(before)]
+    found = [f"{measure} by up to {_largest(*_tensors(joined, measure)):.2g}" for measure in present[:1]]
+    if (alone := max(len(before), len(after)) - len(joined)) > 0:
+        found.append(f"{alone} {'row' if alone == 1 else 'rows'} in one alone")
+    others = [name for name in before.columns if name not in (*keys, *present[:1])]
+    others = [name for name in others if not joined[name].equals(joined[f"{name}_again"])]
+    if others:
+        found.append(f"also {', '.join(others)}")
+    return ", ".join(found)
+
+
+def _tensors(joined: pl.DataFrame, measure: str) -> tuple[Tensor, Tensor]:
+    columns = (joined[name].cast(pl.Float64).fill_null(torch.nan) for name in (measure, f"{measure}_again"))
+    before, after = (column.to_numpy(writable=True) for column in columns)
+    return torch.from_numpy(before), torch.from_numpy(after)
+
+
+def _same_bits(before: Tensor, after: Tensor) -> bool:
+    return torch.equal(before.contiguous().view(torch.uint8), after.contiguous().view(torch.uint8))
+
+
+def _largest(before: Tensor, after: Tensor) -> float:
+    """The largest difference; infinite where one of the two alone is NaN."""
+    both = before.isnan() & after.isnan()
+    difference = torch.where(both | (before == after), 0.0, (before - after).abs()).nan_to_num(nan=torch.inf)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Tasks whose next token follows from those before it: the tasks of the paper, and mixtures of them."""

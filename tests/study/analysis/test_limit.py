@@ -1,0 +1,192 @@
+"""The limit of small scores: quantiles and measures of trained models, and what z^2 does to them."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from expressive_attention.nn import SelfAttention
+from expressive_attention.study.analysis.limit import HEAD_SCHEMA, LIMIT_SCHEMA, limit_of, limit_tables
+from expressive_attention.study.cli.app import app
+from expressive_attention.study.config.load import load_config
+from expressive_attention.study.runs.engines import LocalEngine
+from expressive_attention.study.runs.progress import make_display
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.scheduler import run_study
+from expressive_attention.study.runs.store import Store
+from expressive_attention.study.tasks.recurrences.nt import NTTask
+from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.model import build_model, trained_model
+
+from ..tiny import cell, tiny
+
+MODEL = {"embed_dim": 8, "heads": 2, "layers": 2, "position": "rope+learned_alibi"}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    chosen = cell(model=MODEL, task=NTTask(basis=8, delay=3), seeds=(0, 3), steps=60)
+    return chosen, train_cell(chosen)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A study of EA, DPA and z^2."""
+    folder = tmp_path_factory.mktemp("run")
+    text = tiny(mechanisms='["expressive", "dot_product", "squared"]')
+    (folder / "tiny.toml").write_text(text)
+    config, _ = load_config(str(folder / "tiny.toml"))
+    store = Store(folder / "out")
+    lock = store.create(text)
+    try:
+        run_study(config, store, LocalEngine(1), make_display(quiet=True))
+    finally:
+        lock.release()
+    return store
+
+
+def test_the_model_is_measured_as_it_was_trained(trained):
+    chosen, result = trained
+    seeds, _ = limit_of(chosen, result.weights, 1)
+    assert dict(seeds.schema) == LIMIT_SCHEMA
+    assert seeds["seed"].to_list() == [0, 3]
+    assert seeds["expressive_accuracy"].to_list() == result.seeds["validation"].to_list()
+    losses = result.seeds["validation_cross_entropy"].to_list()
+    assert seeds["expressive_cross_entropy"].to_list() == pytest.approx(losses, rel=1e-6)
+
+
+def test_z_squared_is_put_in_the_place_of_f_and_nothing_else_changes(trained):
+    chosen, result = trained
+    seeds, _ = limit_of(chosen, result.weights, 1)
+    examples = chosen.task.held_out_examples(chosen.training.validation_sequences, "validation")
+    for index in range(2):
+        model = build_model(chosen.task, chosen.model, "squared", 99)
+        model.load_state_dict({name: x[index] for name, x in result.weights.items()})
+        with torch.no_grad():
+            logits = model(torch.from_numpy(examples.inputs))
+        scored = torch.from_numpy(chosen.task.scored(examples))
+        targets = torch.from_numpy(examples.targets)
+        loss = torch.nn.functional.cross_entropy(logits[scored], targets[scored])
+        assert seeds["squared_cross_entropy"][index] == pytest.approx(float(loss), rel=1e-5)
+    assert (seeds["squared_cross_entropy"] != seeds["expressive_cross_entropy"]).all()
+
+
+def test_models_in_the_limit_do_not_feel_it(trained):
+    chosen, result = trained
+    small = {name: x * 1e-3 if "gain" in name else x for name, x in result.weights.items()}
+    seeds, heads = limit_of(chosen, small, 1)
+    assert heads["z_max"].max() < 0.01
+    with_f, with_square = (seeds[f"{name}_cross_entropy"].to_list() for name in ("expressive", "squared"))
+    assert with_square == pytest.approx(with_f, rel=1e-4)
+
+
+def test_both_are_trained_on_and_batches_are_fresh(trained):
+    chosen, result = trained
+    short, long = (limit_of(chosen, result.weights, steps)[0] for steps in (1, 60))
+    for name in ("expressive", "squared"):
+        assert (long[f"{name}_trained_cross_entropy"] < long[f"{name}_cross_entropy"]).all()
+        assert (long[f"{name}_trained_cross_entropy"] < short[f"{name}_trained_cross_entropy"]).all()
+        assert long[f"{name}_cross_entropy"].to_list() == short[f"{name}_cross_entropy"].to_list()
+    again = limit_of(chosen, result.weights, 60)[0]
+    assert again.equals(long)
+
+
+def attended(model, inputs):
+    """Each attention of the model with what it reads."""
+    seen = []
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+    model(inputs)
+    return seen
+
+
+def test_quantiles_are_of_each_head_over_what_it_sees(trained):
+    chosen, result = trained
+    _, heads = limit_of(chosen, result.weights, 1)
+    assert dict(heads.schema) == HEAD_SCHEMA
+    assert heads.height == 2 * 2 * 2
+    inputs = torch.from_numpy(chosen.task.held_out_examples(32, "validation").inputs)
+    for index, seed in enumerate(chosen.seeds):
+        model = trained_model(chosen, result.weights, index)
+        with torch.no_grad():
+            for layer, (module, x) in enumerate(attended(model, inputs)):
+                q, k, _ = module.heads(x)
+                for head in range(2):
+                    z = (q[:, head] @ k[:, head].mT).abs() / 2.0
+                    visible = [float(x) for example in z for i, row in enumerate(example) for x in row[: i + 1]]
+                    row = heads.row(
+                        by_predicate=(pl.col("seed") == seed) & (pl.col("layer") == layer) & (pl.col("head") == head),
+                        named=True,
+                    )
+                    expected = np.quantile(visible, [0.1, 0.5, 0.9, 0.99, 1.0])
+                    found = [row[name] for name in ("z_10", "z_50", "z_90", "z_99", "z_max")]
+                    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_command_measures_all_ea_models_and_export_writes_them(run):
+    done = CliRunner().invoke(app, ["study", "limit", str(run.directory)])
+    assert done.exit_code == 0, done.output
+    assert "with z² in its place" in done.output
+    assert "after 2 further steps" in done.output
+    assert "z² from the start" in done.output
+    results = collect(run)
+    tables = limit_tables(results, run)
+    assert tables["limit"]["seed"].to_list() == [0, 1]
+    assert tables["limit"]["condition"].unique().to_list() == [results.conditions[0].label]
+    start = results.seeds.filter(mechanism="squared", role="final").sort("seed")
+    assert tables["limit"]["squared_from_start_accuracy"].to_list() == start["validation"].to_list()
+    kept = {path: path.stat().st_mtime_ns for path in (run.directory / "limit").iterdir()}
+    assert CliRunner().invoke(app, ["study", "limit", str(run.directory)]).exit_code == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in (run.directory / "limit").iterdir()}  # read, not measured
+    assert CliRunner().invoke(app, ["study", "export", str(run.directory), "-f", "parquet"]).exit_code == 0
+    assert pl.read_parquet(run.directory / "export" / "limit.parquet").equals(tables["limit"])
+    assert pl.read_parquet(run.directory / "export" / "limit_heads.parquet").equals(tables["limit_heads"])
+
+
+def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):
+    arguments = ["study", "limit", str(run.directory), "--share", "0.1"]
+    first = CliRunner().invoke(app, arguments)
+    assert "after 3 further steps" in first.output
+    before = limit_tables(collect(run), run)
+    for path in (run.directory / "limit").iterdir():
+        path.write_bytes(b"damaged")
+    assert limit_tables(collect(run), run) == {}
+    assert CliRunner().invoke(app, arguments).stdout == first.stdout
+    after = limit_tables(collect(run), run)
+    assert all(after[name].equals(table) for name, table in before.items())
+
+
+def test_wrong_use_ends_with_one_line(run, tmp_path):
+    done = CliRunner().invoke(app, ["study", "limit", str(run.directory), "--share", "0"])
+    assert done.exit_code == 2
+    assert "--share must be above 0 and at most 1, got 0" in done.output
+    empty = Store(tmp_path / "out")
+    empty.create(tiny()).release()
+    done = CliRunner().invoke(app, ["study", "limit", str(empty.directory)])
+    assert done.exit_code == 2
+    assert "has no finished cell with final seeds of EA" in done.output
+
+
+def test_facts_are_counted_once(run, monkeypatch):
+    path = run.directory / "facts.json"
+    first = collect(run).conditions
+    assert json.loads(path.read_text())["facts"]
+    calls = []
+    own = type(run.config()[0].expanded()[0][1]).facts
+    monkeypatch.setattr(
+        "expressive_attention.study.tasks.recurrences.nt.NTTask.facts", lambda self: calls.append(1) or own(self)
+    )
+    assert collect(run).conditions == first
+    assert calls == []
+    path.write_text(path.read_text().replace('"chance": 0.25', '"chance": 0.75'))
+    assert collect(run).conditions == first  # not what was written: counted again, and written
+    assert calls == [1]
+    assert collect(run).conditions == first
+    assert calls == [1]
+    monkeypatch.setattr("expressive_attention.study.runs.facts._code", lambda: "of another version")
+    assert collect(run).conditions == first
+    assert calls == [1, 1]

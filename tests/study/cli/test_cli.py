@@ -1,0 +1,72 @@
+"""The command ``ea`` starts with what its help and completion need, whichever way it is called."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from expressive_attention.study.config.presets import preset_names, preset_text
+from expressive_attention.study.report.export import FORMATS
+from expressive_attention.study.runs.loggers import LOGGERS
+
+HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib", "plotly"}
+
+# Runs `python -m expressive_attention`, then says on stderr which of the heavy packages were imported.
+PROBE = f"""
+import atexit, runpy, sys
+atexit.register(lambda: sys.stderr.write(repr(sorted({HEAVY} & set(sys.modules)))))
+runpy.run_module("expressive_attention", run_name="__main__")
+"""
+
+
+def light(*arguments, **environment):
+    """The text that a command prints, if it ends well and without the heavy packages."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True,
+        env={**os.environ, "TERMINAL_WIDTH": "300", "COLUMNS": "300", **environment},
+    )  # fmt: skip
+    assert done.stderr == "[]"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["Usage: ea [OPTIONS] COMMAND", "study", "geometry", "bench", "info"]),
+        ("study", ["Usage: ea study", "run", "report", "status", "export", "verify", "show"]),
+        ("info", ["Usage: ea info"]),
+        ("geometry", ["Usage: ea geometry", "[RUN]"]),
+        ("study run", ["Usage: ea study run", ", ".join(preset_names()), "|".join(LOGGERS)]),
+        ("study report", ["Usage: ea study report", "DIR"]),
+        ("study status", ["Usage: ea study status", "DIR"]),
+        ("study export", ["Usage: ea study export", "|".join(FORMATS)]),
+        ("study verify", ["Usage: ea study verify", "DIR"]),
+        ("study show", ["Usage: ea study show", "PRESET"]),
+    ],
+)
+def test_help_needs_nothing_heavy(command, words):
+    text = light(*command.split(), "--help")
+    assert [word for word in words if word not in text] == []
+
+
+def test_other_commands_that_need_nothing_heavy():
+    assert light("--version").startswith("ea ")
+    assert light("study", "show", "quick") == preset_text("quick")
+    assert "_EA_COMPLETE=complete_bash" in light(
+        "--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+
+
+def test_completion_needs_nothing_heavy():
+    completed = light(_EA_COMPLETE="complete_bash", COMP_WORDS="ea study show l", COMP_CWORD="3")
+    assert completed.split() == [name for name in preset_names() if name.startswith("l")]
+
+
+def test_the_command_that_is_installed_is_the_module():
+    from importlib.metadata import entry_points
+
+    from expressive_attention.__main__ import main
+
+    (command,) = entry_points(group="console_scripts", name="ea")
+    assert command.load() is main

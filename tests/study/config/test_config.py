@@ -1,0 +1,233 @@
+from pathlib import Path
+
+import pytest
+
+from expressive_attention.study.config.condition import Setting
+from expressive_attention.study.config.declared import PRIMARY_COMPARISONS
+from expressive_attention.study.config.load import load_config, parse_config
+from expressive_attention.study.config.presets import preset_names, preset_text
+from expressive_attention.study.config.schema import ModelConfig, SeedsConfig, TrainingConfig
+from expressive_attention.study.config.toml import tomllib
+from expressive_attention.study.errors import ConfigError
+from expressive_attention.study.tasks.contexts import facts_of_test
+from tests.study.tiny import TINY, cell, tiny, tiny_config
+
+
+def test_presets_can_be_read():
+    assert {"quick", "ladder"} <= set(preset_names())
+    for name in preset_names():
+        config, text = load_config(name)
+        assert (config.name, text) == (name, preset_text(name))
+
+
+def test_the_quick_preset_compares_what_it_says():
+    config, _ = load_config("quick")
+    labels = [label for label, _, _ in config.expanded()]
+    assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((8, "rope"), (16, "rope"), (16, "learned"))]
+    assert (config.seeds.final, config.training.steps) == (8, 2000)
+    assert config.training.learning_rates == (5e-3, 1e-2, 2e-2)
+
+
+def test_the_ladder_preset_spells_out_the_defaults():
+    text = preset_text("ladder")
+    config, _ = load_config("ladder")
+    assert (config.model, config.training, config.seeds) == (ModelConfig(), TrainingConfig(), SeedsConfig())
+    written = tomllib.loads(text)
+    for name, model in {"model": ModelConfig, "training": TrainingConfig, "seeds": SeedsConfig}.items():
+        assert all(key in written[name] or f"# {key} = " in text for key in model.model_fields)
+
+
+@pytest.mark.parametrize("name", ["wins", "_base"])
+def test_a_claim_is_one_that_has_a_file(name):
+    with pytest.raises(ConfigError, match=rf"claims must be of \[.*'lead_grows'.*\], got '{name}'"):
+        parse_config(f'claims = ["lead_grows", "{name}"]\n{TINY}', "here")
+    assert parse_config(f'claims = ["lead_grows"]\n{TINY}', "here").claims == ("lead_grows",)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"steps": "0"}, ["training.steps", "greater than or equal to 1", "got 0"]),
+        ({"embed_dim": "7"}, ["model", "rope needs an even", "7"]),
+        ({"learning_rates": "[]"}, ["training.learning_rates"]),
+        ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),
+        (
+            {"mechanisms": '["softmax"]'},
+            ["mechanisms must be of", "'expressive'", "got 'softmax'; 'dot_product' is its name here"],
+        ),
+        ({"mechanisms": '["EA"]'}, ["mechanisms must be of", "got 'EA'; 'expressive' is its name here"]),
+        ({"mechanisms": '["tanh"]'}, ["mechanisms must be of", "got 'tanh'"]),
+        ({"tuning": "0"}, ["seeds.tuning", "at least 1"]),
+        ({"task": "{ basis = 1, delay = 2 }"}, ["basis", "greater than or equal to 2"]),
+        ({"task": '{ kind = "mt", basis = 4, delay = 2 }'}, ["grid.task.kind", "'mt'"]),
+        ({"task": "{ basis = [4, 4], delay = 2 }"}, ["more than once", "basis 4"]),
+        ({"name": '"../up"'}, ["name", "pattern"]),
+        ({"steps": "x"}, ["not valid TOML"]),
+    ],
+)
+def test_wrong_values_give_one_line_that_names_the_key(replaced, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tiny(**replaced), "file.toml")
+    message = str(caught.value)
+    assert message.startswith("file.toml: ")
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("where", "key"), [("[model]", "model.width"), ("[training]", "training.width")])
+def test_unknown_keys_are_errors(where, key):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key"):
+        parse_config(TINY.replace(where, f"{where}\nwidth = 3"), "x")
+    with pytest.raises(ConfigError, match=r"no preset or file 'quik'; presets are: .*quick"):
+        load_config("quik")
+
+
+def test_the_grid_is_the_product_of_its_lists():
+    text = TINY.replace("basis = 4", "basis = [4, 6]") + 'model = { position = ["rope", "none"] }\n'
+    found = [(task.model_dump()["basis"], model.position) for _, task, model in parse_config(text, "x").expanded()]
+    assert found == [(4, "rope"), (4, "none"), (6, "rope"), (6, "none")]
+
+
+def test_an_identity_changes_with_all_that_matters_and_nothing_else():
+    changed = [
+        cell(),
+        cell("dot_product"),
+        cell(seeds=(0,)),
+        cell(rate=2e-2),
+        cell(steps=31),
+        cell(model={"position": "learned"}),
+        cell(task=cell().task.model_copy(update={"basis": 5})),
+        cell().model_copy(update={"role": "tuning"}),
+    ]
+    assert len({c.identity for c in changed}) == len(changed)
+    assert cell().model_copy(update={"condition": "other words"}).identity == cell().identity
+    assert cell(learning_rates=(1e-2,)).identity == cell().identity
+
+
+def test_more_seeds_keep_the_cells_there_are():
+    few, many = (tiny_config(final=n).arms()[0] for n in ("2", "6"))
+    kept = {c.identity for c in few.final_cells(Setting(1e-2, 1.0))}
+    assert kept < {c.identity for c in many.final_cells(Setting(1e-2, 1.0))}
+    tuning, final = (
+        {s for c in cells for s in c.seeds} for cells in (many.tuning_cells(), many.final_cells(Setting(1e-2, 1.0)))
+    )
+    assert not tuning & final
+
+
+# ---- protocol 3 ----
+
+
+def test_the_primary_family_is_what_the_presets_declare():
+    """Each comparison of EA with DPA once, in however many presets it stands."""
+    declared = set()
+    for name in preset_names():
+        config, _ = load_config(name)
+        if config.family == "primary":
+            training = config.training.model_dump_json()
+            declared |= {
+                (task.model_dump_json(), model.model_dump_json(), training, config.seeds.start)
+                for _, task, model in config.expanded()
+            }
+    assert len(declared) == PRIMARY_COMPARISONS
+    page = Path(__file__).parents[3] / "docs" / "protocol.md"
+    assert f"{PRIMARY_COMPARISONS} comparisons" in page.read_text(encoding="utf-8")
+
+
+# Where a step is expensive; the presets say what they depart from, and docs/protocol.md lists them.
+ON_TEXT = {"text", "text_codes", "text_mechanisms"}
+
+
+@pytest.mark.parametrize("name", sorted(set(preset_names()) - {"quick", "vision"} - ON_TEXT))
+def test_presets_have_the_seeds_that_the_protocol_asks_for(name):
+    config, _ = load_config(name)
+    assert config.protocol == 3
+    assert config.seeds.tuning >= 8
+    assert config.seeds.final >= 16
+    for _, task, _ in config.expanded():
+        facts = facts_of_test(task, config.training.test_sequences)
+        assert facts["predictions"] >= 512, task.label
+        assert facts["contexts"] >= 256, task.label
+
+
+def test_presets_on_text_give_all_mechanisms_the_same_and_decide_nothing():
+    page = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    trainings = set()
+    for name in ON_TEXT:
+        config, _ = load_config(name)
+        assert (config.family, config.claims) == ("own", ())
+        assert config.seeds.final >= 4
+        assert config.training.initial_gains == (0.25, 1.0)
+        assert f"`{name}`" in page
+        if name != "text":
+            trainings.add((config.training.model_dump_json(), config.seeds.model_dump_json(), config.model))
+    assert len(trainings) == 1  # together they are one table
+
+
+def test_tuning_may_be_shorter():
+    def cells(**replaced):
+        first = tiny_config(**replaced).arms()[0]
+        return first.tuning_cells() + first.final_cells(Setting(1e-2, 1.0))
+
+    whole, shorter = cells(), cells(steps="30\ntuning_steps = 10")
+    assert [c.training.steps for c in shorter] == [10] * 2 + [30]
+    assert [c.training.steps for c in whole] == [30] * 3
+    assert shorter[-1].identity == whole[-1].identity
+    alone = cells(steps="10")
+    assert [c.identity for c in shorter[:2]] == [c.identity for c in alone[:2]]
+    with pytest.raises(ConfigError, match="tuning_steps must be at most steps, got 31 and 30"):
+        cells(steps="30\ntuning_steps = 31")
+
+
+def test_codes_of_position_have_one_spelling():
+    def model(position):
+        return parse_config(f"{TINY}model = {{ position = {position} }}\n", "x").expanded()
+
+    assert model('"relative+rope"')[0][2] == model('"rope+relative"')[0][2]
+    assert [label for label, _, _ in model('["rope", "learned_alibi+rope"]')] == [
+        "sum, basis 4, delay 2, rope",
+        "sum, basis 4, delay 2, rope+learned_alibi",
+    ]
+    with pytest.raises(ConfigError, match=r"the condition '.*rope\+relative' more than once"):
+        model('["rope+relative", "relative+rope"]')
+    with pytest.raises(ConfigError, match=r"position must be one of .*'rope\+rotary'"):
+        model('"rope+rotary"')
+    with pytest.raises(ConfigError, match=r"rope needs an even embed_dim / heads, got 9 / 3"):
+        parse_config(f'{TINY}model = {{ position = "rope+relative", embed_dim = 9, heads = 3 }}\n', "x")
+
+
+def test_seeds_can_start_anywhere():
+    first, other = (parse_config(tiny() + "", "x"), parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 9000"), "x"))
+    for one, moved in zip(first.arms(), other.arms(), strict=True):
+        for cells in (lambda c: c.tuning_cells(), lambda c: c.final_cells(Setting(1e-2, 1.0))):
+            seeds = [[seed for cell in cells(c) for seed in cell.seeds] for c in (one, moved)]
+            assert seeds[1] == [seed + 9000 for seed in seeds[0]]
+    confirming = [s for c in other.arms()[0].confirmation_cells(Setting(1e-2, 1.0)) for s in c.seeds]
+    assert confirming == list(range(2_009_000, 2_009_032))
+    with pytest.raises(ConfigError, match=r"seeds: start \+ final must be at most 1000000"):
+        parse_config(TINY.replace("[seeds]", "[seeds]\nstart = 999_999"), "x")
+
+
+def test_early_stopping_is_of_protocol_2():
+    stopping = TINY.replace("[training]", "[training]\nearly_stop = true")
+    with pytest.raises(
+        ConfigError, match=r"training\.early_stop is of protocol 2: protocol 3 trains every seed to the end"
+    ):
+        parse_config(stopping, "x")
+    assert parse_config(stopping, "x", protocol=2).training.early_stop
+    assert not parse_config(f"protocol = 3\n{TINY}", "x", protocol=2).training.early_stop
+
+
+def test_seeds_of_a_finished_cell_are_not_trained_again():
+    setting = Setting(1e-2, 1.0)
+
+    def cells(final, finished=()):
+        config = parse_config(tiny(final=str(final), together="16"), "x")
+        return config.arms()[0].final_cells(setting, lambda c: c.identity in finished)
+
+    (eight,) = cells(8)
+    grown = cells(20, {eight.identity})
+    assert [c.seeds for c in grown] == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
+    assert grown[0].identity == eight.identity
+    assert [c.seeds for c in cells(20)] == [tuple(range(16)), tuple(range(16, 20))]
+    more = cells(20, {eight.identity, grown[1].identity})
+    assert [c.identity for c in more] == [c.identity for c in grown]
