@@ -24,14 +24,14 @@ class State:
 
     Attributes:
         sums: sum phi(x) y^T, ``(N, |a| |b|, D)`` for each pair of blocks a <= b of components.
-        moment: sum s x x^T, ``(N, E, E)``.
+        moment: sum s x x^T, ``(N, E, E)`` of float64: terms of the normalizer may cancel, and it is small.
     """
 
     def __init__(self, batch: int, dim: int, width: int, like: Tensor) -> None:
         blocks = [slice(start, min(start + _BLOCK, dim)) for start in range(0, dim, _BLOCK)]
         self._pairs = [(a, b) for i, a in enumerate(blocks) for b in blocks[i:]]
         self.sums = [like.new_zeros(batch, (a.stop - a.start) * (b.stop - b.start), width) for a, b in self._pairs]
-        self.moment = like.new_zeros(batch, dim, dim)
+        self.moment = like.new_zeros(batch, dim, dim, dtype=torch.float64)
 
     def decay_(self, factor: Tensor) -> None:
         """Multiply by a factor ``(N, 1, 1)``."""
@@ -40,8 +40,8 @@ class State:
 
     def add_(self, x: Tensor, y: Tensor, s: Tensor | None = None) -> None:
         """Add phi(x) y^T and s x x^T, s ``(N, C, 1)``; None: 1."""
-        xt = x.mT
-        self.moment.baddbmm_(xt, x if s is None else x * s)
+        wide = x.double()
+        self.moment.baddbmm_(wide.mT, wide if s is None else wide * s)
         for (a, b), part in zip(self._pairs, self.sums, strict=True):
             part.baddbmm_(_products(x, a, b).mT, y)
 
@@ -54,15 +54,16 @@ class State:
 
     def squares(self, x: Tensor) -> Tensor:
         """x^T moment x, ``(N, C, 1)``."""
-        return (torch.bmm(x, self.moment) * x).sum(-1, keepdim=True)
+        wide = x.double()
+        return (torch.bmm(wide, self.moment) * wide).sum(-1, keepdim=True).to(x.dtype)
 
     def trace(self) -> Tensor:
         """The sum of s |x|^2, ``(N, 1, 1)``."""
-        return self.moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        return self.moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].to(self.sums[0].dtype)
 
     def gradient(self, x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         """The gradient of phi(x)^T sums y - s x^T moment x with respect to x, over 2, ``(N, C, E)``."""
-        found = torch.bmm(x, self.moment) * -s
+        found = torch.bmm(x, self.moment.to(x.dtype)) * -s
         for (a, b), part in zip(self._pairs, self.sums, strict=True):
             matrix = torch.bmm(y, part.mT).unflatten(-1, (a.stop - a.start, b.stop - b.start))
             found[..., a] += (matrix * x[..., None, b]).sum(-1)
@@ -73,7 +74,7 @@ class State:
     def distinct(self) -> Tensor:
         """The sums of the distinct products a <= b, row by row of the upper triangle, ``(N, E (E + 1) / 2, D)``."""
         dim = self.moment.shape[-1]
-        whole = self.moment.new_zeros(self.moment.shape[0], dim, dim, self.sums[0].shape[2])
+        whole = self.sums[0].new_zeros(self.moment.shape[0], dim, dim, self.sums[0].shape[2])
         for (a, b), part in zip(self._pairs, self.sums, strict=True):
             whole[:, a, b] = part.unflatten(1, (a.stop - a.start, b.stop - b.start))
         rows, columns = torch.triu_indices(dim, dim, device=whole.device)

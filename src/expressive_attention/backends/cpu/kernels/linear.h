@@ -21,6 +21,9 @@
 // Products that are formed at a time, where one component has no more: their part of the state stays in the first cache.
 #define LINEAR_PRODUCTS 128
 
+// Keys whose products are summed before the sum goes to one of double.
+#define MOMENT_KEYS 16
+
 // The products of components first, ..., last - 1 with those from themselves on: `count` of them, from `begin` on.
 typedef struct {
   int64_t first, last, begin, count;
@@ -36,6 +39,7 @@ typedef struct {
 typedef struct {
   product_block *blocks;
   REAL *sums, *moment;                             // the state
+  double *exact;                                   // its moment, before it is rounded
   REAL *query, *keys, *columns, *values, *decayed;  // of a chunk; `columns` are the keys, transposed
   REAL *phi, *weights, *output, *totals, *total, *room;  // `totals`: a vector for each row
   REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
@@ -76,6 +80,7 @@ static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char
       .blocks = take(&a, plan->blocks * sizeof(product_block)),
       .sums = take(&a, plan->products * plan->value_columns * sizeof(REAL)),
       .moment = take(&a, (plan->products + V) * sizeof(REAL)),
+      .exact = take(&a, plan->products * sizeof(double)),
       .query = take(&a, chunk * plan->ld * sizeof(REAL)),
       .keys = take(&a, chunk * plan->ld * sizeof(REAL)),
       .columns = take(&a, padded(chunk) * p->width * sizeof(REAL)),
@@ -134,19 +139,24 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
   const REAL *values = decays ? room->decayed : room->values;
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
     REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
+    double *exact = room->exact + block->begin;
     int64_t ld = leading(round_up(block->count, V));
     for (int64_t j = 0; j < count; j++) {
       form_products(room->phi + j * ld, block, room->keys + j * plan->ld, p->width, 1);
     }
-    // The sum of a chunk on its own, as `add_tile` has it.
+    // Few keys at a time: all terms are of one sign where keys are alike, and so may be what their sum loses.
     for (int64_t k = 0; k < block->count; k += V) {
-      vec sum = {0};
-      if (decays) {
-        for (int64_t j = 0; j < count; j++) sum += load(room->phi + j * ld + k) * room->until[j];
-      } else {
-        for (int64_t j = 0; j < count; j++) sum += load(room->phi + j * ld + k);
+      int lanes = (int)least(V, block->count - k);
+      for (int64_t begin = 0; begin < count; begin += MOMENT_KEYS) {
+        int64_t end = least(count, begin + MOMENT_KEYS);
+        vec sum = {0};
+        for (int64_t j = begin; j < end; j++) {
+          vec x = load(room->phi + j * ld + k);
+          sum += decays ? x * room->until[j] : x;
+        }
+        for (int i = 0; i < lanes; i++) exact[k + i] += sum[i];
       }
-      for (int64_t i = 0; i < least(V, block->count - k); i++) moment[k + i] += sum[i];
+      for (int i = 0; i < lanes; i++) moment[k + i] = (REAL)exact[k + i];
     }
     for (int64_t c = 0; c < columns; c += PANEL) {
       int nr = (int)(panel_width(c, columns) / V);
@@ -256,6 +266,7 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
   room->trace = 0, room->any = INT64_MAX, room->unsafe = 0;
   clear(room->sums, plan->products * plan->value_columns * (int64_t)sizeof(REAL));
   clear(room->moment, (plan->products + V) * (int64_t)sizeof(REAL));
+  clear(room->exact, plan->products * (int64_t)sizeof(double));
   for (int64_t begin = 0; begin < keys; begin += LINEAR_CHUNK) {
     int64_t n = least(LINEAR_CHUNK, keys - begin);
     pack_rows(room->keys, plan->ld, &p->key, p->dtype, b, kv_head, begin, n, p->width, 1);
@@ -275,7 +286,7 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
       REAL factor = begin ? exponential_of((REAL)(c[begin + n - 1] - c[begin - 1])) : 1;
       room->trace *= factor;
       scale_row(room->sums, plan->products * plan->value_columns, factor);
-      scale_row(room->moment, plan->products, factor);
+      for (int64_t k = 0; k < plan->products; k++) room->exact[k] *= factor;
       for (int64_t j = 0; j < n; j++) room->until[j] = (REAL)(c[begin + n - 1] - c[begin + j]);
       exponentials(room->until, n);
       memcpy(room->decayed, room->values, (size_t)(n * plan->value_columns) * sizeof(REAL));
