@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import onnx_runtime as onnx
 from expressive_attention import expressive_attention
 from expressive_attention.backends import AUTOMATIC, BACKENDS
 from expressive_attention.call import Call, Result, Upstream, Visibility
@@ -29,6 +30,9 @@ class Implementation:
     name: str
     make: Callable[[Problem], Attention]
     expressive: bool = True
+    softmax: bool = False  # computes what SDPA does, and is checked against it
+    fits: Callable[[Problem], bool] = lambda problem: True  # whether it takes part
+    on: Callable[[Problem], Problem] = lambda problem: problem  # the problem that it is given in place of one
 
 
 def run(attention: Attention, inputs: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
@@ -62,15 +66,37 @@ def why_not(backend: str, dtype: torch.dtype, device: str = "cpu") -> str | None
 
 def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Implementation:
     """Expressive attention with the named backend, or by default as a user calls it."""
+    return Implementation(backend or automatic(dtype, device), _expressive(backend))
 
+
+def _expressive(backend: str | None) -> Callable[[Problem], Attention]:
     def make(problem: Problem) -> Attention:
-        return partial(expressive_attention, is_causal=problem.causal, backend=backend)
+        return _drawn_anew(problem, partial(expressive_attention, **problem.settings(), backend=backend))
 
-    return Implementation(backend or automatic(dtype, device), make)
+    return make
+
+
+def _drawn_anew(problem: Problem, attention: Attention) -> Attention:
+    """With the same weights dropped at every call, as the check of errors needs it."""
+    if not problem.dropout_p:
+        return attention
+
+    def seeded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return attention(query, key, value)
+
+    return seeded
 
 
 def _sdpa(problem: Problem) -> Attention:
-    return partial(F.scaled_dot_product_attention, is_causal=problem.causal)
+    settings = {name: x for name, x in problem.settings().items() if name != "alibi_slopes"}
+    slopes = problem.slopes()
+    if slopes is not None:
+        place = torch.arange(problem.shape[2], device=problem.device)
+        bias = -slopes[:, None, None] * (place[:, None] - place).abs()
+        settings["attn_mask"] = bias.masked_fill(place > place[:, None], -torch.inf) if problem.causal else bias
+        settings["is_causal"] = False
+    return partial(F.scaled_dot_product_attention, **settings)
 
 
 def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
@@ -148,7 +174,20 @@ def _formula(problem: Problem) -> Attention:
 
 
 SDPA = Implementation("sdpa", _sdpa, expressive=False)
-RIVALS = (SDPA, Implementation("flex", _flex), Implementation("formula", _formula))
+RIVALS = (
+    SDPA,
+    Implementation("flex", _flex, fits=lambda problem: problem.is_plain),
+    Implementation("formula", _formula, fits=lambda problem: problem.is_plain),
+    Implementation("onnx", onnx.attention, expressive=False, softmax=True, fits=onnx.fits),
+    # Ours: what dropout, a bias and 16 bits cost.
+    Implementation("plain", _expressive(None), fits=lambda problem: problem != problem.plain(), on=Problem.plain),
+    Implementation(
+        "float32",
+        _expressive(None),
+        fits=lambda problem: problem.goal.float32 is not None,
+        on=lambda problem: replace(problem, dtype=torch.float32),
+    ),
+)
 GPU_RIVALS = (
     Implementation("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
     Implementation("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),

@@ -3,7 +3,9 @@
     python benchmarks/operator.py [--device cpu|cuda] [--threads N ...] [--pairs N] [--only TEXT] [--backend NAME]
                                   [--json FILE]
 
-On a GPU, SDPA is forced to FlashAttention and to cuDNN, and our own kernels run with exp in the place of f ("twin").
+ONNX Runtime takes part where it is installed (`pip install onnx onnxruntime`). "plain" and "float32" are our own
+kernels without what the problem adds, and in float32. On a GPU, SDPA is forced to FlashAttention and to cuDNN, and our
+own kernels run with exp in the place of f ("twin").
 
 The script first checks the error of each problem against float64, then times all implementations in turn. A red check
 gives no speed-up. Goals are printed as met or missed, and nothing is left out.
@@ -32,7 +34,7 @@ from torch import Tensor
 
 import memory
 import peak
-from check import Judge
+from check import Judge, judged_settings
 from expressive_attention.backends import BACKENDS
 from implementations import GPU_RIVALS, RIVALS, SDPA, Implementation, automatic, ours, prepared, why_not
 from problems import Problem, gpu_problems, problems
@@ -47,29 +49,30 @@ MEMORY = {  # rows for CPU and GPU, and whether they include gradients
 
 
 @cache
-def judge(problem: Problem) -> Judge:
-    return Judge(problem.inputs(), problem.upstream(), problem.causal)
+def judge(problem: Problem, softmax: bool) -> Judge:
+    settings = judged_settings(problem)
+    return Judge(problem.inputs(), problem.upstream(), problem.causal, settings, softmax=softmax)
 
 
 def measure(
     problem: Problem, own: Implementation, rivals: Iterable[Implementation], pairs: int, peaks: peak.Peaks
 ) -> list[Row]:
     """The rows of a problem: ours, then the rivals."""
-    inputs, upstream = problem.inputs(), problem.upstream()
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for implementation in (own, *rivals):
+    for implementation in (own, *(rival for rival in rivals if rival.fits(problem))):
         name = implementation.name
         goal = problem.goal.share if implementation is own else getattr(problem.goal, name, None)
         rows[name] = {"goal": goal, "is_ours": implementation is own}
         try:
-            call = prepared(implementation.make(problem), problem, inputs, upstream)
+            given = implementation.on(problem)
+            call = prepared(implementation.make(given), given, given.inputs(), given.upstream())
             results = call()
         except Exception as error:
             rows[name]["note"] = f"does not run: {first_line(error)}"
             continue
-        if implementation.expressive:
-            error = judge(problem).error(results)
+        if implementation.expressive or implementation.softmax:
+            error = judge(given, implementation.softmax).error(results)
             rows[name]["error"] = error if math.isfinite(error) else None
             if not error <= 1:
                 rows[name]["note"] = RED

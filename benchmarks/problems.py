@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,17 @@ class Goal:
     cudnn: float | None = None
     flex: float | None = None
     twin: float | None = None
+    onnx: float | None = None
+    plain: float | None = None
+    float32: float | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
     """Query ``(B, H, L, E)``, key and value ``(B, H, S, E)`` of random numbers; S = L unless `keys` says otherwise.
 
-    With `backward`, gradients are also computed; with `backward_alone`, only they are timed.
+    With `backward`, gradients are also computed; with `backward_alone`, only they are timed. Key and value have
+    `kv_heads` heads, if it is given. `bias` is "mask", a float mask ``(1, H, L, S)``, or "alibi".
     """
 
     label: str
@@ -39,6 +44,9 @@ class Problem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     backward_alone: bool = False
+    dropout_p: float = 0.0
+    bias: str = ""
+    kv_heads: int | None = None
 
     def __str__(self) -> str:
         b, h, length, e = self.shape
@@ -48,9 +56,37 @@ class Problem:
         """Query, key and value, the same at every call."""
         b, h, length, e = self.shape
         generator = torch.Generator().manual_seed(0)
-        sizes = [(b, h, rows, e) for rows in (length, self.keys or length, self.keys or length)]
+        kv_heads, keys = self.kv_heads or h, self.keys or length
+        sizes = [(b, h, length, e), (b, kv_heads, keys, e), (b, kv_heads, keys, e)]
         drawn = [torch.randn(size, generator=generator).to(self.device, self.dtype) for size in sizes]
         return [x.requires_grad_(self.backward) for x in drawn]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither dropout nor a bias nor heads in groups."""
+        return not self.dropout_p and not self.bias and self.kv_heads is None
+
+    def plain(self) -> Problem:
+        """The problem without what makes it another one than a plain problem."""
+        return replace(self, dropout_p=0.0, bias="")
+
+    def mask(self) -> Tensor | None:
+        """The float mask, the same at every call; None: there is none."""
+        if self.bias != "mask":
+            return None
+        _, h, length, _ = self.shape
+        generator = torch.Generator().manual_seed(2)
+        return torch.randn(1, h, length, self.keys or length, generator=generator).to(self.device, self.dtype)
+
+    def slopes(self) -> Tensor | None:
+        """The slopes of ALiBi for each head; None: there are none."""
+        h = self.shape[1]
+        return 2.0 ** (-8 * torch.arange(1, h + 1, device=self.device) / h) if self.bias == "alibi" else None
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `expressive_attention` beside query, key and value."""
+        found = {"attn_mask": self.mask(), "alibi_slopes": self.slopes(), "dropout_p": self.dropout_p}
+        return {"is_causal": self.causal, "enable_gqa": True, **{name: x for name, x in found.items() if x is not None}}
 
     def upstream(self) -> Tensor | None:
         """Gradient of the output if there is a backward pass, else None; the same at every call."""
@@ -75,7 +111,7 @@ class Problem:
     def bytes_read(self) -> int:
         """Bytes of key and value."""
         b, h, length, e = self.shape
-        return 2 * b * h * (self.keys or length) * e * self.dtype.itemsize
+        return 2 * b * (self.kv_heads or h) * (self.keys or length) * e * self.dtype.itemsize
 
     def share(self, seconds: float, peaks: Peaks) -> float | None:
         """Share of the peak: of reading memory for a single query, else of multiply-adds; None if there is no peak."""
@@ -99,10 +135,14 @@ def problems(bfloat16_products: bool) -> list[Problem]:
     found = []
     for shape in _SHAPES:
         narrow = shape[3] == 64
-        found.append(Problem("forward, full", shape, Goal(sdpa=1.3 if narrow else 1.2, share=0.85)))
+        onnx = {(1, 8, 2048, 64): 1.2, (1, 4, 4096, 128): 1.15}.get(shape)
+        found.append(Problem("forward, full", shape, Goal(sdpa=1.3 if narrow else 1.2, share=0.85, onnx=onnx)))
     for shape in _SHAPES:
         narrow = shape[3] == 64
-        found.append(Problem("forward, causal", shape, Goal(sdpa=1.6 if narrow else 1.4), causal=True))
+        share = 0.82 if shape[2] == 1024 else None
+        onnx = 3.3 if shape in ((1, 8, 2048, 64), (1, 4, 4096, 128)) else None
+        goal = Goal(sdpa=1.6 if narrow else 1.4, share=share, onnx=onnx)
+        found.append(Problem("forward, causal", shape, goal, causal=True))
     found += [Problem("forward + backward, full", shape, Goal(sdpa=1.4), backward=True) for shape in _SHAPES]
     for shape in _SHAPES:
         short = shape[2] <= 1024
@@ -115,11 +155,19 @@ def problems(bfloat16_products: bool) -> list[Problem]:
         for causal in (False, True):
             label = f"{str(dtype).removeprefix('torch.')} forward + backward, {'causal' if causal else 'full'}"
             fast = dtype == torch.bfloat16 and bfloat16_products
-            goal = Goal(sdpa=(3.0 if causal else 2.0) if fast else None)
+            float32 = 1.0 if dtype == torch.float16 else None
+            goal = Goal(sdpa=(3.0 if causal else 2.0) if fast else None, float32=float32)
             found.append(Problem(label, (1, 8, 1024, 64), goal, causal=causal, backward=True, dtype=dtype))
     for shape, keys in (((8, 8, 1, 64), 2048), ((1, 32, 1, 128), 8192)):
-        found.append(Problem("decode, float32", shape, Goal(sdpa=2.0, share=0.8), keys))
-        found.append(Problem("decode, bfloat16", shape, Goal(sdpa=6.0), keys, dtype=torch.bfloat16))
+        found.append(Problem("decode, float32", shape, Goal(sdpa=2.0, share=0.9), keys))
+        found.append(Problem("decode, bfloat16", shape, Goal(sdpa=6.0, share=0.8), keys, dtype=torch.bfloat16))
+    grouped = Problem("decode, grouped, bfloat16", (1, 32, 1, 128), Goal(share=0.6), 4096, dtype=torch.bfloat16)
+    found.append(replace(grouped, kv_heads=8))
+    shape, extra = (1, 8, 1024, 64), 1 / 1.15
+    goal = Goal(sdpa=1.8, plain=extra)
+    found.append(Problem("dropout, forward + backward", shape, goal, backward=True, dropout_p=0.1))
+    found.append(Problem("ALiBi, forward, causal", shape, Goal(plain=extra), causal=True, bias="alibi"))
+    found.append(Problem("float mask of heads, forward", shape, Goal(sdpa=2.0), bias="mask"))
     for shape in _TINY:
         found.append(Problem("tiny, forward", shape, Goal(sdpa=1.2, formula=1.2)))
         found.append(Problem("tiny, forward + backward", shape, Goal(sdpa=1.2, formula=1.2), backward=True))

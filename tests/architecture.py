@@ -18,7 +18,7 @@ ROOMS = {
     "call": ("call", "masks"),
     "backends": ("backends",),
     "ops": ("ops", "schema", "flops", "sharding", "decomposition"),
-    "functional": ("functional", "varlen", "nested", "checks", "overrides"),
+    "functional": ("functional", "varlen", "nested", "recurrent", "checks", "overrides", "call_log"),
     "nn": ("nn",),
     "sparse": ("sparse",),
     "distributed": ("distributed",),

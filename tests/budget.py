@@ -22,18 +22,23 @@ from tests.poison import Poison, placed
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
 FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
 
-# All that run on the CPU; the kernels in Triton, which only an interpreter runs there, have their own tests.
-ON_CPU = tuple(name for name in BACKENDS if name != "triton")
+# The squared form in linear time, in C and in torch.
+LINEAR = ("linear torch", *(f"linear {build}" for build in library.BUILDS))
 
-NAMES = ("output", "normalizer", "query", "key", "value", "mask")
+# All that run on the CPU; the kernels in Triton, which only an interpreter runs there, have their own tests.
+ON_CPU = tuple(name for name in BACKENDS if name not in ("triton", "linear"))
+
+NAMES = ("output", "normalizer", "query", "key", "value")
 
 
 @contextmanager
 def fused(name: str) -> Iterator[str]:
-    """The name for `expressive_attention` of one of `FUSED`, inside of the block."""
+    """The name for `expressive_attention` of one of `FUSED` or `LINEAR`, inside of the block."""
     backend, _, build = name.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
-        if build:
+        if build == "torch":
+            patch.setattr(library, "MISSING", "a test")
+        elif build:
             patch.setattr(library, "chosen", lambda: library.BUILDS[build])
         yield backend
 
@@ -81,6 +86,11 @@ class Case:
     poison: Poison | None = None
     margin: int = 0
 
+    @property
+    def log_decay(self) -> Tensor | None:
+        """``(B | 1, H, S)``, from the settings."""
+        return self.settings.get("log_decay")
+
     def upstream(self) -> tuple[Tensor, Tensor]:
         """Upstream gradients of output and normalizer, in float64."""
         generator = torch.Generator().manual_seed(0)
@@ -94,6 +104,7 @@ class Case:
         """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined."""
         left, right = self.settings.get("window_size", (-1, -1))
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
+        decay = self.log_decay
         (batch, heads, rows), keys = self.query.shape[:3], self.key.shape[2]
         factor = torch.zeros(batch, heads, rows, keys, dtype=torch.float64, device=self.query.device)
         for b in range(batch):
@@ -109,6 +120,11 @@ class Case:
                 hidden = hidden | (key > place + right)
             if self.settings.get("is_causal"):
                 hidden = hidden | (key > place)
+            if decay is not None:
+                total = decay.expand(batch, -1, -1)[b].double().cumsum(-1)
+                total = total.repeat_interleave(heads // total.shape[0], 0)
+                here = total[:, place[:, 0].clamp(max=own - 1).clamp(min=0)] if keys else total.new_zeros(heads, rows)
+                factor[b] += here.unsqueeze(-1) - total.unsqueeze(-2)
             if slopes is not None:
                 own_slopes = slopes.double() if slopes.ndim == 1 else slopes[b].double()
                 factor[b] -= own_slopes[:, None, None] * (place - key).abs()
@@ -153,8 +169,11 @@ class Case:
 
         tensors = [leaf(x) for x in (self.query, self.key, self.value)]
         mask = None if self.mask is None else leaf(self.mask)
-        settings, whole_mask = self.settings, mask
-        if explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
+        settings, whole_mask = dict(self.settings), mask
+        decay = None if self.log_decay is None else leaf(self.log_decay)
+        if decay is not None:
+            settings["log_decay"] = decay
+        elif explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
             settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale", "dropout_p")}
             whole_mask = self.visibility_bias().to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
@@ -165,14 +184,15 @@ class Case:
             output, normalizer = expressive_attention(
                 *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
             )
-        wanted = [*tensors, *([mask] if mask is not None and mask.requires_grad else [])]
+        names = [*NAMES, *(name for name, x in (("mask", mask), ("decay", decay)) if x is not None and x.requires_grad)]
+        wanted = [*tensors, *(x for x in (mask, decay) if x is not None and x.requires_grad)]
         do, dn = self.upstream()
         outputs, upstream = [output], [placed(do.to(output.dtype), self.margin)]
         if self.through_normalizer:
             outputs, upstream = [output, normalizer], [*upstream, placed(dn.to(normalizer.dtype), self.margin)]
         gradients = torch.autograd.grad(outputs, wanted, upstream)
         found = (output.detach(), normalizer.detach(), *gradients)
-        return {name: x.to("cpu", torch.float64) for name, x in zip(NAMES, found, strict=False)}
+        return {name: x.to("cpu", torch.float64) for name, x in zip(names, found, strict=True)}
 
     def roundings(self) -> dict[str, float]:
         """What one rounding may change in each result.
@@ -199,7 +219,7 @@ class Case:
         factor = (bias - bias_max).clamp(max=0.0).exp()
         # The sum of two biases is rounded.
         dbias = torch.zeros_like(z)
-        if self.settings.get("alibi_slopes") is not None:
+        if self.settings.get("alibi_slopes") is not None or self.log_decay is not None:
             dbias = torch.where(factor == 0, 0.0, bias.abs() + self.visibility_bias().abs() + bias_max.abs())
 
         def per_total(x: Tensor) -> Tensor:
@@ -228,6 +248,8 @@ class Case:
             }
             if self.mask is not None:
                 results["mask"] = bias.sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
+            if self.log_decay is not None:
+                results["decay"] = bias.sum((-2, -1))  # of any part of the keys and of the rows after them
             return {name: float(x.max()) if x.numel() else 0.0 for name, x in results.items()}
 
         own = largest(total, a, ds, weight * g)
@@ -280,7 +302,8 @@ class Judge:
             assert got[result].shape == want.shape, f"{name}, {result}"
             if want.numel() == 0:
                 continue
-            hidden = got[result].masked_select(self.hidden[result])
+            nowhere = torch.zeros((), dtype=torch.bool)
+            hidden = got[result].masked_select(self.hidden.get(result, nowhere))
             assert (hidden == 0).all(), f"{name}, {result}: {hidden} where nothing is seen"
             if self.selection:
                 want = want.where(self.selection[result].cpu(), 0.0)

@@ -75,6 +75,38 @@ for off in (1.0, 1.001, float("nan")):
     assert nothing == wrong
 
 
+def test_dropout_biases_and_groups_are_checked():
+    """An implementation that leaves them out gets no speed-up; ONNX Runtime is checked against softmax."""
+    code = f"""
+import importlib.util, sys
+from dataclasses import replace
+sys.path.append({str(FOLDER)!r})
+spec = importlib.util.spec_from_file_location("bench", {str(FOLDER / "operator.py")!r})
+bench = importlib.util.module_from_spec(spec)
+sys.argv, sys.path = [spec.origin], [{str(FOLDER)!r}, *sys.path]
+spec.loader.exec_module(bench)
+from implementations import RIVALS, Implementation, ours
+from problems import Problem
+import torch
+rivals = [rival for rival in RIVALS if rival.name in ("plain", "onnx")]
+causal, dropout = {{"causal": True}}, {{"dropout_p": 0.2, "backward": True}}
+nothing = bench.peak.Peaks(None, None, "none")
+for more in (dropout, {{"bias": "alibi", **causal}}, {{"bias": "mask"}}, causal):
+    problem = Problem("any", (1, 4, 20, 16), **more)
+    careless = Implementation("careless", lambda p: ours(None, p.dtype).make(p.plain()))
+    rows = bench.measure(problem, ours(None, problem.dtype), [*rivals, careless], 1, nothing)
+    print({{row.implementation: row.error is not None and row.error <= 1 for row in rows}})
+grouped = Problem("any", (2, 8, 1, 16), keys=30, kv_heads=2)
+(row,) = bench.measure(grouped, ours(None, grouped.dtype), [], 1, nothing)
+print(row.error <= 1, grouped.bytes_read == 2 * 2 * 2 * 30 * 16 * 4)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    *extras, causal, grouped = done.stdout.splitlines()
+    assert extras == ["{'cpu': True, 'plain': True, 'careless': False}"] * 3
+    assert causal == "{'cpu': True, 'onnx': True, 'careless': True}"
+    assert grouped == "True True"
+
+
 def script(name, *arguments):
     command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)

@@ -34,7 +34,7 @@ def tensors(dtype=torch.float32):
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend, name):
     mask, visibility, form = CASES[name]
-    arguments = (*tensors(), mask, *visibility, 0.5, form, 0.0, None, backend)
+    arguments = (*tensors(), mask, *visibility, 0.5, form, 0.0, None, None, backend)
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
 
 
@@ -43,7 +43,7 @@ def test_opcheck_of_the_backward(backend, name):
     mask, visibility, form = CASES[name]
     q, k, v = tensors()
     with torch.no_grad():
-        inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, backend)
+        inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, None, backend)
         output, normalizer, _ = torch.ops.expressive_attention.attention(*inputs)
     bias = mask is not None and mask.requires_grad
     upstream = torch.randn_like(output), torch.randn_like(normalizer), bias
@@ -137,7 +137,7 @@ def test_second_derivatives_with_parts_left_out(backend):
 
 def test_the_autocast_rule_of_the_operator(backend):
     q, k, v = (x.detach() for x in tensors())
-    arguments = (None, *Visibility(), 0.5, "expressive", 0.0, None, backend)
+    arguments = (None, *Visibility(), 0.5, "expressive", 0.0, None, None, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, normalizer, _ = torch.ops.expressive_attention.attention(q, k, v, *arguments)
     expected, _, _ = torch.ops.expressive_attention.attention(*(x.bfloat16() for x in (q, k, v)), *arguments)

@@ -34,6 +34,7 @@ __all__ = [
     "forward",
     "lower",
     "outline",
+    "reason_to_decline",
 ]
 
 FORMS = ("expressive", "squared")
@@ -108,7 +109,7 @@ class Visibility(NamedTuple):
 
     def mask_of(self, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """The visibility as a mask for the queries `rows`, ``(B | 1, Hq | 1, len(rows), S)``: bool, or a bias."""
-        place, column, keep, slopes = self._places(rows, query.shape[2], key.shape[2])
+        place, column, keep, slopes = self.places(rows, query.shape[2], key.shape[2])
         if self.right is not None:
             keep = keep & (column <= place + self.right)
         if self.left is not None:
@@ -118,7 +119,7 @@ class Visibility(NamedTuple):
         bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()
         return bias.masked_fill(~keep, -torch.inf)
 
-    def _places(self, rows: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def places(self, rows: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Places of queries, those of keys, whether they are of one sequence, and the slopes of queries.
 
         Each of them broadcasts to ``(B | 1, Hq | 1, len(rows), S)``.
@@ -180,6 +181,8 @@ class Call(NamedTuple):
         dropout_p: Probability with which weights are dropped.
         dropout_seeds: Seeds of the weights to drop, as in `backends.dropout`: ``(n, 3)`` of int64, one for each n-th
             of the batch; None: none are dropped.
+        log_decay: ``(B, Hq | Hkv, S)``, floating, at most 0: the weight of a pair is multiplied by the exponentials of
+            those after the key, up to the place of the query; None: by 1. The visibility is causal.
     """
 
     query: Tensor
@@ -191,6 +194,7 @@ class Call(NamedTuple):
     form: str
     dropout_p: float = 0.0
     dropout_seeds: Tensor | None = None
+    log_decay: Tensor | None = None
 
     def but(self, **members: Any) -> Call:
         """The call with other `members`."""
@@ -203,6 +207,28 @@ class Call(NamedTuple):
         if right is None or not self.visibility.lower_right:
             return right
         return right + self.key.shape[2] - self.query.shape[2]
+
+    def cumulative_decay(self) -> Tensor | None:
+        """Log decays added up over the keys, ``(B, Hq | Hkv, S)``, in float64: the difference of large ones counts."""
+        if self.log_decay is None:
+            return None
+        return self.log_decay.to(torch.float64).clamp(min=_LEAST_LOG_DECAY).cumsum(-1)
+
+    def decay_bias(self) -> Tensor | None:
+        """The log decays as a bias of weights, ``(B, Hq, L, S)``; 0 of what a causal query does not see."""
+        total = self.cumulative_decay()
+        if total is None:
+            return None
+        total = total.repeat_interleave(self.query.shape[1] // total.shape[1], 1)
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        place, column, *_ = self.visibility.places(torch.arange(rows, device=total.device), rows, keys)
+        if keys == 0:
+            return total.unsqueeze(-2).expand(-1, -1, rows, -1).to(accumulation_dtype(self.query.dtype))
+        lengths = self.visibility.key_lengths
+        last = keys - 1 if lengths is None else (lengths.view(-1, 1, 1, 1) - 1).clamp(min=0)
+        here = total.gather(-1, place.clamp(min=0).clamp(max=last).expand(*total.shape[:2], rows, 1).squeeze(-1))
+        bias = here.unsqueeze(-1) - total.unsqueeze(-2)
+        return torch.where(column <= place, bias, 0.0).to(accumulation_dtype(self.query.dtype))
 
     @property
     def has_bias(self) -> bool:
@@ -240,12 +266,16 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the tensors of a call; `attn_mask` is None if its gradient was not asked for."""
+    """The gradients of the tensors of a call.
+
+    `attn_mask` is None if its gradient was not asked for, `log_decay` if the call has none.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None
+    log_decay: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -268,6 +298,9 @@ def empty_bias_max(normalizer: Tensor, call: Call) -> Tensor | None:
     return normalizer.new_empty(normalizer.shape) if call.has_bias else None
 
 
+# Its exponential is 0, and a million of them add up to a number whose last digit does not count.
+_LEAST_LOG_DECAY = -1e4
+
 # ---- what a backend does not know ----
 
 _ALL = Visibility()
@@ -275,15 +308,36 @@ _ALL = Visibility()
 
 def outline(call: Call) -> Call:
     """The call as far as lowering leaves it as it is: what a backend declines here, it declines altogether."""
-    return call if call.visibility.is_diagonal() else call.but(visibility=_ALL)
+    return call if _is_plain(call) else call.but(visibility=_ALL, log_decay=None)
+
+
+def _is_plain(call: Call) -> bool:
+    return call.log_decay is None and call.visibility.is_diagonal()
+
+
+def reason_to_decline(call: Call, backend: Backend) -> str | None:
+    """The reason why a backend does not run the call, lowered or not; None: it does."""
+    reason = backend.declines(outline(call))
+    if reason is not None or _is_plain(call):
+        return reason
+    if call.visibility.query_starts is not None:  # one by one, if not together
+        call = call.but(visibility=call.visibility.but(query_starts=None, key_starts=None, key_lengths=None))
+    reason = backend.declines(call)
+    if reason is None:
+        return None
+    masked = outline(call).but(attn_mask=call.query.new_empty((1, 1, 1, 1)))
+    return None if backend.declines(masked) is None else reason
 
 
 def lower(call: Call, backend: Backend) -> Call:
-    """The call as the backend takes it: where it declines the visibility, a mask says the same."""
-    if call.visibility.is_diagonal() or backend.declines(call) is None:
+    """The call as the backend takes it: where it declines the visibility or decays, a mask says the same."""
+    if _is_plain(call) or backend.declines(call) is None:
         return call
     mask, rest = call.visibility.as_mask(call.attn_mask, call.query, call.key)
-    return call.but(attn_mask=mask, visibility=rest)
+    bias = call.decay_bias()
+    if bias is not None:
+        mask = bias if mask is None else join_masks(mask, bias)
+    return call.but(attn_mask=mask, visibility=rest, log_decay=None)
 
 
 def forward(backend: Backend, call: Call) -> Result:

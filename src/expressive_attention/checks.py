@@ -15,6 +15,7 @@ __all__ = [
     "ALIGNMENTS",
     "check_dense",
     "check_lengths",
+    "check_log_decay",
     "check_mask",
     "check_settings",
     "check_slopes",
@@ -152,6 +153,32 @@ def check_slopes(alibi_slopes: Tensor, query: Tensor, heads: int) -> None:
         )
     if _is_readable(alibi_slopes) and bool((alibi_slopes < 0).any()):
         raise ValueError(f"alibi_slopes must be at least 0, got {float(alibi_slopes.min())}")
+
+
+def check_log_decay(log_decay: Tensor, query: Tensor, scores: tuple[int, ...], kv_heads: int, is_causal: bool) -> None:
+    """Log decays of the keys of a causal call, whose scores have the shape ``(..., Hq, L, S)``."""
+    check_types(log_decay=log_decay)
+    check_dense("log_decay", log_decay)
+    if log_decay.dtype not in _DTYPES:
+        raise ValueError(f"log_decay must be float16, bfloat16, float32 or float64, got {log_decay.dtype}")
+    if log_decay.device != query.device:
+        raise ValueError(f"log_decay must be on the device of query, {query.device}, got {log_decay.device}")
+    *batch, heads, _, keys = scores
+    shape = tuple(log_decay.shape)
+    wanted = (*(tuple(batch)[len(batch) - max(0, len(shape) - 2) :]), heads, keys)
+    fits = 0 < len(shape) <= len(wanted) and all(
+        size in (1, kv_heads, heads) if at == -2 else size in (1, wanted[at])
+        for at, size in ((i - len(shape), size) for i, size in enumerate(shape))
+    )
+    if not fits:
+        raise ValueError(
+            f"log_decay must be broadcastable to (..., H, S) = {(*batch, heads, keys)}, or have the {kv_heads} heads "
+            f"of key, got shape {shape}"
+        )
+    if not is_causal:
+        raise ValueError("log_decay needs is_causal=True: weights decay from a key to the queries after it")
+    if _is_readable(log_decay) and log_decay.numel() and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be at most 0, got {float(log_decay.max())}")
 
 
 def check_lengths(name: str, lengths: Tensor, query: Tensor, most: int) -> None:

@@ -39,7 +39,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     the reference: rows that see others are made NaN in the end.
     """
     call = lower(unflatten(arguments)[0], reference)
-    query, key, value, mask, _, scale, form, dropout_p, _ = call
+    query, key, value, mask, _, scale, form, dropout_p, *_ = call
     dtype = accumulation_dtype(query.dtype)
     limits = torch.finfo(dtype)
     groups = query.shape[1] // key.shape[1]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import ops, sharding
-from .backends import AUTOMATIC, BACKENDS, cpu, dropout
-from .call import Call, Result, Visibility, outline
+from . import call_log, ops, sharding
+from .backends import AUTOMATIC, BACKENDS, cpu, dropout, linear
+from .call import Call, Result, Visibility, lower, outline, reason_to_decline
 from .checks import (
     ALIGNMENTS,
     check_lengths,
+    check_log_decay,
     check_mask,
     check_settings,
     check_slopes,
@@ -26,7 +27,7 @@ from .checks import (
 )
 from .overrides import as_causality, listening, tell
 
-__all__ = ["expressive_attention", "match_heads", "run"]
+__all__ = ["choose", "expressive_attention", "match_heads", "run"]
 
 
 # The visibilities of calls without a window are made once: a small call takes not much longer than they do.
@@ -61,6 +62,7 @@ def expressive_attention(
     window_size: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    log_decay: Tensor | None = None,
     return_normalizer: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -82,6 +84,7 @@ def expressive_attention(
     window_size: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    log_decay: Tensor | None = None,
     return_normalizer: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -102,6 +105,7 @@ def expressive_attention(
     window_size: tuple[int, int] = _NO_WINDOW,
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    log_decay: Tensor | None = None,
     return_normalizer: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -141,6 +145,10 @@ def expressive_attention(
             a mask, they are a float mask of L x S.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
+        log_decay: Decay of each token, as in gated linear attention (arXiv 2312.06635): the weight of key j for query i
+            is multiplied by ``exp(sum of log_decay over the keys after j, up to p_i)``. Broadcastable to
+            ``(..., Hq, S)``, or of the heads of key, ``(..., Hkv, S)``, floating, at most 0, differentiable, with
+            `is_causal`. Except in linear time (form "squared"), it is a float mask of L x S.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
             ``o = (N1 * o1 + N2 * o2) / (N1 + N2)``.
         backend: Name of the backend; None picks the first that supports the call. One asked for by name is
@@ -160,19 +168,22 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
-    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths):
-        told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths))
+    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay):
+        told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay))
         if told:
             return tell(
                 expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
-                alibi_slopes=alibi_slopes, key_lengths=key_lengths, return_normalizer=return_normalizer,
-                backend=backend,
+                alibi_slopes=alibi_slopes, key_lengths=key_lengths, log_decay=log_decay,
+                return_normalizer=return_normalizer, backend=backend,
             )  # fmt: skip
     check_tracing()
     check_types(query=query, key=key, value=value)
     if torch.jagged in (query.layout, key.layout, value.layout):
         from .nested import nested_attention  # which needs this module
+
+        if log_decay is not None:
+            raise ValueError("log_decay must be None for nested tensors")
 
         return nested_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
@@ -187,7 +198,7 @@ def expressive_attention(
     rows, width, keys = q[-2], q[-1], k[-2]
     dims = max(len(q), len(k), len(v))
     if len(q) == len(k) == len(v) == 4 and q[1] and q[0] == k[0] == v[0] and q[1] == k[1] == v[1]:
-        batch, heads = q[:1], q[1]  # as nearly always; what follows would change nothing
+        batch, heads, kv_heads = q[:1], q[1], q[1]  # as nearly always; what follows would change nothing
     else:
         query, key, value = (with_dims(x, max(dims, 3)) for x in (query, key, value))
         batch = _batch_shape(query, key, value)
@@ -216,11 +227,14 @@ def expressive_attention(
         if alibi_slopes.ndim > 1:
             slopes = _expanded("alibi_slopes", alibi_slopes, (*batch, heads)).reshape(math.prod(batch), heads)
         visibility = visibility.but(slopes=slopes)
-        if _may_need_gradient(slopes):  # no kernel has it
-            mask, _ = visibility.but(left=None, right=None).as_mask(mask, query, key)
-            visibility = visibility.but(slopes=None)
+    call = Call(query, key, value, mask, visibility, scale, form, dropout_p)
+    if log_decay is not None:
+        check_log_decay(log_decay, query, (*batch, heads, rows, keys), kv_heads, bool(is_causal))
+        call = call.but(log_decay=_fold_decay(log_decay, batch, kv_heads, keys))
+    if visibility.slopes is not None and _may_need_gradient(visibility.slopes):
+        call = _with_learned_slopes(call, backend)
 
-    result = run(Call(query, key, value, mask, visibility, scale, form, dropout_p), backend)
+    result = run(call, backend)
     output = result.output
     if dims == 4 and not return_normalizer:
         return output
@@ -236,7 +250,11 @@ def run(call: Call, backend: str | None) -> Result:
         hook(call)
     if call.dropout_p:
         call = call.but(dropout_seeds=sharding.replicated(dropout.draw(call.query), call.query))
-    chosen = _choose(call, backend)
+    chosen = choose(call, backend)
+    if call_log.ENABLED and not torch.compiler.is_compiling():
+        call_log.log_call(call, chosen, backend)
+    if call.log_decay is not None:
+        call = lower(call, BACKENDS[chosen])  # here, where autograd sees the mask
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):
             return ops.reference_forward(call)
@@ -319,6 +337,28 @@ def fold_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
     return mask.expand(*batch, -1, -1, -1).reshape(math.prod(batch), *mask.shape[-3:])
 
 
+def _fold_decay(log_decay: Tensor, batch: tuple[int, ...], kv_heads: int, keys: int) -> Tensor:
+    """``(..., H | 1, S | 1)`` as ``(B, H, S)``; heads of one number are heads of keys."""
+    log_decay = with_dims(log_decay, 2)
+    heads = log_decay.shape[-2]
+    log_decay = log_decay.expand(*batch, kv_heads if heads == 1 else heads, keys)
+    return log_decay.reshape(math.prod(batch), *log_decay.shape[-2:])
+
+
+def _with_learned_slopes(call: Call, backend: str | None) -> Call:
+    """The call with slopes in what has a gradient: decays where these say the same in linear time, or else a mask."""
+    seen = call.visibility
+    slopes, rows, keys = seen.slopes, call.query.shape[2], call.key.shape[2]
+    assert slopes is not None
+    if choose(call, backend) == "linear" and seen.key_lengths is None and (seen.lower_right or rows <= keys):
+        log_decay = -slopes.unsqueeze(-1).expand(call.query.shape[0], -1, keys)
+        if call.log_decay is not None:
+            log_decay = log_decay + call.log_decay.repeat_interleave(slopes.shape[1] // call.log_decay.shape[1], 1)
+        return call.but(visibility=seen.but(slopes=None), log_decay=log_decay)
+    mask, _ = seen.but(left=None, right=None).as_mask(call.attn_mask, call.query, call.key)
+    return call.but(attn_mask=mask, visibility=seen.but(slopes=None))
+
+
 def _may_need_gradient(x: Tensor) -> bool:
     """Whether there may be a gradient of x to compute; tensors inside of torch.func and vmap do not tell."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -344,13 +384,19 @@ def _expanded(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 # ---- choice of the backend ----
 
 
-def _choose(call: Call, backend: str | None) -> str:
-    call = outline(call)
+def choose(call: Call, backend: str | None) -> str:
+    """The backend of that name, or the first that does not decline the call.
+
+    Raises NotImplementedError if the one of that name declines it.
+    """
     if backend is not None:
-        reason = BACKENDS[backend].declines(call)
+        reason = reason_to_decline(call, BACKENDS[backend])
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} does not support this call: {reason}")
         return backend
+    if call.form == "squared" and linear.pays(call) and reason_to_decline(call, linear) is None:
+        return "linear"
+    call = outline(call)
     for name in AUTOMATIC:
         if BACKENDS[name].declines(call) is None:
             break

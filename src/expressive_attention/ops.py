@@ -23,7 +23,7 @@ __all__ = ["attention", "autocast_inputs", "reference_forward"]
 def attention(call: Call, backend: str) -> Result:
     """The result of a call, by the backend of that name."""
     query, key, value, attn_mask = call[:4]
-    if not _is_eager(query, key, value, attn_mask):
+    if not _is_eager(query, key, value, attn_mask, call.log_decay):
         if not torch.compiler.is_compiling():
             flops.register()
             sharding.register(query, key, value)
@@ -34,6 +34,7 @@ def attention(call: Call, backend: str) -> Result:
         or key.requires_grad
         or value.requires_grad
         or (attn_mask is not None and attn_mask.requires_grad)
+        or (call.log_decay is not None and call.log_decay.requires_grad)
     ):
         return Result(*_Attention.apply(*call, backend))
     return calls.forward(BACKENDS[backend], call)
@@ -47,7 +48,7 @@ def reference_forward(call: Call) -> Result:
 
 
 def _attention_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Tensor | None, ...]:
-    tensors = (*call[:4], *result[:2], *upstream[:2])
+    tensors = (*call[:4], call.log_decay, *result[:2], *upstream[:2])
     if torch.is_grad_enabled() or not _is_eager(*tensors):
         arguments = flatten_backward(call, backend, result, upstream)
         return torch.ops.expressive_attention.attention_backward(*arguments)
@@ -99,8 +100,8 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend, result, upstream = unflatten_backward(arguments)
-    dq, dk, dv, dmask = calls.backward(BACKENDS[backend], call, result, upstream)
-    return dq, dk, dv, dq.new_empty(0) if dmask is None else dmask
+    dq, dk, dv, *others = calls.backward(BACKENDS[backend], call, result, upstream)
+    return dq, dk, dv, *(dq.new_empty(0) if x is None else x for x in others)
 
 
 torch.library.impl(ATTENTION, "CompositeExplicitAutograd", _run)
@@ -123,8 +124,8 @@ def _(*arguments: Any):
 def _(*arguments: Any):
     call, _, _, upstream = unflatten_backward(arguments)
     mask = call.attn_mask if upstream.wants_mask else None
-    gradients = [x.new_empty(x.shape) for x in call[:3]]
-    return *gradients, call.query.new_empty(0) if mask is None else mask.new_empty(mask.shape)
+    found = (*call[:3], mask, call.log_decay)
+    return tuple(call.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in found)
 
 
 # ---- autograd ----
@@ -139,7 +140,7 @@ def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None
     seen = arguments[4]
     # The tensors of the visibility and the seeds, too: then torch says if one of them was changed in place.
     of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts)
-    ctx.save_for_backward(*arguments[:4], output[0], output[1], *of_visibility, arguments[8])
+    ctx.save_for_backward(*arguments[:4], output[0], output[1], arguments[9], *of_visibility, arguments[8])
     ctx.settings = arguments[4:]
     ctx.set_materialize_grads(False)
 
@@ -150,13 +151,14 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | No
     wants_mask = ctx.needs_input_grad[3]
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    dq, dk, dv, dmask = _attention_backward(
+    dq, dk, dv, dmask, ddecay = _attention_backward(
         Call(query, key, value, mask, *settings),
         backend,
         Result(output, normalizer, None),
         Upstream(grad_output, grad_normalizer, wants_mask),
     )
-    return dq, dk, dv, dmask if wants_mask else None, *(None,) * (len(ctx.needs_input_grad) - 4)
+    ddecay = ddecay if ctx.needs_input_grad[-2] else None
+    return dq, dk, dv, dmask if wants_mask else None, *(None,) * (len(ctx.needs_input_grad) - 6), ddecay, None
 
 
 torch.library.register_autograd(ATTENTION, _backward, setup_context=_setup)
@@ -179,7 +181,7 @@ class _Attention(torch.autograd.Function):
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, _, _, upstream = unflatten_backward(inputs)
-    ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4])
+    ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4], call.log_decay)
     ctx.settings = (call[4:], upstream.wants_mask)
     ctx.set_materialize_grads(False)
 
@@ -187,19 +189,21 @@ def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
     settings, wants_mask = ctx.settings
-    names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask")
+    names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask", "log_decay")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        output, normalizer, _ = reference_forward(Call(*inputs, leaves.get("attn_mask"), *settings))
+        call = Call(*inputs, leaves.get("attn_mask"), *settings).but(log_decay=leaves.get("log_decay"))
+        output, normalizer, _ = reference_forward(call)
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
-        if wants_mask:
-            inputs = (*inputs, leaves["attn_mask"])
-        first = torch.autograd.grad(outputs, inputs, grads, create_graph=True)
-        pairs = [(y, g) for y, g in zip(first, upstream, strict=False) if g is not None]
+        of_mask = leaves["attn_mask"] if wants_mask else None
+        given = zip((*inputs, of_mask, leaves.get("log_decay")), upstream, strict=True)
+        given = [(x, g) for x, g in given if x is not None]
+        first = torch.autograd.grad(outputs, [x for x, _ in given], grads, create_graph=True)
+        pairs = [(y, g) for y, (_, g) in zip(first, given, strict=True) if g is not None]
         wanted = [name for name, x in leaves.items() if x.requires_grad]
         second = torch.autograd.grad(
             [y for y, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs], allow_unused=True
@@ -207,8 +211,9 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     by_name = dict(zip(wanted, second, strict=True))
     none: Any = None
     found: list[Any] = [by_name.get(name) for name in names]
-    do, dn, dq, dk, dv, dmask = found
-    gradients = Call(dq, dk, dv, dmask, Visibility(*[none] * len(Visibility._fields)), none, none, none)
+    do, dn, dq, dk, dv, dmask, ddecay = found
+    nothing = Visibility(*[none] * len(Visibility._fields))
+    gradients = Call(dq, dk, dv, dmask, nothing, none, none, none, log_decay=ddecay)
     return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none))
 
 
@@ -235,12 +240,14 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
         args = (*args[:3], mask.expand(-1, batch, -1, -1, -1), *args[4:])
         in_dims = (*in_dims[:3], 0, *in_dims[4:])
     folded, size = _fold(info.batch_size, in_dims, args)
-    *gradients, dmask = operator(*folded)
+    *gradients, dmask, ddecay = operator(*folded)
     gradients = _unfold(gradients, info.batch_size, size)
-    if not upstream.wants_mask:
-        return (*gradients, dmask), (0, 0, 0, None)
-    dmask = dmask.unflatten(0, (info.batch_size, size)).sum_to_size(mask.shape)
-    return (*gradients, dmask), (0, 0, 0, 0)
+    has_decay = call.log_decay is not None
+    if has_decay:
+        (ddecay,) = _unfold([ddecay], info.batch_size, size)
+    if upstream.wants_mask:
+        dmask = dmask.unflatten(0, (info.batch_size, size)).sum_to_size(mask.shape)
+    return (*gradients, dmask, ddecay), (0, 0, 0, 0 if upstream.wants_mask else None, 0 if has_decay else None)
 
 
 def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -84,6 +84,16 @@ def test_decoding_within_budget(dtype, rows):
     assert_within_budget(case, *FUSED, threads=(1, 2, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_decoding_of_grouped_heads_within_budget(dtype, groups):
+    """Widths of whole tiles and of single vectors; keys beyond the last whole vector."""
+    torch.manual_seed(groups)
+    q, k, v = torch.randn(1, 2 * groups, 1, 48), torch.randn(1, 2, 333, 48), torch.randn(1, 2, 333, 80)
+    case = Case(q.to(dtype), k.to(dtype), v.to(dtype), None, {"enable_gqa": True})
+    assert_within_budget(case, *(name for name in FUSED if name != "blockwise"))
+
+
 @pytest.mark.parametrize("exponent", [-18, -12, -6, 6, 12, 18])
 def test_float32_scores_of_any_size(exponent):
     torch.manual_seed(1)

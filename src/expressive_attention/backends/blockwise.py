@@ -46,6 +46,8 @@ def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
+    if call.log_decay is not None:
+        return "decays must be in a mask"
     return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 

@@ -42,6 +42,8 @@ _LARGEST_EXCESS = 40.0
 
 def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
+    if call.log_decay is not None:
+        return "decays must be in a mask"
     return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 
@@ -50,7 +52,7 @@ def forward(call: Call) -> Result:
 
     Differentiable with respect to query, key, value and a float mask, any number of times.
     """
-    query, key, value, attn_mask, _, scale, form, dropout_p, _ = call
+    query, key, value, attn_mask, _, scale, form, dropout_p, *_ = call
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -6,23 +6,25 @@ Memory is linear in L and S; nothing of the size of a whole tensor is copied, wh
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
+from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, differentiated_by_func
 from ...masks import repeated_strides
 from ..dropout import keep_share, threshold
 from . import library
 from .layout import BACKWARD, FORWARD
 
-__all__ = ["backward", "declines", "forward", "warn_of_fallback"]
+__all__ = ["backward", "declines", "forward", "linear_backward", "linear_forward", "warn_of_fallback"]
 
 # As in kernels/problem.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 _HALVES = (torch.bfloat16, torch.float16)
 _NO_MASK = 5
 _NOTHING = (0, 0, 0, 0, 0)
+_NO_MEMORY, _UNSAFE = 1, 2
 
 _warned = False
 
@@ -33,6 +35,8 @@ def declines(call: Call) -> str | None:
         return f"it runs on the CPU, not on {call.query.device.type}"
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
+    if call.log_decay is not None:
+        return "decays must be in a mask"
     if call.visibility.query_starts is not None:
         return "sequences must be in a batch"
     return library.MISSING
@@ -89,19 +93,85 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         dk.data_ptr(),
         dv.data_ptr(),
         0 if dmask is None else dmask.data_ptr(),
+        0,
         *((0, 0, 0, 0) if dmask is None else dmask.shape),
     )
     _run(library.chosen().backward, problem)
     return Gradients(dq, dk, dv, dmask)
 
 
+# ---- the squared form in linear time ----
+
+
+def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Output and normalizer of the squared form by ``kernels/linear.h``; None: float64 does not hold a state.
+
+    Args:
+        call: A call that `backends.linear` does not decline.
+        decays: Cumulative log decays ``(B, Hq | Hkv, S)`` of float64, or None.
+    """
+    query, value = call.query, call.value
+    output = query.new_empty((*query.shape[:3], value.shape[-1]))
+    normalizer = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    decays = None if decays is None else decays.contiguous()
+    problem = FORWARD.pack(*_inputs(call, *kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
+    return (output, normalizer) if _run(library.chosen().linear, problem) else None
+
+
+def linear_backward(
+    call: Call, decays: Tensor | None, upstream: Upstream
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Gradients of query, key, value and decays, as keys have them, by ``kernels/linear_backward.h``; or None."""
+    query, key, value = call[:3]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and decays is not None and decays.shape[1] != key.shape[1]:
+        # Heads that share keys, but no state: each has its own gradients of them.
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        found = linear_backward(call.but(key=key, value=value), decays, upstream)
+        if found is None:
+            return None
+        dq, dk, dv, ddecay = found
+        return dq, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2), ddecay
+    of_exists = torch.empty_like if call.visibility.key_lengths is None else torch.zeros_like
+    dq = _empty_like(query)
+    dk, dv = (of_exists(x, memory_format=torch.contiguous_format) for x in (key, value))
+    grad_output, grad_normalizer, _ = upstream
+    grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
+    decays = None if decays is None else decays.contiguous()
+    ddecay = None if decays is None else torch.zeros_like(decays)
+    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    problem = BACKWARD.pack(
+        *_inputs(call, *kept, decays),
+        0,
+        0,
+        0,
+        _address("grad_output", grad_output),
+        *grad_output.stride(),
+        0 if grad_normalizer is None else grad_normalizer.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        0,
+        0 if ddecay is None else ddecay.data_ptr(),
+        *(0, 0, 0, 0),
+    )
+    return (dq, dk, dv, ddecay) if _run(library.chosen().linear_backward, problem) else None
+
+
 def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _inputs(call: Call, lengths: Tensor | None, slopes: Tensor | None, seeds: Tensor | None) -> tuple[float, ...]:
-    """The members of ``ea_problem`` from the first to the mask; the caller keeps the tensors beside the call."""
-    query, key, value, mask, visibility, scale, form, dropout_p, _ = call
+def _inputs(
+    call: Call,
+    lengths: Tensor | None,
+    slopes: Tensor | None,
+    seeds: Tensor | None,
+    decays: Tensor | None = None,
+) -> tuple[float, ...]:
+    """The members of ``ea_problem`` from the first to the decays; the caller keeps the tensors beside the call."""
+    query, key, value, mask, visibility, scale, form, dropout_p, *_ = call
     left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
@@ -133,6 +203,7 @@ def _inputs(call: Call, lengths: Tensor | None, slopes: Tensor | None, seeds: Te
         _address("value", value),
         *value.stride(),
         *(_NOTHING if mask is None else (_address("attn_mask", mask), *repeated_strides(mask))),
+        *((0, *_NOTHING) if decays is None else (decays.shape[1], decays.data_ptr(), *decays.stride(), 0)),
     )
 
 
@@ -174,6 +245,9 @@ def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:
     return threshold(dropout_p), keep_share(dropout_p), seeds.data_ptr(), max(1, batch // seeds.shape[0])
 
 
-def _run(kernel, problem: bytes) -> None:
-    if kernel(problem):
+def _run(kernel: Callable[[bytes], int], problem: bytes) -> bool:
+    """Run a kernel; return whether its results are to be used."""
+    status = kernel(problem)
+    if status == _NO_MEMORY:
         raise MemoryError("expressive attention ran out of memory")
+    return status != _UNSAFE

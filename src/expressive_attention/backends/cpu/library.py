@@ -31,11 +31,15 @@ class Build:
             ``x86-64-v4-bf16`` (AVX512-BF16).
         forward: Returns 0, or 1 if there was not enough memory.
         backward: Likewise.
+        linear: Likewise; the forward pass of the squared form in linear time.
+        linear_backward: Likewise; its backward pass.
     """
 
     name: str
     forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
+    linear: Callable[[bytes], int]
+    linear_backward: Callable[[bytes], int]
 
 
 def _load() -> tuple[dict[str, Build], tuple[str, ...], str | None]:
@@ -57,7 +61,7 @@ def _load() -> tuple[dict[str, Build], tuple[str, ...], str | None]:
     found = {}
     while name := library.ea_build_name(len(found)):
         entries = []
-        for function in (library.ea_forward, library.ea_backward):
+        for function in (library.ea_forward, library.ea_backward, library.ea_linear, library.ea_linear_backward):
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_void_p
             entries.append(kernel(function(name)))
         found[name.decode()] = Build(name.decode(), *entries)

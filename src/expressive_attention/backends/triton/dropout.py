@@ -1,4 +1,4 @@
-"""Which weights dropout keeps, as `backends.dropout` has it: a tile at a time, from the same generator."""
+"""Dropout: which weights are kept, as `backends.dropout` has it: a tile at a time, from the same generator."""
 
 # Code that Triton compiles looks wrong to a checker of Python types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false

@@ -72,10 +72,37 @@ def info() -> None:
         reasons = [module.declines(call) or "available" for call in calls]
         backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
     console.print(backends)
+    console.print(_takers(devices))
     if cpu.library.LEFT_OUT:
         console.print(
             f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}"
         )
+
+
+def _takers(devices: list[str]) -> Table:
+    """Which backend takes calls of some kinds by itself, and why those before it do not."""
+    import torch
+
+    from ...call import Call, Visibility
+    from ...call_log import reasons
+    from ...functional import choose
+
+    table = Table("a call of", "on", "is taken by", "and not by", box=None)
+    for device in devices:
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        packed = Visibility(query_starts=starts, key_starts=starts, longest_query=1, longest_key=1)
+        kinds = {str(dtype).removeprefix("torch."): (dtype, 1, Visibility(), 0.0) for dtype in dtypes}
+        kinds["head dimension 512"] = (torch.float32, 512, Visibility(), 0.0)
+        kinds["dropout"] = (torch.float32, 1, Visibility(), 0.1)
+        kinds["ALiBi"] = (torch.float32, 1, Visibility(slopes=torch.ones(1, 1, device=device)), 0.0)
+        kinds["packed sequences"] = (torch.float32, 1, packed, 0.0)
+        for kind, (dtype, width, visibility, dropout_p) in kinds.items():
+            x = torch.empty(1, 1, 1, width, dtype=dtype, device=device)
+            call = Call(x, x, x, None, visibility, 1.0, "expressive", dropout_p)
+            chosen = choose(call, None)
+            table.add_row(kind, device, chosen, "; ".join(f"{n}: {why}" for n, why in reasons(call, chosen).items()))
+    return table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

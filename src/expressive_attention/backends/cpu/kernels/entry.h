@@ -5,10 +5,18 @@
 
 int ENTRY(ea_forward)(const ea_problem *p);
 int ENTRY(ea_backward)(const ea_problem *p);
+int ENTRY(ea_linear)(const ea_problem *p);
+int ENTRY(ea_linear_backward)(const ea_problem *p);
 
 // In double arithmetic, whatever the dtype.
 int ENTRY(ea_forward_double)(const ea_problem *p);
 int ENTRY(ea_backward_double)(const ea_problem *p);
+int ENTRY(ea_linear_double)(const ea_problem *p);
+int ENTRY(ea_linear_backward_double)(const ea_problem *p);
+
+// One of the states of the squared form in linear time, in double arithmetic.
+int ENTRY(ea_linear_state_double)(const ea_problem *p, int64_t task);
+int ENTRY(ea_linear_backward_state_double)(const ea_problem *p, int64_t task);
 
 // Row `index` of a key head, in double arithmetic, from the keys that it sees alone.
 int ENTRY(ea_one_row_double)(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index);

@@ -115,14 +115,104 @@ INLINE void few_values(const ea_problem *p, const int64_t dtype, int64_t b, int6
   else { FUNCTION(p, EA_FLOAT16, __VA_ARGS__); }
 #endif
 
+#if !REAL_IS_DOUBLE
+// For rows that share keys of 16 bits: each number is brought to REAL once for all of them. Sums have the same order.
+
+// Keys whose values are added at a time: they stay in the first cache for all of their columns.
+#define FEW_VALUES 32
+
+// Scores of `mr` rows and `nk` keys as vectors that are still to be summed, those of row i from sums[i * V] on.
+INLINE void shared_scores_tile(const int mr, const int nk, const int64_t dtype, int64_t width, const REAL *query,
+                               const char *keys, int64_t stride, vec *sums) {
+  vec c[FEW_ROWS][NR] = {0};
+  for (int64_t e = 0; e < width; e += V) {
+    vec key[NR];
+    UNROLL for (int r = 0; r < nk; r++) key[r] = load_as(keys + r * stride + e * 2, dtype);
+    UNROLL for (int i = 0; i < mr; i++) {
+      vec q = load(query + i * width + e);
+      UNROLL for (int r = 0; r < nk; r++) c[i][r] += q * key[r];
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++) {
+    UNROLL for (int r = 0; r < nk; r++) sums[i * V + r] = c[i][r];
+  }
+}
+
+INLINE void shared_weights(const ea_problem *p, const int64_t dtype, const int count, int64_t b, int64_t kv_head,
+                           int64_t key, int64_t n, const REAL *query, REAL *w, int64_t ldw) {
+  int64_t stride = p->key.stride[2] * 2;
+  const char *keys = row_of(&p->key, dtype, b, kv_head, key);
+  for (int64_t j = 0; j < n; j += V, keys += V * stride) {
+    vec sums[FEW_ROWS * V] = {0};
+    int exist = (int)least(V, n - j), r = 0;
+    for (; r + NR <= exist; r += NR) {
+      shared_scores_tile(count, NR, dtype, p->width, query, keys + r * stride, stride, sums + r);
+    }
+    for (; r < exist; r++) shared_scores_tile(count, 1, dtype, p->width, query, keys + r * stride, stride, sums + r);
+    UNROLL for (int i = 0; i < count; i++) {
+      store(w + i * ldw + j, weight(sums_of(sums + i * V), (int)p->squared, 1, 1));
+    }
+  }
+}
+
+// to += w V, for `mr` rows and `nr` vectors of each that stay in registers.
+INLINE void shared_values_tile(const int mr, const int nr, const int64_t dtype, int64_t n, const char *values,
+                               int64_t stride, const REAL *w, int64_t ldw, REAL *to, int64_t ldc) {
+  vec c[FEW_ROWS][NR];
+  UNROLL for (int i = 0; i < mr; i++) {
+    UNROLL for (int j = 0; j < nr; j++) c[i][j] = load(to + i * ldc + j * V);
+  }
+  for (int64_t k = 0; k < n; k++, values += stride) {
+    vec value[NR];
+    UNROLL for (int j = 0; j < nr; j++) value[j] = load_as(values + j * V * 2, dtype);
+    UNROLL for (int i = 0; i < mr; i++) {
+      UNROLL for (int j = 0; j < nr; j++) c[i][j] += w[i * ldw + k] * value[j];
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++) {
+    UNROLL for (int j = 0; j < nr; j++) store(to + i * ldc + j * V, c[i][j]);
+  }
+}
+
+INLINE void shared_values(const ea_problem *p, const int64_t dtype, const int count, int64_t b, int64_t kv_head,
+                          int64_t key, int64_t n, const REAL *w, int64_t ldw, REAL *to, int64_t ldc) {
+  int64_t stride = p->value.stride[2] * 2, vectors = p->value_width / V;
+  for (int64_t j = 0; j < n; j += FEW_VALUES) {
+    const char *values = row_of(&p->value, dtype, b, kv_head, key + j);
+    int64_t c = 0, some = least(FEW_VALUES, n - j);
+    for (; c + NR <= vectors; c += NR) {
+      shared_values_tile(count, NR, dtype, some, values + c * V * 2, stride, w + j, ldw, to + c * V, ldc);
+    }
+    for (; c < vectors; c++) {
+      shared_values_tile(count, 1, dtype, some, values + c * V * 2, stride, w + j, ldw, to + c * V, ldc);
+    }
+  }
+}
+
+// Run a function of 16 bits with dtype and number of rows as constants.
+#define WITH_COUNT(FUNCTION, DTYPE, ...)                \
+  switch (count) {                                      \
+    case 2: FUNCTION(p, DTYPE, 2, __VA_ARGS__); return; \
+    case 3: FUNCTION(p, DTYPE, 3, __VA_ARGS__); return; \
+    case 4: FUNCTION(p, DTYPE, 4, __VA_ARGS__); return; \
+  }
+#define WITH_SHARED(FUNCTION, ...)                                                \
+  if (p->dtype == EA_BFLOAT16) { WITH_COUNT(FUNCTION, EA_BFLOAT16, __VA_ARGS__) }  \
+  if (p->dtype == EA_FLOAT16) { WITH_COUNT(FUNCTION, EA_FLOAT16, __VA_ARGS__) }
+#else
+#define WITH_SHARED(FUNCTION, ...)
+#endif
+
 // Weights, without mask, of `count` rows of (scaled) queries over n keys from `key`.
 static void few_rows_weights(const ea_problem *p, int64_t b, int64_t kv_head, int64_t key, int64_t n,
                              const REAL *query, int count, REAL *w, int64_t ldw) {
+  WITH_SHARED(shared_weights, b, kv_head, key, n, query, w, ldw)
   WITH_DTYPE(few_weights, b, kv_head, key, n, query, count, w, ldw)
 }
 
 // output += weights * values.
 static void few_rows_values(const ea_problem *p, int64_t b, int64_t kv_head, int64_t key, int64_t n, const REAL *w,
                             int64_t ldw, int count, REAL *to, int64_t ldc) {
+  WITH_SHARED(shared_values, b, kv_head, key, n, w, ldw, to, ldc)
   WITH_DTYPE(few_values, b, kv_head, key, n, w, ldw, count, to, ldc)
 }

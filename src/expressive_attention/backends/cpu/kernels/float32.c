@@ -16,6 +16,20 @@ int ENTRY(ea_forward)(const ea_problem *p) {
   return p->dtype == EA_FLOAT64 ? ENTRY(ea_forward_double)(p) : run_forward(p);
 }
 
+static int linear_in_double(const ea_problem *p, int64_t task) { return ENTRY(ea_linear_state_double)(p, task); }
+
+static int linear_backward_in_double(const ea_problem *p, int64_t task) {
+  return ENTRY(ea_linear_backward_state_double)(p, task);
+}
+
+int ENTRY(ea_linear)(const ea_problem *p) {
+  return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_double)(p) : run_linear(p, 0, -1);
+}
+
+int ENTRY(ea_linear_backward)(const ea_problem *p) {
+  return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_backward_double)(p) : run_linear_backward(p, 0, -1);
+}
+
 static int backward_in_double(const ea_problem *p) { return ENTRY(ea_backward_double)(p); }
 
 int ENTRY(ea_backward)(const ea_problem *p) {

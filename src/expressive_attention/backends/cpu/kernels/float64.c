@@ -21,3 +21,21 @@ static int backward_in_double(const ea_problem *p) {
 }
 
 int ENTRY(ea_backward_double)(const ea_problem *p) { return run_backward(p); }
+
+// Of a state that double could not hold, no other arithmetic makes more.
+static int linear_in_double(const ea_problem *p, int64_t task) {
+  (void)p, (void)task;
+  return EA_UNSAFE;
+}
+
+static int linear_backward_in_double(const ea_problem *p, int64_t task) { return linear_in_double(p, task); }
+
+int ENTRY(ea_linear_double)(const ea_problem *p) { return run_linear(p, 0, -1); }
+
+int ENTRY(ea_linear_state_double)(const ea_problem *p, int64_t task) { return run_linear(p, task, task + 1); }
+
+int ENTRY(ea_linear_backward_double)(const ea_problem *p) { return run_linear_backward(p, 0, -1); }
+
+int ENTRY(ea_linear_backward_state_double)(const ea_problem *p, int64_t task) {
+  return run_linear_backward(p, task, task + 1);
+}

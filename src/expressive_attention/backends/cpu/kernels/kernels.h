@@ -18,6 +18,8 @@
 #include "pairs.h"
 #include "forward.h"
 #include "one_row.h"
+#include "linear.h"
 //
 #include "finite.h"
 #include "backward.h"
+#include "linear_backward.h"

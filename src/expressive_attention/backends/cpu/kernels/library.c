@@ -9,7 +9,7 @@
 
 typedef int entry(const ea_problem *);
 
-#define DECLARE(build) entry ea_forward_##build, ea_backward_##build;
+#define DECLARE(build) entry ea_forward_##build, ea_backward_##build, ea_linear_##build, ea_linear_backward_##build;
 DECLARE(portable)
 #ifdef EA_HAVE_V3
 DECLARE(v3)
@@ -24,7 +24,7 @@ DECLARE(v4_bf16)
 typedef struct {
   const char *name;
   int (*runs_here)(void);
-  entry *forward, *backward;
+  entry *forward, *backward, *linear, *linear_backward;
 } build;
 
 static inline int always(void) { return 1; }
@@ -39,15 +39,15 @@ static inline int has_v4_bf16(void) { return has_v4() && HAS("avx512bf16"); }
 
 // The best last.
 static const build builds[] = {
-    {"portable", always, ea_forward_portable, ea_backward_portable},
+    {"portable", always, ea_forward_portable, ea_backward_portable, ea_linear_portable, ea_linear_backward_portable},
 #ifdef EA_HAVE_V3
-    {"x86-64-v3", has_v3, ea_forward_v3, ea_backward_v3},
+    {"x86-64-v3", has_v3, ea_forward_v3, ea_backward_v3, ea_linear_v3, ea_linear_backward_v3},
 #endif
 #ifdef EA_HAVE_V4
-    {"x86-64-v4", has_v4, ea_forward_v4, ea_backward_v4},
+    {"x86-64-v4", has_v4, ea_forward_v4, ea_backward_v4, ea_linear_v4, ea_linear_backward_v4},
 #endif
 #ifdef EA_HAVE_V4_BF16
-    {"x86-64-v4-bf16", has_v4_bf16, ea_forward_v4_bf16, ea_backward_v4_bf16},
+    {"x86-64-v4-bf16", has_v4_bf16, ea_forward_v4_bf16, ea_backward_v4_bf16, ea_linear_v4_bf16, ea_linear_backward_v4_bf16},
 #endif
 };
 
@@ -95,4 +95,6 @@ static const build *find(const char *name) {
 
 EXPORT void *ea_forward(const char *name) { return (void *)find(name)->forward; }
 EXPORT void *ea_backward(const char *name) { return (void *)find(name)->backward; }
+EXPORT void *ea_linear(const char *name) { return (void *)find(name)->linear; }
+EXPORT void *ea_linear_backward(const char *name) { return (void *)find(name)->linear_backward; }
 EXPORT void ea_set_openmp(void *gomp_parallel) { ea_use_openmp(gomp_parallel); }

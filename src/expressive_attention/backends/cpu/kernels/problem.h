@@ -6,7 +6,8 @@
 
 enum ea_dtype { EA_FLOAT32, EA_FLOAT64, EA_BFLOAT16, EA_FLOAT16, EA_BOOL, EA_NONE };
 
-enum ea_status { EA_OK, EA_NO_MEMORY };
+// EA_UNSAFE: a state in double could not hold what some row sees, and results are not to be used.
+enum ea_status { EA_OK, EA_NO_MEMORY, EA_UNSAFE };
 
 // Four dimensions (batch, head, row, column) of elements `stride` apart; 0 repeats an element.
 typedef struct {
@@ -15,7 +16,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "1"
+#define EA_VERSION "2"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
@@ -39,13 +40,17 @@ typedef struct {
   M(q, int64_t, dropout_threshold, ) M(d, double, keep, )                                           \
   M(q, const int64_t *, dropout_seeds, ) M(q, int64_t, dropout_batches, )                            \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
-  /* Contiguous. Normalizer, bias_max and their like are float, double for EA_FLOAT64. */               \
-  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, bias_max, )                            \
+  /* In linear time: cumulative log decays of keys (batch, head, key), of double, of so many heads; or no data */ \
+  M(q, int64_t, decay_heads, )                                                                      \
+  M(5q, ea_tensor, decay, )                                                                         \
+  /* Contiguous. Normalizer, bias_max and their like are float, double for EA_FLOAT64. */           \
+  M(q, void *, output, ) M(q, void *, normalizer, ) M(q, void *, bias_max, )                        \
   /* The rest is for the backward pass. */                                                          \
   M(5q, ea_tensor, grad_output, )                                                                   \
   M(q, const void *, grad_normalizer, ) /* or NULL */                                               \
   M(q, void *, grad_query, ) M(q, void *, grad_key, ) M(q, void *, grad_value, )                    \
   M(q, void *, grad_mask, )       /* or NULL; contiguous, of the dtype of the mask */               \
+  M(q, void *, grad_decay, )      /* or NULL; contiguous, of one double for each key of each state */ \
   M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */
 
 #define EA_DECLARE(format, type, name, size) type name size;

@@ -160,3 +160,10 @@ static void exponentials(REAL *x, int64_t n) {
   for (int64_t i = 0; i < n; i += V) store(x + i, exponential(load(x + i)));
 #endif
 }
+
+// exp of the smaller of x and 0.
+INLINE REAL exponential_of(REAL x) {
+  REAL room[V] = {x};
+  exponentials(room, 1);
+  return room[0];
+}

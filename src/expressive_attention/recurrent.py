@@ -1,0 +1,236 @@
+"""The squared form as a recurrence: what all keys so far amount to, in a size that does not grow with their number.
+
+    w_ij = (q_i . k_j)^2 exp(sum of the log decays of tokens after j),    o_i = sum_j w_ij v_j / sum_j w_ij
+
+A squared dot product is linear in the E (E + 1) / 2 distinct products of components: it is phi(q) . phi(k). So
+sum_j w_ij v_j = phi(q_i)^T sum_j phi(k_j) v_j^T, and a decoder has to keep no more than these sums. The scale cancels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends.linear.state import State
+
+__all__ = ["SquaredState"]
+
+# Keys that are added at a time: their products are in memory together.
+_CHUNK = 256
+
+_MAGIC = "expressive_attention.SquaredState"
+
+
+class SquaredState:
+    """Sums over the keys and values that attention in the squared form has seen so far.
+
+    Attributes:
+        sums: sum_j phi(k_j) v_j^T, ``(B, H, E (E + 1) / 2, Ev)``: products k_a k_b with a <= b, row by row of the upper
+            triangle.
+        moment: sum_j phi(k_j), ``(B, H, E (E + 1) / 2)``.
+        dim: E.
+
+    Sums are float32, or float64 where `dtype` says so. A head of 64 by 64 takes 0.54 MB in float32.
+
+    Args:
+        batch: B.
+        heads: H, heads of keys and values.
+        dim: E.
+        value_dim: Ev; default: E.
+        device: Where the sums are.
+        dtype: float32 or float64.
+
+    Raises:
+        ValueError: A size is not positive, or `dtype` is another one.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        dim: int,
+        value_dim: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        value_dim = dim if value_dim is None else value_dim
+        for name, size in (("batch", batch), ("heads", heads), ("dim", dim), ("value_dim", value_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.dim = dim
+        products = dim * (dim + 1) // 2
+        self.sums = torch.zeros(batch, heads, products, value_dim, device=device, dtype=dtype)
+        self.moment = torch.zeros(batch, heads, products, device=device, dtype=dtype)
+
+    def update(self, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> SquaredState:
+        """Add T keys and values, the earlier ones first.
+
+        Args:
+            key: ``(B, H, T, E)``, floating; computed in the dtype of the sums.
+            value: ``(B, H, T, Ev)``.
+            log_decay: ``(B, H, T)``, at most 0: before token t is added, all earlier ones are multiplied by
+                ``exp(log_decay_t)``. None: nothing decays.
+
+        Returns:
+            The state itself.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        batch, heads, _, width = self.sums.shape
+        tokens = key.shape[2] if key.ndim == 4 else 0
+        _check("key", key, (batch, heads, tokens, self.dim))
+        _check("value", value, (batch, heads, tokens, width))
+        if log_decay is not None:
+            _check("log_decay", log_decay, (batch, heads, tokens))
+        with torch.no_grad():
+            for start in range(0, tokens, _CHUNK):
+                part = slice(start, start + _CHUNK)
+                self._add(key[:, :, part], value[:, :, part], None if log_decay is None else log_decay[:, :, part])
+        return self
+
+    def _add(self, key: Tensor, value: Tensor, log_decay: Tensor | None) -> None:
+        key, value = key.to(self.sums.dtype), value.to(self.sums.dtype)
+        weight = None
+        if log_decay is not None:
+            since = log_decay.to(self.sums.dtype).cumsum(-1)
+            self.decay(since[..., -1])
+            weight = (since[..., -1:] - since).exp().unsqueeze(-1)
+            value = value * weight
+        if key.shape[2] == 1:
+            products = _products(key, self.dim)
+            self.sums += products.mT * value
+            self.moment += (products if weight is None else products * weight).squeeze(2)
+            return
+        batch, heads = key.shape[:2]
+        state = State(batch * heads, self.dim, value.shape[-1], self.sums)
+        state.add_(key.flatten(0, 1), value.flatten(0, 1), None if weight is None else weight.flatten(0, 1))
+        self.sums += state.distinct().unflatten(0, (batch, heads))
+        rows, columns = _triangle(self.dim, key.device)
+        self.moment += state.moment[:, rows, columns].unflatten(0, (batch, heads))
+
+    def attend(self, query: Tensor) -> Tensor:
+        """The output of queries that see all keys so far: sum_j w_ij v_j / sum_j w_ij, 0 where no key has weight.
+
+        Args:
+            query: ``(B, Hq, L, E)``, Hq a multiple of H.
+
+        Returns:
+            ``(B, Hq, L, Ev)`` in the dtype of `query`.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
+        batch, heads, _, _ = self.sums.shape
+        if query.ndim != 4 or query.shape[0] != batch or query.shape[1] % heads or query.shape[3] != self.dim:
+            raise ValueError(
+                f"query must have shape ({batch}, a multiple of {heads}, L, {self.dim}), got {tuple(query.shape)}"
+            )
+        # The size of a query cancels; its square must not leave the range of the sums.
+        size = query.abs().amax(-1, keepdim=True).to(self.sums.dtype)
+        unit = query.to(self.sums.dtype) / torch.where(size == 0, 1.0, size)
+        products = _products(unit.unflatten(1, (heads, -1)).flatten(2, 3), self.dim)
+        twice = (
+            2.0 - (torch.eye(self.dim, device=query.device, dtype=self.sums.dtype)[_triangle(self.dim, query.device)])
+        )
+        products = products * twice
+        total = (products * self.moment.unsqueeze(2)).sum(-1, keepdim=True)
+        output = (products @ self.sums) / torch.where(total <= 0, torch.inf, total)
+        return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(query.dtype)
+
+    def decay(self, log_factor: Tensor) -> SquaredState:
+        """Multiply all weights so far by ``exp(log_factor)``, ``(B, H)``.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
+        _check("log_factor", log_factor, tuple(self.sums.shape[:2]))
+        factor = log_factor.to(self.sums.dtype).exp().unsqueeze(-1)
+        self.moment *= factor
+        self.sums *= factor.unsqueeze(-1)
+        return self
+
+    def __add__(self, other: SquaredState) -> SquaredState:
+        """The state of the keys of both. Call `decay` of the earlier one before, if later keys make it decay."""
+        if not isinstance(other, SquaredState):
+            return NotImplemented
+        if self.sums.shape != other.sums.shape or self.dim != other.dim:
+            raise ValueError(
+                f"states of the same shape can be added, got {tuple(self.sums.shape)} and {tuple(other.sums.shape)}"
+            )
+        return self._of(self.sums + other.sums, self.moment + other.moment, self.dim)
+
+    def copy(self) -> SquaredState:
+        """A state that further updates of this one do not change."""
+        return self._of(self.sums.clone(), self.moment.clone(), self.dim)
+
+    def reorder(self, examples: Tensor) -> SquaredState:
+        """The state of these examples of the batch, ``(B',)`` of integers, as beam search asks for it."""
+        return self._of(self.sums[examples], self.moment[examples], self.dim)
+
+    @classmethod
+    def _of(cls, sums: Tensor, moment: Tensor, dim: int) -> SquaredState:
+        state = cls.__new__(cls)
+        state.sums, state.moment, state.dim = sums, moment, dim
+        return state
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, however many keys it has seen."""
+        return self.sums.nbytes + self.moment.nbytes
+
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors (extra `geometry` or `study`)."""
+        from safetensors.torch import save_file
+
+        save_file(
+            {"sums": self.sums.contiguous(), "moment": self.moment.contiguous()}, str(path), {_MAGIC: str(self.dim)}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> SquaredState:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: The file is something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                dim = (file.metadata() or {}).get(_MAGIC)
+                if dim is None:
+                    raise ValueError(f"path must be a file that SquaredState.save has written, got {str(path)!r}")
+                return cls._of(file.get_tensor("sums"), file.get_tensor("moment"), int(dim))
+        except SafetensorError as error:
+            raise ValueError(
+                f"path must be a file that SquaredState.save has written, got {str(path)!r}: {error}"
+            ) from None
+
+    def __repr__(self) -> str:
+        batch, heads, _, width = self.sums.shape
+        return (
+            f"SquaredState(batch={batch}, heads={heads}, dim={self.dim}, value_dim={width}, "
+            f"dtype={self.sums.dtype}, {self.nbytes / 1e6:.2f} MB)"
+        )
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(dim, dim, device=device)
+    return rows, columns
+
+
+def _products(x: Tensor, dim: int) -> Tensor:
+    """The distinct products of the components of x ``(..., E)``."""
+    rows, columns = _triangle(dim, x.device)
+    return x[..., rows] * x[..., columns]

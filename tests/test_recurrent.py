@@ -1,0 +1,106 @@
+"""The squared form as a recurrence, against the operator in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expressive_attention import expressive_attention
+from expressive_attention.recurrent import SquaredState
+
+
+def inputs(tokens: int = 300, dim: int = 20, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        torch.randn(3, 2 * heads, tokens, dim, dtype=torch.float64),
+        torch.randn(3, heads, tokens, dim, dtype=torch.float64),
+        torch.randn(3, heads, tokens, 7, dtype=torch.float64),
+    )
+
+
+def test_a_token_at_a_time_is_causal_attention():
+    query, key, value = inputs(tokens=12)
+    state = SquaredState(3, 2, 20, 7, dtype=torch.float64)
+    steps = []
+    for t in range(12):
+        state.update(key[:, :, t : t + 1], value[:, :, t : t + 1])
+        steps.append(state.attend(query[:, :, t : t + 1]))
+    expected = expressive_attention(query, key, value, is_causal=True, form="squared", enable_gqa=True)
+    torch.testing.assert_close(torch.cat(steps, 2), expected, rtol=0, atol=1e-10)
+
+
+def test_chunks_of_any_size_and_a_merger_give_the_same():
+    query, key, value = inputs()
+    expected = expressive_attention(query, key, value, form="squared", enable_gqa=True)
+    whole = SquaredState(3, 2, 20, 7, dtype=torch.float64).update(key, value)
+    parts = [SquaredState(3, 2, 20, 7, dtype=torch.float64) for _ in range(2)]
+    parts[0].update(key[:, :, :1], value[:, :, :1]).update(key[:, :, 1:100], value[:, :, 1:100])
+    parts[1].update(key[:, :, 100:], value[:, :, 100:])
+    for state in (whole, parts[0] + parts[1]):
+        torch.testing.assert_close(state.attend(query), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1, 7, 300])
+def test_decay_is_a_bias_of_the_squared_weights(step):
+    query, key, value = inputs()
+    log_decay = -torch.rand(3, 2, 300, dtype=torch.float64)
+    state = SquaredState(3, 2, 20, 7, dtype=torch.float64)
+    for start in range(0, 300, step):
+        part = slice(start, start + step)
+        state.update(key[:, :, part], value[:, :, part], log_decay[:, :, part])
+    since = log_decay.cumsum(-1)
+    bias = (since[..., -1:] - since).repeat_interleave(2, 1).unsqueeze(2)
+    expected = expressive_attention(query, key, value, bias, form="squared", enable_gqa=True)
+    torch.testing.assert_close(state.attend(query), expected, rtol=0, atol=1e-12)
+
+
+def test_the_size_of_a_query_cancels_and_no_key_gives_zero():
+    query, key, value = (x.float() for x in inputs())
+    state = SquaredState(3, 2, 20, 7)
+    assert state.attend(query).abs().max() == 0
+    state.update(key, value)
+    expected = state.attend(query)
+    for factor in (1e-30, 1e30):
+        torch.testing.assert_close(state.attend(query * factor), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(state.attend(torch.zeros_like(query)), torch.zeros(3, 4, 300, 7))
+
+
+def test_saved_copied_reordered(tmp_path):
+    query, key, value = inputs()
+    state = SquaredState(3, 2, 20, 7, dtype=torch.float64).update(key, value)
+    state.save(tmp_path / "state.safetensors")
+    loaded = SquaredState.load(tmp_path / "state.safetensors")
+    assert torch.equal(loaded.sums, state.sums)
+    assert torch.equal(loaded.moment, state.moment)
+    assert loaded.dim == 20
+    kept = state.copy()
+    state.update(key, value)
+    assert torch.equal(kept.sums, loaded.sums)
+    order = torch.tensor([2, 0])
+    torch.testing.assert_close(loaded.reorder(order).attend(query[order]), loaded.attend(query)[order])
+    (tmp_path / "other").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"path must be a file that SquaredState.save has written"):
+        SquaredState.load(tmp_path / "other")
+
+
+def test_size_of_a_head_of_64():
+    assert SquaredState(1, 1, 64).nbytes == 4 * 2080 * 65
+    assert repr(SquaredState(1, 1, 64)) == (
+        "SquaredState(batch=1, heads=1, dim=64, value_dim=64, dtype=torch.float32, 0.54 MB)"
+    )
+
+
+def test_wrong_arguments():
+    state = SquaredState(3, 2, 20, 7)
+    _, key, value = (x.float() for x in inputs())
+    for call, message in (
+        (lambda: state.update(key[0], value), r"key must have shape \(3, 2, 0, 20\)"),
+        (lambda: state.update(key, value[:, :, :5]), r"value must have shape \(3, 2, 300, 7\), got \(3, 2, 5, 7\)"),
+        (lambda: state.update(key, value, key), r"log_decay must have shape \(3, 2, 300\)"),
+        (lambda: state.attend(key[:, :1]), r"query must have shape \(3, a multiple of 2, L, 20\)"),
+        (lambda: state.decay(key), r"log_factor must have shape \(3, 2\)"),
+        (lambda: state + SquaredState(3, 2, 20), "states of the same shape"),
+        (lambda: SquaredState(3, 2, 0), "dim must be at least 1, got 0"),
+        (lambda: SquaredState(3, 2, 4, dtype=torch.float16), "dtype must be torch.float32 or torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
