@@ -70,7 +70,8 @@ def info() -> None:
         inputs = (torch.empty(1, 1, 1, 1, device=device) for device in devices)
         calls = [Call(x, x, x, None, Visibility(), 1.0, "expressive") for x in inputs]
         reasons = [module.declines(call) or "available" for call in calls]
-        backends.add_row(name, *reasons, f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "no")
+        order = f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "before them, where it is faster"
+        backends.add_row(name, *reasons, order)
     console.print(backends)
     console.print(_takers(devices))
     if cpu.library.LEFT_OUT:
