@@ -115,6 +115,8 @@ static int run(const void *problem) { return 0; }
 const char *ea_build_name(int i) { return i ? 0 : "portable"; }
 void *ea_forward(const char *name) { return (void *)run; }
 void *ea_backward(const char *name) { return (void *)run; }
+void *ea_linear(const char *name) { return (void *)run; }
+void *ea_linear_backward(const char *name) { return (void *)run; }
 void ea_set_openmp(void *function) {}
 const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
 """
@@ -125,7 +127,7 @@ const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
     [
         (None, False),
         (layout.LAYOUT, True),
-        (layout.LAYOUT.replace("1 ", "2 ", 1), False),
+        (layout.LAYOUT.replace("2 ", "1 ", 1), False),
         (layout.LAYOUT.replace("rows:q keys:q", "keys:q rows:q"), False),
         (layout.LAYOUT.replace("scale:d", "scale:q"), False),
     ],

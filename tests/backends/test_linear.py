@@ -284,3 +284,15 @@ def test_what_is_chosen_is_what_runs():
         chosen, linear, pairs = (expressive_attention(q, k, v, **options, backend=b) for b in (None, "linear", "cpu"))
     assert torch.equal(chosen, linear)
     assert not torch.equal(chosen, pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_automatic_choice_compiles_as_one_graph(dynamic, dtype):
+    def function(q, k, v):
+        return expressive_attention(q, k, v, is_causal=True, form="squared")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (8, 1500):  # all pairs, and linear time
+        q, k, v = torch.randn(3, 1, 2, length, 16).to(dtype).unbind(0)
+        torch.testing.assert_close(compiled(q, k, v), function(q, k, v))

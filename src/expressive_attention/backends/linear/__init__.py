@@ -76,7 +76,7 @@ def pays(call: Call) -> bool:
     in_chunks = 0 if seen.right is None else batch * heads * rows * _HALF_A_CHUNK * columns
     linear = (batch * heads * rows + states * keys) * products + in_chunks
     # A state is one thread's; rows are shared out more evenly.
-    threads = torch.get_num_threads()
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     linear *= -(-states // threads) * threads / states
     all_pairs = batch * heads * pairs * columns
     if query.dtype == torch.bfloat16 and library.chosen().name.endswith("bf16"):
