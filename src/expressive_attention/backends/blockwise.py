@@ -32,9 +32,6 @@ _TILE = 1 << 18
 _TILE_KEYS = 256
 _TILE_ROWS = 512
 
-# torch.bmm multiplies smaller matrices in a plain loop.
-_TINY = 400
-
 # A finite float32 normalizer above this lost no weight that counts to underflow, and none to overflow.
 _SAFE_NORMALIZER = 2.0**-80
 
@@ -58,7 +55,7 @@ def forward(call: Call) -> Result:
     """Output, normalizer and largest biases."""
     dtype = accumulation_dtype(call.query.dtype)
     finite = call if nonfinite.are_finite(call) else nonfinite.cleaned(call)
-    result = _forward(finite, torch.float64 if _is_tiny(call) else dtype)
+    result = _forward(finite, dtype)
     if _exceeds_float32(finite, result.normalizer):
         result = _forward(finite, torch.float64)
     if finite is not call:
@@ -239,12 +236,6 @@ def _set_part_along_(dq: Tensor, q: Tensor, product: Tensor, where: Tensor) -> N
     square = unit.square().sum(-1, keepdim=True)
     change = (product / size - (unit * dq).sum(-1, keepdim=True)) / torch.where(square == 0, 1.0, square)
     dq.add_(unit * torch.where(where, change, 0.0))
-
-
-def _is_tiny(call: Call) -> bool:
-    """Whether torch adds up the products of these matrices one after the other, which loses digits."""
-    rows, keys = call.query.shape[1] // max(1, call.key.shape[1]) * call.query.shape[2], call.key.shape[2]
-    return rows * keys * max(call.query.shape[3], call.value.shape[3]) < _TINY
 
 
 def _exceeds_float32(call: Call, normalizer: Tensor) -> bool:
