@@ -195,7 +195,7 @@ class Case:
         return {name: x.to("cpu", torch.float64) for name, x in zip(names, found, strict=True)}
 
     def roundings(self) -> dict[str, float]:
-        """What one rounding may change in each result.
+        """How much roundings may change each result.
 
         Of the terms that add up to the result, and, in the dtype of the sums, of those that add up to the scores:
         where these cancel, z is less exact than its own last digit, and so is what follows from z.
@@ -254,8 +254,8 @@ class Case:
 
         own = largest(total, a, ds, weight * g)
         of_scores = largest(dtotal, da, dds, dweight * g + weight * dg)
-        # A sum of n terms is rounded log2(n) times even if it is added up in pairs, and the reference may be lucky: where
-        # all terms are the same, it often makes no error at all.
+        # A sum of n terms is rounded log2(n) times even if it is added up in pairs. The reference may be lucky, above
+        # all where the terms are the same.
         count = max(self.query.shape[2], self.key.shape[2], 1)
         levels = max(1.0, math.log2(count) / 2)  # of half an eps each
         return {name: levels * self.eps(name) * own[name] + self.eps("normalizer") * of_scores[name] for name in own}
