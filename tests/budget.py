@@ -195,7 +195,7 @@ class Case:
         return {name: x.to("cpu", torch.float64) for name, x in zip(names, found, strict=True)}
 
     def roundings(self) -> dict[str, float]:
-        """How much roundings may change each result.
+        """What one rounding may change in each result.
 
         Of the terms that add up to the result, and, in the dtype of the sums, of those that add up to the scores:
         where these cancel, z is less exact than its own last digit, and so is what follows from z.
@@ -254,11 +254,7 @@ class Case:
 
         own = largest(total, a, ds, weight * g)
         of_scores = largest(dtotal, da, dds, dweight * g + weight * dg)
-        # A sum of n terms is rounded log2(n) times even if it is added up in pairs. The reference may be lucky, above
-        # all where the terms are the same.
-        count = max(self.query.shape[2], self.key.shape[2], 1)
-        levels = max(1.0, math.log2(count) / 2)  # of half an eps each
-        return {name: levels * self.eps(name) * own[name] + self.eps("normalizer") * of_scores[name] for name in own}
+        return {name: self.eps(name) * own[name] + self.eps("normalizer") * of_scores[name] for name in own}
 
     def eps(self, result: str) -> float:
         """The relative size of a rounding of a result; in float64, where the judge itself rounds, of several."""
@@ -301,7 +297,7 @@ class Judge:
         return {name: where.cpu() for name, where in hidden.items()}
 
     def check(self, name: str, got: dict[str, Tensor]) -> None:
-        """At most twice the error of the reference in the same dtype, plus the roundings of a sum in pairs."""
+        """At most twice the error of the reference in the same dtype, plus one rounding."""
         for result, want in self.exact.items():
             assert got[result].shape == want.shape, f"{name}, {result}"
             if want.numel() == 0:
