@@ -221,6 +221,7 @@ class Case:
         dbias = torch.zeros_like(z)
         if self.settings.get("alibi_slopes") is not None or self.log_decay is not None:
             dbias = torch.where(factor == 0, 0.0, bias.abs() + self.visibility_bias().abs() + bias_max.abs())
+            dbias = dbias.clamp(max=1e100)  # a judge that overflows refuses every result: 0 * inf
 
         def per_total(x: Tensor) -> Tensor:
             return x / torch.where(total == 0, torch.inf, total)

@@ -22,7 +22,8 @@ def strided(shape, dtype, layout, generator):
 
 
 @st.composite
-def problems(draw, largest=40):
+def problems(draw, largest=40, drops=False):
+    """With `drops`, most have dropout."""
     # Odd numbers, and those at which vectors and tiles are full.
     size = st.integers(1, largest) | st.sampled_from([n for n in (8, 16, 32, 48, 64, 128) if n <= 2 * largest])
     batch, kv_heads, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -63,7 +64,8 @@ def problems(draw, largest=40):
     }
     if draw(st.booleans()):
         options |= draw(visibilities(batch, heads, keys))
-    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.6]))
+    if drops:
+        options["dropout_p"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
     through_normalizer = size_of_bias == 1.0 and draw(st.booleans())  # it overflows with a large bias
     poison = draw(poisons) if draw(st.booleans()) else None
     return Case(query, key, value, mask, options, through_normalizer, poison)

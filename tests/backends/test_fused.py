@@ -18,13 +18,14 @@ def backend(request):
         yield name
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("part", range(8))
-def test_random_problems_within_budget(part):
-    """2,000 in all, in parts that the workers of pytest share."""
+def test_random_problems_within_budget(part, drops):
+    """4,000 in all, half of them with dropout, in parts that the workers of pytest share."""
 
     @seed(part)
     @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-    @given(problems(), st.integers(1, 5))
+    @given(problems(drops=drops), st.integers(1, 5))
     def check(case, threads):
         with threads_of_torch(threads):
             assert_within_budget(case, *FUSED, *(["reference"] if case.poison else []))

@@ -86,12 +86,16 @@ def tensors(dtype, *shapes, seed=0):
 SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(problems(largest=16), SIZES, SIZES)
-def test_random_problems_within_budget(case, forward, backward):
-    assume(case.query.dtype != torch.float64)
-    with tiles(forward, backward):
-        assert_within_budget(on_device(case), "triton")
+@pytest.mark.parametrize("drops", [False, True])
+def test_random_problems_within_budget(drops):
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(problems(largest=16, drops=drops), SIZES, SIZES)
+    def check(case, forward, backward):
+        assume(case.query.dtype != torch.float64)
+        with tiles(forward, backward):
+            assert_within_budget(on_device(case), "triton")
+
+    check()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
