@@ -51,14 +51,20 @@ def test_wrong_arguments_are_named(arguments, words):
     assert not done.stdout
 
 
-def test_a_wrong_result_gets_no_speed_up():
-    code = f"""
+# Lines that import the benchmark as a module `bench`; its name is that of a module of the standard library.
+LOAD = f"""
 import importlib.util, sys
 sys.path.append({str(FOLDER)!r})
 spec = importlib.util.spec_from_file_location("bench", {str(FOLDER / "operator.py")!r})
 bench = importlib.util.module_from_spec(spec)
 sys.argv, sys.path = [spec.origin], [{str(FOLDER)!r}, *sys.path]
 spec.loader.exec_module(bench)
+"""
+
+
+def test_a_wrong_result_gets_no_speed_up():
+    code = f"""
+{LOAD}
 from implementations import SDPA, Implementation, ours
 from problems import Problem
 import torch
@@ -78,13 +84,8 @@ for off in (1.0, 1.001, float("nan")):
 def test_dropout_biases_and_groups_are_checked():
     """An implementation that leaves them out gets no speed-up; ONNX Runtime is checked against softmax."""
     code = f"""
-import importlib.util, sys
+{LOAD}
 from dataclasses import replace
-sys.path.append({str(FOLDER)!r})
-spec = importlib.util.spec_from_file_location("bench", {str(FOLDER / "operator.py")!r})
-bench = importlib.util.module_from_spec(spec)
-sys.argv, sys.path = [spec.origin], [{str(FOLDER)!r}, *sys.path]
-spec.loader.exec_module(bench)
 from implementations import RIVALS, Implementation, ours
 from problems import Problem
 import torch

@@ -49,7 +49,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     bias = None if mask is None or mask.dtype == torch.bool else mask.to(dtype)
     keep = _visible(mask, call.diagonal, query, key)
     nan_rows = q.isnan().any(-1, keepdim=True)
-    # Of each key, whether it is no number, and whether its value has entries that are not finite.
+    # Two flags of each key: it is no number, and its value has entries that are not finite.
     broken = torch.cat([k.isnan().any(-1, keepdim=True), ~v.isfinite().all(-1, keepdim=True)], -1)
     v = v if keep is None else torch.where(v.isfinite(), v, 0.0)
     q, q_size = _unit(q)

@@ -123,8 +123,8 @@ class SelfAttention(nn.Module):
             x: Input ``(..., L, D)``.
             attn_mask: Broadcastable to ``(..., H, L, S)``: bool (True: takes part) or a bias in log-weight
                 space, together with causality.
-            cache: Of the positions before x, which x continues and is added to: S = ``cache.length`` + L. Without one,
-                S = L.
+            cache: Keys and values of the positions before x; those of x are added to it. Then
+                S = ``cache.length`` + L; without one, S = L.
 
         Raises:
             ValueError: A cache is given to attention that is not causal, or is full.

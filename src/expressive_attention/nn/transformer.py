@@ -188,7 +188,8 @@ class Transformer(nn.Module):
 
         Args:
             inputs: The tokens or vectors.
-            caches: One for each block, of the positions before `inputs`, which are added to them.
+            caches: Keys and values of the positions before `inputs`, one cache for each block; those of `inputs` are
+                added to them.
 
         Raises:
             ValueError: For more than `max_length` positions, where learned or relative ones are among the codes; or
@@ -223,7 +224,7 @@ class Transformer(nn.Module):
             steps: How many to add.
             temperature: Divides the logits; 0 takes the most likely token.
             top_k: Draw among the k most likely tokens.
-            generator: Of the random numbers.
+            generator: Source of the random numbers; None: torch's own.
 
         Raises:
             ValueError: An argument does not fit, the result would have more than `max_length` positions (as in

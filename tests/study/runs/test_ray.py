@@ -7,15 +7,14 @@ import sys
 import uuid
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
-from polars.testing import assert_frame_equal
 
 from expressive_attention.study.runs.engines import EngineError, LocalEngine, RayEngine
 from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.store import Store
+from tests.study.runs.stores import finished, same_results
 from tests.study.tiny import tiny, tiny_config, written
 from tests.waiting import wait_until
 
@@ -57,20 +56,6 @@ def make_store(directory):
     store = Store(directory)
     store.create(tiny(steps="400")).release()
     return store
-
-
-def finished(store):
-    return sorted(path.name for path in store.cells.glob("[!.]*"))
-
-
-def same_results(one, other):
-    assert finished(one) == finished(other)
-    for name in finished(one):
-        for table in ("seeds", "curves", "splits"):
-            frames = [pl.read_parquet(store.cells / name / f"{table}.parquet") for store in (one, other)]
-            assert_frame_equal(*frames, check_exact=True)
-        weights = [(store.cells / name / "weights.safetensors").read_bytes() for store in (one, other)]
-        assert weights[0] == weights[1]
 
 
 @pytest.fixture
@@ -116,7 +101,7 @@ def test_a_study_has_the_same_results_as_on_local_workers_though_workers_are_kil
     assert 1 <= len(killed) <= 2
     assert 1 <= len(display.notes) <= len(killed)
     assert all("its Ray worker was lost" in note for note in display.notes)
-    assert sorted(display.begun) == sorted(display.done) == finished(store)
+    assert sorted(display.begun) == sorted(display.done) == sorted(finished(store))
     # The first evaluations were not done again: checkpoints were gone on from.
     assert far
     assert all(display.steps[cell].count(10) == 1 for cell in far)
@@ -148,7 +133,7 @@ def test_a_driver_that_ends_in_the_middle_loses_no_finished_cell(local, tmp_path
         assert run.returncode == 130
         assert errors == f"stopped; finished cells are kept in {store.directory}: run the same command to resume\n"
     wait_until(lambda: not processes(mark))
-    before = {name: (store.cells / name).stat().st_ino for name in finished(store)}
+    before = finished(store)
     assert 2 <= len(before) < 6
     subprocess.run([*command, "--quiet"], check=True, capture_output=True)
     assert all((store.cells / name).stat().st_ino == inode for name, inode in before.items())

@@ -9,7 +9,6 @@ import time
 
 import polars as pl
 import pytest
-from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
@@ -21,6 +20,7 @@ from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
+from tests.study.runs.stores import finished, same_results
 from tests.study.tiny import tiny, tiny_config, written
 
 
@@ -51,10 +51,6 @@ def make_store(directory, **replaced):
     store = Store(directory)
     store.create(tiny(**replaced))
     return store
-
-
-def finished(store):
-    return {path.name: path.stat().st_ino for path in store.cells.glob("[!.]*")}
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +107,6 @@ def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path):
     assert "FileNotFoundError" in str(caught.value)
     assert len(display.notes) == 4  # no final cell without its tuning
     assert display.ended == 1
-
-
-def same_results(one, other):
-    """The finished cells of two stores are the same to the bit."""
-    assert finished(one).keys() == finished(other).keys()
-    for name in finished(one):
-        for table in ("seeds", "curves", "splits"):
-            frames = [pl.read_parquet(store.cells / name / f"{table}.parquet") for store in (one, other)]
-            assert_frame_equal(*frames, check_exact=True)
-        weights = [(store.cells / name / "weights.safetensors").read_bytes() for store in (one, other)]
-        assert weights[0] == weights[1]
 
 
 class Advances(Record):

@@ -22,7 +22,7 @@ static int backward_in_double(const ea_problem *p) {
 
 int ENTRY(ea_backward_double)(const ea_problem *p) { return run_backward(p); }
 
-// Of a state that double could not hold, no other arithmetic makes more.
+// There is no wider arithmetic for a state that double could not hold.
 static int linear_in_double(const ea_problem *p, int64_t task) {
   (void)p, (void)task;
   return EA_UNSAFE;

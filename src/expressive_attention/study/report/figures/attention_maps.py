@@ -21,8 +21,8 @@ def _draw(material: Material) -> Drawing | None:
         alternative=f"Mean attention weights of trained models of {material.names}.",
         note=(
             "Attention weights of trained models: rows are queries, columns keys, each row sums to 1; mean over "
-            "heads and test examples. Of each mechanism, the seed with the lowest and the one with the highest "
-            "accuracy (n\u00a0=\u00a01 each; no interval)."
+            "heads and test examples. Each mechanism has two: the seed with the lowest accuracy and the one with "
+            "the highest (n\u00a0=\u00a01 each; no interval)."
         ),
         groups=[
             Group(label, [_panel(found) for found in maps])
