@@ -145,6 +145,7 @@ def test_the_command_measures_all_ea_models_and_export_writes_them(run):
     assert CliRunner().invoke(app, ["study", "export", str(run.directory), "-f", "parquet"]).exit_code == 0
     assert pl.read_parquet(run.directory / "export" / "limit.parquet").equals(tables["limit"])
     assert pl.read_parquet(run.directory / "export" / "limit_heads.parquet").equals(tables["limit_heads"])
+    assert (run.directory / "export" / "config.toml").read_bytes() == (run.directory / "config.toml").read_bytes()
 
 
 def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):

@@ -5,6 +5,7 @@ import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from expressive_attention.study.analysis.claims import verdicts
 from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.estimators import mean_interval, wilson_interval
 from expressive_attention.study.analysis.significance import sign_flip_p
@@ -54,10 +55,12 @@ def test_the_summary_has_the_numbers_of_the_seeds(few):
 
 
 def test_tables_come_back_from_their_files_as_they_were(tmp_path):
-    results = make_results()
+    results = make_results(claims=("at_least_as_good", "lead_grows"))
     files = export_study(results, tmp_path / "out" / "there", ["csv", "parquet", "csv"])
     assert [path.name for path in files] == [
-        f"{name}.{ending}" for name in ("seeds", "curves", "splits", "summary") for ending in ("csv", "parquet")
+        f"{name}.{ending}"
+        for name in ("seeds", "curves", "splits", "summary", "verdicts")
+        for ending in ("csv", "parquet")
     ]
     for name in ("seeds", "curves", "splits"):
         table = getattr(results, name)
@@ -67,6 +70,9 @@ def test_tables_come_back_from_their_files_as_they_were(tmp_path):
     summary = pl.read_csv(tmp_path / "out" / "there" / "summary.csv", schema=SUMMARY_SCHEMA)
     assert summary.height == 6
     assert summary["difference"].drop_nulls().to_list() == [found.difference for found in comparisons(results)]
+    told = pl.read_parquet(tmp_path / "out" / "there" / "verdicts.parquet").rows(named=True)
+    assert told == [vars(verdict) for verdict in verdicts(results, results.claims)]
+    assert [row["claim"] for row in told] == list(results.claims)
 
 
 def test_latex_has_a_row_per_mechanism_and_rules_of_booktabs(few):

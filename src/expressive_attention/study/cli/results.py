@@ -66,21 +66,26 @@ def export(
         typer.Option("--format", "-f", metavar="csv|parquet|latex", help="May be given several times.  [default: csv]"),
     ] = None,
 ) -> None:
-    """Write a study's results as files: tables of seeds, curves, splits and a summary; LaTeX has the summary alone."""
+    """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
+
+    The study's configuration is written beside them.
+    """
     from ..analysis.limit import limit_tables
+    from ..files import write_atomically
     from ..report.export import export_study
     from ..runs.results import collect
     from ..runs.store import Store
 
     with one_line_errors():
-        store = Store(directory)
+        store, folder = Store(directory), out or directory / "export"
         results = collect(store)
         try:
             tables = limit_tables(results, store)
-            files = export_study(results, out or directory / "export", formats or ["csv"], tables)
+            files = export_study(results, folder, formats or ["csv"], tables)
         except ValueError as error:
             fail(str(error))
-    for file in files:
+        write_atomically(folder / "config.toml", store.config()[1].encode())
+    for file in [*files, folder / "config.toml"]:
         typer.echo(file)
     if results.unfinished:
         typer.echo(f"{len(results.unfinished)} cells are not finished, and not in it", err=True)

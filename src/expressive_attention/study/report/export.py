@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from ..analysis.claims import verdicts
 from ..analysis.comparisons import BASELINE, Comparison, comparisons
 from ..analysis.estimators import LEVEL, Interval
 from ..analysis.summaries import Summary, summaries
@@ -16,7 +17,7 @@ from ..analysis.wording import mechanism_name
 from ..files import write_atomically
 from ..runs.results import StudyResults
 
-__all__ = ["FORMATS", "SUMMARY_SCHEMA", "export_study", "latex_table", "summary_table"]
+__all__ = ["FORMATS", "SUMMARY_SCHEMA", "export_study", "latex_table", "summary_table", "verdict_table"]
 
 FORMATS = ("csv", "parquet", "latex")
 
@@ -86,7 +87,7 @@ def export_study(
     """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
-    `StudyResults`, and ``summary``.
+    `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``.
 
     Args:
         results: Results of the study.
@@ -108,7 +109,10 @@ def export_study(
     tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits", "examples")}
     if results.examples.is_empty():
         del tables["examples"]
-    tables |= {"summary": summary_table(results), **(more or {})}
+    tables |= {"summary": summary_table(results)}
+    if results.claims:
+        tables["verdicts"] = verdict_table(results)
+    tables |= more or {}
     files: dict[str, bytes] = {}
     for name, table in tables.items():
         if "csv" in formats:
@@ -122,6 +126,11 @@ def export_study(
     for name, content in files.items():
         write_atomically(directory / name, content)
     return [directory / name for name in files]
+
+
+def verdict_table(results: StudyResults) -> pl.DataFrame:
+    """A row for each claim of the study; columns are the attributes of `Verdict`."""
+    return pl.DataFrame([vars(verdict) for verdict in verdicts(results, results.claims)])
 
 
 def summary_table(results: StudyResults) -> pl.DataFrame:

@@ -1,5 +1,27 @@
 // One allocation, shared out in pieces.
+#ifdef _WIN32
+#include <malloc.h>
+#else
 #include <stdlib.h>
+#endif
+
+// Memory that starts on a cache line; NULL: there is not enough. To be given back by `release`.
+static void *allocate(int64_t bytes) {
+#ifdef _WIN32
+  return _aligned_malloc((size_t)bytes, 64);
+#else
+  void *memory;
+  return posix_memalign(&memory, 64, (size_t)bytes) == 0 ? memory : NULL;
+#endif
+}
+
+static void release(void *memory) {
+#ifdef _WIN32
+  _aligned_free(memory);
+#else
+  free(memory);
+#endif
+}
 
 typedef struct {
   char *memory;  // NULL: only count

@@ -704,7 +704,7 @@ static int backward_once(const ea_problem *p, int may_use_pairs) {
   void *memory = NULL;
   // Twice: first to count.
   for (int i = 0; i < 2; i++) {
-    if (i == 1 && posix_memalign(&memory, 64, (size_t)a.used) != 0) return EA_NO_MEMORY;
+    if (i == 1 && !(memory = allocate(a.used))) return EA_NO_MEMORY;
     a = (arena){memory, 0};
     run.rooms = take(&a, most(1, least(p->threads, most(tasks, p->batch * p->kv_heads * plan->row_blocks))) * run.room_bytes);
     run.numbers.normalizer = take(&a, rows * sizeof(REAL));
@@ -721,17 +721,17 @@ static int backward_once(const ea_problem *p, int may_use_pairs) {
   }
   share_out(&run, numbers_thread, p->batch * p->kv_heads * plan->row_blocks);
   if (run.unsafe) {
-    free(memory);
+    release(memory);
     return backward_in_double(p);
   }
   share_out(&run, backward_thread, tasks);
   if (run.left_pairs) {
-    free(memory);
+    release(memory);
     return backward_once(p, 0);
   }
   if (plan->parts > 1) share_out(&run, merge_thread, p->batch * p->heads);
   if (sum_mask) write_mask_sums(p, run.mask_sums, mask_numbers);
-  free(memory);
+  release(memory);
   return EA_OK;
 }
 

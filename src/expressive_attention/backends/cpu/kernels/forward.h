@@ -307,8 +307,8 @@ static int run_forward(const ea_problem *p) {
   forward_room room;
   run.room_bytes = lay_out_forward(p, plan, NULL, &room);
   int64_t partial_bytes = plan->parts > 1 ? plan->parts * all_rows * (plan->value_columns + 1) * sizeof(REAL) : 0;
-  void *memory;
-  if (posix_memalign(&memory, 64, (size_t)(threads * run.room_bytes + partial_bytes)) != 0) return EA_NO_MEMORY;
+  void *memory = allocate(threads * run.room_bytes + partial_bytes);
+  if (!memory) return EA_NO_MEMORY;
   run.rooms = memory;
   run.partial = (REAL *)(run.rooms + threads * run.room_bytes);
   ea_parallel(forward_thread, &run, threads);
@@ -316,6 +316,6 @@ static int run_forward(const ea_problem *p) {
     lay_out_forward(p, plan, run.rooms, &room);
     merge_parts(&run, &room);
   }
-  free(memory);
+  release(memory);
   return run.status;
 }

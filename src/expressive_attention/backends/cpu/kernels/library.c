@@ -2,6 +2,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "features.h"
 #include "problem.h"
 #include "threads.h"
 
@@ -26,16 +27,6 @@ typedef struct {
   int (*runs_here)(void);
   entry *forward, *backward, *linear, *linear_backward;
 } build;
-
-static inline int always(void) { return 1; }
-#ifdef __x86_64__
-#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
-static inline int has_v3(void) { return HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2"); }
-static inline int has_v4(void) {
-  return has_v3() && HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl");
-}
-static inline int has_v4_bf16(void) { return has_v4() && HAS("avx512bf16"); }
-#endif
 
 // The best last.
 static const build builds[] = {

@@ -348,10 +348,10 @@ static int run_linear(const ea_problem *p, int64_t first, int64_t end) {
   run.queue = (ea_queue){.count = tasks, .chunk = 1};
   linear_room room;
   run.room_bytes = lay_out_linear(p, &run.plan, NULL, &room);
-  void *memory;
-  if (posix_memalign(&memory, 64, (size_t)(threads * run.room_bytes)) != 0) return EA_NO_MEMORY;
+  void *memory = allocate(threads * run.room_bytes);
+  if (!memory) return EA_NO_MEMORY;
   run.rooms = memory;
   ea_parallel(linear_thread, &run, threads);
-  free(memory);
+  release(memory);
   return run.status;
 }

@@ -525,11 +525,11 @@ static int run_linear_backward(const ea_problem *p, int64_t first, int64_t end) 
   linear_backward_room room;
   run.room_bytes = round_up(lay_out_linear_backward(p, &run.plan, NULL, &forward, &room), 64);
   int64_t numbers = 2 * tasks * state_rows * (int64_t)sizeof(REAL);
-  void *memory;
-  if (posix_memalign(&memory, 64, (size_t)(threads * run.room_bytes + numbers)) != 0) return EA_NO_MEMORY;
+  void *memory = allocate(threads * run.room_bytes + numbers);
+  if (!memory) return EA_NO_MEMORY;
   run.rooms = memory;
   run.numbers = (REAL *)(run.rooms + threads * run.room_bytes);
   ea_parallel(linear_backward_thread, &run, threads);
-  free(memory);
+  release(memory);
   return run.status;
 }

@@ -51,8 +51,8 @@ static int one_row_weights(const ea_problem *p, const row_span *row, one_row_roo
 // Row `index` of a key head; its normalizer goes to *normalizer.
 static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL *normalizer) {
   one_row_room room;
-  void *memory;
-  if (posix_memalign(&memory, 64, (size_t)lay_out_one_row(p, NULL, &room)) != 0) return EA_NO_MEMORY;
+  void *memory = allocate(lay_out_one_row(p, NULL, &room));
+  if (!memory) return EA_NO_MEMORY;
   lay_out_one_row(p, memory, &room);
   row_span row;
   place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
@@ -74,6 +74,6 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / ((total == 0 ? 1 : total) * p->keep));
   write_results(p, &row, room.output, (REAL)total);
   *normalizer = (REAL)total;
-  free(memory);
+  release(memory);
   return EA_OK;
 }
