@@ -1,0 +1,122 @@
+"""Fills the tables of docs/findings.md and docs/protocol.md from results/.
+
+    .venv/bin/python docs/findings.py [--write]
+
+A table stands between the lines `<!-- KIND: PRESET -->` and `<!-- end -->`. KIND is `comparisons` (a row per condition,
+EA against DPA), `accuracies` (a row per condition, a column per mechanism) or `verdicts` (a row per claim). Without
+`--write`, the exit status says whether the pages hold what results/ says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from expressive_attention.study.analysis.wording import mechanism_name
+
+ROOT = Path(__file__).parents[1]
+PAGES = tuple(ROOT / "docs" / name for name in ("findings.md", "protocol.md"))
+_TABLE = re.compile(r"<!-- (\w+): (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def filled(page: str) -> str:
+    """The page with all tables as results/ has them."""
+    return _TABLE.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->\n{_KINDS[found[1]](found[2])}<!-- end -->", page)
+
+
+def share(value: float) -> str:
+    """``.998``, ``1.000``."""
+    return re.sub("^0", "", f"{value:.3f}")
+
+
+def signed(value: float) -> str:
+    """``+.300``."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def between(row: Row, name: str) -> str:
+    """A difference with its interval, ``+.300 (+.168 to +.402)``."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    ends = "seeds do not differ" if low is None else f"{signed(low)} to {signed(high)}"
+    return f"{signed(row[name])} ({ends})"
+
+
+def probability(p: float) -> str:
+    """``.020``, ``< .001``, ``1``."""
+    return "< .001" if p < 0.0005 else "1" if p > 0.9995 else share(p)
+
+
+def solved(row: Row) -> str:
+    """``15/16, .998``."""
+    return f"{row['solved']}/{row['n']}, {share(row['accuracy'])}"
+
+
+def by_condition(preset: str) -> list[tuple[str, dict[str, Row]]]:
+    """The rows of the summary: conditions in the study's order, mechanisms of each by name."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in pl.read_parquet(ROOT / "results" / preset / "summary.parquet").iter_rows(named=True):
+        found.setdefault(row["condition"], {})[row["mechanism"]] = row
+    return list(found.items())
+
+
+def _comparisons(preset: str) -> str:
+    head = ["condition", "EA solved, accuracy", "DPA solved, accuracy", "EA - DPA (95% interval)", "p, Holm"]
+    head += ["steps before solving, EA and DPA"]
+    rows = []
+    for condition, found in by_condition(preset):
+        ea, dpa = found["expressive"], found["dot_product"]
+        p = "not counted" if ea["untested"] else probability(ea["p"])
+        difference = between(ea, "difference")
+        if ea["p"] is not None and ea["p"] < 0.05 and abs(ea["difference"]) >= 0.01:
+            difference = f"**{difference}**"
+        rows.append([condition, solved(ea), solved(dpa), difference, p, f"{ea['steps']:.0f}, {dpa['steps']:.0f}"])
+    return _table(head, rows)
+
+
+def _accuracies(preset: str) -> str:
+    conditions = by_condition(preset)
+    mechanisms = list(conditions[0][1])
+    rows = [[condition, *(solved(found[name]) for name in mechanisms)] for condition, found in conditions]
+    return _table(["condition", *map(mechanism_name, mechanisms)], rows)
+
+
+def _verdicts(preset: str) -> str:
+    found = pl.read_parquet(ROOT / "results" / preset / "verdicts.parquet").iter_rows(named=True)
+    rows = [[row["question"], f"**{row['answer']}**", row["effect"] or row["where"], row["n"]] for row in found]
+    return _table(["question", "answer", "effect", "n"], rows)
+
+
+_KINDS: dict[str, Callable[[str], str]] = {
+    "comparisons": _comparisons,
+    "accuracies": _accuracies,
+    "verdicts": _verdicts,
+}
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def main() -> int:
+    """The exit status."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(page)
+            if "--write" in sys.argv[1:]:
+                page.write_text(new, encoding="utf-8")
+    print("\n".join(f"{page.relative_to(ROOT)} differs from results/" for page in stale) or "all tables are up to date")
+    return int(bool(stale) and "--write" not in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
