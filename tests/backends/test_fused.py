@@ -216,6 +216,18 @@ def test_a_key_with_score_zero_hides_no_others_behind_its_bias(name, best, dtype
         torch.testing.assert_close(own, x, rtol=near, atol=near * float(x.abs().max()) + 1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "best"), [(torch.float32, 34.0), (torch.float32, -20.0), (torch.float64, 34.0)])
+def test_a_key_with_score_zero_takes_no_digits_from_smaller_biases(backend, dtype, best):
+    """The difference of two biases is rounded, and by more where they are far apart."""
+    q, k, v = (torch.randn(1, 1, n, 1, dtype=dtype) for n in (300, 2, 2))
+    k[:, :, 0] = 0.0
+    bias = torch.randn(300, 2, dtype=dtype) + torch.tensor([best, best - 26.0])
+    case = Case(q, k, v, bias, through_normalizer=False)
+    got, exact = case.results(backend)["normalizer"], case.results("reference", torch.float64)["normalizer"]
+    torch.testing.assert_close(got, exact, rtol=6 * torch.finfo(dtype).eps, atol=0)
+    assert_within_budget(case, backend)
+
+
 @pytest.mark.parametrize("form", ["expressive", "squared"])
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 1e3])
 def test_gradients_along_the_query(backend, size, form):

@@ -522,6 +522,17 @@ def test_rows_of_zero_scores_have_no_normalizer_whatever_their_biases(zero):
     assert all(x.eq(0).all() for x in results)
 
 
+def test_a_key_with_score_zero_takes_no_digits_from_smaller_biases():
+    q, k, v = tensors(torch.float32, (1, 1, 300, 1), (1, 1, 2, 1), (1, 1, 2, 1))
+    k[:, :, 0] = 0.0
+    (bias,) = tensors(torch.float32, (300, 2), seed=1)
+    bias += torch.tensor([34.0, 8.0], device=DEVICE)
+    case = Case(q, k, v, bias, through_normalizer=False)
+    got, exact = case.results("triton")["normalizer"], case.results("reference", torch.float64)["normalizer"]
+    torch.testing.assert_close(got, exact, rtol=6 * torch.finfo(torch.float32).eps, atol=0)
+    judge(q, k, v, bias, through_normalizer=False)
+
+
 @pytest.mark.parametrize("score", [1e-18, 1e-12])
 def test_biases_that_make_up_for_tiny_scores(score):
     """No weight is beyond float32 before both of its factors are known."""

@@ -57,6 +57,7 @@ __all__ = [
     "positions",
     "product",
     "quotient",
+    "rounding_of_difference",
     "scaled",
     "seen",
     "sees",
@@ -438,10 +439,22 @@ def seen(tile, visible, MASK: tl.constexpr):
 
 
 @triton.jit
+def rounding_of_difference(a, b, difference):
+    """What is missing in the rounded difference of a and b."""
+    rounded = difference - a
+    return (a - (difference - rounded)) - (b + rounded)
+
+
+@triton.jit
 def biased(x, tile, bias_max, MASK: tl.constexpr):
-    """Weights or derivatives x times exp(bias - bias_max)."""
+    """Weights or derivatives x times exp(bias - bias_max).
+
+    The rounding of the difference counts where the largest bias is that of a key with score 0, far above the others.
+    """
     if MASK >= FLOAT:
-        x = x * tl.exp(tile - bias_max)
+        difference = tile - bias_max
+        rounding = rounding_of_difference(tile, bias_max, difference)
+        x = x * tl.exp(difference) * (1.0 + tl.where(tl.abs(difference) < 1000.0, rounding, 0.0))
     return x
 
 

@@ -35,6 +35,7 @@ from .tiles import (
     positions,
     product,
     quotient,
+    rounding_of_difference,
     scaled,
     seen,
     sees,
@@ -211,8 +212,7 @@ def wide_kernel(
         bias_max = tl.where(exponent + shift < -120, tl.minimum(bias_max, lower), bias_max)
         difference = row_bias_max - bias_max
         factor, shift = exponential(difference)
-        rounded = difference - row_bias_max
-        rounding = (row_bias_max - (difference - rounded)) - (bias_max + rounded)
+        rounding = rounding_of_difference(row_bias_max, bias_max, difference)
         factor, exponent = factor * (1.0 + rounding), exponent + shift
     if BACKWARD:
         tl.store(lost + program // tiles, tl.maximum(state, 1))
