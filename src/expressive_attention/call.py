@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from .masks import join_masks
 
 __all__ = [
-    "FORMS",
     "Backend",
     "Call",
     "Gradients",
@@ -28,7 +27,6 @@ __all__ = [
     "Visibility",
     "accumulation_dtype",
     "backward",
-    "check_form",
     "differentiated_by_func",
     "empty_bias_max",
     "forward",
@@ -36,14 +34,6 @@ __all__ = [
     "outline",
     "reason_to_decline",
 ]
-
-FORMS = ("expressive", "squared")
-
-
-def check_form(form: str) -> None:
-    """Raise ValueError if `form` is none of `FORMS`."""
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

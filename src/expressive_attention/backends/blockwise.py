@@ -22,6 +22,7 @@ from ..call import (
     differentiated_by_func,
     empty_bias_max,
 )
+from ..forms import weight_, weight_and_half_derivative_
 from ..masks import row_bias_max
 from . import dropout, nonfinite
 
@@ -82,9 +83,7 @@ def _forward(call: Call, dtype: torch.dtype) -> Result:
             """Add the sums of all keys. Return whether a key with the score 0 may have the largest bias of a row."""
             may_be_weightless = False
             for columns in tile.key_ranges(k.shape[-2], diagonal):
-                weight = _scores(q_tile, tile.keys(k, columns)).square_()
-                if form == "expressive":
-                    weight.div_(weight + 1.0)
+                weight = weight_(_scores(q_tile, tile.keys(k, columns)).square_(), form)
                 factor = _mask_factor(mask, tile, columns, tile_max)
                 may_be_weightless = may_be_weightless or _has_weightless_maximum(tile.grid(weight), factor)
                 _apply_mask_(tile.grid(weight), factor, tile, columns, diagonal)
@@ -166,14 +165,9 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
 
         def products(columns: slice, tile_max: Tensor | None, tile=tile, q_tile=q_tile, u=u) -> tuple[Tensor, ...]:
             """w, f'(z) exp(bias) / 2, u . v and f of a tile of keys; without f in the squared form."""
-            z = _scores(q_tile, tile.keys(k, columns))
-            # The operations of the forward pass, so that a weight over the sum of its row is the same number.
-            weight, half_derivative, f = z * z, z, ()
-            if form == "expressive":
-                denominator = weight + 1.0
-                weight.div_(denominator)
-                half_derivative.div_(denominator).div_(denominator)
-                f = (weight.clone(),)
+            # The bits of the forward pass, so that a weight over the sum of its row is the same number.
+            weight, half_derivative = weight_and_half_derivative_(_scores(q_tile, tile.keys(k, columns)), form)
+            f = (weight.clone(),) if form == "expressive" else ()
             factor = _mask_factor(mask, tile, columns, tile_max)
             for x in (weight, half_derivative):
                 _apply_mask_(tile.grid(x), factor, tile, columns, diagonal)
