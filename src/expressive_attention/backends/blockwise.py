@@ -81,7 +81,7 @@ def _forward(call: Call, dtype: torch.dtype) -> Result:
 
         def add(tile_max: Tensor | None, tile=tile, q_tile=q_tile, out_tile=out_tile, total_tile=total_tile) -> bool:
             """Add the sums of all keys. Return whether a key with the score 0 may have the largest bias of a row."""
-            may_be_weightless = False
+            may_be_weightless = k.shape[-2] == 0  # a mask that is repeated for all keys has biases even so
             for columns in tile.key_ranges(k.shape[-2], diagonal):
                 weight = weight_(_scores(q_tile, tile.keys(k, columns)).square_(), form)
                 factor = _mask_factor(mask, tile, columns, tile_max)
