@@ -16,7 +16,7 @@ from torch._decomp import register_decomposition
 from . import ops as ops  # which defines the operator
 from .backends import reference
 from .backends.dropout import kept_weights
-from .call import accumulation_dtype, lower
+from .call import accumulation_dtype, lower_whole
 from .forms import weight as weight_of
 from .schema import unflatten
 
@@ -39,7 +39,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     (z / m)^2 / (1 + z^2), which a row of small scores does not underflow. All arithmetic is on finite numbers, as in
     the reference: rows that see others are made NaN in the end.
     """
-    call = lower(unflatten(arguments)[0], reference)
+    call = lower_whole(unflatten(arguments)[0], reference)
     query, key, value, mask, _, scale, form, dropout_p, *_ = call
     dtype = accumulation_dtype(query.dtype)
     limits = torch.finfo(dtype)
