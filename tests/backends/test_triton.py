@@ -265,6 +265,13 @@ def test_packed_sequences_have_the_bits_of_each_alone(options, dtype):
     assert all(x.numel() and x.abs().max() == 0 for x in beside)
 
 
+@pytest.mark.parametrize("right", [13, 14, 15, 16])
+def test_the_band_that_a_row_sees_ends_anywhere_in_a_tile_of_keys(right):
+    q, k, v = tensors(torch.float32, (1, 1, 18, 8), (1, 1, 40, 8), (1, 1, 40, 8))
+    with tiles((16, 16), (16, 16)):
+        judge(q, k, v, None, {"window_size": (16 - right, right)})
+
+
 @pytest.mark.parametrize("size", [2**28, 2**30 - 1, 2**31 - 1, 2**62])
 @pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
 def test_windows_that_are_wider_than_everything(size, alignment):
