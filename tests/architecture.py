@@ -15,7 +15,7 @@ PAGE = ROOT / "ARCHITECTURE.md"
 
 # A room imports rooms further up, and none further down.
 ROOMS = {
-    "call": ("call", "masks"),
+    "call": ("call", "forms", "masks"),
     "backends": ("backends",),
     "ops": ("ops", "schema", "flops", "sharding", "decomposition"),
     "functional": ("functional", "varlen", "nested", "recurrent", "checks", "overrides", "call_log"),

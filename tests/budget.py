@@ -57,9 +57,16 @@ def threads_of_torch(count: int) -> Iterator[None]:
 @contextmanager
 def drawing() -> Iterator[None]:
     """The same random numbers for every call inside of the block, and others after it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    # Not by torch.manual_seed and fork_rng, which take longer than a small problem.
+    generators = [torch.default_generator, *torch.cuda.default_generators]
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 @dataclass

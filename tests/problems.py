@@ -22,11 +22,11 @@ def strided(shape, dtype, layout, generator):
 
 
 @st.composite
-def problems(draw, largest=40, drops=False):
-    """With `drops`, most have dropout."""
+def problems(draw, largest=40, drops=False, batches=3, kv_heads=3):
+    """Of sizes up to `largest`, or twice that where vectors are full; with `drops`, most have dropout."""
     # Odd numbers, and those at which vectors and tiles are full.
     size = st.integers(1, largest) | st.sampled_from([n for n in (8, 16, 32, 48, 64, 128) if n <= 2 * largest])
-    batch, kv_heads, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    batch, kv_heads, groups = draw(st.integers(0, batches)), draw(st.integers(1, kv_heads)), draw(st.integers(1, 3))
     length, keys = (draw(st.integers(0, 4) | size) for _ in range(2))
     e, ev = draw(size), draw(size)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))

@@ -71,6 +71,24 @@ def worker(rank, address):
 
         compare(mesh, with_pattern, [*inputs, lengths, slopes], 0, 0)
 
+        def with_decay(q, k, v, decay):
+            return expressive_attention(q, k, v, **options, form="squared", log_decay=-decay, backend="linear")
+
+        for dim, decay in ((0, torch.rand(4, 2, 6)), (1, torch.rand(4, 2, 6)), (1, torch.rand(4, 4, 6))):
+            compare(mesh, with_decay, [*inputs, decay], dim, dim)
+
+        def masked(q, k, v, keep):
+            return expressive_attention(q, k, v, keep, **options)
+
+        for dim, shape in ((0, (4, 1, 5, 6)), (1, (1, 4, 5, 6)), (1, (5, 6))):
+            compare(mesh, masked, [*inputs, torch.rand(shape) < 0.7], dim, dim)
+
+        def dropping(q, k, v):
+            torch.manual_seed(3)
+            return expressive_attention(q, k, v, None, 0.5, **options)
+
+        compare(mesh, dropping, inputs, None, None)
+
         from torch.distributed.tensor import DTensor
 
         starts = torch.tensor([0, 2, 9])
@@ -100,4 +118,6 @@ def test_groups_that_a_mesh_would_cut():
     assert _even(2, (4, 2))  # four do not fit, two do
     assert _even(8, (4, 2))
     assert not _even(6, (4, 2))
+    assert _even(6, (2, 3))
+    assert not _even(6, (2, 2))  # over both, they would be cut
     assert not _even(3, (2,))

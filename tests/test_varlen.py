@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
+from expressive_attention.backends import blockwise
+from expressive_attention.call import Call, Visibility, lower
 from tests.budget import FUSED, ON_CPU
 from tests.packed import packed_problems
 
@@ -236,3 +238,27 @@ def test_vmap_is_refused():
     q, k, v = (torch.stack([x, x]) for x in packed())
     with pytest.raises(NotImplementedError, match="vmap over sequences of variable length"):
         torch.vmap(lambda *x: expressive_attention_varlen(*x, CU_Q, CU_K, 7, 9))(q, k, v)
+
+
+def test_one_place_splits_them():
+    """A part of each sequence where the backend takes none together, with what it does not know in a mask."""
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in packed())
+    seen = Visibility(
+        right=0, left=2, lower_right=True, query_starts=CU_Q, key_starts=CU_K, longest_query=9, longest_key=9
+    )
+    call = Call(q, k, v, None, seen, 0.5, "expressive")
+    parts = lower(call, blockwise)
+    found = [(x.rows.start, x.rows.stop, x.keys.start, x.keys.stop) for x in parts]
+    assert found == [
+        (a, b, c, d) for a, b, c, d in zip(CU_Q[:-1], CU_Q[1:], CU_K[:-1], CU_K[1:], strict=True)
+    ]  # fmt: skip
+    for part, (rows, keys) in zip(parts, LENGTHS, strict=True):
+        place, key = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)
+        visible = part.call.attn_mask[0, 0] & (key <= torch.arange(rows)[:, None] + part.call.diagonal)
+        assert torch.equal(visible, (key <= place) & (key >= place - 2))
+        assert part.call.visibility.is_diagonal()
+    one = Call(q, k, v, None, Visibility(right=0), 0.5, "expressive")
+    (part,) = lower(one, blockwise)
+    assert part.call is one
+    (part,) = lower(one.but(visibility=Visibility(left=2)), blockwise)
+    assert part.call.attn_mask.shape == (1, 1, ROWS, KEYS)

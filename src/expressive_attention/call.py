@@ -1,9 +1,9 @@
-"""A call as one object, the backends that run it, and the one place that makes masks.
+"""A call as one object, the backends that run it, and the one place that makes masks and splits packed sequences.
 
 Inside the library every call has one shape: query ``(B, Hq, L, E)``, key ``(B, Hkv, S, E)``, value
 ``(B, Hkv, S, Ev)`` with ``Hq % Hkv == 0``, and a mask ``(B | 1, Hq | 1, L | 1, S | 1)`` or None. A `Visibility` says
 which keys a query sees, the mask aside. Every backend knows a diagonal. Where it does not know all of a visibility, it
-declines the call: then `lower` says the same by a mask, and `forward` and `backward` run packed sequences one by one.
+declines the call: then `lower` says the same by a mask, and makes a part of each of the packed sequences.
 """
 
 from __future__ import annotations
@@ -19,31 +19,23 @@ from torch.autograd import forward_ad
 from .masks import join_masks
 
 __all__ = [
-    "FORMS",
     "Backend",
     "Call",
     "Gradients",
+    "Part",
     "Result",
     "Upstream",
     "Visibility",
     "accumulation_dtype",
     "backward",
-    "check_form",
     "differentiated_by_func",
     "empty_bias_max",
     "forward",
     "lower",
+    "lower_whole",
     "outline",
     "reason_to_decline",
 ]
-
-FORMS = ("expressive", "squared")
-
-
-def check_form(form: str) -> None:
-    """Raise ValueError if `form` is none of `FORMS`."""
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -329,8 +321,38 @@ def reason_to_decline(call: Call, backend: Backend) -> str | None:
     return None if backend.declines(masked) is None else reason
 
 
-def lower(call: Call, backend: Backend) -> Call:
-    """The call as the backend takes it: where it declines the visibility or decays, a mask says the same."""
+class Part(NamedTuple):
+    """A part of a call, as a backend takes it.
+
+    Attributes:
+        rows: Which rows of queries of the call it has.
+        keys: Which of the keys.
+        call: The part as a call.
+    """
+
+    rows: slice
+    keys: slice
+    call: Call
+
+
+_WHOLE = slice(None)
+
+
+def lower(call: Call, backend: Backend) -> list[Part]:
+    """The call in parts that the backend takes: what it declines is said in other words.
+
+    Packed sequences become a part each. Other visibilities, and decays, become a mask.
+    """
+    if call.visibility.query_starts is None or backend.declines(call) is None:
+        return [Part(_WHOLE, _WHOLE, lower_whole(call, backend))]
+    return [
+        Part(rows, keys, lower_whole(_sequence(call, rows, keys, visibility), backend))
+        for rows, keys, visibility in call.visibility.sequences()
+    ]
+
+
+def lower_whole(call: Call, backend: Backend) -> Call:
+    """The call in one part: where the backend declines the visibility or decays, a mask says the same."""
     if _is_plain(call) or backend.declines(call) is None:
         return call
     mask, rest = call.visibility.as_mask(call.attn_mask, call.query, call.key)
@@ -340,16 +362,28 @@ def lower(call: Call, backend: Backend) -> Call:
     return call.but(attn_mask=mask, visibility=rest, log_decay=None)
 
 
+def _sequence(call: Call, rows: slice, keys: slice, visibility: Visibility) -> Call:
+    """One of the packed sequences alone."""
+    query, key, value = call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys]
+    seeds = call.dropout_seeds
+    if seeds is not None:  # of the row that is the first of the sequence
+        seeds = seeds + torch.tensor([0, 0, rows.start], device=seeds.device)
+    return call.but(query=query, key=key, value=value, visibility=visibility, dropout_seeds=seeds)
+
+
 def forward(backend: Backend, call: Call) -> Result:
     """The result by a backend that does not decline the `outline` of the call."""
-    if call.visibility.query_starts is None or backend.declines(call) is None:
-        return backend.forward(lower(call, backend))
+    if _is_plain(call):
+        return backend.forward(call)
+    parts = lower(call, backend)
+    if parts and parts[0].rows is _WHOLE:
+        return backend.forward(parts[0].call)
     query, value = call.query, call.value
     output = query.new_zeros((*query.shape[:3], value.shape[3]))
     normalizer = query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     bias_max = torch.zeros_like(normalizer) if call.has_bias else None
-    for rows, _, own in _sequences(call):
-        part = forward(backend, own)
+    for rows, _, own in parts:
+        part = backend.forward(own)
         output[:, :, rows], normalizer[:, :, rows] = part.output, part.normalizer
         if bias_max is not None and part.bias_max is not None:
             bias_max[:, :, rows] = part.bias_max
@@ -358,31 +392,22 @@ def forward(backend: Backend, call: Call) -> Result:
 
 def backward(backend: Backend, call: Call, result: Result, upstream: Upstream) -> Gradients:
     """The gradients by such a backend."""
-    if call.visibility.query_starts is None or backend.declines(call) is None:
-        lowered = lower(call, backend)
-        gradients = backend.backward(lowered, result, upstream)
+    if _is_plain(call):
+        return backend.backward(call, result, upstream)
+    parts = lower(call, backend)
+    if parts and parts[0].rows is _WHOLE:
+        gradients = backend.backward(parts[0].call, result, upstream)
         mask, dmask = call.attn_mask, gradients.attn_mask
-        if lowered is call or mask is None or dmask is None:
+        if parts[0].call is call or mask is None or dmask is None:
             return gradients
         return Gradients(*gradients[:3], dmask.sum_to_size(mask.shape).to(mask.dtype))
     dq, dk, dv = (x.new_zeros(x.shape) for x in call[:3])
-    for rows, columns, own in _sequences(call):
+    for rows, keys, own in parts:
         part = Result(result.output[:, :, rows], result.normalizer[:, :, rows], None)
         dn = None if upstream.normalizer is None else upstream.normalizer[:, :, rows]
-        gradients = backward(backend, own, part, Upstream(upstream.output[:, :, rows], dn, False))
-        dq[:, :, rows], dk[:, :, columns], dv[:, :, columns] = gradients[:3]
+        gradients = backend.backward(own, part, Upstream(upstream.output[:, :, rows], dn, False))
+        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = gradients[:3]
     return Gradients(dq, dk, dv, None)
-
-
-def _sequences(call: Call) -> Iterator[tuple[slice, slice, Call]]:
-    """The rows and the keys of each of the packed sequences, and the call of it alone."""
-    for rows, columns, visibility in call.visibility.sequences():
-        key, value = call.key[:, :, columns], call.value[:, :, columns]
-        seeds = call.dropout_seeds
-        if seeds is not None:  # of the row that is the first of the sequence
-            seeds = seeds + torch.tensor([0, 0, rows.start], device=seeds.device)
-        own = call.but(query=call.query[:, :, rows], key=key, value=value, visibility=visibility, dropout_seeds=seeds)
-        yield rows, columns, own
 
 
 def differentiated_by_func() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .call import check_form
+from .forms import check_form
 
 __all__ = [
     "ALIGNMENTS",

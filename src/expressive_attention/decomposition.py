@@ -16,7 +16,8 @@ from torch._decomp import register_decomposition
 from . import ops as ops  # which defines the operator
 from .backends import reference
 from .backends.dropout import kept_weights
-from .call import accumulation_dtype, lower
+from .call import accumulation_dtype, lower_whole
+from .forms import weight as weight_of
 from .schema import unflatten
 
 __all__ = ["decompositions"]
@@ -38,7 +39,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     (z / m)^2 / (1 + z^2), which a row of small scores does not underflow. All arithmetic is on finite numbers, as in
     the reference: rows that see others are made NaN in the end.
     """
-    call = lower(unflatten(arguments)[0], reference)
+    call = lower_whole(unflatten(arguments)[0], reference)
     query, key, value, mask, _, scale, form, dropout_p, *_ = call
     dtype = accumulation_dtype(query.dtype)
     limits = torch.finfo(dtype)
@@ -59,8 +60,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z = z if keep is None else torch.where(keep, z, 0.0)
     largest = z.abs().amax(-1, keepdim=True).clamp(min=limits.tiny)
     largest = largest.clamp(max=1.0) if form == "expressive" else largest
-    weight = (z / largest).square()
-    weight = weight / (1.0 + z.square()) if form == "expressive" else weight
+    weight = weight_of(z.square(), form, (z / largest).square())
     bias_max = q.new_empty((*query.shape[:2], 0))
     if bias is not None and keep is not None:
         nan_rows = nan_rows | (keep & ~bias.isfinite()).any(-1, keepdim=True)

@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_variadic
 
 from . import call_log, ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout, linear
-from .call import Call, Result, Visibility, lower, outline, reason_to_decline
+from .call import Call, Result, Visibility, lower_whole, outline, reason_to_decline
 from .checks import (
     ALIGNMENTS,
     check_lengths,
@@ -254,7 +254,7 @@ def run(call: Call, backend: str | None) -> Result:
     if call_log.ENABLED and not torch.compiler.is_compiling():
         call_log.log_call(call, chosen, backend)
     if call.log_decay is not None:
-        call = lower(call, BACKENDS[chosen])  # here, where autograd sees the mask
+        call = lower_whole(call, BACKENDS[chosen])  # here, where autograd sees the mask
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):
             return ops.reference_forward(call)

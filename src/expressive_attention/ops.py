@@ -44,7 +44,7 @@ def reference_forward(call: Call) -> Result:
     """The result of a call by the reference, as plain torch, which has derivatives of every kind."""
     if call.dropout_p and call.visibility.query_starts is not None:
         return calls.forward(reference, call)  # seeds say which weights are dropped in a sequence alone
-    return reference.forward(calls.lower(call, reference))
+    return reference.forward(calls.lower_whole(call, reference))
 
 
 def _attention_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Tensor | None, ...]:

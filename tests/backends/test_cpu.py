@@ -73,12 +73,18 @@ SHOW = "from expressive_attention.backends.cpu import library; print(library.cho
 
 
 @pytest.mark.parametrize("build", library.BUILDS)
-def test_the_environment_chooses_the_build(build):
-    assert python(SHOW, EXPRESSIVE_ATTENTION_CPU=build) == (build, "")
+def test_the_environment_chooses_the_build(build, monkeypatch):
+    monkeypatch.setenv("EXPRESSIVE_ATTENTION_CPU", build)
+    assert library._choose() == library.BUILDS[build]
 
 
-def test_the_best_build_is_the_default():
-    assert python(SHOW, EXPRESSIVE_ATTENTION_CPU="")[0] == list(library.BUILDS)[-1]
+def test_the_environment_of_a_process_chooses_its_build():
+    assert python(SHOW, EXPRESSIVE_ATTENTION_CPU="portable") == ("portable", "")
+
+
+def test_the_best_build_is_the_default(monkeypatch):
+    monkeypatch.setenv("EXPRESSIVE_ATTENTION_CPU", "")
+    assert library._choose() == list(library.BUILDS.values())[-1]
 
 
 def test_a_build_that_there_is_not_is_an_error():
@@ -132,7 +138,7 @@ const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
         (layout.LAYOUT.replace("scale:d", "scale:q"), False),
     ],
 )
-def test_a_library_with_another_struct_is_refused(tmp_path, members, taken):
+def test_a_library_with_another_struct_is_refused(tmp_path, members, taken, monkeypatch):
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")
@@ -140,10 +146,13 @@ def test_a_library_with_another_struct_is_refused(tmp_path, members, taken):
     (tmp_path / "other.c").write_text(LIBRARY + answer)
     library_file = str(tmp_path / "other.so")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library_file, str(tmp_path / "other.c")], check=True)
-    code = "from expressive_attention.backends.cpu import library as x; print(list(x.BUILDS), x.LEFT_OUT, x.MISSING)"
-    out, _ = python(code, EXPRESSIVE_ATTENTION_LIBRARY=library_file)
-    reason = f"the C library {library_file} is of another version of the package, which has to be installed again"
-    assert out == ("['portable'] ('x86-64-v4', 'x86-64-v4-bf16') None" if taken else f"[] () {reason}")
+    monkeypatch.setenv("EXPRESSIVE_ATTENTION_LIBRARY", library_file)
+    builds, left_out, missing = library._load()
+    if taken:
+        assert (list(builds), left_out, missing) == (["portable"], ("x86-64-v4", "x86-64-v4-bf16"), None)
+    else:
+        reason = f"the C library {library_file} is of another version of the package, which has to be installed again"
+        assert (builds, left_out, missing) == ({}, (), reason)
 
 
 def small(x):

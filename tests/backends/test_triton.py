@@ -88,8 +88,10 @@ SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_random_problems_within_budget(drops):
+    """Up to two batches and key heads: the interpreter takes milliseconds for each tile."""
+
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-    @given(problems(largest=16, drops=drops), SIZES, SIZES)
+    @given(problems(largest=16, drops=drops, batches=2, kv_heads=2), SIZES, SIZES)
     def check(case, forward, backward):
         assume(case.query.dtype != torch.float64)
         with tiles(forward, backward):
@@ -261,6 +263,13 @@ def test_packed_sequences_have_the_bits_of_each_alone(options, dtype):
                 assert torch.equal(whole[part], want[0].transpose(0, 1))
     beside = [whole[end:] for whole, end in zip((output, *gradients), (76, 76, 107, 107), strict=True)]
     assert all(x.numel() and x.abs().max() == 0 for x in beside)
+
+
+@pytest.mark.parametrize("right", [13, 14, 15, 16])
+def test_the_band_that_a_row_sees_ends_anywhere_in_a_tile_of_keys(right):
+    q, k, v = tensors(torch.float32, (1, 1, 18, 8), (1, 1, 40, 8), (1, 1, 40, 8))
+    with tiles((16, 16), (16, 16)):
+        judge(q, k, v, None, {"window_size": (16 - right, right)})
 
 
 @pytest.mark.parametrize("size", [2**28, 2**30 - 1, 2**31 - 1, 2**62])
@@ -520,6 +529,17 @@ def test_rows_of_zero_scores_have_no_normalizer_whatever_their_biases(zero):
         q, k, v, torch.full((9,), 1000.0, device=DEVICE), enable_gqa=True, return_normalizer=True, backend="triton"
     )
     assert all(x.eq(0).all() for x in results)
+
+
+def test_a_key_with_score_zero_takes_no_digits_from_smaller_biases():
+    q, k, v = tensors(torch.float32, (1, 1, 300, 1), (1, 1, 2, 1), (1, 1, 2, 1))
+    k[:, :, 0] = 0.0
+    (bias,) = tensors(torch.float32, (300, 2), seed=1)
+    bias += torch.tensor([34.0, 8.0], device=DEVICE)
+    case = Case(q, k, v, bias, through_normalizer=False)
+    got, exact = case.results("triton")["normalizer"], case.results("reference", torch.float64)["normalizer"]
+    torch.testing.assert_close(got, exact, rtol=6 * torch.finfo(torch.float32).eps, atol=0)
+    judge(q, k, v, bias, through_normalizer=False)
 
 
 @pytest.mark.parametrize("score", [1e-18, 1e-12])

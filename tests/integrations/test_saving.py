@@ -36,6 +36,16 @@ def test_the_choice_is_saved_and_restored(tmp_path):
             AttentionInterface._global_mapping["expressive"] = kept
 
 
+def test_a_state_dict_without_numbers_is_taken():
+    """As of loaders that first bring a model into shape."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    convert(layer)
+    shapes = {name: x.to("meta") for name, x in layer.state_dict().items()}
+    assert any(name.endswith("expressive_attention_form") for name in shapes)
+    layer.load_state_dict(shapes, assign=True)
+    assert layer.linear1.weight.is_meta
+
+
 def test_an_undone_choice_is_not_saved(tmp_path):
     model = build("llama", torch.float32)
     convert(model).undo()

@@ -22,6 +22,7 @@ from ..call import (
     differentiated_by_func,
     empty_bias_max,
 )
+from ..forms import weight_, weight_and_half_derivative_
 from ..masks import row_bias_max
 from . import dropout, nonfinite
 
@@ -78,24 +79,29 @@ def _forward(call: Call, dtype: torch.dtype) -> Result:
         q_tile = tile.rows(q)
         out_tile, total_tile = tile.rows_view(out), tile.rows_view(total.unsqueeze(-1))
 
-        def add(tile_max: Tensor | None, tile=tile, q_tile=q_tile, out_tile=out_tile, total_tile=total_tile) -> None:
+        def add(tile_max: Tensor | None, tile=tile, q_tile=q_tile, out_tile=out_tile, total_tile=total_tile) -> bool:
+            """Add the sums of all keys. Return whether a key with the score 0 may have the largest bias of a row."""
+            may_be_weightless = k.shape[-2] == 0  # a mask that is repeated for all keys has biases even so
             for columns in tile.key_ranges(k.shape[-2], diagonal):
-                weight = _scores(q_tile, tile.keys(k, columns)).square_()
-                if form == "expressive":
-                    weight.div_(weight + 1.0)
-                _apply_mask_(tile.grid(weight), _mask_factor(mask, tile, columns, tile_max), tile, columns, diagonal)
+                weight = weight_(_scores(q_tile, tile.keys(k, columns)).square_(), form)
+                factor = _mask_factor(mask, tile, columns, tile_max)
+                may_be_weightless = may_be_weightless or _has_weightless_maximum(tile.grid(weight), factor)
+                _apply_mask_(tile.grid(weight), factor, tile, columns, diagonal)
                 total_tile.add_(weight.sum(-1, keepdim=True))
                 _drop_(weight, call, tile, columns)
                 out_tile.baddbmm_(weight, tile.keys(v, columns))
+            return may_be_weightless
 
         tile_max = _tile_bias_max(mask, tile, diagonal)
-        add(tile_max)
+        may_be_weightless = add(tile_max)
         if mask is not None and tile_max is not None and bias_max is not None:
-            if _has_lost_rows(total_tile):
-                tile_max = _scored_bias_max(q_tile, k, mask, tile, diagonal)
-                out_tile.zero_()
-                total_tile.zero_()
-                add(tile_max)
+            if may_be_weightless:
+                scored_max = _scored_bias_max(q_tile, k, mask, tile, diagonal)
+                if not torch.equal(scored_max, tile_max.expand_as(scored_max)):
+                    tile_max = scored_max
+                    out_tile.zero_()
+                    total_tile.zero_()
+                    add(tile_max)
             bias_max.unflatten(1, (k.shape[1], -1))[tile.index] = tile_max.squeeze(-1)
     total = torch.where(normalizer == 0, 1.0, normalizer) * dropout.keep_share(call.dropout_p)
     return Result(output.div_(total.unsqueeze(-1)), normalizer, bias_max)
@@ -159,14 +165,9 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
 
         def products(columns: slice, tile_max: Tensor | None, tile=tile, q_tile=q_tile, u=u) -> tuple[Tensor, ...]:
             """w, f'(z) exp(bias) / 2, u . v and f of a tile of keys; without f in the squared form."""
-            z = _scores(q_tile, tile.keys(k, columns))
-            # The operations of the forward pass, so that a weight over the sum of its row is the same number.
-            weight, half_derivative, f = z * z, z, ()
-            if form == "expressive":
-                denominator = weight + 1.0
-                weight.div_(denominator)
-                half_derivative.div_(denominator).div_(denominator)
-                f = (weight.clone(),)
+            # The bits of the forward pass, so that a weight over the sum of its row is the same number.
+            weight, half_derivative = weight_and_half_derivative_(_scores(q_tile, tile.keys(k, columns)), form)
+            f = (weight.clone(),) if form == "expressive" else ()
             factor = _mask_factor(mask, tile, columns, tile_max)
             for x in (weight, half_derivative):
                 _apply_mask_(tile.grid(x), factor, tile, columns, diagonal)
@@ -176,13 +177,12 @@ def _backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
 
         ranges = list(tile.key_ranges(k.shape[-2], diagonal))
         tile_max = _tile_bias_max(mask, tile, diagonal)
-        known = {0: products(ranges[0], tile_max)} if len(ranges) == 1 else {}
         if mask is not None and tile_max is not None:
-            # The one of the forward pass.
-            weights = ((known.get(i) or products(part, tile_max))[0] for i, part in enumerate(ranges))
-            if _has_lost_rows(sum((w.sum(-1, keepdim=True) for w in weights), torch.zeros_like(total_tile))):
+            scores = (tile.grid(_scores(q_tile, tile.keys(k, part))) for part in ranges)
+            factors = (_mask_factor(mask, tile, part, tile_max) for part in ranges)
+            if any(_has_weightless_maximum(z, factor) for z, factor in zip(scores, factors, strict=True)):
                 tile_max = _scored_bias_max(q_tile, k, mask, tile, diagonal)
-                known = {0: products(ranges[0], tile_max)} if len(ranges) == 1 else {}
+        known = {0: products(ranges[0], tile_max)} if len(ranges) == 1 else {}
         some_rows_see_few = mask is not None or (diagonal is not None and tile.queries.start + diagonal < _TILE_KEYS)
         from_output = len(ranges) > 1 and not some_rows_see_few
         if from_output:
@@ -257,9 +257,18 @@ def _exceeds_float32(call: Call, normalizer: Tensor) -> bool:
     return bool(lost.any())
 
 
-def _has_lost_rows(total: Tensor) -> bool:
-    """Whether rows have less weight than the key with the largest bias has for any score but the smallest."""
-    return bool((total <= _SAFE_NORMALIZER).any())
+def _has_weightless_maximum(x: Tensor, factor: Tensor | None) -> bool:
+    """Whether the largest bias of a row may be that of a key with no weight, as of `_scored_bias_max`.
+
+    Beside such a bias, the others lose digits: ``bias - bias_max`` is rounded.
+
+    Args:
+        x: Scores, or f of them, ``(b, h, g, l, s)``.
+        factor: As of `_mask_factor`.
+    """
+    if factor is None or factor.dtype == torch.bool or bool(x.all()):
+        return False
+    return bool(((x == 0) & (factor == 1.0)).any())
 
 
 def _scores(q_tile: Tensor, k_tile: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Gradients, Result, Upstream, accumulation_dtype
+from ..forms import weight as weight_of
 from .dropout import kept_weights
 
 __all__ = ["backward", "declines", "forward"]
@@ -183,7 +184,7 @@ def _weight(y: Tensor, t: Tensor) -> Tensor:
     large = (t * y * y).detach() > 1.0
     s = torch.where(large, 0.0, y).square()
     inverse = 1.0 / torch.where(large, y, 1.0)
-    return torch.where(large, 1.0 / (t + inverse * inverse), s / (1.0 + t * s))
+    return torch.where(large, 1.0 / (t + inverse * inverse), weight_of(t * s, relative=s))
 
 
 def _shares(weight: Tensor) -> Tensor:

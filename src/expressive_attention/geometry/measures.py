@@ -17,6 +17,8 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
+from ..forms import weight as weight_of
+
 __all__ = [
     "FORMS",
     "antiparallel_share",
@@ -52,8 +54,7 @@ def weight(z: Tensor, form: str) -> Tensor:
     if form == "squared":
         return z.square()
     if form == "expressive":
-        square = z.clamp(-1e9, 1e9).square()  # the square stays finite, and f is 1 beyond
-        return square / (1 + square)
+        return weight_of(z.clamp(-1e9, 1e9).square())  # the square stays finite, and f is 1 beyond
     raise ValueError(f"form must be one of {FORMS}, got {form!r}")
 
 

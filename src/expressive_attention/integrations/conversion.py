@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..call import check_form
+from ..forms import check_form
 from .classes import set_attributes
 from .errors import ConversionError
 from .guard import guard, is_switched, unguarded

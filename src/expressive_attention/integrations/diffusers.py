@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..call import check_form
+from ..forms import check_form
 from .conversion import Found, Undo, attention_layers, convert, form_of, forms_of, has_gain
 from .errors import ConversionError
 from .inspection import names_used

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..call import FORMS
+from ..forms import FORMS
 from .classes import set_attributes
 
 __all__ = ["MARK", "mark", "marked"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from torch.overrides import TorchFunctionMode
 
-from ..call import check_form
+from ..forms import check_form
 from ..functional import expressive_attention
 from ..nn.multihead import multi_head_attention_forward
 from .guard import note_expressive, note_function

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call import check_form
+from ..forms import check_form, weight
 from ..functional import expressive_attention
 from ..masks import join_masks
 from .conversion import Found, Undo
@@ -62,8 +62,8 @@ def attn_fn(form: str = "expressive") -> Callable[[Tensor], Tensor]:
         z = scores.masked_fill(~keep, 0.0)
         z = z.clamp(-1e18, 1e18)
         # A factor per row does not change the shares, and without it the squares of small scores would be lost.
-        square = (z / z.abs().amax(-1, keepdim=True).clamp(torch.finfo(z.dtype).tiny, 1.0)).square()
-        w = square if form == "squared" else square / (1 + z.square())
+        relative = (z / z.abs().amax(-1, keepdim=True).clamp(torch.finfo(z.dtype).tiny, 1.0)).square()
+        w = weight(z.square(), form, relative)
         return w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
 
     return weights

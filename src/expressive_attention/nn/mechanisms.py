@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..forms import weight
 from ..functional import expressive_attention
 from ..masks import join_masks
 
@@ -35,8 +36,7 @@ __all__ = ["MECHANISMS", "attend", "check_mechanism", "known_mechanisms", "name_
 
 def _saturated(z: Tensor) -> Tensor:
     """z^2 / (1 + z^2) of z >= 0 of any size."""
-    square = z * z
-    return torch.where(z > 1e18, torch.ones_like(z), square / (1 + square))
+    return torch.where(z > 1e18, torch.ones_like(z), weight(z * z))
 
 
 # Weights of scores (..., L, S), and logarithms of weights that may be too large or too small for a number.

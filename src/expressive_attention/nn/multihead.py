@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call import check_form
+from ..forms import check_form
 from ..functional import expressive_attention
 from ..masks import join_masks
 

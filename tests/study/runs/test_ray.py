@@ -15,6 +15,7 @@ from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.store import Store
 from tests.study.runs.stores import finished, same_results
+from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny, tiny_config, written
 from tests.waiting import wait_until
 
@@ -82,7 +83,8 @@ def contents(path):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     store = make_store(tmp_path_factory.mktemp("local") / "study")
-    run_study(tiny_config(steps="400"), store, LocalEngine(2), Silent())
+    with forked_workers():
+        run_study(tiny_config(steps="400"), store, LocalEngine(2), Silent())
     return store
 
 

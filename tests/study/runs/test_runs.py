@@ -8,19 +8,36 @@ import sys
 
 import pytest
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
+from expressive_attention.study.cli.app import app
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store
+from tests.study.runs.workers import forked_workers
 from tests.study.tiny import TINY
 from tests.waiting import is_alive, wait_until
 
 COMMAND = [sys.executable, "-m", "expressive_attention"]
 
 
-def ea(*arguments, check=None):
+def ea_outside(*arguments, check):
+    """The command in a process of its own, which imports torch for itself."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True)
-    assert check is None or done.returncode == check, done.stderr
+    assert done.returncode == check, done.stderr
     return done
+
+
+def ea(*arguments, check):
+    """The command in this process."""
+    done = CliRunner().invoke(app, [str(x) for x in arguments])
+    assert done.exit_code == check, done.output
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _workers_start_at_once():
+    with forked_workers():
+        yield
 
 
 def config(directory, **replaced):
@@ -57,7 +74,7 @@ def same_results(one, other):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    done = ea("study", "run", config(directory, steps="400"), "--out", directory / "run", check=0)
+    done = ea_outside("study", "run", config(directory, steps="400"), "--out", directory / "run", check=0)
     return directory / "run", done
 
 
@@ -144,6 +161,9 @@ def test_wrong_use_ends_with_one_line_and_code_2(arguments, words):
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words)
     assert done.stdout == ""
+    if arguments[1] == "run":
+        outside = ea_outside(*arguments, check=2)
+        assert (outside.stdout, outside.stderr) == ("", done.stderr)
 
 
 def test_wrong_keys_end_with_one_line_and_code_2(tmp_path):
@@ -159,11 +179,11 @@ def test_the_small_commands():
 
     from expressive_attention.study.config.presets import preset_text
 
-    assert ea("--version", check=0).stdout == f"ea {version('expressive-attention')}\n"
-    assert ea("study", "show", "quick", check=0).stdout == preset_text("quick")
+    assert ea_outside("--version", check=0).stdout == f"ea {version('expressive-attention')}\n"
+    assert ea_outside("study", "show", "quick", check=0).stdout == preset_text("quick")
     info = ea("info", check=0).stdout
     assert all(word in info for word in ("torch", "processor", "reference", "blockwise", "available"))
-    assert "Train EA against DPA" in ea("study", "--help", check=0).stdout
+    assert "Train EA against DPA" in ea_outside("study", "--help", check=0).stdout
 
 
 @pytest.mark.parametrize(("package", "command"), [("typer", "--version"), ("polars", "study status /nowhere")])

@@ -204,7 +204,7 @@ def _all_pairs_backward(call: Call, upstream: Upstream) -> Gradients:
     backend = _all_pairs(call)
     with torch.enable_grad():
         decay = None if call.log_decay is None else call.log_decay.detach().requires_grad_()
-        lowered = call if decay is None else calls.lower(call.but(log_decay=decay), backend)
+        lowered = call if decay is None else calls.lower_whole(call.but(log_decay=decay), backend)
     plain = lowered if decay is None or lowered.attn_mask is None else lowered.but(attn_mask=lowered.attn_mask.detach())
     result = calls.forward(backend, plain)
     dn = upstream.normalizer

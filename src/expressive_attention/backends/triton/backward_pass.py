@@ -54,9 +54,10 @@ from .tiles import (
     load_mask,
     load_rows,
     mask_rows,
-    positions,
     product,
     quotient,
+    rows_in,
+    rows_of,
     scaled,
     seen,
     sees,
@@ -133,16 +134,13 @@ def row_kernel(
     TYPE: tl.constexpr = query.dtype.element_ty
     program = tl.program_id(0)
     tile = program % tiles
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
+    sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index = rows_of(
+        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+        GROUPS, CAUSAL, WINDOW, BLOCK_M,
+    )  # fmt: skip
     if query_starts is not None:
         if tile * BLOCK_M >= own_length * GROUPS:
             return
-    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-    head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
     do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
@@ -304,16 +302,13 @@ def query_kernel(
     if WIDE:
         if tl.load(lost + program // tiles) == 0:
             return
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
+    sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index = rows_of(
+        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+        GROUPS, CAUSAL, WINDOW, BLOCK_M,
+    )  # fmt: skip
     if query_starts is not None:
         if tile * BLOCK_M >= own_length * GROUPS:
             return
-    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-    head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
     q_exponent, row_exponent = position * 0, position * 0
     if WIDE:
         exist, row_exponent = lost_rows(stats, plane, index, exist)
@@ -408,9 +403,9 @@ def _key_value_tiles(
 ):  # fmt: skip
     """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
     for tile in range(first, last):
-        position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-        head = kv_head * GROUPS + member
-        index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+        position, head, exist, index = rows_in(
+            tile, batch, kv_head, kv_heads, first_row, own_length, length, GROUPS, BLOCK_M
+        )
         if WIDE:
             exist, row_exponent = lost_rows(stats, plane, index, exist)
         inverse = tl.load(stats + index, mask=exist, other=0.0)

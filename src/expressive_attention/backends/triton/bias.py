@@ -22,8 +22,8 @@ from .tiles import (
     load_mask,
     load_rows,
     mask_rows,
-    positions,
     product,
+    rows_of,
     seen,
     sees,
     sequence_of,
@@ -47,12 +47,10 @@ def bias_max_kernel(
     """The largest bias that each row sees, as `masks.row_bias_max`."""
     program = tl.program_id(0)
     tile = program % tiles
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, _first_key, own_length, _room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
-    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-    head = kv_head * GROUPS + member
+    sequence, _kv_head, _batch, _row, _key, own_length, own_keys, band, position, head, exist, index = rows_of(
+        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+        GROUPS, CAUSAL, WINDOW, BLOCK_M,
+    )  # fmt: skip
     rows = mask_rows(mask, mask_strides, sequence, head, position)
     if MASK == ALIBI:
         place = position + band[0]
@@ -75,7 +73,7 @@ def bias_max_kernel(
             bias = load_mask(rows[:, None], j, j, mask_stride, visible, FLOAT)
             bias_max = tl.maximum(bias_max, largest(bias, 1))
         bias_max = tl.where(bias_max == float("-inf"), 0.0, bias_max)
-    tl.store(bias_maxima + (batch * kv_heads * GROUPS + head) * length + first_row + position, bias_max, mask=exist)
+    tl.store(bias_maxima + index, bias_max, mask=exist)
 
 
 @triton.jit(

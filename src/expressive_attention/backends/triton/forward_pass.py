@@ -21,18 +21,16 @@ from .tiles import (
     biased,
     cast,
     decay,
-    head_of,
     is_finite,
     key_ranges,
     load_mask,
     load_rows,
     mask_rows,
-    positions,
     product,
     quotient,
+    rows_of,
     seen,
     sees,
-    sequence_of,
     weight_and_half_derivative,
 )
 
@@ -94,16 +92,13 @@ def forward_kernel(
     """
     program, part = tl.program_id(0), tl.program_id(1)
     tile = tiles - 1 - program % tiles  # with a causal mask, the longest first
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
+    sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index = rows_of(
+        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+        GROUPS, CAUSAL, WINDOW, BLOCK_M,
+    )  # fmt: skip
     if query_starts is not None:
         if tile * BLOCK_M >= own_length * GROUPS:
             return
-    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-    head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
     rows = mask_rows(mask, mask_strides, sequence, head, position)
 
     offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]

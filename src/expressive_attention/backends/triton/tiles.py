@@ -54,9 +54,11 @@ __all__ = [
     "load_rows",
     "mask_rows",
     "padded",
-    "positions",
     "product",
     "quotient",
+    "rounding_of_difference",
+    "rows_in",
+    "rows_of",
     "scaled",
     "seen",
     "sees",
@@ -353,11 +355,34 @@ def sequence_of(
 
 
 @triton.jit
-def positions(tile, length, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows of a tile: position, head in the group, and whether they exist."""
+def rows_in(
+    tile, batch, kv_head, kv_heads, first_row, own_length, length, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The rows of a tile of a sequence: position, query head, whether they exist, index among rows ``(B, Hq, L)``."""
     row = tile * BLOCK + tl.arange(0, BLOCK)
-    position, member = row // GROUPS, row % GROUPS
-    return position, member, position < length
+    position, head = row // GROUPS, kv_head * GROUPS + row % GROUPS
+    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
+    return position, head, position < own_length, index
+
+
+@triton.jit
+def rows_of(
+    tile, program, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where a tile of rows lies: the one place from which kernels over rows learn it.
+
+    `program` counts sequences and key heads. Of the sequence: what `sequence_of` says, without the keys that do not
+    exist. Of each row: position, query head, whether it exists, and its index among the rows ``(B, Hq, L)``.
+    """
+    sequence, kv_head = head_of(program, kv_heads)
+    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
+        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+    )
+    position, head, exist, index = rows_in(
+        tile, batch, kv_head, kv_heads, first_row, own_length, length, GROUPS, BLOCK
+    )  # fmt: skip
+    return sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index
 
 
 @triton.jit
@@ -438,10 +463,22 @@ def seen(tile, visible, MASK: tl.constexpr):
 
 
 @triton.jit
+def rounding_of_difference(a, b, difference):
+    """What is missing in the rounded difference of a and b."""
+    rounded = difference - a
+    return (a - (difference - rounded)) - (b + rounded)
+
+
+@triton.jit
 def biased(x, tile, bias_max, MASK: tl.constexpr):
-    """Weights or derivatives x times exp(bias - bias_max)."""
+    """Weights or derivatives x times exp(bias - bias_max).
+
+    The rounding of the difference counts where the largest bias is that of a key with score 0, far above the others.
+    """
     if MASK >= FLOAT:
-        x = x * tl.exp(tile - bias_max)
+        difference = tile - bias_max
+        rounding = rounding_of_difference(tile, bias_max, difference)
+        x = x * tl.exp(difference) * (1.0 + tl.where(tl.abs(difference) < 1000.0, rounding, 0.0))
     return x
 
 

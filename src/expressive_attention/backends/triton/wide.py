@@ -25,21 +25,20 @@ from .tiles import (
     any_of,
     cast,
     exponential,
-    head_of,
     is_lost,
     key_ranges,
     largest,
     load_mask,
     load_rows,
     mask_rows,
-    positions,
     product,
     quotient,
+    rounding_of_difference,
+    rows_of,
     scaled,
     seen,
     sees,
     selected_product,
-    sequence_of,
     unit,
     visible_keys,
     wide_parts,
@@ -85,16 +84,13 @@ def wide_kernel(
     """
     program = tl.program_id(0)
     tile = program % tiles
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
+    sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index = rows_of(
+        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
+        GROUPS, CAUSAL, WINDOW, BLOCK_M,
+    )  # fmt: skip
     if query_starts is not None:
         if tile * BLOCK_M >= own_length * GROUPS:
             return
-    position, member, exist = positions(tile, own_length, GROUPS, BLOCK_M)
-    head = kv_head * GROUPS + member
-    index = (batch * kv_heads * GROUPS + head) * length + first_row + position
     everything = position < 0
     if BACKWARD:
         state = tl.load(lost + program // tiles)
@@ -211,8 +207,7 @@ def wide_kernel(
         bias_max = tl.where(exponent + shift < -120, tl.minimum(bias_max, lower), bias_max)
         difference = row_bias_max - bias_max
         factor, shift = exponential(difference)
-        rounded = difference - row_bias_max
-        rounding = (row_bias_max - (difference - rounded)) - (bias_max + rounded)
+        rounding = rounding_of_difference(row_bias_max, bias_max, difference)
         factor, exponent = factor * (1.0 + rounding), exponent + shift
     if BACKWARD:
         tl.store(lost + program // tiles, tl.maximum(state, 1))

@@ -121,7 +121,13 @@ INLINE vec weight_and_half_derivative(vec x, int squared, REAL scale2, REAL inve
 #endif
 }
 
-#if !REAL_IS_DOUBLE
+#if REAL_IS_DOUBLE
+// exp of the smaller of x and 0; NaN stays NaN.
+INLINE vec exponential(vec x) {
+  for (int i = 0; i < V; i++) x[i] = x[i] > 0 ? 1 : exp(x[i]);
+  return x;
+}
+#else
 // exp of the smaller of x and 0; NaN stays NaN. 2^k e^r with |r| <= log(2) / 2, e^r by its Taylor polynomial of degree 7:
 // error below an ulp.
 INLINE vec exponential(vec x) {
@@ -154,11 +160,14 @@ INLINE vec exponential(vec x) {
 
 // exp of the smaller of x and 0 (NaN stays NaN) for n numbers, in place; there is room for whole vectors.
 static void exponentials(REAL *x, int64_t n) {
-#if REAL_IS_DOUBLE
-  for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? 1 : exp(x[i]);
-#else
   for (int64_t i = 0; i < n; i += V) store(x + i, exponential(load(x + i)));
-#endif
+}
+
+// exp of the smaller of a - b and 0. The difference is rounded, and what that takes from it is as large as its last digit:
+// it counts where b is far above all a of keys that have a weight.
+INLINE vec exponential_of_difference(vec a, REAL b) {
+  vec d = a - b, t = d - a, rest = (a - (d - t)) - (b + t), e = exponential(d);
+  return e + e * choose((d > -1000) & (d <= 0), rest, splat(0));
 }
 
 // exp of the smaller of x and 0.

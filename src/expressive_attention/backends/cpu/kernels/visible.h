@@ -230,17 +230,14 @@ static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t k
     if (room->from == from && room->bias_max == row->bias_max && room->count >= n) return room->factor;
   }
   int64_t done = 0;
-#if !REAL_IS_DOUBLE
   const REAL *biases = biases_in_place(p, row, key);
   for (; biases && done + V <= n; done += V) {
     __builtin_prefetch(biases + 2 * p->mask.stride[2] + done, 0, 3);  // of a row that follows
-    store(room->factor + done, exponential(load(biases + done) - row->bias_max));
+    store(room->factor + done, exponential_of_difference(load(biases + done), row->bias_max));
   }
-#endif
-  if (done < n) {
-    read_biases(p, row, key + done, n - done, room->factor + done);
-    for (int64_t j = done; j < n; j++) room->factor[j] -= row->bias_max;
-    exponentials(room->factor + done, n - done);
+  if (done < n) read_biases(p, row, key + done, n - done, room->factor + done);
+  for (; done < n; done += V) {
+    store(room->factor + done, exponential_of_difference(load(room->factor + done), row->bias_max));
   }
   room->from = from;
   room->bias_max = row->bias_max;
