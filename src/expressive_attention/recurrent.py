@@ -166,7 +166,7 @@ class SquaredState:
         return ((found + weight * own) / _divisor(total + weight)).to(query.dtype)
 
     def _past(self, query: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The sums for tokens ``(B, Hq, T, E)`` that `_read` gives, with their decay; None: there are no keys so far."""
+        """The sums of `_read` for tokens ``(B, Hq, T, E)``, with their decay; None: there are no keys so far."""
         if not self.moment.any():
             return None
         found, total = self._read(_unit(query, self.sums.dtype))

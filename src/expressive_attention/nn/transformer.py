@@ -221,8 +221,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Continue tokens ``(..., L)`` to ``(..., L + steps)``. Each step computes its own position alone.
 
-        Blocks keep the caches that `SelfAttention.new_cache` makes. With the mechanism ``"squared"`` and many positions,
-        the time and the memory of a step do not grow with their number.
+        Blocks keep the caches that `SelfAttention.new_cache` makes. With the mechanism ``"squared"`` and many
+        positions, the time and the memory of a step do not grow with their number.
 
         Args:
             tokens: Integers in [0, V), at least one.
