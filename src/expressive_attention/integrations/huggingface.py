@@ -66,7 +66,7 @@ except ImportError as error:
 
 from .states import STATE, SquaredCache, StateLayer
 
-__all__ = ["IMPLEMENTATIONS", "check", "find", "from_pretrained", "record", "squared_cache", "switch"]
+__all__ = ["IMPLEMENTATIONS", "check", "find", "form_of_layer", "from_pretrained", "record", "squared_cache", "switch"]
 
 # Names of `attn_implementation`, by form.
 IMPLEMENTATIONS = {"expressive": "expressive", "squared": "expressive_squared"}
@@ -322,9 +322,8 @@ def squared_cache(model: PreTrainedModel) -> SquaredCache:
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, eos_token_id=None, **sizes)).eval()
         >>> conversion = convert(model, form="squared")
-        >>> tokens = torch.tensor([[1, 2, 3]])
-        >>> model.generate(tokens, max_new_tokens=5, past_key_values=squared_cache(model), do_sample=False).shape
-        torch.Size([1, 8])
+        >>> squared_cache(model)
+        SquaredCache(layers=[StateLayer])
     """
     name = type(model).__name__
     config: Any = model.config.get_text_config(decoder=True)
@@ -334,7 +333,7 @@ def squared_cache(model: PreTrainedModel) -> SquaredCache:
     if getattr(config, "is_encoder_decoder", False) or max((i for i, _ in indexed), default=-1) >= len(layers):
         raise ConversionError(f"{name} has layers that share keys or attend to an encoder, which states do not hold")
     for index, module in indexed:
-        is_squared = _form_of(module) == "squared" and getattr(module, "is_causal", True)
+        is_squared = form_of_layer(module) == "squared" and getattr(module, "is_causal", True)
         if is_squared and type(layers[index]) is DynamicLayer and not getattr(module, "sliding_window", None):
             layers[index] = StateLayer()
     if not any(isinstance(layer, StateLayer) for layer in layers):
@@ -431,10 +430,10 @@ _configurations.from_dict = classmethod(wraps(_plain_from_dict.__func__)(_from_d
 
 def _forms(model: PreTrainedModel) -> dict[str, list[str] | None]:
     """Its layers by the form that they are switched to; None: every layer that it has."""
-    return forms_of(model, _form_of)
+    return forms_of(model, form_of_layer)
 
 
-def _form_of(module: nn.Module) -> str | None:
+def form_of_layer(module: nn.Module) -> str | None:
     """The form that an attention layer computes; None: it computes softmax."""
     follows = _TABLE in names_used(type(module))
     return form_of(module) or (_FORMS.get(_name_of(module)) if follows else None)
@@ -466,7 +465,7 @@ def check(model: PreTrainedModel) -> None:
             "expressive_attention.integrations.huggingface.from_pretrained, or save it after `merge_gains`"
         )
     if saved is None and model.config._attn_implementation in _FORMS:
-        left = [found for found in attention_layers(model) if _form_of(found.module) is None]
+        left = [found for found in attention_layers(model) if form_of_layer(found.module) is None]
         if left:
             names = ", ".join(f"{found.name} ({type(found.module).__name__})" for found in left)
             raise ConversionError(
