@@ -363,3 +363,34 @@ def test_rows_that_no_state_holds_are_multiplied_alone(backend, kind, dtype, mon
     torch.testing.assert_close(
         results[0][2][1, 3, 149].double(), row, rtol=50 * rtol, atol=rtol * float(row.abs().max())
     )
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_million_keys_within_the_budget_of_errors(alike):
+    """Sampled rows against the reference in float64, and its own error in float32, for output, N and dq."""
+    length = 1 << 20
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, length, 8).unbind(0)
+    if alike:
+        k, v = 0.1 * k + 1.0, v + 3.0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    output, normalizer = expressive_attention(
+        *leaves, is_causal=True, form="squared", backend="linear", return_normalizer=True
+    )
+    upstream = torch.randn_like(output)
+    (dq,) = torch.autograd.grad(output, q, upstream)
+    found, exact, plain = [], [], []
+    for row in (length // 2, 3 * length // 4 + 1, length - 1):
+        one, seen = slice(row, row + 1), slice(row + 1)
+        found.append([x[:, :, one].detach().double() for x in (output, normalizer, dq)])
+        for results, dtype in ((exact, torch.float64), (plain, torch.float32)):
+            own = q.detach()[:, :, one].to(dtype).requires_grad_()
+            keys, values = (x.detach()[:, :, seen].to(dtype) for x in (k, v))
+            o, n = expressive_attention(own, keys, values, form="squared", backend="reference", return_normalizer=True)
+            (d,) = torch.autograd.grad(o, own, upstream[:, :, one].to(dtype))
+            results.append([x.detach().double() for x in (o, n, d)])
+    for got, wanted, reference in zip(
+        *(map(torch.stack, zip(*rows, strict=True)) for rows in (found, exact, plain)), strict=True
+    ):
+        allowed = 2 * (reference - wanted).abs().amax() + torch.finfo(torch.float32).eps * wanted.abs()
+        assert ((got - wanted).abs() <= allowed).all()
