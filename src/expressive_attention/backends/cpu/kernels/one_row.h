@@ -48,6 +48,15 @@ static int one_row_weights(const ea_problem *p, const row_span *row, one_row_roo
   return 1;
 }
 
+// An infinite query counts as a very large one: of z^2, its infinite numbers decide. In float, the row is in need of double.
+static int enlarge_infinite(REAL *query, int64_t width) {
+  int found = 0;
+  for (int64_t e = 0; REAL_IS_DOUBLE && e < width; e++) {
+    if (isinf(query[e])) query[e] = query[e] < 0 ? -0x1p100 : 0x1p100, found = 1;
+  }
+  return found;
+}
+
 // Row `index` of a key head; its normalizer goes to *normalizer.
 static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL *normalizer) {
   one_row_room room;
@@ -57,6 +66,7 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   row_span row;
   place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
   pack_places(room.query, p->width, &p->query, p->dtype, p, &row, 1, p->width, (REAL)p->scale);
+  int is_infinite = p->squared && enlarge_infinite(room.query, p->width);
   clear(room.sums, p->value_width * (int64_t)sizeof(double));
   double total = 0;
   for (int64_t key = row.start; key < row.limit; key += PANEL) {
@@ -72,6 +82,7 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
     }
   }
   for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / ((total == 0 ? 1 : total) * p->keep));
+  if (is_infinite && total > 0) total = INFINITY;
   write_results(p, &row, room.output, (REAL)total);
   *normalizer = (REAL)total;
   free(memory);
