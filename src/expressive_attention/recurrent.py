@@ -67,6 +67,7 @@ class SquaredState:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.dim = dim
         products = dim * (dim + 1) // 2
+        self._pairs = _triangle(dim, device)
         self.sums = torch.zeros(batch, heads, products, value_dim, device=device, dtype=dtype)
         self.moment = torch.zeros(batch, heads, products, device=device, dtype=torch.float64)
 
@@ -102,7 +103,7 @@ class SquaredState:
             value = value * weight
         batch, heads, tokens, _ = key.shape
         if tokens == 1:
-            wide = _products(key.double(), self.dim)
+            wide = self._products(key.double())
             products = wide.to(self.sums.dtype).flatten(0, 1)
             self.sums.view(batch * heads, *self.sums.shape[2:]).baddbmm_(products.mT, value.flatten(0, 1))
             self.moment += (wide if weight is None else wide * weight).squeeze(2)
@@ -110,7 +111,7 @@ class SquaredState:
         state = State(batch * heads, self.dim, value.shape[-1], self.sums)
         state.add_(key.flatten(0, 1), value.flatten(0, 1), None if weight is None else weight.flatten(0, 1))
         self.sums += state.distinct().unflatten(0, (batch, heads))
-        rows, columns = _triangle(self.dim, key.device)
+        rows, columns = self._pairs
         self.moment += state.moment[:, rows, columns].unflatten(0, (batch, heads))
 
     def attend(self, query: Tensor) -> Tensor:
@@ -179,16 +180,22 @@ class SquaredState:
 
     def _read(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """sum_j w_ij v_j ``(B, Hq, L, Ev)`` and sum_j w_ij ``(B, Hq, L, 1)``, in the dtype of the sums."""
-        twice = 2.0 - torch.eye(self.dim, device=query.device)[_triangle(self.dim, query.device)]
+        rows, columns = self._pairs
+        twice = 2 - (rows == columns).long()  # of different components
         groups, heads = query.shape[1] // self.sums.shape[1], self.sums.shape[1]
         parts = []
         for own in query.split(_CHUNK, 2):
-            wide = _products(own.double().unflatten(1, (heads, groups)).flatten(2, 3), self.dim) * twice
+            wide = self._products(own.double().unflatten(1, (heads, groups)).flatten(2, 3)) * twice
             total = (wide @ self.moment.unsqueeze(-1)).to(self.sums.dtype)
             found = wide.to(self.sums.dtype) @ self.sums
             parts.append([x.unflatten(2, (groups, -1)).flatten(1, 2) for x in (found, total)])
         found, total = (torch.cat(x, 2) for x in zip(*parts, strict=True))
         return found, total
+
+    def _products(self, x: Tensor) -> Tensor:
+        """The distinct products of the components of x ``(..., E)``."""
+        rows, columns = self._pairs
+        return x[..., rows] * x[..., columns]
 
     def _check_tokens(self, key: Tensor, value: Tensor, log_decay: Tensor | None) -> int:
         batch, heads, _, width = self.sums.shape
@@ -240,6 +247,7 @@ class SquaredState:
     def _of(cls, sums: Tensor, moment: Tensor, dim: int) -> SquaredState:
         state = cls.__new__(cls)
         state.sums, state.moment, state.dim = sums, moment, dim
+        state._pairs = _triangle(dim, sums.device)
         return state
 
     @property
@@ -298,12 +306,6 @@ def _divisor(total: Tensor) -> Tensor:
     return torch.where(total <= 0, torch.inf, total)
 
 
-def _triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _triangle(dim: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     rows, columns = torch.triu_indices(dim, dim, device=device)
     return rows, columns
-
-
-def _products(x: Tensor, dim: int) -> Tensor:
-    """The distinct products of the components of x ``(..., E)``."""
-    rows, columns = _triangle(dim, x.device)
-    return x[..., rows] * x[..., columns]

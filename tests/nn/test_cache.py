@@ -105,6 +105,7 @@ def test_a_cache_has_room_for_so_many():
     keys, values = cache.append(x, x + 1)
     assert keys.equal(x)
     assert values.equal(x + 1)
+    assert cache.nbytes == 2 * x.nbytes
     with pytest.raises(ValueError, match="room for 3 positions, got 4"):
         cache.append(x, x)
     assert cache.append(x[..., :1, :], x[..., :1, :])[0].equal(torch.cat([x, x[..., :1, :]], -2))

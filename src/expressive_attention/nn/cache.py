@@ -47,6 +47,11 @@ class KeyValueCache:
         keys, values = (memory[..., :end, :] for memory in self._memory)
         return keys, values
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of the positions seen."""
+        return sum(memory[..., : self.length, :].nbytes for memory in self._memory or ())
+
 
 class SquaredCache:
     """The cache of constant size of a causal `SelfAttention` whose mechanism is ``"squared"``.
