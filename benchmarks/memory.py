@@ -16,6 +16,7 @@ sys.path.append(sys.path.pop(0))
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +78,16 @@ def usage(implementation: Implementation, length: int, backward: bool) -> Usage:
     run(implementation.make(small), small.inputs(), small.upstream())
     problem = Problem("memory", (1, 1, length, 64), backward=backward)
     inputs, upstream, attention = problem.inputs(), problem.upstream(), implementation.make(problem)
+    beyond, results = bytes_beyond(lambda: run(attention, inputs, upstream))
+    return Usage(beyond, _error(inputs, results) if implementation.expressive else None)
+
+
+def bytes_beyond(call: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
+    """Bytes that a call needs beyond its results at the peak, and these."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     before = _status("VmRSS")
-    results = run(attention, inputs, upstream)
-    beyond = _status("VmHWM") - before - sum(x.nbytes for x in results)
-    return Usage(beyond, _error(inputs, results) if implementation.expressive else None)
+    results = call()
+    return _status("VmHWM") - before - sum(x.nbytes for x in results), results
 
 
 def _error(inputs: list[Tensor], results: list[Tensor]) -> float:

@@ -23,6 +23,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Modules of `integrations` that need a library which is an extra.
 FOR_A_LIBRARY = {
     "huggingface": "transformers",
+    "states": "transformers",
     "timm": "timm",
     "diffusers": "diffusers",
     "x_transformers": "x_transformers",

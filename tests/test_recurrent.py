@@ -83,10 +83,38 @@ def test_saved_copied_reordered(tmp_path):
 
 
 def test_size_of_a_head_of_64():
-    assert SquaredState(1, 1, 64).nbytes == 4 * 2080 * 65
+    assert SquaredState(1, 1, 64).nbytes == 4 * 2080 * 64 + 8 * 2080
     assert repr(SquaredState(1, 1, 64)) == (
-        "SquaredState(batch=1, heads=1, dim=64, value_dim=64, dtype=torch.float32, 0.54 MB)"
+        "SquaredState(batch=1, heads=1, dim=64, value_dim=64, dtype=torch.float32, 0.55 MB)"
     )
+
+
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("sizes", [[300], [1, 299], [128, 1, 1, 70, 100]])
+def test_pieces_of_any_length_are_causal_attention(sizes, decays):
+    query, key, value = inputs()
+    log_decay = -0.1 * torch.rand(3, 2, 300, dtype=torch.float64) if decays else None
+    options = {"is_causal": True, "form": "squared", "enable_gqa": True, "log_decay": log_decay, "backend": "reference"}
+    expected = expressive_attention(query, key, value, **options)
+    state, parts, start = SquaredState(3, 2, 20, 7, dtype=torch.float64), [], 0
+    for size in sizes:
+        part = slice(start, start := start + size)
+        own = None if log_decay is None else log_decay[..., part]
+        parts.append(state.extend(query[:, :, part], key[:, :, part], value[:, :, part], own))
+    torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        state.sums, SquaredState(3, 2, 20, 7, dtype=torch.float64).update(key, value, log_decay).sums
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_summed_in_float32(dtype):
+    query, key, value = (x.to(dtype) for x in inputs())
+    state = SquaredState(3, 2, 20, 7)
+    found = [state.extend(*(x[:, :, part] for x in (query, key, value))) for part in (slice(200), slice(200, 300))]
+    exact = [x.double() for x in (query, key, value)]
+    expected = expressive_attention(*exact, is_causal=True, form="squared", enable_gqa=True).to(dtype)
+    torch.testing.assert_close(found[1], expected[:, :, 200:], rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_wrong_arguments():
@@ -98,6 +126,8 @@ def test_wrong_arguments():
         (lambda: state.update(key, value, key), r"log_decay must have shape \(3, 2, 300\)"),
         (lambda: state.attend(key[:, :1]), r"query must have shape \(3, a multiple of 2, L, 20\)"),
         (lambda: state.decay(key), r"log_factor must have shape \(3, 2\)"),
+        (lambda: state.extend(key[:, :, :5], key, value), "of the same tokens, got 5 and 300"),
+        (lambda: state.extend(key, key, value, key), r"log_decay must have shape \(3, 2, 300\)"),
         (lambda: state + SquaredState(3, 2, 20), "states of the same shape"),
         (lambda: SquaredState(3, 2, 0), "dim must be at least 1, got 0"),
         (lambda: SquaredState(3, 2, 4, dtype=torch.float16), "dtype must be torch.float32 or torch.float64"),

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .backends.linear.state import State
+from .functional import expressive_attention
 
 __all__ = ["SquaredState"]
 
-# Keys that are added at a time: their products are in memory together.
+# Keys that are added, and queries that are answered, at a time: their products are in memory together.
 _CHUNK = 256
 
 _MAGIC = "expressive_attention.SquaredState"
@@ -29,10 +30,12 @@ class SquaredState:
     Attributes:
         sums: sum_j phi(k_j) v_j^T, ``(B, H, E (E + 1) / 2, Ev)``: products k_a k_b with a <= b, row by row of the upper
             triangle.
-        moment: sum_j phi(k_j), ``(B, H, E (E + 1) / 2)``.
+        moment: sum_j phi(k_j), ``(B, H, E (E + 1) / 2)`` of float64: terms of the normalizer may cancel.
         dim: E.
 
-    Sums are float32, or float64 where `dtype` says so. A head of 64 by 64 takes 0.54 MB in float32.
+    Sums are float32, or float64 where `dtype` says so. A head of 64 by 64 takes 0.55 MB in float32. An output has the
+    relative error of its sums times |q|^2 sum_j |k_j|^2 / sum_j (q . k_j)^2, which is E for random vectors; it is large
+    where a query is nearly orthogonal to all keys. Keys are not kept, so no backend can help out there.
 
     Args:
         batch: B.
@@ -64,8 +67,9 @@ class SquaredState:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.dim = dim
         products = dim * (dim + 1) // 2
+        self._pairs = _triangle(dim, device)
         self.sums = torch.zeros(batch, heads, products, value_dim, device=device, dtype=dtype)
-        self.moment = torch.zeros(batch, heads, products, device=device, dtype=dtype)
+        self.moment = torch.zeros(batch, heads, products, device=device, dtype=torch.float64)
 
     def update(self, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> SquaredState:
         """Add T keys and values, the earlier ones first.
@@ -82,12 +86,7 @@ class SquaredState:
         Raises:
             ValueError: A shape does not fit.
         """
-        batch, heads, _, width = self.sums.shape
-        tokens = key.shape[2] if key.ndim == 4 else 0
-        _check("key", key, (batch, heads, tokens, self.dim))
-        _check("value", value, (batch, heads, tokens, width))
-        if log_decay is not None:
-            _check("log_decay", log_decay, (batch, heads, tokens))
+        tokens = self._check_tokens(key, value, log_decay)
         with torch.no_grad():
             for start in range(0, tokens, _CHUNK):
                 part = slice(start, start + _CHUNK)
@@ -98,20 +97,21 @@ class SquaredState:
         key, value = key.to(self.sums.dtype), value.to(self.sums.dtype)
         weight = None
         if log_decay is not None:
-            since = log_decay.to(self.sums.dtype).cumsum(-1)
+            since = log_decay.to(torch.float64).cumsum(-1)
             self.decay(since[..., -1])
-            weight = (since[..., -1:] - since).exp().unsqueeze(-1)
+            weight = (since[..., -1:] - since).exp().to(self.sums.dtype).unsqueeze(-1)
             value = value * weight
-        if key.shape[2] == 1:
-            products = _products(key, self.dim)
-            self.sums += products.mT * value
-            self.moment += (products if weight is None else products * weight).squeeze(2)
+        batch, heads, tokens, _ = key.shape
+        if tokens == 1:
+            wide = self._products(key.double())
+            products = wide.to(self.sums.dtype).flatten(0, 1)
+            self.sums.view(batch * heads, *self.sums.shape[2:]).baddbmm_(products.mT, value.flatten(0, 1))
+            self.moment += (wide if weight is None else wide * weight).squeeze(2)
             return
-        batch, heads = key.shape[:2]
         state = State(batch * heads, self.dim, value.shape[-1], self.sums)
         state.add_(key.flatten(0, 1), value.flatten(0, 1), None if weight is None else weight.flatten(0, 1))
         self.sums += state.distinct().unflatten(0, (batch, heads))
-        rows, columns = _triangle(self.dim, key.device)
+        rows, columns = self._pairs
         self.moment += state.moment[:, rows, columns].unflatten(0, (batch, heads))
 
     def attend(self, query: Tensor) -> Tensor:
@@ -126,22 +126,92 @@ class SquaredState:
         Raises:
             ValueError: The shape does not fit.
         """
+        self._check_query(query)
+        found, total = self._read(_unit(query, self.sums.dtype))
+        return (found / _divisor(total)).to(query.dtype)
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        """Causal attention of T tokens that follow those so far, whose keys and values are then added.
+
+        Token t sees all keys so far, and those of the T tokens up to its own.
+
+        Args:
+            query: ``(B, Hq, T, E)``, Hq a multiple of H.
+            key: ``(B, H, T, E)``, dtype of `query`.
+            value: ``(B, H, T, Ev)``, likewise.
+            log_decay: ``(B, H, T)``, as in `update`.
+
+        Returns:
+            ``(B, Hq, T, Ev)`` in the dtype of `query`. No gradient goes through the state to earlier tokens.
+
+        Raises:
+            ValueError: A shape or dtype does not fit.
+        """
+        self._check_query(query)
+        tokens = self._check_tokens(key, value, log_decay)
+        if query.shape[2] != tokens:
+            raise ValueError(f"query and key must be of the same tokens, got {query.shape[2]} and {tokens}")
+        if query.shape[2] == 1:
+            return self.update(key, value, log_decay).attend(query)
+        past = self._past(query, log_decay)
+        self.update(key, value, log_decay)
+        options = {"is_causal": True, "enable_gqa": True, "form": "squared", "log_decay": log_decay}
+        if past is None:
+            return expressive_attention(query, key, value, **options)
+        unit = _unit(query, self.sums.dtype)
+        own, weight = expressive_attention(
+            unit, key.to(unit.dtype), value.to(unit.dtype), scale=1.0, return_normalizer=True, **options
+        )
+        found, total = past
+        weight = weight.unsqueeze(-1)
+        return ((found + weight * own) / _divisor(total + weight)).to(query.dtype)
+
+    def _past(self, query: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The sums of `_read` for tokens ``(B, Hq, T, E)``, with their decay; None: there are no keys so far."""
+        if not self.moment.any():
+            return None
+        found, total = self._read(_unit(query, self.sums.dtype))
+        if log_decay is not None:
+            groups = query.shape[1] // self.sums.shape[1]
+            factor = log_decay.to(torch.float64).cumsum(-1).exp().to(self.sums.dtype)
+            factor = factor.repeat_interleave(groups, 1).unsqueeze(-1)
+            found, total = found * factor, total * factor
+        return found, total
+
+    def _read(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_j w_ij v_j ``(B, Hq, L, Ev)`` and sum_j w_ij ``(B, Hq, L, 1)``, in the dtype of the sums."""
+        rows, columns = self._pairs
+        twice = 2 - (rows == columns).long()  # of different components
+        groups, heads = query.shape[1] // self.sums.shape[1], self.sums.shape[1]
+        parts = []
+        for own in query.split(_CHUNK, 2):
+            wide = self._products(own.double().unflatten(1, (heads, groups)).flatten(2, 3)) * twice
+            total = (wide @ self.moment.unsqueeze(-1)).to(self.sums.dtype)
+            found = wide.to(self.sums.dtype) @ self.sums
+            parts.append([x.unflatten(2, (groups, -1)).flatten(1, 2) for x in (found, total)])
+        found, total = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        return found, total
+
+    def _products(self, x: Tensor) -> Tensor:
+        """The distinct products of the components of x ``(..., E)``."""
+        rows, columns = self._pairs
+        return x[..., rows] * x[..., columns]
+
+    def _check_tokens(self, key: Tensor, value: Tensor, log_decay: Tensor | None) -> int:
+        batch, heads, _, width = self.sums.shape
+        tokens = key.shape[2] if key.ndim == 4 else 0
+        _check("key", key, (batch, heads, tokens, self.dim))
+        _check("value", value, (batch, heads, tokens, width))
+        if log_decay is not None:
+            _check("log_decay", log_decay, (batch, heads, tokens))
+        return tokens
+
+    def _check_query(self, query: Tensor) -> None:
         batch, heads, _, _ = self.sums.shape
         if query.ndim != 4 or query.shape[0] != batch or query.shape[1] % heads or query.shape[3] != self.dim:
             raise ValueError(
                 f"query must have shape ({batch}, a multiple of {heads}, L, {self.dim}), got {tuple(query.shape)}"
             )
-        # The size of a query cancels; its square must not leave the range of the sums.
-        size = query.abs().amax(-1, keepdim=True).to(self.sums.dtype)
-        unit = query.to(self.sums.dtype) / torch.where(size == 0, 1.0, size)
-        products = _products(unit.unflatten(1, (heads, -1)).flatten(2, 3), self.dim)
-        twice = (
-            2.0 - (torch.eye(self.dim, device=query.device, dtype=self.sums.dtype)[_triangle(self.dim, query.device)])
-        )
-        products = products * twice
-        total = (products * self.moment.unsqueeze(2)).sum(-1, keepdim=True)
-        output = (products @ self.sums) / torch.where(total <= 0, torch.inf, total)
-        return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(query.dtype)
 
     def decay(self, log_factor: Tensor) -> SquaredState:
         """Multiply all weights so far by ``exp(log_factor)``, ``(B, H)``.
@@ -150,9 +220,9 @@ class SquaredState:
             ValueError: The shape does not fit.
         """
         _check("log_factor", log_factor, tuple(self.sums.shape[:2]))
-        factor = log_factor.to(self.sums.dtype).exp().unsqueeze(-1)
+        factor = log_factor.to(torch.float64).exp().unsqueeze(-1)
         self.moment *= factor
-        self.sums *= factor.unsqueeze(-1)
+        self.sums *= factor.unsqueeze(-1).to(self.sums.dtype)
         return self
 
     def __add__(self, other: SquaredState) -> SquaredState:
@@ -177,6 +247,7 @@ class SquaredState:
     def _of(cls, sums: Tensor, moment: Tensor, dim: int) -> SquaredState:
         state = cls.__new__(cls)
         state.sums, state.moment, state.dim = sums, moment, dim
+        state._pairs = _triangle(dim, sums.device)
         return state
 
     @property
@@ -225,12 +296,16 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def _triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _unit(query: Tensor, dtype: torch.dtype) -> Tensor:
+    """Queries with a largest entry of 1. Their size cancels, and its square must not leave the range of the sums."""
+    size = query.detach().abs().amax(-1, keepdim=True).to(dtype)
+    return query.to(dtype) / torch.where(size == 0, 1.0, size)
+
+
+def _divisor(total: Tensor) -> Tensor:
+    return torch.where(total <= 0, torch.inf, total)
+
+
+def _triangle(dim: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     rows, columns = torch.triu_indices(dim, dim, device=device)
     return rows, columns
-
-
-def _products(x: Tensor, dim: int) -> Tensor:
-    """The distinct products of the components of x ``(..., E)``."""
-    rows, columns = _triangle(dim, x.device)
-    return x[..., rows] * x[..., columns]

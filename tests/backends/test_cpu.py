@@ -133,7 +133,7 @@ const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
     [
         (None, False),
         (layout.LAYOUT, True),
-        (layout.LAYOUT.replace("2 ", "1 ", 1), False),
+        (layout.LAYOUT.replace("3 ", "2 ", 1), False),
         (layout.LAYOUT.replace("rows:q keys:q", "keys:q rows:q"), False),
         (layout.LAYOUT.replace("scale:d", "scale:q"), False),
     ],

@@ -268,3 +268,24 @@ def test_derivatives_of_both_orders(backend):
     function = partial(expressive_attention, is_causal=True, enable_gqa=True, return_normalizer=True, backend=backend)
     assert torch.autograd.gradcheck(function, (q, k, v, bias))
     assert torch.autograd.gradgradcheck(function, (q, k, v, bias))
+
+
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("entries", [[0], [0, 3]])
+def test_an_infinite_query_counts_as_a_very_large_one(backend, form, dtype, rows, entries):
+    """Of z^2, its infinite numbers decide, whatever the others are."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 6).to(dtype) for n in (rows, 20, 20))
+    q[1, 2, -1, entries] = torch.tensor([torch.inf, -torch.inf][: len(entries)], dtype=dtype)
+    mask = torch.rand(rows, 20) < 0.7
+    large = q.double()
+    large[1, 2, -1, entries] = 1e30 * large[1, 2, -1, entries].sign()
+    for options in ({}, {"attn_mask": mask}, {"is_causal": True, "causal_alignment": "lower_right"}):
+        output, n = expressive_attention(q, k, v, form=form, backend=backend, return_normalizer=True, **options)
+        exact = [large, k.double(), v.double()]
+        wanted, total = expressive_attention(*exact, form=form, backend="reference", return_normalizer=True, **options)
+        rtol = max(1e-5, 4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(output.double(), wanted, rtol=rtol, atol=rtol)
+        assert n[1, 2, -1] > 1e6 if form == "squared" else abs(n[1, 2, -1] / total[1, 2, -1] - 1) < 1e-3

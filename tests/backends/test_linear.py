@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
+from expressive_attention.backends import linear
 from expressive_attention.backends.cpu import library
-from expressive_attention.call import Call, Visibility
+from expressive_attention.call import Call, Visibility, accumulation_dtype
 from expressive_attention.functional import choose as choice
 from expressive_attention.schema import flatten
 from tests.budget import LINEAR, Case, assert_within_budget, fused, threads_of_torch
@@ -296,3 +297,100 @@ def test_the_automatic_choice_compiles_as_one_graph(dynamic, dtype):
     for length in (8, 1500):  # all pairs, and linear time
         q, k, v = torch.randn(3, 1, 2, length, 16).to(dtype).unbind(0)
         torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
+
+
+class OnlyRows:
+    """A backend that multiplies pairs, and says of how many rows at a time."""
+
+    def __init__(self, backend):
+        self.plain, self.counts = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self.plain, name)
+
+    def forward(self, call):
+        self.counts.append(call.query.shape[2])
+        return self.plain.forward(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "causal", "lengths", "log_decay", "alibi_slopes", "infinite"])
+def test_rows_that_no_state_holds_are_multiplied_alone(backend, kind, dtype, monkeypatch):
+    """Two rows are all but orthogonal to all keys, or one is not finite."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 150, 16), torch.randn(2, 2, 150, 5)
+    k[..., 8:] = q[..., 8:] = 0
+    for row in (130, 149):  # after the first chunk
+        q[1, 3, row] = torch.randn(16) * (torch.arange(16) >= 8)
+        q[1, 3, row, 0] = 1e-5
+    wanted = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    options = {"is_causal": kind not in ("full", "lengths"), "enable_gqa": True}
+    if kind == "lengths":
+        options["key_lengths"] = torch.tensor([60, 140])
+    elif kind == "alibi_slopes":
+        options[kind] = torch.tensor([0.0, 0.01, 0.1, 0.03])
+    elif kind == "log_decay":
+        options[kind] = (-0.1 * torch.rand(2, 2, 150, dtype=accumulation_dtype(dtype))).requires_grad_()
+        wanted.append(options[kind])
+    elif kind == "infinite":
+        wanted[0].data[0, 1, 20, 3] = torch.nan
+    spy = OnlyRows(linear._all_pairs(Call(*wanted[:3], None, Visibility(), 1.0, "squared")))
+    monkeypatch.setattr(linear, "_all_pairs", lambda call: spy)
+    exact = [x.detach().double().requires_grad_() for x in wanted]
+    results = []
+    for inputs, name in ((wanted, backend), (exact, "reference")):
+        own = options | ({"log_decay": inputs[3]} if kind == "log_decay" else {})
+        output, normalizer = expressive_attention(
+            *inputs[:3], form="squared", return_normalizer=True, backend=name, **own
+        )
+        keep = output.detach().isfinite()
+        loss = torch.where(keep, output.float(), 0.0).square().sum() + torch.where(keep[..., 0], normalizer, 0.0).sum()
+        results.append([output, normalizer, *torch.autograd.grad(loss.double(), inputs)])
+    assert set(spy.counts) == ({1, 2} if kind == "infinite" else {2})
+    assert len(spy.counts) == 2 * (2 if kind == "infinite" else 1)
+    rtol = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.02}[dtype]
+    for name, x, y in zip(("output", "normalizer", "query", "key", "value", "decay"), *results, strict=False):
+        broken = y.isnan()
+        if name in ("output", "normalizer"):
+            assert torch.equal(x.isnan(), broken)
+        else:  # gradients of what takes part in a row of NaN may be NaN
+            broken = broken | x.isnan()
+            assert broken.any() <= (kind == "infinite")
+            assert not broken[..., 21:, :].any() if name != "decay" else True
+        x, y = (part.double()[~broken] for part in (x, y))
+        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * float(y.detach().abs().max()))
+    row = results[1][2][1, 3, 149]
+    torch.testing.assert_close(
+        results[0][2][1, 3, 149].double(), row, rtol=50 * rtol, atol=rtol * float(row.abs().max())
+    )
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_million_keys_within_the_budget_of_errors(alike):
+    """Sampled rows against the reference in float64, and its own error in float32, for output, N and dq."""
+    length = 1 << 20
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, length, 8).unbind(0)
+    if alike:
+        k, v = 0.1 * k + 1.0, v + 3.0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    output, normalizer = expressive_attention(
+        *leaves, is_causal=True, form="squared", backend="linear", return_normalizer=True
+    )
+    upstream = torch.randn_like(output)
+    (dq,) = torch.autograd.grad(output, q, upstream)
+    found, exact, plain = [], [], []
+    for row in (length // 2, 3 * length // 4 + 1, length - 1):
+        one, seen = slice(row, row + 1), slice(row + 1)
+        found.append([x[:, :, one].detach().double() for x in (output, normalizer, dq)])
+        for results, dtype in ((exact, torch.float64), (plain, torch.float32)):
+            own = q.detach()[:, :, one].to(dtype).requires_grad_()
+            keys, values = (x.detach()[:, :, seen].to(dtype) for x in (k, v))
+            o, n = expressive_attention(own, keys, values, form="squared", backend="reference", return_normalizer=True)
+            (d,) = torch.autograd.grad(o, own, upstream[:, :, one].to(dtype))
+            results.append([x.detach().double() for x in (o, n, d)])
+    for got, wanted, reference in zip(
+        *(map(torch.stack, zip(*rows, strict=True)) for rows in (found, exact, plain)), strict=True
+    ):
+        allowed = 2 * (reference - wanted).abs().amax() + torch.finfo(torch.float32).eps * wanted.abs()
+        assert ((got - wanted).abs() <= allowed).all()

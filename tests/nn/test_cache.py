@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from expressive_attention.nn import MECHANISMS, POSITIONS, KeyValueCache, SelfAttention, Transformer
+from expressive_attention.nn import MECHANISMS, POSITIONS, KeyValueCache, SelfAttention, SquaredCache, Transformer
 
 SEVERAL = ["learned+relative", "rope+learned_alibi"]
 
@@ -105,8 +105,66 @@ def test_a_cache_has_room_for_so_many():
     keys, values = cache.append(x, x + 1)
     assert keys.equal(x)
     assert values.equal(x + 1)
+    assert cache.nbytes == 2 * x.nbytes
     with pytest.raises(ValueError, match="room for 3 positions, got 4"):
         cache.append(x, x)
     assert cache.append(x[..., :1, :], x[..., :1, :])[0].equal(torch.cat([x, x[..., :1, :]], -2))
     with pytest.raises(ValueError, match="caches must have one for each of 2 blocks, got 1"):
         model_of()(torch.zeros(1, 2, dtype=torch.long), [KeyValueCache(2)])
+
+
+WITH_STATE = [
+    position for position in [*POSITIONS, "rope+learned_alibi", "alibi+learned_alibi"] if position != "relative"
+]
+
+
+@pytest.mark.parametrize("position", WITH_STATE)
+def test_a_state_says_what_the_whole_says(position):
+    model = model_of(position, "squared")
+    tokens = torch.randint(7, (2, 3, 12))
+    caches = [SquaredCache() for _ in model.blocks]
+    parts = [model(part, caches) for part in tokens.split([4, 1, 3, 1, 1, 2], -1)]
+    torch.testing.assert_close(torch.cat(parts, -2), model(tokens))
+    assert [(cache.length, cache.state.sums.shape) for cache in caches] == 2 * [(12, (6, 2, 10, 4))]
+
+
+@pytest.mark.parametrize("position", ["rope", "rope+learned_alibi"])
+def test_many_tokens_are_generated_from_a_state(position, monkeypatch):
+    made = []
+    plain = SelfAttention.new_cache
+    monkeypatch.setattr(SelfAttention, "new_cache", lambda self, n: made.append(plain(self, n)) or made[-1])
+    model, tokens = model_of(position, "squared"), torch.randint(7, (3, 5))
+    found = model.generate(tokens, 60, temperature=0)
+    assert [(type(cache), cache.length) for cache in made] == 2 * [(SquaredCache, 64)]
+    for i in range(5, 65):
+        assert model(found[:, :i])[:, -1].argmax(-1).equal(found[:, i])
+
+
+def test_the_smaller_cache_is_taken():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        module = SelfAttention(128, 2, "squared", position="rope").to(dtype)
+        x = torch.zeros(1, 1, 128, dtype=dtype)
+        state = SquaredCache()
+        module(x, cache=state)
+        positions = state.state.nbytes // (2 * 2 * 64 * dtype.itemsize)  # of keys and values that take as much
+        assert isinstance(module.new_cache(positions), KeyValueCache)
+        assert isinstance(module.new_cache(positions + 1), SquaredCache)
+    for options in ({"mechanism": "expressive"}, {"position": "relative"}, {"is_causal": False}):
+        module = SelfAttention(128, 2, **{"mechanism": "squared", "max_length": 5} | options)
+        assert isinstance(module.new_cache(100_000), KeyValueCache)
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "message"),
+    [
+        ({"mechanism": "expressive"}, None, "a SquaredCache needs mechanism='squared', got 'expressive'"),
+        ({"position": "relative"}, None, "a SquaredCache needs positions that .*, got 'relative'"),
+        ({"is_causal": False}, None, "cache must be None for attention that is not causal"),
+        ({}, torch.ones(3, 3, dtype=torch.bool), "attn_mask must be None with a SquaredCache"),
+        ({"dropout_p": 0.1}, None, r"a SquaredCache cannot drop weights; call eval\(\) first"),
+    ],
+)
+def test_what_a_state_cannot_tell_is_refused(options, mask, message):
+    module = SelfAttention(8, 2, **{"mechanism": "squared", "max_length": 5} | options)
+    with pytest.raises(ValueError, match=message):
+        module(torch.zeros(1, 3, 8), mask, SquaredCache())

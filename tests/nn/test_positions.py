@@ -175,3 +175,16 @@ def test_codes_of_position_are_told_apart():
     for wrong in ("rope+rope", "none+rope"):
         with pytest.raises(ValueError, match="each code once, and 'none' alone"):
             position_codes(wrong)
+
+
+def test_rotary_tables_do_not_grow_with_the_position():
+    x = torch.randn(2, 8, dtype=torch.float64)
+    rotary = RotaryPositions(8, 100.0)
+    for start in (0, 1_000_000, 1_000_001, 1_001_023, 3):
+        angles = torch.tensor([start, start + 1.0], dtype=torch.float64).unsqueeze(1) * 100.0 ** (
+            -torch.arange(4).double() / 4
+        )
+        first, second = x.chunk(2, -1)
+        turned = [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()]
+        torch.testing.assert_close(rotary(x, start), torch.cat(turned, -1))
+        assert rotary._tables[0].shape[0] <= 1024

@@ -3,6 +3,7 @@
 from ..decomposition import decompositions
 from .calibration import Calibration, calibrate
 from .conversion import Conversion, ConversionError, Layer, Verification, convert
+from .linearization import HeadScores, Linearization, linearize
 from .merging import merge_gains
 from .sdpa import expressive_sdpa
 
@@ -10,11 +11,14 @@ __all__ = [
     "Calibration",
     "Conversion",
     "ConversionError",
+    "HeadScores",
     "Layer",
+    "Linearization",
     "Verification",
     "calibrate",
     "convert",
     "decompositions",
     "expressive_sdpa",
+    "linearize",
     "merge_gains",
 ]

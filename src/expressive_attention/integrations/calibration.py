@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..call import Call
 from .conversion import Conversion, record_choice
+from .scores import scores_of, tell_calls
 from .switching import GAIN
 from .table import Table
-from .tracing import traced
 
 __all__ = ["Calibration", "Spread", "calibrate", "spread"]
 
@@ -149,8 +149,6 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
     Raises:
         ValueError: There are no batches, or a layer is not reached.
     """
-    if not batches:
-        raise ValueError("batches must hold at least one input of the model, got none")
     layers = conversion.modules(conversion.switched)
     sums: dict[str, list[Tensor]] = defaultdict(list)
     dtypes: dict[str, torch.dtype] = {}
@@ -159,15 +157,7 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
         sums[layer].append(_sums(call))
         dtypes[layer] = call.query.dtype
 
-    with traced(layers, told):
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                conversion.model(**batch)
-            else:
-                conversion.model(*(batch if isinstance(batch, tuple) else (batch,)))
-    missing = [name for name in layers if name not in sums]
-    if missing:
-        raise ValueError(f"batches must reach every switched layer, but these were not: {', '.join(missing)}")
+    tell_calls(conversion.model, layers, batches, told)
     found = {}
     for name in layers:
         squares, saturated, count = torch.stack(sums[name]).sum(0)
@@ -177,15 +167,8 @@ def spread(conversion: Conversion, batches: Sequence[Any]) -> dict[str, Spread]:
 
 def _sums(call: Call) -> Tensor:
     """Sum of z^2, number of |z| > 3, and number of pairs that the mask leaves, ``(3, H)`` in float64."""
-    query, key = call.query.double(), call.key.double()
-    z = call.scale * query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    mask = call.visibility.mask_of(torch.arange(query.shape[2], device=z.device), query, key)
-    keep = mask if mask.dtype == torch.bool else mask > -torch.inf
-    if call.attn_mask is not None:
-        # finfo.min and -inf both mask
-        seen = call.attn_mask if call.attn_mask.dtype == torch.bool else call.attn_mask > -1e4
-        keep = keep & seen
-    keep = keep.expand_as(z)
-    z = z.where(keep, 0.0)
-    parts = (z.square(), (z.abs() > 3).double(), keep.double())
-    return torch.stack([part.sum((0, 2, 3)) for part in parts])
+    total = torch.zeros(3, call.query.shape[1], dtype=torch.float64, device=call.query.device)
+    for z, keep in scores_of(call):
+        z = z.where(keep, 0.0)
+        total += torch.stack([part.double().sum((0, 2, 3)) for part in (z.square(), z.abs() > 3, keep)])
+    return total

@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..forms import check_form
+from ..call import Call
+from ..forms import FORMS, check_form
 from .classes import set_attributes
 from .errors import ConversionError
 from .guard import guard, is_switched, unguarded
 from .inspection import SOFTMAX_FUNCTIONS, attention_like, names_used
-from .marks import mark
+from .marks import LINEARIZED, mark
 from .switching import GAIN, Switched
 from .table import Table
 from .tracing import Tracer, traced
@@ -102,11 +103,13 @@ class Verification(Table):
         calls: Calls of expressive attention in each switched layer.
         softmax: Layers, switched or left alone, in which softmax ran, and how often; ``""`` is outside of all.
         idle: Switched layers that the pass did not come to.
+        kind: Words for the calls that are counted.
     """
 
     calls: dict[str, int]
     softmax: dict[str, int]
     idle: tuple[str, ...]
+    kind: str = "EA"
 
     @property
     def failed(self) -> list[str]:
@@ -115,9 +118,14 @@ class Verification(Table):
             name for name, count in self.calls.items() if name not in self.idle and (name in self.softmax or not count)
         ]
 
+    def check(self) -> None:
+        """Raise `ConversionError` if a switched layer failed, or none of them ran."""
+        if self.failed or len(self.idle) == len(self.calls):
+            raise ConversionError(str(self))
+
     def __str__(self) -> str:
         ran = sum(1 for name, count in self.calls.items() if count and name not in self.softmax)
-        text = f"EA ran in {ran}/{len(self.calls)} layers"
+        text = f"{self.kind} ran in {ran}/{len(self.calls)} layers"
         if self.failed:
             text += f"; not in: {', '.join(self.failed)}"
         if self.idle:
@@ -176,7 +184,6 @@ class Conversion(Table):
             if "indexer" in type(module).__name__.lower() and any(_inside(name, layer) for layer in layers)
         }
 
-    @torch.no_grad()
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Run ``model(*inputs, **kwargs)`` and count calls of expressive attention in each layer.
 
@@ -191,21 +198,9 @@ class Conversion(Table):
         if self._undos is None:
             raise ConversionError("the conversion has been undone; there is nothing to verify")
         layers = {**self.modules(self.layers), **self._choosers()}
-        expressive: Counter[str] = Counter()
-        with (
-            unguarded(),
-            traced(layers, lambda layer, _: expressive.update([layer])) as tracer,
-            _Softmax(tracer) as softmax,
-        ):
-            _output = self.model(*inputs, **kwargs)  # weights in it are kept
-        switched = [layer.name for layer in self.switched]
-        found = Verification(
-            calls={name: expressive[name] for name in switched},
-            softmax=dict(softmax.counts),
-            idle=tuple(name for name in switched if not tracer.entered[name]),
-        )
-        if self.strict and (found.failed or len(found.idle) == len(switched)):
-            raise ConversionError(str(found))
+        found = run_and_count(self.model, layers, [layer.name for layer in self.switched], FORMS, inputs, kwargs)
+        if self.strict:
+            found.check()
         return found
 
     def undo(self) -> None:
@@ -215,7 +210,8 @@ class Conversion(Table):
 
         Raises:
             ConversionError: A layer was given another class since, as by a parametrization, or another forward pass, as
-                by a hook of accelerate; or this is a copy of a conversion. Nothing is changed.
+                by a hook of accelerate, or another form, by `linearize`; or this is a copy of a conversion. Nothing is
+                changed.
         """
         if self._undos is None:
             return
@@ -232,6 +228,8 @@ class Conversion(Table):
                 f"the forward methods of these layers have been replaced since the conversion, as hooks of accelerate "
                 f"do: {', '.join(name or 'the model' for name in hidden)}; take that back first"
             )
+        if linear := [name for name, module, _ in self._made if LINEARIZED in vars(module)]:
+            raise ConversionError(f"`linearize` has switched these layers since: {', '.join(linear)}; undo it first")
         for undo in reversed(self._undos):
             undo()
         self._undos = None
@@ -502,6 +500,40 @@ def _inside(name: str, other: str) -> bool:
 
 # Parts of the names of operators that compute softmax.
 _OPERATORS = re.compile(f"{SOFTMAX_FUNCTIONS.pattern}|scaled_dot_product|multi_head_attention|encoder_layer_fwd|fmha")
+
+
+@torch.no_grad()
+def run_and_count(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    switched: Sequence[str],
+    forms: Sequence[str],
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Verification:
+    """Run ``model(*inputs, **kwargs)`` and count calls of these forms, and of softmax, in the layers by name.
+
+    Args:
+        model: The model.
+        layers: All attention layers.
+        switched: Names of those that are to compute a form of `forms`.
+        forms: The forms that count.
+        inputs: Of the model.
+        kwargs: Of the model.
+    """
+    counts: Counter[str] = Counter()
+
+    def told(layer: str, call: Call) -> None:
+        counts[layer] += call.form in forms
+
+    with unguarded(), traced(layers, told) as tracer, _Softmax(tracer) as softmax:
+        _output = model(*inputs, **kwargs)  # weights in it are kept
+    return Verification(
+        calls={name: counts[name] for name in switched},
+        softmax=dict(softmax.counts),
+        idle=tuple(name for name in switched if not tracer.entered[name]),
+        kind="EA" if len(forms) > 1 else f"EA of the form {forms[0]!r}",
+    )
 
 
 class _Softmax(TorchDispatchMode):

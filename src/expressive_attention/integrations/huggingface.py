@@ -49,7 +49,8 @@ from .switching import GAIN
 
 try:
     from safetensors import safe_open
-    from transformers import AttentionInterface, AutoConfig, PreTrainedModel
+    from transformers import AttentionInterface, AutoConfig, DynamicCache, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     try:
@@ -63,7 +64,9 @@ except ImportError as error:
         "pip install 'expressive-attention[huggingface]'"
     ) from error
 
-__all__ = ["IMPLEMENTATIONS", "check", "find", "from_pretrained", "record", "switch"]
+from .states import STATE, SquaredCache, StateLayer
+
+__all__ = ["IMPLEMENTATIONS", "check", "find", "form_of_layer", "from_pretrained", "record", "squared_cache", "switch"]
 
 # Names of `attn_implementation`, by form.
 IMPLEMENTATIONS = {"expressive": "expressive", "squared": "expressive_squared"}
@@ -122,16 +125,18 @@ def _attention(
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must be broadcastable to (B, H, L, S), got {shape}")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if (attend := getattr(key, STATE, None)) is not None:
+        asked = {"position_bias": position_bias, "dropout": dropout or None, **kwargs}
+        # A single query sees all keys, causal or not; a mask tells causality, too.
+        _check_state(module, form, is_causal or attention_mask is not None or query.shape[2] == 1, asked)
+        output = attend(_with_gain(module, query), key, value, attention_mask)
+        return output.transpose(1, 2).contiguous(), None
     keep = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     for bias in (position_bias, *_chosen_keys(module, query, key, keep, kwargs)):
         if bias is not None:
             bias = bias[..., : key.shape[2]]
             keep = bias if keep is None else join_masks(keep, bias)
-    if (gain := getattr(module, GAIN, None)) is not None:
-        query = query * gain[:, None, None]
-    wants_weights = kwargs.get(
-        "output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)
-    )
+    query, wants_weights = _with_gain(module, query), _wants_weights(module, kwargs)
     starts = _starts(kwargs)
     if starts is not None and keep is None and not wants_weights:
         window = kwargs.get("sliding_window")
@@ -154,6 +159,42 @@ def _attention(
         every_key = torch.eye(key.shape[2], dtype=value.dtype, device=value.device)
         weights = expressive_attention(query, key, every_key.expand(*key.shape[:2], -1, -1), keep, **settings)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _with_gain(module: nn.Module, query: Tensor) -> Tensor:
+    """The queries ``(B, H, L, E)`` times the gains of `calibrate`, if there are any."""
+    gain = getattr(module, GAIN, None)
+    return query if gain is None else query * gain[:, None, None]
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+# Arguments of layers that a state of constant size has no answer to.
+_NOT_OF_A_STATE = {
+    "position_bias": "a bias of positions",
+    "dropout": "dropout",
+    "sliding_window": "a sliding window",
+    "cu_seq_lens_q": "packed sequences",
+    "indices": "chosen keys",
+    "block_indices": "chosen keys",
+}
+
+
+def _check_state(module: nn.Module, form: str, is_causal: bool, asked: dict[str, Any]) -> None:
+    """Raise an error for a layer that asks for more than a state of constant size tells."""
+    name = type(module).__name__
+    if form != "squared":
+        raise ConversionError(f"{name} has a state of the form 'squared' and computes {form!r}; make the cache anew")
+    found = [what for argument, what in _NOT_OF_A_STATE.items() if asked.get(argument) is not None]
+    found += ["attention that is not causal"] * (not is_causal)
+    found += ["weights of attention"] * bool(_wants_weights(module, asked))
+    if found:
+        raise NotImplementedError(
+            f"{name} asks for {' and '.join(found)}, which a state of constant size does not have; use the cache that "
+            "the model makes by itself"
+        )
 
 
 def _chosen_keys(
@@ -262,6 +303,46 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
     return loaded
 
 
+def squared_cache(model: PreTrainedModel) -> SquaredCache:
+    """An empty cache of constant size for generation: ``model.generate(..., past_key_values=squared_cache(model))``.
+
+    Layers that compute the form ``"squared"`` keep a `SquaredState` in it, of E (E + 1) / 2 times E numbers for each
+    head of keys, all others what they have in the cache that transformers makes: keys and values, of a window where
+    there is one. Where all layers have the form, neither the time of a step nor memory grows with the context. Beam
+    search and padding work as ever. Tokens cannot be taken back, so there is no assisted generation with it.
+
+    Args:
+        model: A model that generates, with the form ``"squared"`` in some of its layers.
+
+    Raises:
+        ConversionError: It has no such layer, or layers share their keys.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, eos_token_id=None, **sizes)).eval()
+        >>> conversion = convert(model, form="squared")
+        >>> squared_cache(model)
+        SquaredCache(layers=[StateLayer])
+    """
+    name = type(model).__name__
+    config: Any = model.config.get_text_config(decoder=True)
+    modules: list[Any] = [found.module for found in attention_layers(model)]
+    indexed = [(index, module) for module in modules if (index := getattr(module, "layer_idx", None)) is not None]
+    layers: list[Any] = DynamicCache(config=config).layers
+    if getattr(config, "is_encoder_decoder", False) or max((i for i, _ in indexed), default=-1) >= len(layers):
+        raise ConversionError(f"{name} has layers that share keys or attend to an encoder, which states do not hold")
+    for index, module in indexed:
+        is_squared = form_of_layer(module) == "squared" and getattr(module, "is_causal", True)
+        if is_squared and type(layers[index]) is DynamicLayer and not getattr(module, "sliding_window", None):
+            layers[index] = StateLayer()
+    if not any(isinstance(layer, StateLayer) for layer in layers):
+        raise ConversionError(
+            f"{name} has no layer of the form 'squared' that sees all tokens before; convert it with form='squared'"
+        )
+    return SquaredCache(layers)
+
+
 def _restore_gains(model: PreTrainedModel, name: str, where: dict[str, Any], variant: str | None) -> None:
     """Give layers the gains that lie in the files of a saved model, which transformers has no place for."""
     for file, keys in _files(name, where, variant).items():
@@ -349,10 +430,10 @@ _configurations.from_dict = classmethod(wraps(_plain_from_dict.__func__)(_from_d
 
 def _forms(model: PreTrainedModel) -> dict[str, list[str] | None]:
     """Its layers by the form that they are switched to; None: every layer that it has."""
-    return forms_of(model, _form_of)
+    return forms_of(model, form_of_layer)
 
 
-def _form_of(module: nn.Module) -> str | None:
+def form_of_layer(module: nn.Module) -> str | None:
     """The form that an attention layer computes; None: it computes softmax."""
     follows = _TABLE in names_used(type(module))
     return form_of(module) or (_FORMS.get(_name_of(module)) if follows else None)
@@ -384,7 +465,7 @@ def check(model: PreTrainedModel) -> None:
             "expressive_attention.integrations.huggingface.from_pretrained, or save it after `merge_gains`"
         )
     if saved is None and model.config._attn_implementation in _FORMS:
-        left = [found for found in attention_layers(model) if _form_of(found.module) is None]
+        left = [found for found in attention_layers(model) if form_of_layer(found.module) is None]
         if left:
             names = ", ".join(f"{found.name} ({type(found.module).__name__})" for found in left)
             raise ConversionError(

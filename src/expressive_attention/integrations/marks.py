@@ -16,11 +16,14 @@ from torch import nn
 from ..forms import FORMS
 from .classes import set_attributes
 
-__all__ = ["MARK", "mark", "marked"]
+__all__ = ["LINEARIZED", "MARK", "mark", "marked"]
 
 # Name of the entry: a number, the place of the form in `FORMS`. The layer has it as an attribute, too, by which
 # torch.distributed.checkpoint finds what an entry belongs to.
 MARK = "expressive_attention_form"
+
+# The attribute of layers whose form `linearize` has changed.
+LINEARIZED = "_expressive_linearized"
 
 
 def mark(module: nn.Module, form: str) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Modules: self-attention, torch's multi-head attention, position encodings and a small decoder-only transformer."""
 
 from .attention import HeadGain, SelfAttention
-from .cache import KeyValueCache
+from .cache import KeyValueCache, SquaredCache
 from .mechanisms import MECHANISMS, attend
 from .multihead import MultiheadAttention
 from .positions import (
@@ -30,6 +30,7 @@ __all__ = [
     "RotaryPositions",
     "SelfAttention",
     "SinusoidalPositions",
+    "SquaredCache",
     "Transformer",
     "TransformerBlock",
     "alibi_bias",

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import join_masks
-from .cache import KeyValueCache
+from .cache import KeyValueCache, SquaredCache
 from .mechanisms import attend, check_mechanism
-from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, position_codes
+from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, alibi_slopes, position_codes
 
 __all__ = ["HeadGain", "SelfAttention", "check_choice"]
 
@@ -116,22 +116,29 @@ class SelfAttention(nn.Module):
             f"is_causal={self.is_causal}"
         )
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | SquaredCache | None = None
+    ) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``.
 
         Args:
             x: Input ``(..., L, D)``.
             attn_mask: Broadcastable to ``(..., H, L, S)``: bool (True: takes part) or a bias in log-weight
                 space, together with causality.
-            cache: Keys and values of the positions before x; those of x are added to it. Then
-                S = ``cache.length`` + L; without one, S = L.
+            cache: Keys and values of the positions before x, or the state that these amount to; those of x are added
+                to it. Then S = ``cache.length`` + L; without one, S = L.
 
         Raises:
-            ValueError: A cache is given to attention that is not causal, or is full.
+            ValueError: A cache is given to attention that is not causal, or is full; or a `SquaredCache` to attention
+                that has no constant state, or with a mask, or while weights are dropped.
         """
         if cache is not None and not self.is_causal:
             raise ValueError("cache must be None for attention that is not causal")
         past = 0 if cache is None else cache.length
+        if isinstance(cache, SquaredCache):
+            self._check_state(attn_mask)
+            y = cache.attend(*self.heads(x, past), self._log_decay())
+            return self.out(y.transpose(-3, -2).flatten(-2))
         q, k, v = self.heads(x, past)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -141,6 +148,43 @@ class SelfAttention(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal and past == 0)
         return self.out(y.transpose(-3, -2).flatten(-2))
+
+    def new_cache(self, capacity: int) -> KeyValueCache | SquaredCache:
+        """An empty cache for at most so many positions: the smaller one of those that it can have.
+
+        A `SquaredCache` takes the mechanism ``"squared"``, causality, and no relative positions.
+
+        Args:
+            capacity: Largest number of positions.
+        """
+        weight = self.qkv.weight
+        is_smaller = SquaredCache.saves_memory(weight.shape[1] // self.num_heads, capacity, weight.dtype)
+        return SquaredCache() if is_smaller and self._why_no_state() is None else KeyValueCache(capacity)
+
+    def _why_no_state(self) -> str | None:
+        """The reason why no state of constant size tells all that it has seen; None: one does."""
+        if self.mechanism != "squared":
+            return f"mechanism='squared', got {self.mechanism!r}"
+        if self.relative is not None:
+            return f"positions that decay from one to the next or turn vectors, got {self.position!r}"
+        return None if self.is_causal else "is_causal=True"
+
+    def _check_state(self, attn_mask: Tensor | None) -> None:
+        if (reason := self._why_no_state()) is not None:
+            raise ValueError(f"a SquaredCache needs {reason}")
+        if attn_mask is not None:
+            raise ValueError("attn_mask must be None with a SquaredCache, which does not keep single keys")
+        if self.training and self.dropout_p:
+            raise ValueError("a SquaredCache cannot drop weights; call eval() first")
+
+    def _log_decay(self) -> Tensor | None:
+        """The log decay ``(H,)`` of weights from one position to the next; None: they do not decay."""
+        slopes = []
+        if "alibi" in position_codes(self.position):
+            slopes.append(alibi_slopes(self.num_heads).to(self.qkv.weight.device))
+        if self.alibi is not None:
+            slopes.append(self.alibi.log_slopes.exp())
+        return -sum(slopes[1:], slopes[0]) if slopes else None
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value ``(..., H, L, E)`` of X ``(..., L, D)``: normalized, turned and with the gain.

@@ -25,6 +25,9 @@ __all__ = [
     "position_codes",
 ]
 
+# Positions in a table that is made after the first ones.
+_ROOM = 1024
+
 POSITIONS = ("none", "learned", "sinusoidal", "rope", "alibi", "relative", "learned_alibi")
 
 
@@ -111,6 +114,7 @@ class RotaryPositions(nn.Module):
         self.head_dim = head_dim
         self.base = base
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._begin = 0  # the first position of the tables
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """X ``(..., L, E)`` rotated, positions `start` to `start` + L - 1."""
@@ -124,12 +128,20 @@ class RotaryPositions(nn.Module):
         if torch.compiler.is_compiling():
             cos, sin = self._table(x, start, end)
             return cos, sin
-        kept = self._tables
-        if kept is None or kept[0].shape[0] < end or kept[0].dtype != x.dtype or kept[0].device != x.device:
-            # With room to grow: generation asks for one position more in each call.
-            kept = self._tables = self._table(x, 0, 1 << (end - 1).bit_length())
+        kept, begin = self._tables, self._begin
+        if (
+            kept is None
+            or start < begin
+            or begin + kept[0].shape[0] < end
+            or kept[0].dtype != x.dtype
+            or kept[0].device != x.device
+        ):
+            # With room to grow: generation asks for the next position in each call, and no longer for those before.
+            begin, room = start, 1 << (end - start - 1).bit_length()
+            kept = self._tables = self._table(x, begin, begin + (room if start == 0 else max(room, _ROOM)))
+            self._begin = begin
         cos, sin = kept
-        return cos[start:end], sin[start:end]
+        return cos[start - begin : end - begin], sin[start - begin : end - begin]
 
     def _table(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         angles = _angles(start, end, self.head_dim, self.base, x.device)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SelfAttention, check_choice
-from .cache import KeyValueCache
+from .cache import KeyValueCache, SquaredCache
 from .positions import LearnedPositions, SinusoidalPositions, position_codes
 
 __all__ = ["NORMS", "Transformer", "TransformerBlock"]
@@ -61,7 +61,9 @@ class TransformerBlock(nn.Module):
         self.activation = _ACTIVATIONS[activation]
         self.norms = nn.ModuleList(make_norm(embed_dim, norm, norm_affine) for _ in range(2))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | SquaredCache | None = None
+    ) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``; `attn_mask` and `cache` as in `SelfAttention`."""
         first, second = self.norms
         if self.norm == "pre":
@@ -183,7 +185,7 @@ class Transformer(nn.Module):
             with torch.no_grad():
                 self.embedding.weight[:, 0] += self.embedding_shift
 
-    def forward(self, inputs: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, caches: Sequence[KeyValueCache | SquaredCache] | None = None) -> Tensor:
         """Tokens ``(..., L)``, integers in [0, V), or vectors ``(..., L, input_dim)``, to logits ``(..., L, V)``.
 
         Args:
@@ -219,6 +221,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Continue tokens ``(..., L)`` to ``(..., L + steps)``. Each step computes its own position alone.
 
+        Blocks keep the caches that `SelfAttention.new_cache` makes. With the mechanism ``"squared"`` and many
+        positions, the time and the memory of a step do not grow with their number.
+
         Args:
             tokens: Integers in [0, V), at least one.
             steps: How many to add.
@@ -249,13 +254,17 @@ class Transformer(nn.Module):
             raise ValueError("the model must be in evaluation mode, got one that drops weights; call eval() first")
         capacity = tokens.shape[-1] + steps - 1  # the last token is never read
         self._check_length(capacity)
-        caches = [KeyValueCache(capacity) for _ in self.blocks]
-        new = tokens
+        caches = [block.attention.new_cache(capacity) for block in self._blocks()]
+        parts = [tokens]
         for _ in range(steps):
-            logits = self(new, caches)[..., -1, :]
-            new = _draw(logits, temperature, top_k, generator).unsqueeze(-1)
-            tokens = torch.cat([tokens, new], -1)
-        return tokens
+            logits = self(parts[-1], caches)[..., -1, :]
+            parts.append(_draw(logits, temperature, top_k, generator).unsqueeze(-1))
+        return torch.cat(parts, -1)
+
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            yield block
 
     def _check_length(self, length: int) -> None:
         if self._has_table and length > self.max_length:

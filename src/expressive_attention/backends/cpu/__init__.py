@@ -24,7 +24,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _HALVES = (torch.bfloat16, torch.float16)
 _NO_MASK = 5
 _NOTHING = (0, 0, 0, 0, 0)
-_NO_MEMORY, _UNSAFE = 1, 2
+_NO_MEMORY = 1
 
 _warned = False
 
@@ -103,8 +103,8 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
 # ---- the squared form in linear time ----
 
 
-def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Output and normalizer of the squared form by ``kernels/linear.h``; None: float64 does not hold a state.
+def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and normalizer of the squared form by ``kernels/linear.h``; N is NaN where float64 does not hold a row.
 
     Args:
         call: A call that `backends.linear` does not decline.
@@ -116,22 +116,23 @@ def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor] |
     kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
     decays = None if decays is None else decays.contiguous()
     problem = FORWARD.pack(*_inputs(call, *kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
-    return (output, normalizer) if _run(library.chosen().linear, problem) else None
+    _run(library.chosen().linear, problem)
+    return output, normalizer
 
 
 def linear_backward(
     call: Call, decays: Tensor | None, upstream: Upstream
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-    """Gradients of query, key, value and decays, as keys have them, by ``kernels/linear_backward.h``; or None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and decays, as keys have them, by ``kernels/linear_backward.h``.
+
+    Rows that float64 does not hold have NaN for the gradient of their query, and give nothing to those of keys.
+    """
     query, key, value = call[:3]
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and decays is not None and decays.shape[1] != key.shape[1]:
         # Heads that share keys, but no state: each has its own gradients of them.
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        found = linear_backward(call.but(key=key, value=value), decays, upstream)
-        if found is None:
-            return None
-        dq, dk, dv, ddecay = found
+        dq, dk, dv, ddecay = linear_backward(call.but(key=key, value=value), decays, upstream)
         return dq, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2), ddecay
     of_exists = torch.empty_like if call.visibility.key_lengths is None else torch.zeros_like
     dq = _empty_like(query)
@@ -156,7 +157,8 @@ def linear_backward(
         0 if ddecay is None else ddecay.data_ptr(),
         *(0, 0, 0, 0),
     )
-    return (dq, dk, dv, ddecay) if _run(library.chosen().linear_backward, problem) else None
+    _run(library.chosen().linear_backward, problem)
+    return dq, dk, dv, ddecay
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -245,9 +247,6 @@ def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:
     return threshold(dropout_p), keep_share(dropout_p), seeds.data_ptr(), max(1, batch // seeds.shape[0])
 
 
-def _run(kernel: Callable[[bytes], int], problem: bytes) -> bool:
-    """Run a kernel; return whether its results are to be used."""
-    status = kernel(problem)
-    if status == _NO_MEMORY:
+def _run(kernel: Callable[[bytes], int], problem: bytes) -> None:
+    if kernel(problem) == _NO_MEMORY:
         raise MemoryError("expressive attention ran out of memory")
-    return status != _UNSAFE

@@ -10,7 +10,7 @@ import struct
 __all__ = ["BACKWARD", "FORWARD", "LAYOUT"]
 
 # As EA_VERSION: what members mean, where their names do not say.
-_VERSION = 2
+_VERSION = 3
 
 # A tensor is its address and four strides.
 _FORWARD = (

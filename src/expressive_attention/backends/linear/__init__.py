@@ -6,8 +6,9 @@ torch, on any device.
 
 The normalizer is read from the state as q^T (sum_j k_j k_j^T) q. Where q is nearly orthogonal to all keys, terms cancel
 there that are |q|^2 |k|^2 / z^2 times as large as what is left. A state that some row cannot be read from accurately,
-or that leaves float32's range, is computed again in float64. If that does not help, or a number is not finite, all
-pairs are multiplied, by the backend that has no state.
+or that leaves float32's range, is computed again in float64. Where that does not help a row, or its query is not
+finite, its pairs are multiplied (`rows`). If there are many such rows, or a key or value is not finite, all pairs are
+multiplied, by the backend that has no state.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ... import call as calls
 from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
 from .. import blockwise, cpu
 from ..cpu import library
-from . import chunks
+from . import chunks, rows
 
 __all__ = ["backward", "declines", "forward", "pays"]
 
@@ -86,26 +87,48 @@ def pays(call: Call) -> bool:
 
 def forward(call: Call) -> Result:
     """Output, normalizer and largest biases."""
-    found = None
-    if _is_finite(call):
-        decays = _decays(call)
-        found = cpu.linear_forward(call, decays) if _in_c(call) else chunks.forward(call, decays)
+    found = _with_state(call)
     if found is None:
         return calls.forward(_all_pairs(call), call)
-    return Result(*found, _bias_max(call, found[1]))
+    own, broken = found
+    decays = _decays(call)
+    output, normalizer = cpu.linear_forward(own, decays) if _in_c(call) else chunks.forward(own, decays)
+    left = normalizer.isnan() | broken
+    if left.any():
+        if not rows.are_few(left):
+            return calls.forward(_all_pairs(call), call)
+        rows.multiply(call, decays, left, output, normalizer, _all_pairs(call))
+    return Result(output, normalizer, _bias_max(call, normalizer))
 
 
 def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     """The gradients of query, key, value and log decays."""
-    found = None
-    if _is_finite(call) and _are_finite(*upstream[:2]):
-        decays = _decays(call)
-        found = cpu.linear_backward(call, decays, upstream) if _in_c(call) else chunks.backward(call, decays, upstream)
-    if found is None:
+    found = _with_state(call)
+    if found is None or not _are_finite(*upstream[:2]):
         return _all_pairs_backward(call, upstream)
-    dq, dk, dv, by_key = found
+    own, broken = found
+    decays = _decays(call)
+    if broken.any():  # what comes back from there is not finite
+        zeros = [None if x is None else x.masked_fill(_like(broken, x), 0.0) for x in upstream[:2]]
+        assert zeros[0] is not None
+        others = Upstream(zeros[0], zeros[1], False)
+    else:
+        others = upstream
+    gradients = cpu.linear_backward(own, decays, others) if _in_c(call) else chunks.backward(own, decays, others)
+    left = gradients[0].isnan().any(-1) | broken
+    if left.any():
+        if not rows.are_few(left):
+            return _all_pairs_backward(call, upstream)
+        gradients = rows.multiply_backward(call, decays, left, upstream, gradients, _all_pairs(call))
+    if not broken.any() and not _are_finite(*gradients[1:3]):
+        return _all_pairs_backward(call, upstream)
+    dq, dk, dv, by_key = gradients
     of_decay = None if call.log_decay is None or by_key is None else _of_log_decay(call, by_key, result, upstream)
     return Gradients(dq, dk, dv, None, of_decay)
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    return rows if x.ndim == rows.ndim else rows.unsqueeze(-1)
 
 
 def _in_c(call: Call) -> bool:
@@ -174,16 +197,26 @@ def _of_log_decay(call: Call, by_key: Tensor, result: Result, upstream: Upstream
 # ---- numbers that a state does not hold ----
 
 
-def _is_finite(call: Call) -> bool:
-    """Whether all numbers are finite, of keys those that exist, and there is anything to compute."""
+def _with_state(call: Call) -> tuple[Call, Tensor] | None:
+    """The call with zeros for queries that are not finite, and which these are, ``(B, Hq, L)``; None: no state helps.
+
+    One helps where all keys that exist, values and decays are finite, and there is anything to compute.
+    """
     query, key, value = call[:3]
     if 0 in (query.numel(), key.numel(), value.numel()):
-        return False
+        return None
     lengths = call.visibility.key_lengths
     if lengths is None:
-        return _are_finite(query, key, value, call.log_decay)
-    pairs = zip(lengths.tolist(), zip(key, value, strict=True), strict=True)
-    return _are_finite(query, call.log_decay) and all(_are_finite(k[:, :n], v[:, :n]) for n, (k, v) in pairs)
+        is_finite = _are_finite(key, value, call.log_decay)
+    else:
+        pairs = zip(lengths.tolist(), zip(key, value, strict=True), strict=True)
+        is_finite = _are_finite(call.log_decay) and all(_are_finite(k[:, :n], v[:, :n]) for n, (k, v) in pairs)
+    if not is_finite:
+        return None
+    if _are_finite(query):
+        return call, torch.zeros((), dtype=torch.bool, device=query.device)
+    broken = ~query.isfinite().all(-1)
+    return call.but(query=query.masked_fill(broken.unsqueeze(-1), 0.0)), broken
 
 
 def _are_finite(*tensors: Tensor | None) -> bool:

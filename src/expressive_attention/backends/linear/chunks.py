@@ -123,38 +123,43 @@ class _Problem(NamedTuple):
         return found.repeat(1, self.query.shape[1], 1)
 
     def is_unsafe(self, q: Tensor, total: Tensor, trace: Tensor | float, rows: slice) -> Tensor:
-        """Whether some of the sums N ``(N, G l, 1)`` of rows lost what counts; `trace`: sum_j |k_j|^2 of the state."""
+        """Which of the sums N ``(N, G l, 1)`` of rows lost what counts; `trace`: sum_j |k_j|^2 of the state."""
         some = (self.key != 0).any(-1).cummax(-1)[0][:, self.places(rows).clamp(min=0)]
         some = some.repeat(1, self.query.shape[1]).unsqueeze(-1) & (q != 0).any(-1, keepdim=True)
         share = self.least_share * q.square().sum(-1, keepdim=True) * trace
         safe = (total > _LEAST_SUM[self.dtype]) & (total < torch.inf) & (total >= share)
-        return torch.where(some, ~safe, total != 0).any()
+        return torch.where(some, ~safe, total != 0)
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Output and normalizer of a call that `backends.linear` does not decline; None: float64 does not hold a state.
+def forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and normalizer of a call that `backends.linear` does not decline.
+
+    N is NaN where float64 does not hold a row.
 
     Args:
         call: The call.
         decays: Cumulative log decays ``(B, Hq | Hkv, S)`` of float64, or None.
     """
     if call.visibility.key_lengths is not None:
-        parts = [forward(*own) for own in _one_by_one(call, decays)]
-        found = [x for x in parts if x is not None]
-        return (
-            (torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])) if len(found) == len(parts) else None
-        )
-    dtype = accumulation_dtype(call.query.dtype)
-    for own in dict.fromkeys((dtype, torch.float64)):
-        found = _forward(_Problem.of(call, decays, own))
-        if found is not None:
-            output, normalizer = (x.view(*call.query.shape[:2], *x.shape[2:]) for x in found)
-            return output.to(call.query.dtype), normalizer.to(dtype)
-    return None
+        outputs, normalizers = zip(*[forward(*own) for own in _one_by_one(call, decays)], strict=True)
+        return torch.cat(outputs), torch.cat(normalizers)
+    found = _forward_of(call, decays)[1]
+    output, normalizer = (x.view(*call.query.shape[:2], *x.shape[2:]) for x in found)
+    return output.to(call.query.dtype), normalizer.to(accumulation_dtype(call.query.dtype))
+
+
+def _forward_of(call: Call, decays: Tensor | None) -> tuple[_Problem, tuple[Tensor, Tensor]]:
+    """The problem in the dtype that holds all rows, or else in float64, and its output and normalizer."""
+    problem = _Problem.of(call, decays, accumulation_dtype(call.query.dtype))
+    found = _forward(problem)
+    if problem.dtype != torch.float64 and found[1].isnan().any():
+        problem = _Problem.of(call, decays, torch.float64)
+        found = _forward(problem)
+    return problem, found
 
 
 def _one_by_one(call: Call, decays: Tensor | None) -> Iterator[tuple[Call, Tensor | None]]:
@@ -171,14 +176,13 @@ def _one_by_one(call: Call, decays: Tensor | None) -> Iterator[tuple[Call, Tenso
         yield own, None if decays is None else decays[one, :, :n]
 
 
-def _forward(problem: _Problem) -> tuple[Tensor, Tensor] | None:
-    """Output and normalizer ``(N, G, L, ...)``; None: the dtype does not hold a state."""
+def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Output and normalizer ``(N, G, L, ...)``; N is NaN where the dtype does not hold a row."""
     query, key, value, *_ = problem
     dtype = problem.dtype
     batch, groups, length, dim = query.shape
     output = query.new_zeros((batch, groups, length, value.shape[-1]), dtype=dtype)
     normalizer = query.new_zeros((batch, groups, length), dtype=dtype)
-    unsafe = torch.zeros((), dtype=torch.bool, device=query.device)
     if key.shape[1] == 0:
         return output, normalizer
     state = State(batch, dim, value.shape[-1], output)
@@ -196,12 +200,14 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor] | None:
                 out = out + torch.bmm(weight, problem.keys_of(value, columns))
                 total = total + weight.sum(-1, keepdim=True)
             total = total.expand(*q.shape[:2], 1)
-            unsafe |= problem.is_unsafe(q, total, trace, rows)
-            output[:, :, rows] = (out / torch.where(total == 0, torch.inf, total)).unflatten(1, (groups, -1))
+            out = out / torch.where(total == 0, torch.inf, total)
+            unsafe = problem.is_unsafe(q, total, trace, rows) | ~out.isfinite().all(-1, keepdim=True)
+            total = total.masked_fill(unsafe, torch.nan)
+            output[:, :, rows] = out.unflatten(1, (groups, -1))
             normalizer[:, :, rows] = total.squeeze(-1).unflatten(1, (groups, -1))
         if columns.stop > columns.start:
             _remember(state, problem, key, value, columns)
-    return None if bool(unsafe | ~output.isfinite().all()) else (output, normalizer)
+    return output, normalizer
 
 
 def _remember(state: State, problem: _Problem, key: Tensor, value: Tensor, columns: slice) -> None:
@@ -214,45 +220,43 @@ def _remember(state: State, problem: _Problem, key: Tensor, value: Tensor, colum
     state.add_(k, _times(problem.keys_of(value, columns), decay), decay)
 
 
-def backward(
-    call: Call, decays: Tensor | None, upstream: Upstream
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-    """Gradients of query, key, value and decays, as keys have them; None: float64 does not hold a state."""
+def backward(call: Call, decays: Tensor | None, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and decays, as keys have them.
+
+    Rows that float64 does not hold have NaN for the gradient of their query, and give nothing to those of keys.
+    """
     do, dn, _ = upstream
     if call.visibility.key_lengths is not None:
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call[:3])
         dc = None if decays is None else torch.zeros_like(decays)
         for b, own in enumerate(_one_by_one(call, decays)):
             one = slice(b, b + 1)
-            found = backward(*own, Upstream(do[one], None if dn is None else dn[one], False))
-            if found is None:
-                return None
             n = own[0].key.shape[2]
+            found = backward(*own, Upstream(do[one], None if dn is None else dn[one], False))
             dq[one], dk[one, :, :n], dv[one, :, :n], of_decays = found
             if dc is not None and of_decays is not None:
                 dc[one, :, :n] = of_decays
         return dq, dk, dv, dc
     if call.key.shape[2] == 0:
         return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value), decays
-    for dtype in dict.fromkeys((accumulation_dtype(call.query.dtype), torch.float64)):
-        problem = _Problem.of(call, decays, dtype)
-        found = _forward(problem)
-        if found is None:
-            continue
-        output, normalizer = found
-        heads = problem.key.shape[0] // call.key.shape[0]
-        total = torch.where(normalizer == 0, torch.inf, normalizer)
-        u = do.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) / total.unsqueeze(-1)
-        mean = (u * output).sum(-1)
-        of_row = None if dn is None else dn.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1)
-        dq, dk, dv, dc = _backward(problem, u, mean if of_row is None else mean - of_row)
-        along = torch.zeros_like(mean) if of_row is None else of_row * normalizer
-        _set_along_(dq, problem.query, 2.0 * along, normalizer != 0)
-        dq = (dq * call.scale).reshape(call.query.shape).to(call.query.dtype)
-        of_keys = [x.view(call.key.shape[0], call.key.shape[1], -1, *x.shape[1:]).sum(2) for x in (dk, dv)]
-        dk, dv = (x.to(call.query.dtype) for x in of_keys)
-        return dq, dk, dv, None if dc is None else dc.view(call.key.shape[0], heads, -1)
-    return None
+    problem, (output, normalizer) = _forward_of(call, decays)
+    dtype = problem.dtype
+    heads = problem.key.shape[0] // call.key.shape[0]
+    unsafe = normalizer.isnan()
+    total = torch.where((normalizer == 0) | unsafe, torch.inf, normalizer)
+    u = do.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) / total.unsqueeze(-1)
+    mean = (u * output.masked_fill(unsafe.unsqueeze(-1), 0.0)).sum(-1)
+    of_row = torch.zeros_like(mean)
+    if dn is not None:
+        of_row = dn.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1).masked_fill(unsafe, 0.0)
+    dq, dk, dv, dc = _backward(problem, u, mean - of_row)
+    along = of_row * torch.where(unsafe, 0.0, normalizer)
+    _set_along_(dq, problem.query, 2.0 * along, normalizer != 0)
+    dq = (dq * call.scale).masked_fill(unsafe.unsqueeze(-1), torch.nan)
+    dq = dq.reshape(call.query.shape).to(call.query.dtype)
+    of_keys = [x.view(call.key.shape[0], call.key.shape[1], -1, *x.shape[1:]).sum(2) for x in (dk, dv)]
+    dk, dv = (x.to(call.query.dtype) for x in of_keys)
+    return dq, dk, dv, None if dc is None else dc.view(call.key.shape[0], heads, -1)
 
 
 def _set_along_(dq: Tensor, q: Tensor, product: Tensor, where: Tensor) -> None:

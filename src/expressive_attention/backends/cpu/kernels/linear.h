@@ -4,7 +4,8 @@
 //
 // With decay, a pair has the factor exp(c_p - c_j): c are cumulative, never rise, and p is the place of the query.
 //
-// A state that a row cannot be read from with the accuracy of its arithmetic is computed again in double.
+// A state that a row cannot be read from with the accuracy of its arithmetic is computed again in double. A row that cannot
+// be read from that one either is marked by NaN, in N and in the gradient of the query: the caller multiplies its pairs.
 
 // Keys of a chunk: a multiple of MR, so that no tile of rows is cut short.
 #define LINEAR_CHUNK 96
@@ -45,7 +46,7 @@ typedef struct {
   REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
   REAL trace;           // of the matrix sum_j k_j k_j^T of the state, a sum of squares
   int64_t any;          // the first key that is not 0
-  int unsafe;           // whether a row could not be read with enough accuracy
+  int unsafe;           // whether a row is in need of double
 } linear_room;
 
 // Whether N of a row q lost what counts: of the state, `trace` is that at the row. `any`: whether it sees a key that is not 0.
@@ -230,7 +231,10 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
     int64_t last = least(begin + n - 1, place + r);
     REAL trace = !begin ? 0 : c ? room->trace * room->since[r] : room->trace, beyond = 0;
     for (int64_t e = 0; e < p->value_width; e++) output[e] /= total == 0 ? 1 : total, beyond += output[e] * 0;
-    room->unsafe |= beyond != 0 || is_unsafe_sum(p, room->query + r * plan->ld, total, trace, room->any <= last);
+    if (beyond != 0 || is_unsafe_sum(p, room->query + r * plan->ld, total, trace, room->any <= last)) {
+      if (REAL_IS_DOUBLE) total = NAN;
+      else room->unsafe = 1;
+    }
     write_row((char *)p->output + index * p->value_width * dtype_size(p->dtype), p->dtype, output, p->value_width);
     write_number(p->normalizer, sums_dtype(p), index, total);
   }

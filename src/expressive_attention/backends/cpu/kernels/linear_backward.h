@@ -273,7 +273,8 @@ INLINE void subtract_mean(REAL *g, const REAL *w, int64_t n, REAL total, REAL sh
   for (int64_t j = 0; j < n; j++) g[j] = w[j] == total ? of_normalizer * total : g[j] - shift;
 }
 
-// dq, N and m of the rows of a chunk, with the state of all keys before it. Return whether an N is unsafe.
+// dq, N and m of the rows of a chunk, with the state of all keys before it. Return whether a row is in need of double. One
+// that double does not help has gradient NaN, and N = m = 0: so it gives nothing to the gradients of keys.
 static int rows_backward(linear_backward_run *run, const linear_room *forward, linear_backward_room *room,
                           const linear_chunk *at) {
   const ea_problem *p = run->p;
@@ -286,6 +287,7 @@ static int rows_backward(linear_backward_run *run, const linear_room *forward, l
   int64_t index = (at->b * p->heads + at->head) * p->rows + at->first;
   REAL *numbers = run->numbers + 2 * (index - run->first_row), trace = 0;
   for (int64_t e = 0; at->begin && e < p->width; e++) trace += room->state.moment[e * plan->ld + e];
+  REAL marks[LINEAR_CHUNK];
   int unsafe = 0;
   for (int64_t r = 0; r < at->count; r++) {
     const REAL *q = room->query + r * plan->ld;
@@ -301,9 +303,12 @@ static int rows_backward(linear_backward_run *run, const linear_room *forward, l
     for (int64_t j = 0; j < seen; j++) mean += w[j] * g[j];
     REAL of_normalizer = grad_normalizer_of(p, index + r), inverse = total == 0 ? 0 : 1 / total;
     REAL shift = mean * inverse - of_normalizer * total;
-    unsafe |= is_unsafe_sum(p, q, total, trace * decay, room->any <= least(at->begin + at->n - 1, at->place + r));
-    numbers[2 * r] = total;
-    numbers[2 * r + 1] = shift * inverse;
+    int is_unsafe = is_unsafe_sum(p, q, total, trace * decay, room->any <= least(at->begin + at->n - 1, at->place + r));
+    is_unsafe |= shift * 0 != 0;
+    unsafe |= is_unsafe && !REAL_IS_DOUBLE;
+    numbers[2 * r] = is_unsafe ? 0 : total;
+    numbers[2 * r + 1] = is_unsafe ? 0 : shift * inverse;
+    marks[r] = is_unsafe ? NAN : 0;
     if (at->begin) {
       for (int64_t e = 0; e < p->width; e++) grad[e] = decay * (half[e] - shift * moment[e]);
     }
@@ -325,7 +330,7 @@ static int rows_backward(linear_backward_run *run, const linear_room *forward, l
     for (int64_t e = 0; e < p->width; e++) grad[e] *= inverse, along += grad[e] * q[e], square += q[e] * q[e];
     // q . dq / 2 is dN N: what is left of terms that cancel.
     REAL change = square > 0 ? (grad_normalizer_of(p, index + r) * total - along) / square : 0;
-    for (int64_t e = 0; e < p->width; e++) grad[e] = 2 * (REAL)p->scale * (grad[e] + change * q[e]);
+    for (int64_t e = 0; e < p->width; e++) grad[e] = 2 * (REAL)p->scale * (grad[e] + change * q[e]) + marks[r];
     write_row((char *)p->grad_query + (index + r) * p->width * dtype_size(p->dtype), p->dtype, grad, p->width);
   }
   return unsafe;
@@ -420,7 +425,8 @@ static void write_keys(const ea_problem *p, const linear_plan *plan, linear_back
   }
 }
 
-// All of one state: its chunks in order, and in reverse. Return whether N of some row is unsafe: then there are no gradients.
+// All of one state: its chunks in order, and in reverse. Return whether a row is in need of double: then there are no
+// gradients.
 static int linear_backward_task(linear_backward_run *run, linear_room *forward, linear_backward_room *room, int64_t task) {
   const ea_problem *p = run->p;
   const linear_plan *plan = &run->plan;

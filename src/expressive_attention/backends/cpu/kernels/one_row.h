@@ -25,10 +25,20 @@ static int64_t lay_out_one_row(const ea_problem *p, char *memory, one_row_room *
   return a.used;
 }
 
+// Infinite numbers of a query or key count as very large ones, with or without others of another sign. In float, the row is
+// in need of double.
+static int enlarge_infinite(REAL *numbers, int64_t width) {
+  int found = 0;
+  for (int64_t e = 0; REAL_IS_DOUBLE && e < width; e++) {
+    if (isinf(numbers[e])) numbers[e] = numbers[e] < 0 ? -0x1p100 : 0x1p100, found = 1;
+  }
+  return found;
+}
+
 // The weights of n keys from `key`, masked; return whether the row sees one of them. In each, numbers are added in the
-// order of the tiles: the backward pass compares weights with their sum.
+// order of the tiles: the backward pass compares weights with their sum. *is_infinite: whether a key is, is added to it.
 static int one_row_weights(const ea_problem *p, const row_span *row, one_row_room *room, int64_t kv_head, int64_t key,
-                           int64_t n) {
+                           int64_t n, int *is_infinite) {
   int any = 0;
   read_seen(p, row, key, n, room->seen);
   for (int64_t j = 0; j < n; j++) any |= room->seen[j];
@@ -37,6 +47,7 @@ static int one_row_weights(const ea_problem *p, const row_span *row, one_row_roo
   for (int64_t j = 0; j < n; j++) {
     if (!room->seen[j]) continue;
     read_row(room->numbers, row_of(&p->key, p->dtype, row->batch, kv_head, key + j), p->dtype, p->key.stride[3], p->width);
+    *is_infinite |= enlarge_infinite(room->numbers, p->width);
     for (int64_t e = 0; e < p->width; e++) room->panel[e * PANEL + j] = room->numbers[e];
   }
   weights_target to = {.squared = (int)p->squared, .scale2 = 1, .inverse = 1, .weights = room->weights, .ld = PANEL};
@@ -57,11 +68,12 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
   row_span row;
   place_rows(p, b, kv_head, index, 1, &row, room.numbers, PANEL);
   pack_places(room.query, p->width, &p->query, p->dtype, p, &row, 1, p->width, (REAL)p->scale);
+  int is_infinite = enlarge_infinite(room.query, p->width);
   clear(room.sums, p->value_width * (int64_t)sizeof(double));
   double total = 0;
   for (int64_t key = row.start; key < row.limit; key += PANEL) {
     int64_t n = least(PANEL, row.limit - key);
-    if (!one_row_weights(p, &row, &room, kv_head, key, n)) continue;
+    if (!one_row_weights(p, &row, &room, kv_head, key, n, &is_infinite)) continue;
     if (p->dropout_seeds) read_kept(p, &row, 1, key, n, room.kept, 0);
     for (int64_t j = 0; j < n; j++) {
       if (!room.seen[j]) continue;
@@ -72,6 +84,7 @@ static int one_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t inde
     }
   }
   for (int64_t c = 0; c < p->value_width; c++) room.output[c] = (REAL)(room.sums[c] / ((total == 0 ? 1 : total) * p->keep));
+  if (p->squared && is_infinite && total > 0) total = INFINITY;
   write_results(p, &row, room.output, (REAL)total);
   *normalizer = (REAL)total;
   release(memory);

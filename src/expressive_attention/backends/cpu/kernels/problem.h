@@ -6,8 +6,7 @@
 
 enum ea_dtype { EA_FLOAT32, EA_FLOAT64, EA_BFLOAT16, EA_FLOAT16, EA_BOOL, EA_NONE };
 
-// EA_UNSAFE: a state in double could not hold what some row sees, and results are not to be used.
-enum ea_status { EA_OK, EA_NO_MEMORY, EA_UNSAFE };
+enum ea_status { EA_OK, EA_NO_MEMORY };
 
 // Four dimensions (batch, head, row, column) of elements `stride` apart; 0 repeats an element.
 typedef struct {
@@ -16,7 +15,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "2"
+#define EA_VERSION "3"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
