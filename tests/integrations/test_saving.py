@@ -26,6 +26,10 @@ def test_the_choice_is_saved_and_restored(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain.config._attn_implementation == "expressive"
     huggingface.check(plain)
+    config = type(model.config).from_pretrained(tmp_path)
+    assert config._attn_implementation == "expressive"
+    config = type(model.config).from_pretrained(tmp_path, attn_implementation="eager")
+    assert config._attn_implementation == "eager"  # what is asked for goes before what was saved
     # Without this package: nothing is registered under that name.
     if NEW:
         kept = AttentionInterface._global_mapping.pop("expressive")
