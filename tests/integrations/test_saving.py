@@ -26,6 +26,10 @@ def test_the_choice_is_saved_and_restored(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain.config._attn_implementation == "expressive"
     huggingface.check(plain)
+    config = type(model.config).from_pretrained(tmp_path)
+    assert config._attn_implementation == "expressive"
+    config = type(model.config).from_pretrained(tmp_path, attn_implementation="eager")
+    assert config._attn_implementation == "eager"  # what is asked for goes before what was saved
     # Without this package: nothing is registered under that name.
     if NEW:
         kept = AttentionInterface._global_mapping.pop("expressive")
@@ -46,9 +50,18 @@ def test_a_state_dict_without_numbers_is_taken():
     assert layer.linear1.weight.is_meta
 
 
+def left_out(model):
+    """The layers whose entries in the state dict transformers does not save."""
+    entry = ".expressive_attention_form"
+    return sorted(x.removesuffix(entry) for x in model._keys_to_ignore_on_save or () if x.endswith(entry))
+
+
 def test_an_undone_choice_is_not_saved(tmp_path):
     model = build("llama", torch.float32)
-    convert(model).undo()
+    conversion = convert(model)
+    assert left_out(model) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    conversion.undo()
+    assert left_out(model) == []
     model.save_pretrained(tmp_path)
     assert "attn_implementation" not in (tmp_path / "config.json").read_text()
 
@@ -255,6 +268,9 @@ def test_gains_that_a_loader_leaves_out_are_missed(tmp_path):
         huggingface.check(model)
     again.save_pretrained(tmp_path / "2")
     huggingface.check(huggingface.from_pretrained(AutoModelForCausalLM, tmp_path / "2"))
+    del again.config.expressive_gains  # as of a model to which gains were given by hand
+    with pytest.raises(ConversionError, match=r"gains in no layer and has them in model\.layers\.0"):
+        huggingface.check(again)
     model = build("llama", torch.float32)
     calibration = calibrate(convert(model), [inputs])
     calibration.undo()
