@@ -10,7 +10,7 @@ from expressive_attention import expressive_attention
 from expressive_attention.backends import dropout
 from expressive_attention.call import Call, Visibility
 from expressive_attention.varlen import expressive_attention_varlen
-from tests.budget import FUSED, fused, threads_of_torch
+from tests.budget import FUSED, Case, assert_within_budget, fused, threads_of_torch
 
 BACKENDS = ("reference", *FUSED)
 
@@ -90,6 +90,15 @@ def test_it_is_that_of_sdpa_for_a_given_mask(name, causal):
     want = torch.where(keep, shares, 0.0) / 0.75 @ exact[2]
     for x, y in zip(got, (want, weight.sum(-1), *torch.autograd.grad(want, exact, upstream.double())), strict=True):
         torch.testing.assert_close(x.double(), y.detach(), rtol=1e-5, atol=1e-5 * float(y.detach().abs().max()))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_keys_than_a_tile_within_budget(dtype, causal):
+    """Random problems have fewer than the tiles of all backends."""
+    q, k, v = (torch.randn(1, heads, n, 8).to(dtype) for heads, n in ((2, 270), (1, 600), (1, 600)))
+    options = {"dropout_p": 0.4, "enable_gqa": True, "is_causal": causal, "causal_alignment": "lower_right"}
+    assert_within_budget(Case(q, k, v, None, options), *FUSED)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -464,7 +464,7 @@ def seen(tile, visible, MASK: tl.constexpr):
 
 @triton.jit
 def rounding_of_difference(a, b, difference):
-    """What is missing in the rounded difference of a and b."""
+    """The part of the difference of a and b that rounding has taken from it."""
     rounded = difference - a
     return (a - (difference - rounded)) - (b + rounded)
 
