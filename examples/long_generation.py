@@ -3,7 +3,7 @@
     python examples/long_generation.py [--tokens N]
 
 A small untrained model continues a prompt of 8 tokens, from a state of constant size and from keys and values.
-The default of 2,048 tokens takes less than a minute; ``--tokens 131072`` shows the constant time to a context of 131k.
+The default of 1,024 tokens takes less than a minute; ``--tokens 131072`` shows the constant time to a context of 131k.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from expressive_attention.nn import KeyValueCache, SquaredCache, Transformer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens to generate")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens to generate")
     count = parser.parse_args().tokens
     torch.manual_seed(0)
     model = Transformer(256, 128, embed_dim=64, num_layers=2, num_heads=2, mechanism="squared", position="rope").eval()

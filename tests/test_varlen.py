@@ -262,3 +262,56 @@ def test_one_place_splits_them():
     assert part.call is one
     (part,) = lower(one.but(visibility=Visibility(left=2)), blockwise)
     assert part.call.attn_mask.shape == (1, 1, ROWS, KEYS)
+
+
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("used", [False, True])
+def test_decays_of_packed_sequences_are_those_of_each(form, heads, used):
+    torch.manual_seed(0)
+    starts, rows = torch.tensor([0, 4, 4, 11]), torch.tensor([0, 4, 6, 13])
+    q = torch.randn(15, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    decay = (-torch.rand(12, heads, dtype=torch.float64)).requires_grad_()
+    lengths = torch.tensor([3, 0, 7]) if used else starts.diff()
+    found = expressive_attention_varlen(
+        q, k, v, rows, starts, 7, 7, causal=True, form=form, log_decay=decay, return_normalizer=True,
+        seqused_k=lengths if used else None, alibi_slopes=torch.tensor([0.1, 0.0, 0.2, 0.3]),
+    )  # fmt: skip
+    outputs, normalizers = [], []
+    for row, end, start, n in zip(rows, rows[1:], starts, lengths, strict=False):
+        place = torch.arange(end - row)[:, None] + n - (end - row)
+        column = torch.arange(n)
+        total = decay[start : start + n].cumsum(0).repeat_interleave(4 // heads, 1).T
+        here = torch.cat([total, total.new_zeros(4, 1)], 1)[:, place.clamp(min=-1).squeeze(-1)]
+        bias = here[..., None] - total[:, None] - torch.tensor([0.1, 0.0, 0.2, 0.3])[:, None, None] * (place - column)
+        bias = bias.masked_fill(column > place, -torch.inf)
+        own = [
+            x[part].transpose(0, 1)
+            for x, part in zip((q, k, v), (slice(row, end), *2 * [slice(start, start + n)]), strict=True)
+        ]
+        output, normalizer = expressive_attention(
+            *own, bias, enable_gqa=True, form=form, return_normalizer=True, backend="reference"
+        )
+        outputs.append(output.transpose(0, 1))
+        normalizers.append(normalizer)
+    wanted = [torch.cat(outputs), torch.cat(normalizers, 1)]
+    assert not found[0][13:].any()
+    assert not found[1][:, 13:].any()
+    torch.testing.assert_close(found[0][:13], wanted[0])
+    torch.testing.assert_close(found[1][:, :13], wanted[1])
+    weights = torch.randn(13, 4, 8, dtype=torch.float64)
+    gradients = [torch.autograd.grad((x[:13] * weights).sum(), (q, k, v, decay)) for x in (found[0], wanted[0])]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_wrong_decays_of_packed_sequences_are_named():
+    q, starts = torch.randn(5, 2, 4), torch.tensor([0, 5])
+    for decay, options, message in (
+        (torch.zeros(5), {"causal": True}, r"log_decay must have shape \(5, 2\) or \(5, 2\), got \(5,\)"),
+        (torch.ones(5, 2), {"causal": True}, "log_decay must be at most 0, got 1"),
+        (torch.zeros(5, 2), {}, "log_decay needs is_causal=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expressive_attention_varlen(q, q, q, starts, starts, 5, 5, log_decay=decay, **options)

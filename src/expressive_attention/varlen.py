@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .call import Call, Visibility
+from .call import Call, Visibility, accumulation_dtype
 from .checks import (
     check_dense,
     check_lengths,
@@ -21,7 +21,7 @@ from .checks import (
     check_types,
     check_window,
 )
-from .functional import cast_for_autocast, normalizer_of, run, with_window
+from .functional import cast_for_autocast, expressive_attention, normalizer_of, run, with_window
 from .overrides import listening, tell
 
 __all__ = ["expressive_attention_varlen"]
@@ -43,6 +43,7 @@ def expressive_attention_varlen(
     *,
     alibi_slopes: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    log_decay: Tensor | None = None,
     causal_alignment: str = "lower_right",
     form: str = "expressive",
     return_normalizer: Literal[False] = False,
@@ -66,6 +67,7 @@ def expressive_attention_varlen(
     *,
     alibi_slopes: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    log_decay: Tensor | None = None,
     causal_alignment: str = "lower_right",
     form: str = "expressive",
     return_normalizer: Literal[True],
@@ -88,6 +90,7 @@ def expressive_attention_varlen(
     *,
     alibi_slopes: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    log_decay: Tensor | None = None,
     causal_alignment: str = "lower_right",
     form: str = "expressive",
     return_normalizer: bool = False,
@@ -118,6 +121,8 @@ def expressive_attention_varlen(
         alibi_slopes: Weights are multiplied by ``exp(-slope |p_i - j|)``: ``(Hq,)`` or ``(B, Hq)``, float32, at least
             0, without a gradient.
         seqused_k: The first keys of each sequence that exist, ``(B,)`` of int32 or int64; S above is then this number.
+        log_decay: Decay of each token, as in `expressive_attention`: ``(U, Hq)`` or ``(U, Hkv)``, floating, at most 0,
+            differentiable, with `causal`. Sequences then run one after the other, and starts are read by the host.
         causal_alignment: ``"lower_right"``, or ``"upper_left"`` for ``p_i = i``.
         form: ``"expressive"`` or ``"squared"``.
         return_normalizer: Also return N.
@@ -142,14 +147,15 @@ def expressive_attention_varlen(
         >>> expressive_attention_varlen(q, k, v, starts, starts, 5, 5, causal=True).shape
         torch.Size([9, 2, 8])
     """
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k, log_decay)
     if has_torch_function_variadic(*tensors):
         told = listening(tensors)
         if told:
             return tell(
                 expressive_attention_varlen, told, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                 dropout_p, softmax_scale, causal, window_size, alibi_slopes=alibi_slopes, seqused_k=seqused_k,
-                causal_alignment=causal_alignment, form=form, return_normalizer=return_normalizer, backend=backend,
+                log_decay=log_decay, causal_alignment=causal_alignment, form=form,
+                return_normalizer=return_normalizer, backend=backend,
             )  # fmt: skip
     check_tracing()
     check_types(q=q, k=k, v=v)
@@ -193,8 +199,42 @@ def expressive_attention_varlen(
         slopes=alibi_slopes, key_lengths=seqused_k, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
         longest_query=max_seqlen_q, longest_key=max_seqlen_k,
     )  # fmt: skip
+    if log_decay is not None:
+        check_types(log_decay=log_decay)
+        if tuple(log_decay.shape) not in ((keys, heads), (keys, kv_heads)):
+            raise ValueError(
+                f"log_decay must have shape {(keys, heads)} or {(keys, kv_heads)}, got {tuple(log_decay.shape)}"
+            )
+        options = {
+            "dropout_p": dropout_p, "is_causal": causal, "scale": softmax_scale, "form": form, "backend": backend,
+            "causal_alignment": causal_alignment, "window_size": window_size,
+        }  # fmt: skip
+        output, normalizer = _one_by_one(q, k, v, visibility, log_decay, options)
+        return (output, normalizer) if return_normalizer else output
     scale = 1.0 / math.sqrt(width) if softmax_scale is None else float(softmax_scale)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     result = run(Call(query, key, value, None, visibility, scale, form, dropout_p), backend)
     output = result.output.squeeze(0).transpose(0, 1).contiguous()
     return (output, normalizer_of(result).squeeze(0)) if return_normalizer else output
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, log_decay: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Output ``(T, Hq, Ev)`` and normalizer ``(Hq, T)`` of sequences that are calls of their own."""
+    outputs, normalizers, end = [], [], 0
+    for rows, columns, own in visibility.sequences():
+        query, key, value = (x[part].transpose(0, 1) for x, part in ((q, rows), (k, columns), (v, columns)))
+        slopes = None if own.slopes is None else own.slopes[0]
+        output, normalizer = expressive_attention(
+            query, key, value, enable_gqa=True, alibi_slopes=slopes, log_decay=log_decay[columns].transpose(0, 1),
+            return_normalizer=True, **options,
+        )  # fmt: skip
+        outputs.append(output.transpose(0, 1))
+        normalizers.append(normalizer)
+        end = rows.stop
+    rest = q.shape[0] - end
+    dtype = accumulation_dtype(q.dtype)
+    outputs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
+    normalizers.append(q.new_zeros(q.shape[1], rest, dtype=dtype))
+    return torch.cat(outputs), torch.cat(normalizers, 1)

@@ -75,7 +75,7 @@ def multiply_backward(
         decays: As in `multiply`.
         rows: As in `multiply`.
         upstream: Of the call.
-        gradients: The gradients of all other rows; those of the queries of these rows are overwritten.
+        gradients: The gradients from all other rows; those of the queries of these rows are overwritten.
         backend: As in `multiply`.
     """
     dtype = accumulation_dtype(call.query.dtype)
