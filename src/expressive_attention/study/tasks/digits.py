@@ -52,6 +52,10 @@ class DigitsTask(Task):
     def label(self) -> str:
         return f"digits, patch {self.patch}, shift {self.shift}"
 
+    @property
+    def formula(self) -> str:
+        return "which digit does the image show?"
+
     vocab_size = always(10)
 
     @property

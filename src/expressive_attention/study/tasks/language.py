@@ -78,6 +78,10 @@ class LanguageTask(Task):
     def label(self) -> str:
         return f"Python sources, context {self.context}"
 
+    @property
+    def formula(self) -> str:
+        return "which byte comes next in a program?"
+
     vocab_size = always(256)
     length = same_as("context")
 

@@ -33,6 +33,10 @@ class ParityTask(SampledTask):
     def label(self) -> str:
         return f"{'running parity' if self.asked == 'every' else 'parity'}, context {self.context}"
 
+    @property
+    def formula(self) -> str:
+        return "is the number of ones so far odd?"
+
     vocab_size = always(2)
     length = same_as("context")
 

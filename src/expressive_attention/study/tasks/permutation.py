@@ -41,6 +41,10 @@ class PermutationTask(SampledTask):
         return f"permutations of {self.degree}, context {self.context}"
 
     @property
+    def formula(self) -> str:
+        return f"the order of {self.degree} things after all swaps so far"
+
+    @property
     def vocab_size(self) -> int:
         return math.factorial(self.degree)
 

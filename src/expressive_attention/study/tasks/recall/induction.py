@@ -39,6 +39,10 @@ class InductionTask(SampledTask):
     def label(self) -> str:
         return f"induction, context {self.context}, vocab {self.vocab}"
 
+    @property
+    def formula(self) -> str:
+        return "what came after this token before?"
+
     vocab_size = same_as("vocab")
     length = same_as("context")
 

@@ -59,6 +59,10 @@ class MQARTask(SampledTask):
         filler = "" if self.filler == "blank" else f", {self.filler} filler"
         return f"recall of {self.pairs} pairs, vocab {self.vocab}{context}{power}{filler}"
 
+    @property
+    def formula(self) -> str:
+        return f"which value was paired with this key? {self.pairs} pairs"
+
     vocab_size = same_as("vocab")
 
     @property

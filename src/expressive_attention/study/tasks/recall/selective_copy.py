@@ -41,6 +41,10 @@ class SelectiveCopyTask(SampledTask):
     def label(self) -> str:
         return f"copy {self.copied} tokens among {self.noise}, vocab {self.vocab}"
 
+    @property
+    def formula(self) -> str:
+        return f"repeat the {self.copied} tokens that are no noise"
+
     vocab_size = same_as("vocab")
 
     @property
