@@ -19,7 +19,7 @@ from ..call import Call
 from ..integrations.table import Table
 from . import measures
 
-__all__ = ["ANGLES", "MEASURES", "SIZES", "LayerRecord", "Record"]
+__all__ = ["ANGLES", "MEASURES", "SHARES", "SIZES", "LayerRecord", "Record"]
 
 # Edges of the histograms: cos of the angle of query and key, and log2 of scale |q| |k|.
 ANGLES = torch.linspace(-1, 1, 65, dtype=torch.float64)
@@ -44,6 +44,7 @@ MEASURES = {
     "key_rank": "numerical rank of keys",
     "quiet_volume": "share of directions in which a key of typical length would have < 1/10 of its largest weight",
 }
+SHARES = ["antiparallel", "evenness", "sink", "saturated", "empty", "dead", "quiet_volume"]  # those from 0 to 1
 
 
 class LayerRecord:

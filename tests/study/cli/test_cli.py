@@ -14,7 +14,7 @@ from expressive_attention.study.config.presets import preset_names, preset_text
 from expressive_attention.study.report.export import FORMATS
 from expressive_attention.study.runs.loggers import LOGGERS
 
-HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib", "plotly"}
+HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib"}
 
 # Runs `python -m expressive_attention`, then says on stderr which of the heavy packages were imported.
 PROBE = f"""
@@ -85,7 +85,7 @@ def commands(group, path="ea"):
             yield f"{path} {name}", command
 
 
-@pytest.mark.parametrize(("typed", "command"), commands(get_command(app)))
+@pytest.mark.parametrize(("typed", "command"), list(commands(get_command(app))))
 def test_every_command_says_what_it_does_with_an_example_that_it_takes(typed, command):
     first, *_, last = [part for part in command.help.split("\n\n") if part.strip()]
     assert first.strip().endswith(".")
