@@ -107,7 +107,7 @@ def export_study(
             raise ValueError(f"format must be one of {list(FORMATS)}, got {wanted!r}")
     if results.seeds.is_empty():
         raise ValueError("no cell is finished yet: there is nothing to export")
-    tables = study_tables(results) | (more or {})
+    tables = {**study_tables(results), **(more or {})}
     files: dict[str, bytes] = {}
     if {"csv", "parquet"} & set(formats):  # with these, the tables can be read as a study
         files |= {"config.toml": results.config.encode(), ABOUT: json.dumps(about(results), indent=1).encode()}

@@ -64,6 +64,6 @@ def _read(directory: Path, name: str) -> pl.DataFrame:
     try:
         found = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
         missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found.columns]
-        return found.with_columns(missing).select(list(schema)).cast(schema)
+        return found.with_columns(missing).select(pl.col(name).cast(kind) for name, kind in schema.items())
     except pl.exceptions.PolarsError as error:
         raise StoreError(f"{path} is not a table of a study: {str(error).splitlines()[0]}") from None
