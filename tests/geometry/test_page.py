@@ -164,7 +164,7 @@ def test_the_controls_change_the_pictures_of_both_sides(browser, tmp_path):
         before = after
     choose(browser, "model-1", 0)
     after = drawn(browser)
-    own = {name for name in before if before[name] != after[name]} - {"keys-0"}  # whose lengths share their scale
+    own = {name for name in before if before[name] != after[name]} - {"keys-0", "heads-0"}  # which share a scale
     assert own == {f"{name}-1" for name in (*PLOTS, "thumbs")}
     assert all(after[f"{name}-0"] == after[f"{name}-1"] for name in ("angles", "map", "keys", "thumbs"))
     about = browser.execute_script("return document.getElementById('about-0').textContent")

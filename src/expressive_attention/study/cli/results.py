@@ -81,12 +81,11 @@ def compare(
         lines = compared_runs(load_results(first), load_results(second))
     if not lines:
         fail(f"neither {first} nor {second} has a finished final seed; `ea study run` makes them")
-    table = Table("condition", "mechanism", "A solved", "A accuracy", "B solved", "B accuracy", "differs in", box=None)
+    table = Table("condition", "", "A: solved, accuracy", "B: solved, accuracy", "differs in", box=None)
     for line in lines:
         reached = [
-            cell
+            "" if found is None else f"{found.solved}/{found.seeds}, {found.accuracy:.3f}"
             for found in (line.first, line.second)
-            for cell in (("", "") if found is None else (f"{found.solved}/{found.seeds}", f"{found.accuracy:.3f}"))
         ]
         said = "; ".join(line.differences) or ("same bits" if line.is_identical else "nothing shown")
         table.add_row(line.condition, mechanism_name(line.mechanism), *reached, said)

@@ -124,7 +124,7 @@ def findings_table(results: StudyResults) -> Table:
         return [
             Cell(found.condition),
             *mechanism,
-            Cell(found.verdict, found.untested or "", is_strong=found.leader is not None),
+            Cell(found.verdict, is_strong=found.leader is not None),
             *(
                 Cell(f"{each.accuracy:.2f}", f"{each.solved}/{each.seeds} solved", each.accuracy)
                 for each in (found.candidate, found.baseline)
@@ -161,7 +161,7 @@ def numbered_tables(results: StudyResults) -> dict[str, Table | None]:
             [],
             [
                 *([Cell(name), Cell(value)] for name, value in results.environment.items()),
-                [Cell("training time"), Cell(duration(results.seconds))],
+                *([[Cell("training time"), Cell(duration(results.seconds))]] if results.seconds else []),
             ],
             is_sortable=False,
         ),

@@ -24,6 +24,12 @@ const inSight = new IntersectionObserver(entries => {
 const plots = document.querySelectorAll(".plotly-graph-div");
 for (const plot of plots) inSight.observe(plot);
 
+// ---- what is wider than the page says so ----
+const widths = new ResizeObserver(entries => {
+  for (const { target } of entries) target.classList.toggle("wider", target.scrollWidth > target.clientWidth + 1);
+});
+for (const box of document.querySelectorAll(".scroll")) widths.observe(box);
+
 // ---- theme ----
 const theme = document.getElementById("theme");
 function themed() {
