@@ -1,6 +1,9 @@
+import base64
 import csv
+import gzip
 import json
 import re
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -60,6 +63,14 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     assert "http" not in outside
     assert "<title>a &lt; b</title>" in text
     assert embedded(path)["tokens"] == [["</script>", "x"]]
+
+
+def test_the_bundle_is_plotlys_and_its_license_lies_beside_it(tmp_path):
+    text = write_page(recorded(False, None), tmp_path / "page.html").read_text(encoding="utf-8")
+    (packed,) = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', text)
+    assert "plotly.js (cartesian - minified)" in gzip.decompress(base64.b64decode(packed)).decode()[:200]
+    terms = resources.files("expressive_attention.geometry.plotly").joinpath("LICENSE").read_text(encoding="utf-8")
+    assert terms.startswith("MIT License")
 
 
 def test_a_long_text_is_cut_to_size(tmp_path):

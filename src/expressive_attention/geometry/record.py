@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -344,13 +345,36 @@ class Record(Table):
         return record
 
     def __str__(self) -> str:
-        shown = ("antiparallel", "effective_keys", "sink", "saturated", "score_rms", "query_dimensions", "quiet_volume")
-        table = [["head", "form", *shown]]
-        table += [[row["name"], row["form"], *(f"{row[name]:.3g}" for name in shown)] for row in self.rows()]
+        table = [["head", "form", *_SHOWN]]
+        table += [[row["name"], row["form"], *(f"{row[name]:.3g}" for name in _SHOWN)] for row in self.rows()]
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
         )
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks, with a bar in the cell of each share, and the meaning of each column."""
+        heading = "".join(f'<th title="{escape(MEASURES[name])}">{name}</th>' for name in _SHOWN)
+        rows = "".join(
+            f"<tr><th>{escape(row['name'])}</th><td>{row['form']}</td>"
+            f"{''.join(_cell(name, row[name]) for name in _SHOWN)}</tr>"
+            for row in self.rows()
+        )
+        return (
+            '<div style="max-height: 30em; overflow: auto"><table><thead><tr><th>head</th><th>form</th>'
+            f"{heading}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+
+
+# The measures of the table that a record prints.
+_SHOWN = ("antiparallel", "effective_keys", "sink", "saturated", "score_rms", "query_dimensions", "quiet_volume")
+
+
+def _cell(name: str, value: float) -> str:
+    """A cell of the table for notebooks; colors that are half transparent suit light and dark ones."""
+    filled = f"{100 * value:.0f}%"
+    bar = f"background: linear-gradient(90deg, rgba(0, 114, 178, .35) {filled}, transparent {filled})"
+    return f'<td style="{bar}">{value:.3g}</td>' if name in SHARES else f"<td>{value:.3g}</td>"
 
 
 _KEY = "expressive_attention.geometry"

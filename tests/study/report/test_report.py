@@ -217,8 +217,8 @@ def test_a_study_of_many_conditions_shows_those_that_differ_most(tmp_path):
     gaps = sorted((-abs(found.difference), found.condition) for found in comparisons(results))
     learning = html.split('<figure id="learning_curves">')[1].split("</figure>")[0]
     shown, folded = learning.split("<details")
-    assert set(re.findall(r"<h5>(.*?)</h5>", shown)) == {label for _, label in gaps[:12]}
-    assert set(re.findall(r"<h5>(.*?)</h5>", folded)) == {label for _, label in gaps[12:]}
+    assert set(re.findall(r'<p class="panel">(.*?)</p>', shown)) == {label for _, label in gaps[:12]}
+    assert set(re.findall(r'<p class="panel">(.*?)</p>', folded)) == {label for _, label in gaps[12:]}
 
 
 def test_report_opens_with_a_row_for_each_claim(tmp_path):
@@ -245,8 +245,8 @@ def test_mixed_tasks_show_accuracy_by_rule(tmp_path):
     splits = html.split('<figure id="splits">')[1].split("</figure>")[0]
     shown, folded = splits.split("<details")
     assert re.findall(r"<h4.*?>(.*?)</h4>", shown) == ["mixed"]
-    assert re.findall(r"<h5>(.*?)</h5>", shown) == ["By position", "By rule"]
-    assert re.findall(r"<h5>(.*?)</h5>", folded) == ["plain"]
+    assert re.findall(r'<p class="panel">(.*?)</p>', shown) == ["By position", "By rule"]
+    assert re.findall(r'<p class="panel">(.*?)</p>', folded) == ["plain"]
 
 
 def test_settings_are_pairs_of_rate_and_gain(tmp_path):
