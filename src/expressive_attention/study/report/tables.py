@@ -211,7 +211,7 @@ def _numbers(summarized: Sequence[Summary]) -> Table:
 
 
 def _worth(results: StudyResults) -> Table:
-    """What an accuracy is worth. Facts that no task of the study has are left out."""
+    """The worth of an accuracy. Facts that no task of the study has are left out."""
     final = results.seeds.filter(pl.col("role") == "final", pl.col("contexts_seen").is_not_null())
     seen = dict(final.group_by("condition").agg(pl.col("contexts_seen").mean()).iter_rows())
 

@@ -22,7 +22,7 @@ class Line:
         mechanism: The mechanism.
         first: Its summary in the first run; None: it has no final seed there.
         second: Its summary in the second run; likewise.
-        differences: What differs, in words; empty: nothing that the seeds can show.
+        differences: The parts that differ, in words; empty: nothing that the seeds can show.
         is_identical: Whether both have the same seeds with the same accuracies, to the bit.
     """
 
