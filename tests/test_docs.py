@@ -91,7 +91,7 @@ def test_every_public_name_is_documented():
 def test_the_import_needs_torch_alone():
     code = (
         "import sys; from expressive_attention import expressive_attention, expressive_attention_varlen, nn; "
-        "heavy = {'numpy', 'polars', 'pydantic', 'scipy', 'matplotlib', 'plotly', 'typer', 'rich'}; "
+        "heavy = {'numpy', 'polars', 'pydantic', 'scipy', 'matplotlib', 'typer', 'rich'}; "
         "import torch; loaded = heavy & set(sys.modules); "
         "assert not any(m.startswith('expressive_attention.study') for m in sys.modules); "
         "print(sorted(loaded - {'numpy'}))"

@@ -1,5 +1,6 @@
 """The parts that a user sees: conversions as context managers and tables, modules that say what they compute."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,14 @@ def test_records_of_geometry_are_shown_as_their_tables():
     with capture(model) as record:
         model(x)
     assert repr(record) == str(record)
-    assert record._repr_html_().startswith("<pre>")
+    rows = re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td>(.*?)</tr>", record._repr_html_().split("<tbody>")[1])
+    assert [name for name, *_ in rows] == [row["name"] for row in record.rows()]
+    for (_, form, cells), row in zip(rows, record.rows(), strict=True):
+        shown = re.findall(r"<td(.*?)>(.*?)</td>", cells)
+        assert form == row["form"]
+        assert shown[0][1] == f"{row['antiparallel']:.3g}"
+        assert f" {100 * row['antiparallel']:.0f}%, transparent" in shown[0][0]  # a bar of this length
+        assert shown[1] == ("", f"{row['effective_keys']:.3g}")
 
 
 def test_modules_say_what_they_compute():

@@ -11,13 +11,29 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from .figures import NAMES
-from .record import ANGLES, MEASURES, LayerRecord, Record
+from .plotly import plotly_script
+from .record import ANGLES, MEASURES, SHARES, LayerRecord, Record
 
 __all__ = ["write_page"]
+
+
+# The parts of the page, from what to look at first: heading and the sentence below it.
+_PARTS = {
+    "thumbs": ("All heads", "The first 64 tokens at most: queries down, keys across. Click to choose a head."),
+    "map": (
+        "Attention of the chosen head",
+        (
+            "Orange: attention to parallel keys (z > 0). Blue: attention to antiparallel keys (z < 0). Values are "
+            "shares of the query's largest. Click to choose a query."
+        ),
+    ),
+    "keys": ("The query's keys", "Angle and length of each key. Area: attention. Square and blue: z < 0."),
+    "angles": ("Angles", "Shares by the cos of query and key: pairs, attention, and random directions."),
+    "heads": ("Measures of all heads", ""),
+}
 
 
 def write_page(
@@ -28,7 +44,10 @@ def write_page(
     tokens: Sequence[Sequence[str]] | None = None,
     megabytes: float = 5.5,
 ) -> Path:
-    """Write the page: measures of all heads, angles, maps with the sign of z, and each query's keys.
+    """Write the page: all heads, maps with the sign of z, each query's keys, angles, and measures of all heads.
+
+    Of several records, two are side by side: a head or query that is chosen on one side is chosen on both. The address
+    of the page holds all choices, so that a link leads to what is seen.
 
     The page contains queries and keys of the kept tokens, in 32 bits, or in 8 bits if 32 would exceed `megabytes`. The
     browser computes maps from them, so the page of a long text stays small.
@@ -57,6 +76,7 @@ def write_page(
         tokens_kept = int(tokens_kept * 0.97)
     data = {
         "measures": MEASURES,
+        "shares": SHARES,
         "models": [
             {"name": name, "layers": [_layer(layer, tokens_kept, exact) for layer in record.layers.values()]}
             for name, record in named.items()
@@ -70,7 +90,8 @@ def write_page(
     )
     # "</" would end the script; JSON reads "<\/" as the same.
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    html = template.render(title=title, plotlyjs=Markup(get_plotlyjs()), data=Markup(text))
+    sides = min(2, len(named))
+    html = template.render(title=title, plotly=plotly_script(), data=Markup(text), parts=_PARTS, sides=sides)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..call import Call
 from ..integrations.table import Table
 from . import measures
 
-__all__ = ["ANGLES", "MEASURES", "SIZES", "LayerRecord", "Record"]
+__all__ = ["ANGLES", "MEASURES", "SHARES", "SIZES", "LayerRecord", "Record"]
 
 # Edges of the histograms: cos of the angle of query and key, and log2 of scale |q| |k|.
 ANGLES = torch.linspace(-1, 1, 65, dtype=torch.float64)
@@ -44,6 +45,7 @@ MEASURES = {
     "key_rank": "numerical rank of keys",
     "quiet_volume": "share of directions in which a key of typical length would have < 1/10 of its largest weight",
 }
+SHARES = ["antiparallel", "evenness", "sink", "saturated", "empty", "dead", "quiet_volume"]  # those from 0 to 1
 
 
 class LayerRecord:
@@ -343,13 +345,36 @@ class Record(Table):
         return record
 
     def __str__(self) -> str:
-        shown = ("antiparallel", "effective_keys", "sink", "saturated", "score_rms", "query_dimensions", "quiet_volume")
-        table = [["head", "form", *shown]]
-        table += [[row["name"], row["form"], *(f"{row[name]:.3g}" for name in shown)] for row in self.rows()]
+        table = [["head", "form", *_SHOWN]]
+        table += [[row["name"], row["form"], *(f"{row[name]:.3g}" for name in _SHOWN)] for row in self.rows()]
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
         )
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks, with a bar in the cell of each share, and the meaning of each column."""
+        heading = "".join(f'<th title="{escape(MEASURES[name])}">{name}</th>' for name in _SHOWN)
+        rows = "".join(
+            f"<tr><th>{escape(row['name'])}</th><td>{row['form']}</td>"
+            f"{''.join(_cell(name, row[name]) for name in _SHOWN)}</tr>"
+            for row in self.rows()
+        )
+        return (
+            '<div style="max-height: 30em; overflow: auto"><table><thead><tr><th>head</th><th>form</th>'
+            f"{heading}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+
+
+# The measures of the table that a record prints.
+_SHOWN = ("antiparallel", "effective_keys", "sink", "saturated", "score_rms", "query_dimensions", "quiet_volume")
+
+
+def _cell(name: str, value: float) -> str:
+    """A cell of the table for notebooks; colors that are half transparent suit light and dark ones."""
+    filled = f"{100 * value:.0f}%"
+    bar = f"background: linear-gradient(90deg, rgba(0, 114, 178, .35) {filled}, transparent {filled})"
+    return f'<td style="{bar}">{value:.3g}</td>' if name in SHARES else f"<td>{value:.3g}</td>"
 
 
 _KEY = "expressive_attention.geometry"

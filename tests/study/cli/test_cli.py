@@ -1,16 +1,20 @@
 """The command ``ea`` starts with what its help and completion need, whichever way it is called."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
+from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.presets import preset_names, preset_text
 from expressive_attention.study.report.export import FORMATS
 from expressive_attention.study.runs.loggers import LOGGERS
 
-HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib", "plotly"}
+HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib"}
 
 # Runs `python -m expressive_attention`, then says on stderr which of the heavy packages were imported.
 PROBE = f"""
@@ -34,11 +38,13 @@ def light(*arguments, **environment):
     ("command", "words"),
     [
         ("", ["Usage: ea [OPTIONS] COMMAND", "study", "geometry", "bench", "info"]),
-        ("study", ["Usage: ea study", "run", "report", "status", "export", "verify", "show"]),
+        ("study", ["Usage: ea study", "list", "run", "report", "status", "compare", "export", "verify", "show"]),
+        ("bench", ["Usage: ea bench", "--backend", "[default: (1, 2)]"]),
         ("info", ["Usage: ea info"]),
         ("geometry", ["Usage: ea geometry", "[RUN]"]),
-        ("study run", ["Usage: ea study run", ", ".join(preset_names()), "|".join(LOGGERS)]),
+        ("study run", ["Usage: ea study run", ", ".join(preset_names()), "|".join(LOGGERS), "[default: (runs/NAME)]"]),
         ("study report", ["Usage: ea study report", "DIR"]),
+        ("study compare", ["Usage: ea study compare", "A", "B"]),
         ("study status", ["Usage: ea study status", "DIR"]),
         ("study export", ["Usage: ea study export", "|".join(FORMATS)]),
         ("study verify", ["Usage: ea study verify", "DIR"]),
@@ -53,6 +59,13 @@ def test_help_needs_nothing_heavy(command, words):
 def test_other_commands_that_need_nothing_heavy():
     assert light("--version").startswith("ea ")
     assert light("study", "show", "quick") == preset_text("quick")
+    listed = light("study", "list").splitlines()
+    for name in preset_names():
+        (place,) = [place for place, line in enumerate(listed) if line.startswith(f"{name} ")]
+        question = preset_text(name).splitlines()[0].removeprefix("# ")
+        assert listed[place].split(maxsplit=1) == [name, question]
+        assert "?" in question
+        assert preset_text(name).splitlines()[1] == f"# Time: {listed[place + 1].strip()}."
     assert "_EA_COMPLETE=complete_bash" in light(
         "--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
     )
@@ -61,6 +74,28 @@ def test_other_commands_that_need_nothing_heavy():
 def test_completion_needs_nothing_heavy():
     completed = light(_EA_COMPLETE="complete_bash", COMP_WORDS="ea study show l", COMP_CWORD="3")
     assert completed.split() == [name for name in preset_names() if name.startswith("l")]
+
+
+def commands(group, path="ea"):
+    """Every command below a group, by what one types."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize(("typed", "command"), list(commands(get_command(app))))
+def test_every_command_says_what_it_does_with_an_example_that_it_takes(typed, command):
+    first, *_, last = [part for part in command.help.split("\n\n") if part.strip()]
+    assert first.strip().endswith(".")
+    (example,) = re.findall(r"Example: (.*)", last)
+    assert example.startswith(typed)
+    arguments = shlex.split(example.removeprefix(typed).partition(">")[0])
+    assert command.make_context(typed, arguments)  # an argument that is not known would be an error
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and not parameter.is_flag and parameter.name != "help":
+            assert parameter.default is not None or parameter.show_default, parameter.name
 
 
 def test_the_command_that_is_installed_is_the_module():

@@ -78,7 +78,7 @@ def test_wrong_values_give_one_line_that_names_the_key(replaced, words):
 def test_unknown_keys_are_errors(where, key):
     with pytest.raises(ConfigError, match=f"{key}: unknown key"):
         parse_config(TINY.replace(where, f"{where}\nwidth = 3"), "x")
-    with pytest.raises(ConfigError, match=r"no preset or file 'quik'; presets are: .*quick"):
+    with pytest.raises(ConfigError, match=r"no preset or file 'quik' \(did you mean 'quick'\?\); presets are: .*quick"):
         load_config("quik")
 
 

@@ -57,7 +57,7 @@ def test_the_summary_has_the_numbers_of_the_seeds(few):
 def test_tables_come_back_from_their_files_as_they_were(tmp_path):
     results = make_results(claims=("at_least_as_good", "lead_grows"))
     files = export_study(results, tmp_path / "out" / "there", ["csv", "parquet", "csv"])
-    assert [path.name for path in files] == [
+    assert [path.name for path in files] == ["config.toml", "about.json"] + [
         f"{name}.{ending}"
         for name in ("seeds", "curves", "splits", "summary", "verdicts")
         for ending in ("csv", "parquet")
@@ -124,7 +124,10 @@ def test_what_cannot_be_exported_ends_with_one_line(tmp_path, few):
     Store(tmp_path / "empty").create(TINY).release()
     for arguments, line in (
         ([tmp_path / "empty"], "ea: no cell is finished yet: there is nothing to export\n"),
-        ([tmp_path / "nothing"], f"ea: {tmp_path / 'nothing'} is not a study: it has no config.toml\n"),
+        (
+            [tmp_path / "nothing"],
+            f"ea: {tmp_path / 'nothing'} is not a study: it has no config.toml; pass the run folder, e.g. runs/quick\n",
+        ),
         ([tmp_path / "empty", "-f", "xlsx"], "ea: format must be one of ['csv', 'parquet', 'latex'], got 'xlsx'\n"),
     ):
         done = CliRunner().invoke(app, ["study", "export", *map(str, arguments)])

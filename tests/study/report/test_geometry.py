@@ -111,7 +111,7 @@ def test_a_model_that_reads_no_text_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "geometry takes either the folder of a study, or --model with --text"),
+        ((), "geometry takes either the run folder of a study, e.g. runs/quick, or --model with --text"),
         (("run", "--model", "m"), "geometry takes either"),
         (("--model", "m"), "--model and --text belong together"),
         (("nowhere",), "nowhere"),

@@ -1,6 +1,9 @@
+import base64
+import io
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -14,6 +17,7 @@ from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.findings import findings
 from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.report.drawing.theme import styles
+from expressive_attention.study.report.export import summary_table
 from expressive_attention.study.report.page import write_report
 
 from ..report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained
@@ -93,7 +97,8 @@ def test_report_tells_every_finding(quick):
 def test_report_holds_table_config_and_machine(quick):
     results, path = quick
     page = read(path)
-    numbers, worth, tuning, machine = page.tables
+    _, compared, numbers, worth, tuning, machine = page.tables
+    assert len(compared) == 1 + 3
     assert len(numbers) == 1 + 6
     summary = results.seeds.filter(role="final", condition="sum, basis 16, delay 5, rope", mechanism="expressive")
     row = next(row for row in numbers if row[0] == "sum, basis 16, delay 5, rope")
@@ -102,7 +107,7 @@ def test_report_holds_table_config_and_machine(quick):
     assert row[5].startswith(f"{sum(summary['accuracy']) / 8:.3f}[")
     assert worth[2][:3] == ["sum, basis 16, delay 5, rope", "1,048,576", "20.0"]
     assert worth[2][-1] == "3.1%"
-    assert [len(row) for row in tuning] == [5, *[5, 4] * 3]
+    assert [len(row) for row in tuning] == [5] * 7
     assert sum(cell.endswith(", chosen") for row in tuning for cell in row) == 6
     assert ["torch", "2.13.0+cpu"] in machine
     assert ["training time", "2 min 14 s"] in machine
@@ -115,7 +120,7 @@ def test_steps_to_solve_shows_censoring(tmp_path):
         *(seed_row(condition.label, "expressive", seed, 1.0) for seed in range(2)),
         *(seed_row(condition.label, "dot_product", seed, 0.5, diverged_at=100) for seed in range(2)),
     ]
-    numbers = write(results_of(rows, [condition]), tmp_path).tables[0]
+    numbers = write(results_of(rows, [condition]), tmp_path).tables[2]
     assert [row[-2:] for row in numbers[1:]] == [["1,000", "0"], ["> 2,000", "2"]]
 
 
@@ -125,26 +130,27 @@ def test_page_needs_nothing_from_elsewhere(quick):
     assert page.values("script", "src") == []
     assert all(value.startswith("data:") for value in page.values("img", "src") + page.values("link", "href"))
     html = path.read_text(encoding="utf-8")
-    assert html.count("plotly.js v") == 1
+    assert html.count('id="plotly"') == 1
     assert not re.search(r"@import|url\((?!data:)", html.split("<style>")[1].split("</style>")[0])
 
 
 def test_pictures_have_words(quick):
     _, path = quick
     page = read(path)
-    assert len(page.values("img", "alt")) == len(page.values("img", "src")) == 7
+    assert len(page.values("img", "alt")) == len(page.values("img", "src")) == 8
     assert all(len(alt) > 30 for alt in page.values("img", "alt"))
-    # 5 single plots and one for each of 3 conditions in 2 figures, each labelled
-    assert page.values("div", "role").count("img") == 11
+    # 6 single plots and one for each of 3 conditions in 2 figures, each labelled
+    assert page.values("div", "role").count("img") == 12
 
 
 def test_every_figure_states_n_and_the_kind_of_its_interval(quick):
     _, path = quick
     html = path.read_text(encoding="utf-8")
     notes = [words(unescape(note)) for note in re.findall(r"<figcaption.*?>(.*?)</figcaption>", html, re.S)]
-    assert len(notes) == 7
+    assert len(notes) == 8
     assert all("n = 8" in note for note in notes)
-    kinds = ["Holm", "95% Wilson", "95% bootstrap", "95% bootstrap", "95% Wilson", "median over seeds", "no interval"]
+    kinds = ["95% bootstrap", "Holm", "95% Wilson", "95% bootstrap", "95% bootstrap", "95% Wilson"]
+    kinds += ["median over seeds", "no interval"]
     for note, kind in zip(notes, kinds, strict=True):
         assert kind in note
 
@@ -185,10 +191,10 @@ def test_report_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("results", "plots"),
     [
-        (make_results(mechanisms=["expressive"]), 9),
-        (make_results(mechanisms=["dot_product"], seeds=1), 9),
-        (make_results(mechanisms=["expressive", "dot_product", "squared"], seeds=6), 11),
-        (make_results(seeds=1), 11),
+        (make_results(mechanisms=["expressive"]), 10),
+        (make_results(mechanisms=["dot_product"], seeds=1), 10),
+        (make_results(mechanisms=["expressive", "dot_product", "squared"], seeds=6), 12),
+        (make_results(seeds=1), 12),
     ],
     ids=["EA alone", "one seed of DPA", "three mechanisms", "one seed"],
 )
@@ -211,8 +217,8 @@ def test_a_study_of_many_conditions_shows_those_that_differ_most(tmp_path):
     gaps = sorted((-abs(found.difference), found.condition) for found in comparisons(results))
     learning = html.split('<figure id="learning_curves">')[1].split("</figure>")[0]
     shown, folded = learning.split("<details")
-    assert set(re.findall(r"<h5>(.*?)</h5>", shown)) == {label for _, label in gaps[:12]}
-    assert set(re.findall(r"<h5>(.*?)</h5>", folded)) == {label for _, label in gaps[12:]}
+    assert set(re.findall(r'<p class="panel">(.*?)</p>', shown)) == {label for _, label in gaps[:12]}
+    assert set(re.findall(r'<p class="panel">(.*?)</p>', folded)) == {label for _, label in gaps[12:]}
 
 
 def test_report_opens_with_a_row_for_each_claim(tmp_path):
@@ -221,7 +227,7 @@ def test_report_opens_with_a_row_for_each_claim(tmp_path):
     page = write(results, tmp_path)
     found = verdicts(results, claims)
     marks = {"supported": "\N{CHECK MARK}", "contradicted": "\N{BALLOT X}", "undecided": "?"}
-    rows = page.tables[0][1:]
+    rows = page.tables[1][1:]
     for verdict, row, why in zip(found, rows[::2], rows[1::2], strict=True):
         assert row[0] == verdict.question
         assert row[1] == f"{marks[verdict.answer]} {verdict.answer}"
@@ -239,8 +245,8 @@ def test_mixed_tasks_show_accuracy_by_rule(tmp_path):
     splits = html.split('<figure id="splits">')[1].split("</figure>")[0]
     shown, folded = splits.split("<details")
     assert re.findall(r"<h4.*?>(.*?)</h4>", shown) == ["mixed"]
-    assert re.findall(r"<h5>(.*?)</h5>", shown) == ["By position", "By rule"]
-    assert re.findall(r"<h5>(.*?)</h5>", folded) == ["plain"]
+    assert re.findall(r'<p class="panel">(.*?)</p>', shown) == ["By position", "By rule"]
+    assert re.findall(r'<p class="panel">(.*?)</p>', folded) == ["plain"]
 
 
 def test_settings_are_pairs_of_rate_and_gain(tmp_path):
@@ -253,10 +259,9 @@ def test_settings_are_pairs_of_rate_and_gain(tmp_path):
             (0.02, 1.0, "final", 0),
         ]
     ]
-    tuning = write(results_of(rows, [condition], ["expressive"]), tmp_path).tables[2]
-    assert tuning[0][2:] == ["Learningrate 0.01", "Learningrate 0.02"]
-    assert tuning[1] == ["gain 0.5", "gain 1", "gain 0.5", "gain 1"]
-    assert tuning[2][2:] == ["0.5600/1", "0.6100/1", "0.5700/1", "0.6200/1, chosen"]
+    tuning = write(results_of(rows, [condition], ["expressive"]), tmp_path).tables[3]
+    assert tuning[0][2:] == [f"Rate{rate},gain{gain}" for rate in ("0.01", "0.02") for gain in ("0.5", "1")]
+    assert tuning[1][2:] == ["0.5600/1", "0.6100/1", "0.5700/1", "0.6200/1, chosen"]
 
 
 def test_report_of_a_folder_with_cells_shows_where_models_look(tmp_path):
@@ -277,7 +282,16 @@ def test_report_is_the_same_each_time(quick, tmp_path):
 def test_no_partial_files_remain(quick):
     _, path = quick
     names = {file.relative_to(path.parent).as_posix() for file in path.parent.rglob("*") if file.is_file()}
-    figures = ("margin_map", "solved_map", "accuracy", "difference", "solved", "learning_curves", "steps_to_solve")
+    figures = (
+        "at_a_glance",
+        "margin_map",
+        "solved_map",
+        "accuracy",
+        "difference",
+        "solved",
+        "learning_curves",
+        "steps_to_solve",
+    )
     assert names == {"report.html", *(f"figures/{name}.{kind}" for name in figures for kind in ("png", "csv"))}
 
 
@@ -323,7 +337,7 @@ def test_page_in_a_browser(browser, width, quick):
         "plot.querySelectorAll('.trace path, .hm image').length, plot.querySelector('.main-svg').clientWidth,"
         "plot.clientWidth])"
     )
-    assert len(plots) == 11
+    assert len(plots) == 12
     for paths, drawn_width, room in plots:
         assert paths >= 1
         assert 200 < drawn_width == room
@@ -382,6 +396,8 @@ def test_folded_plots_are_drawn_when_unfolded(browser, tmp_path):
 def test_a_large_page_draws_what_is_in_sight(browser, tmp_path):
     path = write_report(make_results(MANY, seeds=2, mechanisms=["expressive", "dot_product"]), tmp_path)
     assert path.stat().st_size < 10e6
+    assert 'href="tables.zip"' in path.read_text(encoding="utf-8")
+    assert zipfile.is_zipfile(tmp_path / "tables.zip")
     browser.get(path.as_uri())
     begun, in_sight, plots = browser.execute_async_script(
         "const done = arguments[0], plots = [...document.querySelectorAll('.plotly-graph-div')];"
@@ -393,6 +409,157 @@ def test_a_large_page_draws_what_is_in_sight(browser, tmp_path):
         "})()"
     )
     assert 1 <= begun == in_sight < plots
+
+
+@pytest.fixture
+def emulate(browser):
+    """Sets the medium and the color scheme that the browser says it has, for one test."""
+
+    def emulated(medium="", scheme=""):
+        features = [{"name": "prefers-color-scheme", "value": scheme}] if scheme else []
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": features})
+
+    yield emulated
+    emulated()
+
+
+@pytest.mark.browser
+def test_the_page_follows_the_theme_and_its_switch(browser, emulate, quick):
+    _, path = quick
+    looks = {}
+    for scheme in ("light", "dark"):
+        emulate(scheme=scheme)
+        visit(browser, path, 1200)
+        for _ in range(2):
+            look = browser.execute_async_script(
+                "const done = arguments[0], plot = document.querySelector('#at_a_glance .plotly-graph-div');"
+                "const dark = document.getElementById('theme').textContent === 'Light';"
+                "const ink = dark ? DARK['#222222'] : '#222222';"
+                "const frame = () => new Promise(requestAnimationFrame);"
+                "(async () => { while (plot.layout.font.color !== ink) await frame();"
+                "done([dark, getComputedStyle(document.body).backgroundColor, plot.layout.font.color]) })()"
+            )
+            looks.setdefault(look[0], []).append(look[1:])
+            browser.execute_script("document.getElementById('theme').click()")
+    assert looks == {
+        False: [["rgb(255, 255, 255)", "#222222"]] * 2,
+        True: [["rgb(23, 25, 28)", "#e8e8e6"]] * 2,
+    }
+
+
+@pytest.mark.browser
+def test_tables_are_sorted_by_their_numbers(browser, tmp_path):
+    conditions = [make_condition(basis, 5, "rope") for basis in (4, 16, 8)]
+    accuracies = {4: 0.5, 16: 1.0, 8: 0.996}
+    rows = [
+        seed_row(condition.label, mechanism, 0, accuracies[condition.task["basis"]])
+        for condition in conditions
+        for mechanism in ("expressive", "dot_product")
+    ]
+    visit(browser, write_report(results_of(rows, conditions), tmp_path), 1200)
+
+    def sorted_by(column):
+        return browser.execute_script(
+            "const table = document.querySelector('.opening table');"
+            "table.tHead.rows[0].cells[arguments[0]].querySelector('button').click();"
+            "return [table.tHead.rows[0].cells[arguments[0]].ariaSort,"
+            "...[...table.tBodies[0].rows].map(row => Number(row.cells[0].textContent.match(/basis (\\d+)/)[1]))]",
+            column,
+        )
+
+    assert sorted_by(2) == ["ascending", 4, 8, 16]  # 50%, >99%, 100%
+    assert sorted_by(2) == ["descending", 16, 8, 4]
+    assert sorted_by(0) == ["ascending", 4, 8, 16]  # by the numbers in a label, not their digits
+
+
+@pytest.mark.browser
+def test_the_contents_stay_in_sight(browser, quick):
+    _, path = quick
+    visit(browser, path, 390)
+    tops = browser.execute_script(
+        "location.hash = '#setup'; const top = s => document.querySelector(s).getBoundingClientRect().top;"
+        "return [top('nav'), top('#setup'), document.querySelector('nav').offsetHeight]"
+    )
+    assert tops[0] == 0
+    assert tops[1] >= tops[2]  # the bar does not cover what it leads to
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_no_table_is_cut(browser, width, tmp_path):
+    visit(browser, write_report(make_results(LADDER[:6], seeds=6, mechanisms=MECHANISMS[:4]), tmp_path), width)
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('.table .scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+        ".map(e => e.ariaLabel)"
+    )
+    assert cut == []
+
+
+@pytest.mark.browser
+def test_the_archive_is_a_link_that_the_browser_takes(browser, quick):
+    _, path = quick
+    visit(browser, path, 1200)
+    assert browser.execute_script("return document.querySelector('a[download]').download") == "quick.zip"
+
+
+def test_the_archive_holds_every_table(quick):
+    results, path = quick
+    (link,) = [href for href in read(path).values("a", "href") if href.startswith("data:application/zip;base64,")]
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(link.partition(",")[2]))) as archive:
+        for file in (path.parent / "figures").glob("*.csv"):
+            assert archive.read(f"figures/{file.name}") == file.read_bytes()
+        for name in ("seeds", "curves", "splits"):
+            assert archive.read(f"{name}.csv").decode() == getattr(results, name).write_csv()
+        assert archive.read("summary.csv").decode() == summary_table(results).write_csv()
+
+
+def test_a_report_of_a_quick_study_is_light(quick):
+    _, path = quick
+    assert path.stat().st_size < 2e6
+
+
+def test_the_page_opens_with_a_table_for_everyone(tmp_path):
+    conditions = [make_condition(basis, 5, "rope") for basis in (4, 16, 8)]
+    accuracies = {4: (1.0, 0.5), 16: (0.0625, 0.0625), 8: (0.997, 0.99)}
+    rows = [
+        seed_row(condition.label, mechanism, seed, accuracies[condition.task["basis"]][place])
+        for condition in conditions
+        for place, mechanism in enumerate(("expressive", "dot_product"))
+        for seed in range(8)
+    ]
+    results = results_of(rows, conditions)
+    verdicts = {found.condition: found.verdict for found in comparisons(results)}
+    heading, *body = write(results, tmp_path).tables[0]
+    assert heading == ["Task", "Rule", "EA", "DPA", "Who is ahead"]
+    unbroken = "t\N{NO-BREAK SPACE}\N{MINUS SIGN}\N{NO-BREAK SPACE}"
+    assert body[0][1] == f"x(t) = x({unbroken}1) + x({unbroken}5), mod 4"
+    assert [row[2:4] for row in body] == [["100%", "50%"], ["6%", "6%"], [">99%", "99%"]]
+    assert [row[4] for row in body] == [verdicts[condition.label] for condition in conditions]
+    assert [row[4] for row in body][:2] == ["EA ahead", "neither learned"]
+
+
+def test_findings_are_a_table_of_two_decimals(quick):
+    results, path = quick
+    heading, *body = read(path).tables[1]
+    assert heading == ["Condition", "Verdict", "EA", "DPA", "Difference", "p", "Pairs"]
+    for row, found in zip(body, comparisons(results), strict=True):
+        assert row[:2] == [found.condition, found.verdict]
+        assert row[2] == f"{found.candidate.accuracy:.2f}{found.candidate.solved}/8 solved"
+        assert row[4].startswith(f"{found.difference:+.2f}[" if found.interval else f"{found.difference:+.2f}no")
+        assert row[6] == "8"
+
+
+@pytest.mark.browser
+def test_what_is_folded_is_printed(browser, tmp_path):
+    path = write_report(make_results(), tmp_path)
+    visit(browser, path, 1200)
+    shown = "return document.querySelector('.findings li').checkVisibility()"
+    assert not browser.execute_script(shown)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert browser.execute_script(shown)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.browser
@@ -410,7 +577,7 @@ def test_paper_shows_images_instead_of_plots(browser, quick):
         )
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    assert shown == [7, 0]
+    assert shown == [8, 0]
     assert complete
 
 

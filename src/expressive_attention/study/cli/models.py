@@ -26,22 +26,29 @@ def geometry(
         Path | None, typer.Option("--text", metavar="FILE", help="Text that the model of --model reads.")
     ] = None,
     condition: Annotated[
-        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
+        str | None,
+        typer.Option(metavar="LABEL", help="Condition of the study.", show_default="where the mechanisms differ most"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Final seed of the study; by default the one with the lowest accuracy of DPA.")
+        int | None,
+        typer.Option(metavar="S", help="Final seed of the study.", show_default="that of DPA's lowest accuracy"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.  [default: RUN/geometry, or geometry]"),
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder to write to.", show_default="RUN/geometry, or geometry"
+        ),
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Show attention space: an interactive page, pictures, and a table of all heads."""
+    """Show attention space: an interactive page, pictures, and a table of all heads.
+
+    Example: ea geometry runs/quick
+    """
     from ...geometry.folder import write_folder
 
     if (directory is None) == (model is None):
-        fail("geometry takes either the folder of a study, or --model with --text")
+        fail("geometry takes either the run folder of a study, e.g. runs/quick, or --model with --text")
     if (model is None) != (text is None):
         fail("--model and --text belong together")
     if model is not None and (condition is not None or seed is not None):
@@ -87,6 +94,8 @@ def verify(
 
     Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
     another number of threads or device, which are named.
+
+    Example: ea study verify runs/quick --sample 5
     """
     from ..runs.store import Store
     from ..runs.verify import sample_cells, verify_cell
@@ -122,6 +131,8 @@ def limit(
 
     Validation sequences are used, before and after a short further training. EA gets the same training as a control.
     Results are kept in DIR/limit; `export` writes them with the other tables.
+
+    Example: ea study limit runs/quick
     """
     from ..analysis.limit import limit_cells, limit_sentences, limit_tables, write_limit
     from ..runs.results import collect
@@ -144,16 +155,22 @@ def limit(
 def twins(
     directory: Directory,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.  [default: DIR/twins]")
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.", show_default="DIR/twins")
     ] = None,
     condition: Annotated[
-        str | None, typer.Option(help="Condition of the study; by default that on which the mechanisms differ most.")
+        str | None,
+        typer.Option(metavar="LABEL", help="Condition of the study.", show_default="where the mechanisms differ most"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="A final seed; by default the middle one by accuracy.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help="A final seed.", show_default="the middle one by accuracy")
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Parameters in float16: files of half the size.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Write trained models that differ in the mechanism alone, one file each, for `load_twins` to read."""
+    """Write trained models that differ in the mechanism alone, one file each, for `load_twins` to read.
+
+    Example: ea study twins runs/quick --half
+    """
     from ..report.twins import write_twins
 
     with one_line_errors():

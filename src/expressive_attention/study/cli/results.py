@@ -16,16 +16,20 @@ from .run import print_findings
 if TYPE_CHECKING:
     from ..runs.results import StudyResults
 
-__all__ = ["export", "report", "status"]
+__all__ = ["compare", "export", "report", "status"]
 
 
 def report(directory: Directory, trust: Trust = False) -> None:
-    """Write the report of a study from its finished cells: DIR/report.html and DIR/figures."""
-    from ..runs.results import collect
-    from ..runs.store import Store
+    """Write the report of a study from its finished cells: DIR/report.html and DIR/figures.
+
+    DIR may also be a folder of exported tables, which has no trained models and so no attention maps.
+
+    Example: ea study report runs/quick
+    """
+    from ..runs.exported import load_results
 
     with one_line_errors():
-        results = collect(Store(directory))
+        results = load_results(directory)
         page = write_page(results, directory, trust=trust)
     print_findings(results)
     typer.echo(f"\n{page}")
@@ -35,7 +39,10 @@ def status(
     directory: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Print the results of a study so far, a row per condition and mechanism."""
+    """Print the results of a study so far, a row per condition and mechanism.
+
+    Example: ea study status runs/quick
+    """
     from ..runs.results import collect
     from ..runs.store import Store
 
@@ -56,22 +63,58 @@ def status(
     typer.echo(f"{len(results.unfinished)} cells are not finished" if results.unfinished else "all cells are finished")
 
 
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a study, e.g. runs/quick, or of its export.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+) -> None:
+    """Print two runs beside each other, and on which conditions they differ.
+
+    Accuracies and shares solved differ where their 95% intervals do not overlap.
+
+    Example: ea study compare runs/quick runs/quick-again
+    """
+    from ..analysis.wording import mechanism_name, plural
+    from ..report.two_runs import compared_runs, differing
+    from ..runs.exported import load_results
+
+    with one_line_errors():
+        lines = compared_runs(load_results(first), load_results(second))
+    if not lines:
+        fail(f"neither {first} nor {second} has a finished final seed; `ea study run` makes them")
+    table = Table("condition", "", "A: solved, accuracy", "B: solved, accuracy", "differs in", box=None)
+    for line in lines:
+        reached = [
+            "" if found is None else f"{found.solved}/{found.seeds}, {found.accuracy:.3f}"
+            for found in (line.first, line.second)
+        ]
+        said = "; ".join(line.differences) or ("same bits" if line.is_identical else "nothing shown")
+        table.add_row(line.condition, mechanism_name(line.mechanism), *reached, said)
+    typer.echo(f"A: {first}\nB: {second}")
+    Console(highlight=False).print(table)
+    found, conditions = differing(lines), {line.condition for line in lines}
+    typer.echo(f"The runs differ on {len(found)} of {plural(len(conditions), 'condition')}" + (":" if found else "."))
+    for label in found:
+        typer.echo(f"  {label}")
+
+
 def export(
     directory: Directory,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.  [default: DIR/export]")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write to.", show_default="DIR/export"),
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", metavar="csv|parquet|latex", help="May be given several times.  [default: csv]"),
+        typer.Option(
+            "--format", "-f", metavar="csv|parquet|latex", help="May be given several times.", show_default="csv"
+        ),
     ] = None,
 ) -> None:
     """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
 
-    The study's configuration is written beside them.
+    Example: ea study export runs/quick --format parquet --format latex
     """
     from ..analysis.limit import limit_tables
-    from ..files import write_atomically
     from ..report.export import export_study
     from ..runs.results import collect
     from ..runs.store import Store
@@ -84,8 +127,7 @@ def export(
             files = export_study(results, folder, formats or ["csv"], tables)
         except ValueError as error:
             fail(str(error))
-        write_atomically(folder / "config.toml", store.config()[1].encode())
-    for file in [*files, folder / "config.toml"]:
+    for file in files:
         typer.echo(file)
     if results.unfinished:
         typer.echo(f"{len(results.unfinished)} cells are not finished, and not in it", err=True)

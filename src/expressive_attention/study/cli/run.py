@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config.presets import preset_names, preset_text
+from ..config.presets import preset_names, preset_question, preset_text, preset_time
 from ..errors import StudyError
 from .common import fail, one_line_errors, write_page
 
 if TYPE_CHECKING:
     from ..runs.results import StudyResults
 
-__all__ = ["print_findings", "run", "show"]
+__all__ = ["list_presets", "print_findings", "run", "show"]
 
 
 def run(
@@ -23,18 +23,22 @@ def run(
         str,
         typer.Argument(
             metavar="PRESET_OR_FILE",
-            help=f"A preset ({', '.join(preset_names())}) or a TOML file.",
+            help=f"A preset ({', '.join(preset_names())}) or a TOML file; `ea study list` says what they ask.",
             autocompletion=preset_names,
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.  [default: runs/NAME]"),
+        typer.Option("--out", "-o", metavar="DIR", help="Folder of the study.", show_default="runs/NAME"),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", "-w", help="Worker processes, each one cell at a time; by default one per core, or per GPU."
+            "--workers",
+            "-w",
+            metavar="N",
+            help="Worker processes, each one cell at a time.",
+            show_default="one per core, or per GPU",
         ),
     ] = None,
     engine: Annotated[
@@ -50,7 +54,8 @@ def run(
         typer.Option(
             "--address",
             metavar="HOST:PORT",
-            help="A running Ray cluster, or 'auto' on one of its nodes; by default Ray is started on this machine.",
+            help="A running Ray cluster, or 'auto' on one of its nodes.",
+            show_default="Ray is started on this machine",
         ),
     ] = None,
     device: Annotated[
@@ -62,19 +67,27 @@ def run(
         typer.Option(
             "--gpus-per-cell",
             metavar="SHARE",
-            help="With --engine ray --device cuda: share of a GPU per cell, 0.25 for four at a time.  [default: 1]",
+            help="With --engine ray --device cuda: share of a GPU per cell, 0.25 for four at a time.",
+            show_default="1",
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
     log: Annotated[
         list[str] | None,
-        typer.Option("--log", metavar="tensorboard|wandb", help="Log to TensorBoard or Weights & Biases, or to both."),
+        typer.Option(
+            "--log",
+            metavar="tensorboard|wandb",
+            help="Log to TensorBoard or Weights & Biases, or to both.",
+            show_default="to neither",
+        ),
     ] = None,
 ) -> None:
     """Run a study, or resume one that was stopped, and write its report.
 
     Finished cells are never run again, and a cell in progress resumes from its last checkpoint, so stopping (Ctrl-C)
     loses about a minute. Change the file (more seeds, tasks, learning rates) and run it again to extend a study.
+
+    Example: ea study run quick --workers 2
     """
     from ..config.load import load_config
     from ..runs.engines import LocalEngine, RayEngine
@@ -132,13 +145,26 @@ def run(
         typer.echo(f"\n{page}  ({time.perf_counter() - start:.0f} s)")
 
 
+def list_presets() -> None:
+    """Print the presets: the question that each asks, and the time that it takes.
+
+    Example: ea study list
+    """
+    for name in preset_names():
+        typer.echo(f"{name:18}{preset_question(name)}\n{'':18}{preset_time(name)}")
+    typer.echo("\n`ea study run NAME` runs one, and `ea study show NAME` prints it.")
+
+
 def show(
     preset: Annotated[
         str,
         typer.Argument(metavar="PRESET", help=f"One of {', '.join(preset_names())}.", autocompletion=preset_names),
     ],
 ) -> None:
-    """Print the TOML of a preset, to copy and edit."""
+    """Print the TOML of a preset, to copy and edit.
+
+    Example: ea study show quick > my-study.toml
+    """
     with one_line_errors():
         typer.echo(preset_text(preset), nl=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
     else:
-        raise ConfigError(f"no preset or file {preset_or_file!r}; presets are: {', '.join(preset_names())}")
+        close = get_close_matches(preset_or_file, preset_names(), 1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"no preset or file {preset_or_file!r}{meant}; presets are: {', '.join(preset_names())}")
     return parse_config(text, preset_or_file, lambda name: path.parent / name), text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +16,18 @@ from ..analysis.estimators import LEVEL, Interval
 from ..analysis.summaries import Summary, summaries
 from ..analysis.wording import mechanism_name
 from ..files import write_atomically
+from ..runs.exported import ABOUT, about
 from ..runs.results import StudyResults
 
-__all__ = ["FORMATS", "SUMMARY_SCHEMA", "export_study", "latex_table", "summary_table", "verdict_table"]
+__all__ = [
+    "FORMATS",
+    "SUMMARY_SCHEMA",
+    "export_study",
+    "latex_table",
+    "study_tables",
+    "summary_table",
+    "verdict_table",
+]
 
 FORMATS = ("csv", "parquet", "latex")
 
@@ -87,7 +97,8 @@ def export_study(
     """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
-    `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``.
+    `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``. ``config.toml`` and ``about.json``
+    beside them let `load_results` read them.
 
     Args:
         results: Results of the study.
@@ -106,14 +117,10 @@ def export_study(
             raise ValueError(f"format must be one of {list(FORMATS)}, got {wanted!r}")
     if results.seeds.is_empty():
         raise ValueError("no cell is finished yet: there is nothing to export")
-    tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits", "examples")}
-    if results.examples.is_empty():
-        del tables["examples"]
-    tables |= {"summary": summary_table(results)}
-    if results.claims:
-        tables["verdicts"] = verdict_table(results)
-    tables |= more or {}
+    tables = {**study_tables(results), **(more or {})}
     files: dict[str, bytes] = {}
+    if {"csv", "parquet"} & set(formats):  # with these, the tables can be read as a study
+        files |= {"config.toml": results.config.encode(), ABOUT: json.dumps(about(results), indent=1).encode()}
     for name, table in tables.items():
         if "csv" in formats:
             files[f"{name}.csv"] = table.write_csv().encode()
@@ -126,6 +133,17 @@ def export_study(
     for name, content in files.items():
         write_atomically(directory / name, content)
     return [directory / name for name in files]
+
+
+def study_tables(results: StudyResults) -> dict[str, pl.DataFrame]:
+    """All rows of `StudyResults`, the summary and the verdicts, by the names of their files."""
+    tables = {name: getattr(results, name) for name in ("seeds", "curves", "splits", "examples")}
+    if results.examples.is_empty():
+        del tables["examples"]
+    tables["summary"] = summary_table(results)
+    if results.claims:
+        tables["verdicts"] = verdict_table(results)
+    return tables
 
 
 def verdict_table(results: StudyResults) -> pl.DataFrame:

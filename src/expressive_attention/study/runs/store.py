@@ -131,11 +131,18 @@ class Store:
         """
         path = self.directory / "config.toml"
         if not path.is_file():
-            raise StoreError(f"{self.directory} is not a study: it has no config.toml")
+            raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
         text = path.read_text(encoding="utf-8")
         record = self._record() if runs_files(text) and not trust else None
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
+
+    def _hint(self) -> str:
+        """The folder that was probably meant."""
+        above = next((folder for folder in self.directory.parents if (folder / "config.toml").is_file()), None)
+        below = sorted(path.parent for path in self.directory.glob("*/config.toml"))
+        meant = above or (below[0] if below else Path("runs/quick"))
+        return f"pass the run folder, e.g. {meant}"
 
     def _record(self) -> Record:
         path = self.directory / _RECORD

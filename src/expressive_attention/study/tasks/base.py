@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "one_in", "same_as"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "formula_of", "one_in", "same_as", "worded"]
 
 # The target of a position at which nothing is to be predicted; what torch's cross_entropy leaves out.
 IGNORED = -100
@@ -65,6 +66,14 @@ def always(value: Any) -> Any:
     return property(lambda self: value, doc=f"Always {value}.")
 
 
+def worded(text: str) -> Any:
+    """A property that is a text with fields of the task in it.
+
+    A task that repeats digits has ``formula = worded("repeat the last {delay} digits")``.
+    """
+    return property(lambda self: text.format_map(vars(self)), doc=text)
+
+
 def one_in(number: str) -> Any:
     """A property that is 1 over another one.
 
@@ -97,6 +106,11 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def label(self) -> str:
         """Short name, e.g. ``"sum, basis 16, delay 5"``."""
+
+    @property
+    def formula(self) -> str:
+        """The rule in one line, for a reader who knows nothing of it; empty: the label says it all."""
+        return ""
 
     vocab_size = needed("Number of different tokens, of input and target alike, int.")
     length = needed("Number of positions L, int.")
@@ -187,3 +201,9 @@ class Task(BaseModel, ABC):
         if self.solve(test.inputs[:1]) is not None:
             facts["ceiling"] = float(self.ceiling(test)[counted].mean())
         return facts
+
+
+def formula_of(fields: Mapping[str, Any]) -> str:
+    """`Task.formula` of a task of this package from its fields, as `Condition.task` has them; empty for others."""
+    kind = TASKS.get(fields.get("kind", ""))
+    return kind.model_construct(**fields).formula if kind else ""

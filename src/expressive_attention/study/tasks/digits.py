@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORED, Examples, Task, always, one_in
+from .base import IGNORED, Examples, Task, always, one_in, worded
 from .recurrences.recurrence import mixed
 
 __all__ = ["DigitsTask", "images_and_classes", "part"]
@@ -52,6 +52,7 @@ class DigitsTask(Task):
     def label(self) -> str:
         return f"digits, patch {self.patch}, shift {self.shift}"
 
+    formula = worded("which digit does the image show?")
     vocab_size = always(10)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from .base import Examples, Task, always, one_in, same_as
+from .base import Examples, Task, always, one_in, same_as, worded
 
 __all__ = ["LanguageTask", "Text", "bigram_bits", "part_of", "source_files", "unigram_bits"]
 
@@ -78,6 +78,7 @@ class LanguageTask(Task):
     def label(self) -> str:
         return f"Python sources, context {self.context}"
 
+    formula = worded("which byte comes next in a program?")
     vocab_size = always(256)
     length = same_as("context")
 

@@ -19,6 +19,13 @@ from .sampled import integers
 
 __all__ = ["ModularAdditionTask"]
 
+_SIGNS = {
+    "add": "+",
+    "subtract": "\N{MINUS SIGN}",
+    "multiply": "\N{MULTIPLICATION SIGN}",
+    "divide": "\N{DIVISION SIGN}",
+}
+
 
 class ModularAdditionTask(Task):
     """a + b = ? modulo a number, or with another operation.
@@ -53,6 +60,10 @@ class ModularAdditionTask(Task):
     def label(self) -> str:
         part = "" if self.training_fraction == 0.5 else f", trained on {self.training_fraction!r}"
         return f"{self.operation} mod {self.modulus}{part}"
+
+    @property
+    def formula(self) -> str:
+        return f"a {_SIGNS[self.operation]} b = ?, mod {self.modulus}"
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import IGNORED, Examples, always, one_in, same_as
+from .base import IGNORED, Examples, always, one_in, same_as, worded
 from .sampled import SampledTask, integers, prefix_identifiers
 
 __all__ = ["ParityTask"]
@@ -33,6 +33,7 @@ class ParityTask(SampledTask):
     def label(self) -> str:
         return f"{'running parity' if self.asked == 'every' else 'parity'}, context {self.context}"
 
+    formula = worded("is the number of ones so far odd?")
     vocab_size = always(2)
     length = same_as("context")
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import Examples, one_in, same_as
+from .base import Examples, one_in, same_as, worded
 from .sampled import SampledTask, integers, prefix_identifiers
 
 __all__ = ["PermutationTask"]
@@ -39,6 +39,8 @@ class PermutationTask(SampledTask):
     @property
     def label(self) -> str:
         return f"permutations of {self.degree}, context {self.context}"
+
+    formula = worded("the order of {degree} things after all swaps so far")
 
     @property
     def vocab_size(self) -> int:

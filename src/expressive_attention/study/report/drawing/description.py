@@ -42,7 +42,17 @@ class Points:
 
 @dataclass(frozen=True)
 class Reference:
-    """Marks of a predictor that needs no training: its name, positions, and the names of its mark in both libraries."""
+    """Marks of a predictor that needs no training.
+
+    Attributes:
+        name: Its name.
+        x: Positions of the marks.
+        y: Positions of the marks.
+        marker: Name of the mark in image files.
+        symbol: Name of the mark on the page.
+        size: Diameter of a mark.
+        along: Axis of the numbers.
+    """
 
     name: str
     x: Sequence[float]
@@ -50,6 +60,7 @@ class Reference:
     marker: str
     symbol: str
     size: float
+    along: Literal["x", "y"] = "y"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ...runs.results import StudyResults
 __all__ = [
     "AHEAD",
     "BEHIND",
+    "DARK",
     "EMPTY",
     "GRID",
     "GROUP",
@@ -29,6 +30,7 @@ __all__ = [
     "SHARE",
     "Style",
     "crowding",
+    "css_color",
     "difference_reach",
     "dodge",
     "predictors_of",
@@ -46,6 +48,19 @@ GRID = "#dddddd"
 EMPTY = "#e6e6e6"  # of a map where there is no number
 SHARE = "#1a6e52"  # of shares and weights, on white
 AHEAD, BEHIND = "#0072B2", "#D55E00"  # of the margin: the colors of EA and DPA
+
+# The same colors on a dark page; others stay as they are.
+DARK = {
+    INK: "#e8e8e6",
+    MUTED: "#a3a3a0",
+    GRID: "#3b3e42",
+    EMPTY: "#2b2e32",
+    SHARE: "#5fd3a6",
+    "#ffffff": "#17191c",
+    "#000000": "#e8e8e6",
+    AHEAD.lower(): "#3fa3e0",
+    BEHIND.lower(): "#f07f2e",
+}
 
 SEED, GROUP, MEAN = 2.5, 4.0, 6.0  # diameters of marks, in points
 
@@ -140,6 +155,12 @@ def predictors_of(condition: Condition) -> dict[str, float]:
     if facts.get("ceiling", 0.0) > 1 - 1e-9:
         del facts["ceiling"]
     return facts
+
+
+def css_color(color: str) -> str:
+    """The color for CSS, which follows the page's theme."""
+    dark = DARK.get(color.lower())
+    return f"light-dark({color}, {dark})" if dark else color
 
 
 def difference_reach(results: StudyResults) -> float:

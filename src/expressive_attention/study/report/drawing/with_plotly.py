@@ -134,7 +134,7 @@ def _reference(
         "y": list(part.y),
         "mode": "markers",
         "marker": {"symbol": part.symbol, "size": _MARK * part.size, "color": MUTED},
-        "hovertemplate": f"{_escaped(part.name)} %{{y:.3f}}<extra></extra>",
+        "hovertemplate": f"{_escaped(part.name)} %{{{part.along}:.3f}}<extra></extra>",
     }
     _add(data, trace, names)
 
@@ -235,6 +235,8 @@ def _markup(data: list[dict[str, Any]], layout: dict[str, Any]) -> Markup:
         "dragmode": False,
         "showlegend": False,
         "font": {"family": _FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",  # that of the page
+        "plot_bgcolor": "rgba(0,0,0,0)",
         "hoverlabel": {"bgcolor": "#ffffff", "font": {"color": INK}},
     } | layout
     text = json.dumps({"data": data, "layout": layout}, separators=(",", ":")).replace("<", "\\u003c")

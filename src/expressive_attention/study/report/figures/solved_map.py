@@ -39,7 +39,7 @@ def _draw(material: Material) -> Drawing:
     return Drawing(
         alternative=f"Share of seeds solved by {material.names} for each model and task. Numbers: table 1.",
         note=(
-            f"Seeds that solved the task, of all ({material.seeds}); dark: all. Intervals: {LEVEL:.0%} "
+            f"Seeds that solved the task, of all ({material.seeds}); full green: all. Intervals: {LEVEL:.0%} "
             f"Wilson, in table 1. {ORDERED}"
         ),
         groups=[Group("", panels)],

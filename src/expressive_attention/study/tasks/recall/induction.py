@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..base import IGNORED, Examples, same_as
+from ..base import IGNORED, Examples, same_as, worded
 from ..sampled import SampledTask, by_distance, integers
 
 __all__ = ["InductionTask"]
@@ -39,6 +39,7 @@ class InductionTask(SampledTask):
     def label(self) -> str:
         return f"induction, context {self.context}, vocab {self.vocab}"
 
+    formula = worded("what came after this token before?")
     vocab_size = same_as("vocab")
     length = same_as("context")
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..base import IGNORED, Examples, same_as
+from ..base import IGNORED, Examples, same_as, worded
 from ..sampled import SampledTask, by_distance, distinct, integers
 
 __all__ = ["MQARTask"]
@@ -59,6 +59,7 @@ class MQARTask(SampledTask):
         filler = "" if self.filler == "blank" else f", {self.filler} filler"
         return f"recall of {self.pairs} pairs, vocab {self.vocab}{context}{power}{filler}"
 
+    formula = worded("which value was paired with this key? {pairs} pairs")
     vocab_size = same_as("vocab")
 
     @property

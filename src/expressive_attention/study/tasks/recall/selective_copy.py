@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..base import IGNORED, Examples, same_as
+from ..base import IGNORED, Examples, same_as, worded
 from ..sampled import SampledTask, by_distance, distinct, integers
 
 __all__ = ["SelectiveCopyTask"]
@@ -41,6 +41,7 @@ class SelectiveCopyTask(SampledTask):
     def label(self) -> str:
         return f"copy {self.copied} tokens among {self.noise}, vocab {self.vocab}"
 
+    formula = worded("repeat the {copied} tokens that are no noise")
     vocab_size = same_as("vocab")
 
     @property

@@ -46,5 +46,14 @@ class LinearTask(Recurrence):
         terms = " ".join(str(a) for a in self.coefficients)
         return f"linear {terms}, basis {self.basis}{self.with_context}"
 
+    @property
+    def formula(self) -> str:
+        terms = " + ".join(
+            f"{'' if a == 1 else a} x(t \N{MINUS SIGN} {delay})".strip()
+            for delay, a in enumerate(self.coefficients, 1)
+            if a
+        )
+        return f"x(t) = {terms}, mod {self.basis}"
+
     def following(self, states: np.ndarray) -> np.ndarray:
         return states[:, ::-1] @ np.array(self.coefficients, dtype=np.int64) % self.basis

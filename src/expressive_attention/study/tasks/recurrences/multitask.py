@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ..base import IGNORED, Examples, Task, one_in, same_as
 from ..sampled import prefix_identifiers
-from .nt import NTTask, Operation
+from .nt import NTTask, Operation, written
 
 __all__ = ["MultiTask"]
 
@@ -78,6 +78,12 @@ class MultiTask(Task):
         tested = "" if self.test_delays is None else f" tested on {' '.join(str(d) for d in self.test_delays)}"
         context = "" if self.context is None else f", context {self.context}"
         return f"mixed {' '.join(self.operations)}, basis {self.basis}, delays {delays}{tested}{context}"
+
+    @property
+    def formula(self) -> str:
+        if len(self.delays) == 1:
+            return written(self.operations, self.delays[0], self.basis)
+        return f"{written(self.operations, 'd', self.basis)}; d is one of {', '.join(map(str, self.delays))}"
 
     vocab_size = same_as("basis")
 

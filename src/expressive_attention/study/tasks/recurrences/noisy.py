@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ..base import IGNORED, Examples, one_in, same_as
 from ..sampled import SampledTask, integers
-from .nt import NTTask
+from .nt import NTTask, written
 
 __all__ = ["NoisyTask"]
 
@@ -66,6 +66,11 @@ class NoisyTask(SampledTask):
     def label(self) -> str:
         context = "" if self.context is None else f", context {self.context}"
         return f"noisy {self.operation}, basis {self.basis}, delay {self.delay}, noise {self.noise!r}{context}"
+
+    @property
+    def formula(self) -> str:
+        rule = written([self.operation], self.delay, self.basis)
+        return f"{rule}; {100 * self.noise:g}% of the digits are read wrong"
 
     vocab_size = same_as("basis")
 

@@ -10,6 +10,7 @@ started from `delay` random digits. Basis 2 is the delayed XOR.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,9 +18,10 @@ from pydantic import model_validator
 
 from .recurrence import Recurrence
 
-__all__ = ["NTTask", "combined"]
+__all__ = ["NTTask", "combined", "written"]
 
 Operation = Literal["sum", "difference", "product"]
+_SIGNS = {"sum": "+", "difference": "\N{MINUS SIGN}", "product": "\N{MULTIPLICATION SIGN}"}  # of formulas for people
 
 
 def combined(operation: Operation, last: np.ndarray, delayed: np.ndarray, basis: int) -> np.ndarray:
@@ -27,6 +29,12 @@ def combined(operation: Operation, last: np.ndarray, delayed: np.ndarray, basis:
     if operation == "product":
         return last * delayed % basis
     return (last + delayed if operation == "sum" else last - delayed) % basis
+
+
+def written(operations: Sequence[Operation], delay: int | str, basis: int) -> str:
+    """The rule as people write it; where there are several operations, any of them."""
+    sign = " or ".join(_SIGNS[operation] for operation in operations)
+    return f"x(t) = x(t \N{MINUS SIGN} 1) {sign} x(t \N{MINUS SIGN} {delay}), mod {basis}"
 
 
 class NTTask(Recurrence):
@@ -51,6 +59,10 @@ class NTTask(Recurrence):
     @property
     def label(self) -> str:
         return f"{self.operation}, basis {self.basis}, delay {self.delay}{self.with_context}"
+
+    @property
+    def formula(self) -> str:
+        return written([self.operation], self.delay, self.basis)
 
     @property
     def lowest(self) -> int:
