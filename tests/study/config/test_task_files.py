@@ -64,7 +64,8 @@ def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     assert "1 of 1 cells have the same bits" in done.output
     assert Path("echo/report.html").stat().st_size > 1_000_000
     assert sorted(path.name for path in Path("echo/export").iterdir()) == [
-        "about.json", "config.toml", "curves.csv", "seeds.csv", "splits.csv", "summary.csv", "summary.tex", "verdicts.csv",
+        "about.json", "config.toml", "curves.csv", "seeds.csv",
+        "splits.csv", "summary.csv", "summary.tex", "verdicts.csv",
     ]  # fmt: skip
 
 
