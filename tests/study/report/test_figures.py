@@ -24,7 +24,7 @@ from expressive_attention.study.report.files import save_figures as save
 from ..report_data import LADDER, MECHANISMS, make_condition, make_results, mixed_results, results_of, seed_row
 
 COMPARED = {"difference", "margin_map"}
-NAMES = {"accuracy", "solved", "solved_map", "learning_curves", "steps_to_solve"} | COMPARED
+NAMES = {"at_a_glance", "accuracy", "solved", "solved_map", "learning_curves", "steps_to_solve"} | COMPARED
 
 
 def draw(name, results, maps=()):
