@@ -107,11 +107,8 @@ class Task(BaseModel, ABC):
     def label(self) -> str:
         """Short name, e.g. ``"sum, basis 16, delay 5"``."""
 
-    @property
-    def formula(self) -> str:
-        """The rule in one line, for a reader who knows nothing of it; empty: the label says it all."""
-        return ""
-
+    # The rule in one line, for a reader who knows nothing of it; empty: the label says it all.
+    formula = worded("")
     vocab_size = needed("Number of different tokens, of input and target alike, int.")
     length = needed("Number of positions L, int.")
 
