@@ -23,7 +23,7 @@ def strided(shape, dtype, layout, generator):
 
 @st.composite
 def problems(draw, largest=40, drops=False, batches=3, kv_heads=3):
-    """Of sizes up to `largest`, or twice that where vectors are full; with `drops`, most have dropout."""
+    """Problems of sizes up to `largest`, or twice that where vectors are full; with `drops`, most have dropout."""
     # Odd numbers, and those at which vectors and tiles are full.
     size = st.integers(1, largest) | st.sampled_from([n for n in (8, 16, 32, 48, 64, 128) if n <= 2 * largest])
     batch, kv_heads, groups = draw(st.integers(0, batches)), draw(st.integers(1, kv_heads)), draw(st.integers(1, 3))

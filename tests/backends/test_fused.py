@@ -275,7 +275,7 @@ def test_derivatives_of_both_orders(backend):
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("entries", [[0], [0, 3]])
 def test_an_infinite_query_counts_as_a_very_large_one(backend, form, dtype, rows, entries):
-    """Of z^2, its infinite numbers decide, whatever the others are."""
+    """Its infinite numbers decide about z^2, whatever the others are."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 6).to(dtype) for n in (rows, 20, 20))
     q[1, 2, -1, entries] = torch.tensor([torch.inf, -torch.inf][: len(entries)], dtype=dtype)

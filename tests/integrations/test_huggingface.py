@@ -372,7 +372,7 @@ def asks_by_name(tree):
     return False
 
 
-# What a file has to have for `asks_by_name`: most have not, and parsing all of them takes long.
+# Text that a file must contain for `asks_by_name`: most do not, and parsing all of them takes long.
 COMPARED = re.compile(
     r"attn_implementation[\s\S]{0,100}?(==|!=|\bin\b)|(==|!=|\bin\b)[\s\S]{0,100}?attn_implementation"
 )

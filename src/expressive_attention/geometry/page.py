@@ -46,7 +46,7 @@ def write_page(
 ) -> Path:
     """Write the page: all heads, maps with the sign of z, each query's keys, angles, and measures of all heads.
 
-    Of several records, two are side by side: a head or query that is chosen on one side is chosen on both. The address
+    Two of several records are side by side: a head or query that is chosen on one side is chosen on both. The address
     of the page holds all choices, so that a link leads to what is seen.
 
     The page contains queries and keys of the kept tokens, in 32 bits, or in 8 bits if 32 would exceed `megabytes`. The

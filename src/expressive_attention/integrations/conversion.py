@@ -518,8 +518,8 @@ def run_and_count(
         layers: All attention layers.
         switched: Names of those that are to compute a form of `forms`.
         forms: The forms that count.
-        inputs: Of the model.
-        kwargs: Of the model.
+        inputs: Positional arguments of the model.
+        kwargs: Named arguments of the model.
     """
     counts: Counter[str] = Counter()
 

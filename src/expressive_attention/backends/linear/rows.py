@@ -74,7 +74,7 @@ def multiply_backward(
         call: The call.
         decays: As in `multiply`.
         rows: As in `multiply`.
-        upstream: Of the call.
+        upstream: The gradients of what the call returned.
         gradients: The gradients from all other rows; those of the queries of these rows are overwritten.
         backend: As in `multiply`.
     """

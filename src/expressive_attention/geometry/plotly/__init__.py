@@ -12,7 +12,7 @@ from markupsafe import Markup
 __all__ = ["plotly_script"]
 
 
-# Of the npm package plotly.js-cartesian-dist-min 4.1.1, unchanged; its license lies beside it.
+# A file of the npm package plotly.js-cartesian-dist-min 4.1.1, unchanged; its license lies beside it.
 _FILE = "plotly-cartesian.min.js"
 
 _SCRIPT = """<script type="application/gzip" id="plotly">%s</script>
