@@ -309,7 +309,7 @@ def test_decays_of_packed_sequences_are_those_of_each(form, heads, used):
 def test_wrong_decays_of_packed_sequences_are_named():
     q, starts = torch.randn(5, 2, 4), torch.tensor([0, 5])
     for decay, options, message in (
-        (torch.zeros(5), {"causal": True}, r"log_decay must have shape \(5, 2\) or \(5, 2\), got \(5,\)"),
+        (torch.zeros(5), {"causal": True}, r"log_decay must have shape \(5, 2\), got \(5,\)"),
         (torch.ones(5, 2), {"causal": True}, "log_decay must be at most 0, got 1"),
         (torch.zeros(5, 2), {}, "log_decay needs is_causal=True"),
     ):

@@ -201,10 +201,10 @@ def expressive_attention_varlen(
     )  # fmt: skip
     if log_decay is not None:
         check_types(log_decay=log_decay)
-        if tuple(log_decay.shape) not in ((keys, heads), (keys, kv_heads)):
-            raise ValueError(
-                f"log_decay must have shape {(keys, heads)} or {(keys, kv_heads)}, got {tuple(log_decay.shape)}"
-            )
+        shapes = dict.fromkeys([(keys, heads), (keys, kv_heads)])
+        if tuple(log_decay.shape) not in shapes:
+            accepted = " or ".join(map(str, shapes))
+            raise ValueError(f"log_decay must have shape {accepted}, got {tuple(log_decay.shape)}")
         options = {
             "dropout_p": dropout_p, "is_causal": causal, "scale": softmax_scale, "form": form, "backend": backend,
             "causal_alignment": causal_alignment, "window_size": window_size,

@@ -372,8 +372,9 @@ def rows_of(
 ):  # fmt: skip
     """Where a tile of rows lies: the one place from which kernels over rows learn it.
 
-    `program` counts sequences and key heads. Of the sequence: what `sequence_of` says, without the keys that do not
-    exist. Of each row: position, query head, whether it exists, and its index among the rows ``(B, Hq, L)``.
+    `program` counts sequences and key heads. The result has what `sequence_of` says of the sequence, without the keys
+    that do not exist, and four numbers for each row: position, query head, whether it exists, and its index among the
+    rows ``(B, Hq, L)``.
     """
     sequence, kv_head = head_of(program, kv_heads)
     batch, first_row, first_key, own_length, _room, own_keys, band = sequence_of(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 
 from ...config.declared import claim_names
@@ -68,17 +69,17 @@ def verdicts(results: StudyResults, claims: Sequence[str]) -> list[Verdict]:
     unknown = [claim for claim in claims if claim not in _CLAIMS]
     if unknown:
         raise ValueError(f"claims must be of {list(_CLAIMS)}, got {unknown[0]!r}")
-    found = []
-    for claim in claims:
-        declared = _CLAIMS[claim]
-        try:
-            answer = declared.judge(results)
-        except UntestableError as reason:
-            answer = Answer("undecided", where=f"Not tested: {reason}.", effect="", n=str(reason.n))
-        found.append(
-            Verdict(
-                claim=claim, question=declared.question, answer=answer.answer, where=answer.where,
-                effect=answer.effect, n=answer.n, test=declared.test, evidence=declared.evidence,
-            )
-        )  # fmt: skip
-    return found
+    return [_verdict(results, claim) for claim in claims]
+
+
+@lru_cache(maxsize=16)  # the page and its archive of tables ask for the same
+def _verdict(results: StudyResults, claim: str) -> Verdict:
+    declared = _CLAIMS[claim]
+    try:
+        answer = declared.judge(results)
+    except UntestableError as reason:
+        answer = Answer("undecided", where=f"Not tested: {reason}.", effect="", n=str(reason.n))
+    return Verdict(
+        claim=claim, question=declared.question, answer=answer.answer, where=answer.where,
+        effect=answer.effect, n=answer.n, test=declared.test, evidence=declared.evidence,
+    )  # fmt: skip
