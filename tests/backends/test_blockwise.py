@@ -27,6 +27,14 @@ def test_any_tiling_within_budget(case, sizes):
         assert_within_budget(case, "blockwise")
 
 
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(case=problems(largest=24), sizes=st.tuples(st.integers(1, 64), st.integers(1, 7), st.integers(1, 9)))
+def test_any_tiling_of_larger_problems_within_budget(case, sizes):
+    with tiles(*sizes):
+        assert_within_budget(case, "blockwise")
+
+
 def test_hidden_keys_of_other_tiles_are_not_looked_at_for_the_largest_bias():
     """The first key has the largest bias that is seen, and score 0; those that are hidden have larger ones."""
     q, k, v = torch.randn(3, 1, 1, 9, 4).unbind(0)

@@ -100,6 +100,15 @@ def test_random_problems_within_budget(drops):
     check()
 
 
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(largest=16), SIZES, SIZES)
+def test_random_problems_of_more_heads_within_budget(case, forward, backward):
+    assume(case.query.dtype != torch.float64)
+    with tiles(forward, backward):
+        assert_within_budget(on_device(case), "triton")
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(packed_problems(largest=14), SIZES, SIZES)
 def test_random_packed_sequences_within_budget(packed, forward, backward):

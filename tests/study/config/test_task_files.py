@@ -29,12 +29,19 @@ COMMANDS = [line for text in re.findall(r"^```console\n(.*?)^```", PAGE.read_tex
 ECHO = FILES["echo.py"]
 
 
-@pytest.fixture(autouse=True)
-def no_tasks_are_left(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_tasks_are_left():
+    """Fixtures of this module define tasks, too: they end before this one does."""
     before = dict(TASKS)
-    yield
+    yield before
     TASKS.clear()
     TASKS.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_tasks_are_there(no_tasks_are_left):
+    TASKS.clear()
+    TASKS.update(no_tasks_are_left)
 
 
 def written(directory, source=ECHO, name="echo.py", files=None, task='{ kind = "echo", basis = 4, delay = 2 }'):

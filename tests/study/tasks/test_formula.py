@@ -39,7 +39,7 @@ def test_the_rule_is_told(fields, formula):
 def test_every_task_of_the_presets_has_a_rule():
     tasks = [task for name in preset_names() for _, task, _ in load_config(name)[0].expanded()]
     assert {task.kind for task in tasks} | {"linear"} == {
-        kind for kind in TASKS if TASKS[kind].__module__.startswith("expressive_attention")
+        kind for kind in TASKS if TASKS[kind].__module__.startswith("expressive_attention.")
     }
     for task in tasks:
         assert formula_of(task.model_dump(exclude_none=True)) == task.formula != ""
