@@ -1,11 +1,12 @@
 """Time and memory of long sequences: the squared form in linear time against all pairs, and against softmax.
 
-    python benchmarks/long.py [--lengths L ...] [--heads H] [--dim E] [--threads N] [--plot FILE] [--json FILE]
+    python benchmarks/long.py [--lengths L ...] [--kinds KIND ...] [--rivals NAME ...] [--plot FILE] [--json FILE]
 
 Causal attention in float32, ``(1, H, L, E)``, forward and with gradients, and a token that is generated after L others:
 from a state of constant size, and from a cache of keys and values. Sampled rows are checked against the reference in
-float64 first; a wrong kernel gets no ratio. Each time is the median of three runs; those of rivals beyond
-`--rivals-up-to` are left out. All of it takes some minutes on a quiet machine, most of them for the rivals.
+float64 first; a wrong kernel gets no ratio. Each time is the median of three runs, and of one run where that takes over
+20 seconds. Rivals beyond `--rivals-up-to` are left out. All of it takes half an hour on a quiet machine, nearly all of
+it for the rivals at 65,536 and 131,072 keys.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 sys.path.append(sys.path.pop(0))
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -32,7 +34,9 @@ from expressive_attention.recurrent import SquaredState
 from memory import bytes_beyond
 from timing import seconds
 
+KINDS = ("forward", "forward + backward", "one token")
 ROUNDS = 3
+_ONCE = 20.0  # seconds of a call from which on it is timed once: a first call costs milliseconds more than the next
 _CHECKED = (0.25, 0.6, 1.0)  # places of the rows whose error is checked, as shares of the length
 
 # Smallest acceptable ratios to all pairs and to softmax, at 131,072 keys, 8 heads of 64 and two threads.
@@ -55,14 +59,14 @@ class Row:
         kind: ``"forward"``, ``"forward + backward"`` or ``"one token"``.
         length: Keys.
         ours: Median seconds; None: the error check was red.
-        rivals: Median seconds of each, None where it was left out.
+        rivals: Median seconds of each that was timed.
         error: Largest error over its budget.
     """
 
     kind: str
     length: int
     ours: float | None
-    rivals: dict[str, float | None] = field(default_factory=dict)
+    rivals: dict[str, float] = field(default_factory=dict)
     error: float | None = None
 
     def line(self) -> str:
@@ -70,9 +74,7 @@ class Row:
         error = "" if self.error is None else f"{self.error:.2f}"
         parts = [f"{self.kind:20} {self.length:>9} {own:>10} {error:>6}"]
         for name, rival in self.rivals.items():
-            if rival is None or self.ours is None:
-                parts.append(f"{name}: -")
-                continue
+            assert self.ours is not None
             goal = GOALS.get((self.kind, name)) if self.length == _AT else None
             verdict = "" if goal is None else f", goal {goal:g} {'met' if rival / self.ours >= goal else 'missed'}"
             parts.append(f"{name}: {rival * 1e3:.2f} ms, {rival / self.ours:.2f} times{verdict}")
@@ -80,7 +82,9 @@ class Row:
 
 
 def median(function: Callable[[], object]) -> float:
-    function()
+    first = seconds(function, 1)
+    if first > _ONCE:
+        return first
     return statistics.median(seconds(function, 1) for _ in range(ROUNDS))
 
 
@@ -99,6 +103,9 @@ def all_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+RIVALS = {"all pairs": all_pairs, "softmax": softmax}
 
 
 def error_of(outputs: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> float:
@@ -131,27 +138,24 @@ def with_gradients(function: Callable[..., Tensor], leaves: Sequence[Tensor], up
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
 
 
-def operator_rows(length: int, heads: int, dim: int, rivals_up_to: int) -> list[Row]:
-    """Forward, and forward + backward."""
+def operator_row(kind: str, length: int, heads: int, dim: int, rivals: Sequence[str]) -> Row:
+    """Forward, or forward + backward."""
     tensors = inputs(heads, length, dim)
-    error = sampled(linear(*tensors), *tensors)
-    rivals = {"all pairs": all_pairs, "softmax": softmax}
-    rows = [Row("forward", length, None, error=error), Row("forward + backward", length, None, error=error)]
-    if not error <= 1:
-        return rows
-    leaves, upstream = [x.clone().requires_grad_() for x in tensors], torch.ones_like(tensors[2])
-    calls: list[Callable[[Callable[..., Tensor]], Callable[[], object]]] = [
-        lambda function: lambda: function(*tensors),
-        lambda function: with_gradients(function, leaves, upstream),
-    ]
-    for row, call in zip(rows, calls, strict=True):
-        row.ours = median(call(linear))
-        for name, rival in rivals.items():
-            row.rivals[name] = median(call(rival)) if length <= rivals_up_to else None
-    return rows
+    row = Row(kind, length, None, error=sampled(linear(*tensors), *tensors))
+    if not row.error or row.error > 1:
+        return row
+
+    def call(function: Callable[..., Tensor]) -> Callable[[], object]:
+        if kind == "forward":
+            return lambda: function(*tensors)
+        return with_gradients(function, [x.clone().requires_grad_() for x in tensors], torch.ones_like(tensors[2]))
+
+    row.ours = median(call(linear))
+    row.rivals = {name: median(call(RIVALS[name])) for name in RIVALS if name in rivals}
+    return row
 
 
-def token_row(length: int, heads: int, dim: int, rivals_up_to: int) -> Row:
+def token_row(length: int, heads: int, dim: int, rivals: Sequence[str]) -> Row:
     """One token after `length` others, whose key and value are added, too."""
     q, k, v = inputs(heads, length, dim)
     query, key, value = (x[:, :, -1:] for x in (q, k, v))
@@ -161,8 +165,9 @@ def token_row(length: int, heads: int, dim: int, rivals_up_to: int) -> Row:
     if not row.error or row.error > 1:
         return row
     row.ours = median(lambda: state.extend(query, key, value))
-    if length <= rivals_up_to:
+    if "all pairs" in rivals:
         row.rivals["cache"] = median(lambda: expressive_attention(query, k, v, form="squared"))
+    if "softmax" in rivals:
         row.rivals["softmax"] = median(lambda: F.scaled_dot_product_attention(query, k, v))
     return row
 
@@ -170,6 +175,10 @@ def token_row(length: int, heads: int, dim: int, rivals_up_to: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16_384, 65_536, 131_072, 1_048_576])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument(
+        "--rivals", nargs="*", default=list(RIVALS), choices=RIVALS, metavar="NAME", help=", ".join(RIVALS)
+    )
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -199,13 +208,12 @@ def main() -> None:
     )
     print(f"{'':20} {'L':>9} {'linear':>10} {'error':>6}")
     rows: list[Row] = []
-    for length in arguments.lengths:
-        for row in operator_rows(length, heads, dim, arguments.rivals_up_to):
-            rows.append(row)
-            print(row.line(), flush=True)
-    for length in arguments.lengths:
-        rows.append(token_row(length, heads, dim, arguments.rivals_up_to))
-        print(rows[-1].line(), flush=True)
+    for kind in arguments.kinds:
+        for length in arguments.lengths:
+            rivals = arguments.rivals if length <= arguments.rivals_up_to else []
+            make = token_row if kind == "one token" else functools.partial(operator_row, kind)
+            rows.append(make(length, heads, dim, rivals))
+            print(rows[-1].line(), flush=True)
     state = SquaredState(1, 1, dim)
     print(
         f"state of a head: {state.sums.nbytes / 1e6:.2f} MB of products with values, {state.nbytes / 1e6:.2f} MB in all"
@@ -247,11 +255,11 @@ def plot(rows: Sequence[Row], path: str) -> None:
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 4), constrained_layout=True)
-    for axis, kind in zip(axes, kinds, strict=True):
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 4), constrained_layout=True, squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
         own = [row for row in rows if row.kind == kind]
         lines = {"linear time": [(row.length, row.ours) for row in own]}
-        for name in own[0].rivals:
+        for name in dict.fromkeys(name for row in own for name in row.rivals):
             lines[name] = [(row.length, row.rivals.get(name)) for row in own]
         for name, points in lines.items():
             there = [(length, value) for length, value in points if value is not None]
