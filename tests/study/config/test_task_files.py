@@ -20,6 +20,7 @@ from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
 from expressive_attention.study.tasks.rng import stream
 from tests.processes import forking
+from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny
 
 PAGE = Path(__file__).parents[3] / "docs" / "tutorial.md"
@@ -258,7 +259,8 @@ def run_once(tmp_path_factory):
     """A study of a task of its own, run."""
     directory = tmp_path_factory.mktemp("own")
     path = written(directory)
-    done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
+    with forked_workers():
+        done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
     assert done.exit_code == 0, done.output
     return directory / "run"
 

@@ -58,6 +58,10 @@ def start_and_wait_for_cells(path, out, count):
     return run
 
 
+def wait_for_the_end_of(processes):
+    wait_until(lambda: not any(map(is_alive, processes)))
+
+
 def same_results(one, other):
     for table in ("seeds", "curves"):
         frames = [getattr(collect(Store(d)), table) for d in (one, other)]
@@ -101,7 +105,7 @@ def test_a_run_that_is_killed_twice_goes_on_where_it_was(undisturbed, tmp_path):
         found = subprocess.run(["pgrep", "-g", str(run.pid)], check=True, capture_output=True, text=True)
         kill(run.pid, signal.SIGKILL)
         run.communicate()
-        wait_until(lambda workers=found.stdout.split(): not any(map(is_alive, workers)))  # they end with their parent
+        wait_for_the_end_of(found.stdout.split())  # workers end with their parent
         assert before.items() < finished(out).items()
         before = finished(out)
     assert 2 <= len(before) < 6
@@ -113,7 +117,7 @@ def test_a_run_that_is_killed_twice_goes_on_where_it_was(undisturbed, tmp_path):
 
 
 def test_ctrl_c_ends_with_one_line(tmp_path):
-    run = start_and_wait_for_cells(config(tmp_path, steps="2000"), tmp_path / "run", 1)  # others are in training
+    run = start_and_wait_for_cells(config(tmp_path, steps="800"), tmp_path / "run", 1)  # others are in training
     assert run.stdout is not None
     assert run.stdout.readline() == "6 cells, 0 finished before\n"
     os.killpg(run.pid, signal.SIGINT)
