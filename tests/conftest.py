@@ -10,6 +10,7 @@ from collections.abc import Iterator
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
         os.environ[name] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # not in processes of their own, which would import torch
     os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of tests that ask for more do not spin on the others' cores
 
 import pytest

@@ -1,20 +1,36 @@
 """The benchmark of the operator, as `ea bench` runs it."""
 
 import json
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from tests.processes import run_code, run_script
+
+cli = import_module("expressive_attention.study.cli.app")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-COMMAND = [sys.executable, "-c", "from expressive_attention.study.cli import main; main()", "bench"]
 
 
 def bench(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=250)
+    """The command, and what the script printed that it ran."""
+    scripts = []
+
+    def run(command, check):
+        scripts.append(run_script(*command[1:]))
+        return scripts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "subprocess", SimpleNamespace(run=run))
+        code = CliRunner().invoke(cli.app, ["bench", *map(str, arguments)]).exit_code
+    (script,) = scripts
+    assert code == script.returncode
+    return script
 
 
 def test_what_is_printed_is_checked_and_written(tmp_path):
@@ -74,7 +90,8 @@ for off in (1.0, 1.001, float("nan")):
     rows = bench.measure(problem, own, [SDPA], 1, bench.peak.Peaks(None, None, "none"))
     print([(row.seconds is None, row.ratio is None, row.note) for row in rows])
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     right, wrong, nothing = done.stdout.splitlines()
     assert right == "[(False, True, ''), (False, False, '')]"
     assert wrong == "[(True, True, 'error over budget: no speed-up'), (True, True, 'ours was not timed')]"
@@ -101,7 +118,8 @@ grouped = Problem("any", (2, 8, 1, 16), keys=30, kv_heads=2)
 (row,) = bench.measure(grouped, ours(None, grouped.dtype), [], 1, nothing)
 print(row.error <= 1, grouped.bytes_read == 2 * 2 * 2 * 30 * 16 * 4)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     *extras, causal, grouped = done.stdout.splitlines()
     assert extras == ["{'cpu': True, 'plain': True, 'careless': False}"] * 3
     assert causal == "{'cpu': True, 'onnx': True, 'careless': True}"
@@ -109,8 +127,7 @@ print(row.error <= 1, grouped.bytes_read == 2 * 2 * 2 * 30 * 16 * 4)
 
 
 def script(name, *arguments):
-    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+    return run_script(FOLDER / name, *arguments)
 
 
 def test_errors_of_long_problems():

@@ -3,11 +3,12 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,8 +54,7 @@ def test_a_state_runs_out_of_room(run_example):
 
 
 def benchmark(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "long.py"), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+    return run_script(ROOT / "benchmarks" / "long.py", *arguments)
 
 
 def test_the_benchmark_checks_and_writes(tmp_path):

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
+from tests.processes import forking
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
@@ -109,7 +110,7 @@ def worker(rank, address):
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
-    mp.start_processes(worker, (tmp_path / "rendezvous",), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, (tmp_path / "rendezvous",), 2, start_method=forking().get_start_method())
 
 
 def test_groups_that_a_mesh_would_cut():

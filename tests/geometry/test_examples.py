@@ -21,9 +21,13 @@ def run_example(monkeypatch, capsys):
 
 
 def test_all_pictures_of_a_small_study(run_example, tmp_path):
-    said = run_example("geometry.py", "--out", tmp_path)
+    """With a fifth of the steps of its training."""
+    text = (EXAMPLES / "geometry.py").read_text()
+    assert text.count("1500") == 3
+    (tmp_path / "geometry.py").write_text(text.replace("200, 500", "100, 200").replace("1500", "300"))
+    said = run_example(tmp_path / "geometry.py", "--out", tmp_path / "out")
     assert "blocks.0.attention.head.0  expressive" in said
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"geometry.html", "heads.csv", "landscape.png", "angles_by_step_EA.png", "angles_by_step_DPA.png"} <= names
 
 

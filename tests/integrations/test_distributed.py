@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expressive_attention.integrations import convert
 from tests.oldest import not_on_oldest
+from tests.processes import forking
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -75,4 +76,5 @@ def test_two_processes_take_the_step_of_one(how, tmp_path):
     step(model, x, y)
     assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters() if "bias" not in name)
     torch.save(dict(model.named_parameters()), tmp_path / "expected")
-    mp.start_processes(worker, (how, tmp_path / "rendezvous", tmp_path / "expected"), nprocs=2, start_method="spawn")
+    start_method = forking().get_start_method()
+    mp.start_processes(worker, (how, tmp_path / "rendezvous", tmp_path / "expected"), 2, start_method=start_method)

@@ -21,6 +21,7 @@ from expressive_attention.study.tasks.recurrences.nt import NTTask
 from expressive_attention.study.training.loop import train_cell
 from expressive_attention.study.training.model import build_model, trained_model
 
+from ..runs.workers import forked_workers
 from ..tiny import cell, tiny
 
 MODEL = {"embed_dim": 8, "heads": 2, "layers": 2, "position": "rope+learned_alibi"}
@@ -42,7 +43,8 @@ def run(tmp_path_factory):
     store = Store(folder / "out")
     lock = store.create(text)
     try:
-        run_study(config, store, LocalEngine(1), make_display(quiet=True))
+        with forked_workers():
+            run_study(config, store, LocalEngine(1), make_display(quiet=True))
     finally:
         lock.release()
     return store

@@ -1,6 +1,5 @@
 import copy
 import json
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -20,6 +19,8 @@ from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
 from expressive_attention.study.tasks.rng import stream
+from tests.processes import forking
+from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny
 
 PAGE = Path(__file__).parents[3] / "docs" / "tutorial.md"
@@ -59,6 +60,7 @@ def only_cell(path):
     return config.arms()[0].tuning_cells()[0]
 
 
+@pytest.mark.pictures
 def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set(FILES) == {"echo.py", "study.toml"}
@@ -144,7 +146,7 @@ def _in_a_new_process(connection):
 def test_a_task_travels_to_a_process_that_has_never_seen_its_file(tmp_path):
     sent = only_cell(written(tmp_path))
     shutil.rmtree(tmp_path / "tasks")
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     mine, theirs = context.Pipe()
     process = context.Process(target=_in_a_new_process, args=(theirs,))
     process.start()
@@ -257,7 +259,8 @@ def run_once(tmp_path_factory):
     """A study of a task of its own, run."""
     directory = tmp_path_factory.mktemp("own")
     path = written(directory)
-    done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
+    with forked_workers():
+        done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
     assert done.exit_code == 0, done.output
     return directory / "run"
 

@@ -330,6 +330,7 @@ def test_no_text_is_cut(name, grid):
     ],
     ids=["whole", "one seed", "one mechanism", "three mechanisms", "no final seed"],
 )
+@pytest.mark.pictures
 def test_save_figures(results, names, tmp_path):
     paths = save_figures(results, tmp_path / "figures")
     assert paths == {name: tmp_path / "figures" / f"{name}.png" for name in names}

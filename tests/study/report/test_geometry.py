@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +13,9 @@ from tests.integrations.torchvision_stub import make_importable
 
 from ..report_data import trained
 
-COMMAND = [sys.executable, "-m", "expressive_attention", "geometry"]
-
 
 def ea_geometry(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True)
+    return CliRunner().invoke(app, ["geometry", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def test_the_command_writes_a_folder_and_the_report_links_it(run):
     results, directory = run
     assert "Attention space" not in write_report(results, directory).read_text()
     done = ea_geometry(directory)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "blocks.0.attention.head.0  expressive" in done.stdout
     assert (directory / "geometry" / "geometry.html").exists()
     link = '<a href="geometry/geometry.html">Attention space</a>'
@@ -118,9 +114,10 @@ def test_a_model_that_reads_no_text_is_named(tmp_path):
         (("--model", "m", "--text", "t", "--seed", "1"), "--condition and --seed are of a study"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(arguments, words, tmp_path):
-    done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
+def test_wrong_arguments_end_with_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = ea_geometry(*arguments)
+    assert done.exit_code == 2
     assert done.stderr.startswith("ea: ")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1

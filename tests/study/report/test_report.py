@@ -211,6 +211,7 @@ def test_report_without_tuning(tmp_path):
     assert "was chosen for each mechanism" not in page.text
 
 
+@pytest.mark.pictures
 def test_a_study_of_many_conditions_shows_those_that_differ_most(tmp_path):
     results = make_results(LADDER, seeds=6)
     html = write_report(results, tmp_path).read_text(encoding="utf-8")
@@ -274,6 +275,7 @@ def test_report_of_a_folder_with_cells_shows_where_models_look(tmp_path):
     assert '<figure id="attention_maps">' not in write_report(results, tmp_path).read_text(encoding="utf-8")
 
 
+@pytest.mark.pictures
 def test_report_is_the_same_each_time(quick, tmp_path):
     _, path = quick
     assert path.read_text() == write_report(make_results(), tmp_path).read_text()
@@ -581,6 +583,7 @@ def test_paper_shows_images_instead_of_plots(browser, quick):
     assert complete
 
 
+@pytest.mark.pictures
 def test_all_mechanisms_have_room_and_a_look_of_their_own(tmp_path):
     drawn = styles(MECHANISMS)
     assert len({(style.color, style.marker, style.fill) for style in drawn.values()}) == len(MECHANISMS)

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store
-from tests.study.runs.workers import forked_workers
 from tests.study.tiny import TINY
 from tests.waiting import is_alive, wait_until
 
@@ -32,12 +31,6 @@ def ea(*arguments, check):
     done = CliRunner().invoke(app, [str(x) for x in arguments])
     assert done.exit_code == check, done.output
     return done
-
-
-@pytest.fixture(autouse=True)
-def _workers_start_at_once():
-    with forked_workers():
-        yield
 
 
 def config(directory, **replaced):
@@ -63,6 +56,10 @@ def start_and_wait_for_cells(path, out, count):
     wait_until(lambda: len(finished(out)) >= count or run.poll() is not None)
     assert run.poll() is None, run.communicate()
     return run
+
+
+def wait_for_the_end_of(processes):
+    wait_until(lambda: not any(map(is_alive, processes)))
 
 
 def same_results(one, other):
@@ -101,15 +98,16 @@ def test_status_in_the_form_that_scripts_rely_on(undisturbed):
     assert "all cells are finished" in ea("study", "status", directory, check=0).stdout
 
 
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_a_killed_run_goes_on_where_it_was(undisturbed, tmp_path, whole_group):
-    path, out = config(tmp_path, steps="400"), tmp_path / "run"
-    run = start_and_wait_for_cells(path, out, 2)
-    workers = subprocess.run(["pgrep", "-g", str(run.pid)], check=True, capture_output=True, text=True).stdout.split()
-    (os.killpg if whole_group else os.kill)(run.pid, signal.SIGKILL)
-    run.communicate()
-    wait_until(lambda: not any(map(is_alive, workers)))  # without their parent, workers end
-    before = finished(out)
+def test_a_run_that_is_killed_twice_goes_on_where_it_was(undisturbed, tmp_path):
+    path, out, before = config(tmp_path, steps="400"), tmp_path / "run", {}
+    for kill in (os.kill, os.killpg):
+        run = start_and_wait_for_cells(path, out, len(before) + 1)
+        found = subprocess.run(["pgrep", "-g", str(run.pid)], check=True, capture_output=True, text=True)
+        kill(run.pid, signal.SIGKILL)
+        run.communicate()
+        wait_for_the_end_of(found.stdout.split())  # workers end with their parent
+        assert before.items() < finished(out).items()
+        before = finished(out)
     assert 2 <= len(before) < 6
     done = ea("study", "run", path, "--out", out, "--quiet", check=0)
     assert done.stdout == done.stderr == ""
@@ -119,7 +117,7 @@ def test_a_killed_run_goes_on_where_it_was(undisturbed, tmp_path, whole_group):
 
 
 def test_ctrl_c_ends_with_one_line(tmp_path):
-    run = start_and_wait_for_cells(config(tmp_path, steps="2000"), tmp_path / "run", 1)  # others are in training
+    run = start_and_wait_for_cells(config(tmp_path, steps="800"), tmp_path / "run", 1)  # others are in training
     assert run.stdout is not None
     assert run.stdout.readline() == "6 cells, 0 finished before\n"
     os.killpg(run.pid, signal.SIGINT)

@@ -21,7 +21,6 @@ from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
 from tests.study.runs.stores import finished, same_results
-from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny, tiny_config, written
 
 
@@ -60,12 +59,6 @@ def whole(tmp_path_factory):
     store, display = make_store(tmp_path_factory.mktemp("sweep") / "study"), Record()
     run_study(tiny_config(), store, LocalEngine(2), display)
     return store, display
-
-
-@pytest.fixture(autouse=True)
-def _workers_start_at_once():
-    with forked_workers():
-        yield
 
 
 def test_all_cells_are_run_once_and_told(whole):

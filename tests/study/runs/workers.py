@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from expressive_attention.study.runs.engines import local
+from tests.processes import forking
 
 
 @contextmanager
@@ -18,11 +18,7 @@ def forked_workers() -> Iterator[None]:
 
     Outside, each imports torch for itself, which takes longer than the studies of the tests.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        yield
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([local.__name__, "expressive_attention.study.training.loop"])
+    context = forking()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
         yield
