@@ -22,7 +22,7 @@ PATIENCE = 60.0
 LIMIT = 300.0
 
 
-class Death(Exception):
+class Death(Exception):  # noqa: N818
     """Raised by a case in a rank that is to die at once."""
 
 

@@ -241,16 +241,18 @@ class Derivative(NamedTuple):
         own = calls.forward(part.backend, part.call)
         rows = block.rows
         total = self.result.normalizer[:, :, rows]
-        per_total = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
-        do = self.output[:, :, rows].to(total.dtype)
-        change = own.output.to(total.dtype) - self.result.output[:, :, rows].to(total.dtype)
-        of_normalizer = per_total * (do * change).sum(-1)
-        if self.normalizer is not None:
-            of_normalizer = of_normalizer + self.normalizer[:, :, rows]
+        factor = torch.ones_like(total)
         if self.result.bias_max is not None:
             bias = _bias(own, part) - self.result.bias_max[:, :, rows]
             factor = torch.exp(torch.where(own.normalizer == 0, 0.0, bias))
-            per_total, of_normalizer = per_total * factor, of_normalizer * factor
-        share = (per_total * own.normalizer).unsqueeze(-1)
+        weight = own.normalizer * factor
+        per_total = factor / torch.where(total == 0, torch.inf, total)
+        do = self.output[:, :, rows].to(total.dtype)
+        change = own.output.to(total.dtype) - self.result.output[:, :, rows].to(total.dtype)
+        # Of a row that this block alone has, it is 0. A difference of roundings would be magnified by 1 / N.
+        of_normalizer = torch.where(weight == total, 0.0, per_total * (do * change).sum(-1))
+        if self.normalizer is not None:
+            of_normalizer = of_normalizer + factor * self.normalizer[:, :, rows]
+        share = torch.where(total == 0, 0.0, weight / torch.where(total == 0, 1.0, total)).unsqueeze(-1)
         upstream = Upstream((do * share).to(self.output.dtype), of_normalizer, self.wants_mask)
         return calls.backward(part.backend, part.call, own, upstream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..functional import expressive_attention
-from ..varlen import expressive_attention_varlen
+from ..overrides import takers
 from .context import METHODS, context_parallel
 from .links import Links
 from .orders import Shards
@@ -28,14 +29,28 @@ def active() -> ContextParallel | None:
     return _ACTIVE[-1] if _ACTIVE else None
 
 
-class ContextParallel(TorchFunctionMode):
+class _Guard(TorchFunctionMode):
+    """Softmax attention of torch is an error."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            raise NotImplementedError(
+                "scaled_dot_product_attention would see this rank's tokens alone in a region of ContextParallel; "
+                "convert switches models"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class ContextParallel(AbstractContextManager["ContextParallel"]):
     """A region in which `expressive_attention` is over the tokens of all ranks: ``with ContextParallel(...):``.
 
     Models run in it as they are, on their rank's tokens: modules of `expressive_attention.nn`, code that calls
     `expressive_attention`, and models that `convert` has switched, those of transformers included. All else in a
     model is by token, but for positions: give the model those of its tokens (`position_ids`).
 
-    The backward pass belongs into the region where activations are checkpointed: it runs layers anew. Layers that
+    Where activations are checkpointed, the backward pass belongs into the region too: it runs layers anew. Layers that
     compute softmax by `scaled_dot_product_attention` raise an error, since each rank would see its own tokens alone.
 
     Args:
@@ -60,7 +75,6 @@ class ContextParallel(TorchFunctionMode):
         key_lengths: Tensor | None = None,
         timeout: float | None = None,
     ) -> None:
-        super().__init__()
         links = Links(mesh, timeout)
         if not isinstance(shards, Shards):
             raise TypeError(f"shards must be a Shards, got {type(shards).__name__}")
@@ -70,6 +84,7 @@ class ContextParallel(TorchFunctionMode):
             raise ValueError(f"method must be one of {METHODS} or None, got {method!r}")
         self.shards, self.rank = shards, links.rank
         self._mesh, self._method, self._key_lengths, self._timeout = mesh, method, key_lengths, timeout
+        self._guard = _Guard()
 
     @property
     def position_ids(self) -> Tensor:
@@ -77,37 +92,34 @@ class ContextParallel(TorchFunctionMode):
         return self.shards.places(self.rank).unsqueeze(0)
 
     def __enter__(self) -> ContextParallel:
-        super().__enter__()
+        self._guard.__enter__()
         _ACTIVE.append(self)
+        takers.append(self._take)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        takers.remove(self._take)
         _ACTIVE.remove(self)
-        super().__exit__(*error)
+        self._guard.__exit__(*error)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is expressive_attention:
-            return self._attend(*args, **kwargs)
-        if func is expressive_attention_varlen:
+    def _take(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a call of a public function; calls that it makes itself are what they are elsewhere."""
+        if function is not expressive_attention:
             raise NotImplementedError("packed sequences are those of shards in a region of ContextParallel")
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            raise NotImplementedError(
-                "scaled_dot_product_attention would see this rank's tokens alone in a region of ContextParallel; "
-                "convert switches models"
-            )
-        return func(*args, **kwargs)
+        own = takers.pop()
+        try:
+            return self._attend(*args, **kwargs)
+        finally:
+            takers.append(own)
 
     def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
         **options: Any,
     ) -> Any:
         size = self.shards.size(self.rank)
@@ -116,15 +128,15 @@ class ContextParallel(TorchFunctionMode):
                 f"attention in a region of ContextParallel is among the {size} tokens that rank {self.rank} has, got "
                 f"{query.shape[-2]} queries and {key.shape[-2]} keys"
             )
-        if options.pop("key_lengths", None) is not None:
+        if options.pop("key_lengths") is not None:
             raise ValueError("key_lengths are those of ContextParallel in its region, got some in a call")
-        options.pop("causal_alignment", None)  # as many queries as keys
+        options.pop("causal_alignment")  # as many queries as keys
         method = self._method
         if method is None:
-            plain = attn_mask is None and not dropout_p and tuple(options.get("window_size", (-1, -1))) == (-1, -1)
-            plain = plain and len(self.shards.lengths) == 1 and (is_causal or options.get("alibi_slopes") is None)
-            plain = plain and (self._key_lengths is None or options.get("log_decay") is None)
-            method = "states" if plain and options.get("form") == "squared" else "ring"
+            plain = attn_mask is None and not dropout_p and tuple(options["window_size"]) == (-1, -1)
+            plain = plain and len(self.shards.lengths) == 1 and (is_causal or options["alibi_slopes"] is None)
+            plain = plain and (self._key_lengths is None or options["log_decay"] is None)
+            method = "states" if plain and options["form"] == "squared" else "ring"
         return context_parallel(
             query, key, value, self._mesh, attn_mask, dropout_p, is_causal, shards=self.shards, method=method,
             key_lengths=self._key_lengths, timeout=self._timeout, **options,
