@@ -38,13 +38,13 @@ class _Element(NamedTuple):
 
     Attributes:
         log_factor: The sum of its log decays, ``(N, 1, 1)`` of float64.
-        sums: As in `State`, one after the other, ``(N, n, D)``.
-        moment: ``(N, E, E)`` of float64.
+        moment: As in `State`, ``(N, E, E)`` of float64.
+        sums: Likewise, one after the other, ``(N, n, D)``; the last, since what is in bytes before it is aligned.
     """
 
     log_factor: Tensor
-    sums: Tensor
     moment: Tensor
+    sums: Tensor
 
     def after(self, earlier: _Element | None) -> _Element:
         """Both in one, the earlier first."""
@@ -53,8 +53,8 @@ class _Element(NamedTuple):
         factor = self.log_factor.exp()
         return _Element(
             self.log_factor + earlier.log_factor,
-            self.sums + factor.to(self.sums.dtype) * earlier.sums,
             self.moment + factor * earlier.moment,
+            self.sums + factor.to(self.sums.dtype) * earlier.sums,
         )
 
     def packed(self) -> Tensor:
@@ -75,7 +75,7 @@ class _Element(NamedTuple):
 
 
 def _element(state: State, log_factor: Tensor) -> _Element:
-    return _Element(log_factor.reshape(-1, 1, 1), torch.cat(state.sums, 1), state.moment)
+    return _Element(log_factor.reshape(-1, 1, 1), state.moment, torch.cat(state.sums, 1))
 
 
 def _scan(links: Links, own: _Element, order: list[int]) -> _Element | None:
@@ -122,8 +122,8 @@ class _Setting(NamedTuple):
             total = elements[0]
             for other in elements[1:]:
                 total = other.after(total)
-            sums, moment = (self.links.add(x, "the sum of states") for x in total[1:])
-            return [_Element(total.log_factor, sums, moment)] * len(elements)
+            moment, sums = (self.links.add(x, "the sum of states") for x in total[1:])
+            return [_Element(total.log_factor, moment, sums)] * len(elements)
         up = list(range(self.links.ranks))
         chains = [(0, up), (1, up[::-1])]
         if self.shards.order == "contiguous":
