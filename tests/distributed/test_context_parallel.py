@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
-from expressive_attention.distributed import ContextParallel, Shards, context_parallel, shard, unshard
+from expressive_attention.distributed import ContextParallel, Shards, context_parallel, costs, shard, unshard
+from expressive_attention.distributed.links import Links
 from expressive_attention.integrations import convert
 from expressive_attention.nn import Transformer
 from tests.budget import NAMES, Case, Judge
@@ -160,6 +161,7 @@ def cases():
         ("what is hidden", what_is_hidden),
         ("dropout", dropout),
         ("equal shards", equal_shards),
+        ("bytes", bytes_sent),
         ("unshard", gradient_of_unshard),
         ("second derivative", second_derivative),
         ("errors", errors),
@@ -251,6 +253,44 @@ def equal_shards(meshes):
         torch.testing.assert_close(found, shard(want, mesh, shards, 2))
 
 
+def bytes_sent(meshes):
+    """The bytes that ranks send are those of the formulas."""
+    sent, start = [], Links.start
+
+    def counting(self, sends, *args):
+        sent.append(sum(x.nbytes for x, _ in sends))
+        return start(self, sends, *args)
+
+    Links.start = counting
+    try:
+        for method, dtype, heads, kv_heads, width in (
+            ("ring", torch.float32, 4, 2, 8),
+            ("ring", torch.bfloat16, 4, 1, 8),
+            ("all_to_all", torch.float32, 8, 4, 8),
+            ("all_to_all", torch.bfloat16, 6, 2, 8),
+            ("states", torch.float32, 4, 2, 20),
+            ("states", torch.bfloat16, 4, 4, 8),
+        ):
+            layer = costs.Layer(heads, kv_heads, width, batch=2, itemsize=dtype.itemsize)
+            # No score is small, for which states of float64 would travel.
+            parts = [torch.rand(2, n, 6, width).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+            sent.clear()
+            output = context_parallel(
+                *parts, meshes[4], is_causal=True, method=method, enable_gqa=True,
+                form="squared" if method == "states" else "expressive", backend=None,
+            )  # fmt: skip
+            found = [sum(sent)]
+            sent.clear()
+            output.float().square().sum().backward()
+            found.append(sum(sent))
+            largest = torch.tensor(found)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=meshes[4].get_group())
+            want = [costs.cost(method, layer, 24, 4, backward).sent for backward in (False, True)]
+            assert largest.tolist() == want, (method, heads, kv_heads)
+    finally:
+        Links.start = start
+
+
 def gradient_of_unshard(meshes):
     mesh, shards = meshes[4], Shards(11, 4)
     whole = torch.randn(2, 11, 3, requires_grad=True)
@@ -334,6 +374,10 @@ def errors(meshes):
             nn.functional.scaled_dot_product_attention(q, q, q)
         with pytest.raises(ValueError, match=r"among the 4 tokens that rank . has, got 4 queries and 3 keys"):
             expressive_attention(q, q[:, :, :3], q[:, :, :3])
+        for position in ("learned", "sinusoidal", "rope", "alibi", "learned_alibi", "relative"):
+            model = Transformer(16, 32, embed_dim=16, num_heads=2, position=position)
+            with pytest.raises(NotImplementedError, match=r"positions of .* number the tokens of one rank"):
+                model(torch.zeros(1, 4, dtype=torch.long))
         starts = torch.tensor([0, 4])
         packed = q[0].transpose(0, 1)
         with pytest.raises(NotImplementedError, match="packed sequences are those of shards"):

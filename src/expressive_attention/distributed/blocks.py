@@ -30,7 +30,7 @@ __all__ = ["Block", "Derivative", "Problem", "Sums", "blocks"]
 
 
 class Problem(NamedTuple):
-    """What a call says beside its tensors of tokens.
+    """A call without its tensors of tokens.
 
     Attributes:
         shards: Which tokens each rank has.
@@ -221,7 +221,7 @@ class Derivative(NamedTuple):
     Attributes:
         result: The result.
         output: The gradient of the output, ``(B, Hq, L, Ev)``.
-        normalizer: That of the normalizer in the result, ``(B, Hq, L)``; None: it is 0.
+        normalizer: The gradient of the normalizer in the result, ``(B, Hq, L)``; None: it is 0.
         wants_mask: Whether the gradient of the float mask is asked for.
     """
 

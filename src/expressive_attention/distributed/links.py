@@ -1,4 +1,4 @@
-"""What the ranks of a mesh send each other, and an error that says which of them did not answer."""
+"""Messages between the ranks of a mesh, and an error that says which rank did not answer."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Links:
         """Begin to send contiguous tensors to ranks, and to receive some from ranks, all at once.
 
         Args:
-            sends: What goes to which rank.
-            receives: What is written by which rank.
+            sends: Tensors, and the rank that each goes to.
+            receives: Tensors, and the rank that writes each.
             what: Words for it, for errors.
             tag: A number that tells transfers apart that are on their way between the same ranks at once.
         """

@@ -34,7 +34,7 @@ _LEAST_SUM = 2.0**-80
 
 
 class _Element(NamedTuple):
-    """What a run does to a state that comes to it: it decays, and something is added.
+    """The change of a state by a piece: it decays, and something is added.
 
     Attributes:
         log_factor: The sum of its log decays, ``(N, 1, 1)`` of float64.
@@ -166,13 +166,13 @@ class _Piece(NamedTuple):
         return self.cumulative[:, -1:, None]
 
     def since_start(self, part: slice, groups: int, dtype: torch.dtype) -> Tensor | float:
-        """What the state before the piece has decayed to at these rows, ``(N, G l, 1)``."""
+        """The share that is left of the state before the piece at these rows, ``(N, G l, 1)``."""
         if self.cumulative is None:
             return 1.0
         return self.cumulative[:, self.inside(part)].exp().to(dtype).repeat(1, groups).unsqueeze(-1)
 
     def until_end(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """What these keys have decayed to at the end of the piece, ``(N | 1, l | 1, 1)``."""
+        """The share that is left of these keys at the end of the piece, ``(N | 1, l | 1, 1)``."""
         if self.cumulative is None:
             return torch.ones(1, 1, 1, dtype=dtype)
         return (self.cumulative[:, -1:] - self.cumulative[:, self.inside(part)]).exp().to(dtype).unsqueeze(-1)
