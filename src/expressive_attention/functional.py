@@ -25,7 +25,7 @@ from .checks import (
     check_types,
     check_window,
 )
-from .overrides import as_causality, listening, tell
+from .overrides import as_causality, listening, takers, tell
 
 __all__ = ["choose", "expressive_attention", "match_heads", "run"]
 
@@ -168,9 +168,9 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
-    if has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay):
+    if takers or has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay):
         told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay))
-        if told:
+        if told or takers:
             return tell(
                 expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,

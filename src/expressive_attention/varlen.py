@@ -22,7 +22,7 @@ from .checks import (
     check_window,
 )
 from .functional import cast_for_autocast, expressive_attention, normalizer_of, run, with_window
-from .overrides import listening, tell
+from .overrides import listening, takers, tell
 
 __all__ = ["expressive_attention_varlen"]
 
@@ -148,9 +148,9 @@ def expressive_attention_varlen(
         torch.Size([9, 2, 8])
     """
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k, log_decay)
-    if has_torch_function_variadic(*tensors):
+    if takers or has_torch_function_variadic(*tensors):
         told = listening(tensors)
-        if told:
+        if told or takers:
             return tell(
                 expressive_attention_varlen, told, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                 dropout_p, softmax_scale, causal, window_size, alibi_slopes=alibi_slopes, seqused_k=seqused_k,

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import region
 from ..functional import expressive_attention
 from ..masks import join_masks
 from ..varlen import expressive_attention_varlen
@@ -139,8 +140,7 @@ def _attention(
     query, wants_weights = _with_gain(module, query), _wants_weights(module, kwargs)
     starts = _starts(kwargs)
     if starts is not None and keep is None and not wants_weights:
-        window = kwargs.get("sliding_window")
-        sides = (-1, -1) if window is None else (window - 1, 0 if is_causal else window - 1)
+        sides = _window(kwargs, is_causal)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = expressive_attention_varlen(q, k, v, *starts, dropout, scaling, is_causal, sides, form=form)
         return output.unflatten(0, (query.shape[0], -1)), None
@@ -153,12 +153,37 @@ def _attention(
         "is_causal": is_causal and attention_mask is None, "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1], "form": form, "causal_alignment": "lower_right",
     }  # fmt: skip
+    if region.active() is not None:
+        _check_region(module, kwargs, wants_weights)
+        settings["window_size"] = _window(kwargs, is_causal)
     output = expressive_attention(query, key, value, keep, dropout, **settings)
     weights = None
     if wants_weights:
         every_key = torch.eye(key.shape[2], dtype=value.dtype, device=value.device)
         weights = expressive_attention(query, key, every_key.expand(*key.shape[:2], -1, -1), keep, **settings)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _window(kwargs: dict[str, Any], is_causal: bool) -> tuple[int, int]:
+    """The window of a layer, where no mask tells it."""
+    window = kwargs.get("sliding_window")
+    return (-1, -1) if window is None else (window - 1, 0 if is_causal else window - 1)
+
+
+def _check_region(module: Any, kwargs: dict[str, Any], wants_weights: Any) -> None:
+    """Raise an error for a layer that asks for what no rank of a region of `distributed.ContextParallel` has.
+
+    There is no mask in a region: which keys a token sees is causality, a window, and the sequences of the region.
+    """
+    name = type(module).__name__
+    if wants_weights:
+        raise NotImplementedError(f"{name} asks for weights of attention, of which each rank has a part")
+    kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    kind = kinds[index] if kinds and index is not None else "full_attention"
+    if kind not in ("full_attention", "sliding_attention"):
+        raise NotImplementedError(f"{name} asks for {kind}, which a region of ContextParallel does not have")
+    if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
+        raise NotImplementedError(f"{name} does not say how long its window is, which its mask would have told")
 
 
 def _with_gain(module: nn.Module, query: Tensor) -> Tensor:
@@ -240,10 +265,24 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
     Without one, they could not be told from queries that are the last ones.
     """
+    if region.active() is not None:
+        return _no_mask(kwargs)
     queries = kwargs["cache_position"].shape[0] if "cache_position" in kwargs else kwargs.get("q_length")
     if queries != 1 and queries != kwargs.get("kv_length"):
         kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, **kwargs)
+
+
+def _no_mask(kwargs: dict[str, Any]) -> None:
+    """The mask of a model in a region of `distributed.ContextParallel`, which knows places that the model does not."""
+    padding = kwargs.get("attention_mask")
+    if padding is not None and not bool(padding.all()):
+        raise ValueError(
+            "attention_mask must hide no token in a region of ContextParallel: give that one key_lengths, or shards of "
+            "packed sequences"
+        )
+    if kwargs.get("use_vmap"):  # of a model that joins a function of its own to causality
+        raise NotImplementedError("masks of a model's own are not implemented in a region of ContextParallel")
 
 
 def _partly(module: nn.Module, *_: Any, **__: Any) -> Any:

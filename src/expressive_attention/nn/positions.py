@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..overrides import takers
+
 __all__ = [
     "POSITIONS",
     "LearnedAlibi",
@@ -46,6 +48,15 @@ def position_codes(position: str) -> tuple[str, ...]:
     return tuple(code for code in POSITIONS if code in codes and code != "none")
 
 
+def _check_whole() -> None:
+    """Raise an error in a region of `distributed.ContextParallel`, where a rank has some of the positions."""
+    if takers:
+        raise NotImplementedError(
+            "positions of expressive_attention.nn number the tokens of one rank; in a region of ContextParallel take "
+            "position='none', and add codes of its position_ids"
+        )
+
+
 class LearnedPositions(nn.Module):
     """Adds a learned vector per position: ``x_i + table_i``.
 
@@ -63,6 +74,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """X ``(..., L, D)`` with positions `start` to `start` + L - 1 added."""
+        _check_whole()
         end = start + x.shape[-2]
         if end > self.table.num_embeddings:
             raise ValueError(f"x must have at most {self.table.num_embeddings} positions, got {end}")
@@ -90,6 +102,7 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """X ``(..., L, D)`` with positions `start` to `start` + L - 1 added."""
+        _check_whole()
         angles = _angles(start, start + x.shape[-2], self.embed_dim, self.base, x.device)
         return x + torch.stack([angles.sin(), angles.cos()], -1).flatten(-2).to(x.dtype)
 
@@ -118,6 +131,7 @@ class RotaryPositions(nn.Module):
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """X ``(..., L, E)`` rotated, positions `start` to `start` + L - 1."""
+        _check_whole()
         cos, sin = self._cos_sin(x, start)
         rotated = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (x_2, x_1); the sign is in sin
         return x * cos + rotated * sin
@@ -188,6 +202,7 @@ class RelativeBias(nn.Module):
 
 def distance_index(queries: int, keys: int, max_length: int, device: torch.device) -> Tensor:
     """Column i - j + T - 1 of a `RelativeBias` for query i, of the last L of S positions, and key j, ``(L, S)``."""
+    _check_whole()
     if keys > max_length:
         raise ValueError(f"keys must be at most {max_length}, got {keys}")
     j = torch.arange(keys, device=device)
@@ -224,6 +239,7 @@ def alibi_bias(
 
 def distance_bias(slopes: Tensor, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
     """``-slope * |i - j|`` for slopes ``(..., H)``: ``(..., H, L, S)``, or ``(..., H, 1, S)``, as `alibi_bias`."""
+    _check_whole()
     slopes = slopes[..., None, None]
     if is_causal:
         return -slopes * (keys - 1 - torch.arange(keys, device=slopes.device))
