@@ -53,6 +53,8 @@ def run(notebook: dict[str, Any]) -> list[list[Cell]]:
         The outputs of each cell of code.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")  # figures that others left open are not the notebook's
     with _directory(FOLDER):
         return [_outputs(source(cell), namespace, number) for number, cell in enumerate(code_cells(notebook), 1)]
 

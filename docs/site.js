@@ -12,7 +12,7 @@ const place = document.getElementById("find-architecture")
 if (place) {
   const known = []
   for (const heading of document.querySelectorAll(".md-content h2")) {
-    const outcome = heading.firstChild.textContent.replace(/ \(\d+\)$/, "")
+    const outcome = heading.textContent.replace(/ \(\d+\)\W*$/, "")
     for (let part = heading.nextElementSibling; part && part.tagName !== "H2"; part = part.nextElementSibling) {
       if (part.tagName === "P") for (const name of part.textContent.split(", ")) known.push([name, outcome])
       for (const row of part.querySelectorAll("tbody tr"))
