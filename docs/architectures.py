@@ -225,14 +225,14 @@ def page(results: dict[str, str]) -> str:
         f"Made by `docs/architectures.py` with transformers {transformers.__version__}: each architecture of",
         "`AutoModel`, built tiny with random weights, converted, and verified by a forward pass.",
         "",
-        f"**Expressive attention ran in every layer** ({len(groups['verified'])}): {', '.join(groups['verified'])}.",
-        "",
-        "The same, with softmax of three dimensions or more elsewhere, as of samplers, poolers, or attention that goes",
-        f"unseen ({len(groups['besides'])}): {', '.join(groups['besides'])}.",
-        "",
-        f"Without attention that calls torch or the attention interface ({len(groups['without attention'])}):",
-        f"{', '.join(groups['without attention'])}.",
+        '<div id="find-architecture" hidden></div>',
     ]
+    for group, title in {
+        "verified": "Expressive attention ran in every layer",
+        "besides": "The same, with softmax of three dimensions or more elsewhere, as in samplers, or unseen",
+        "without attention": "Without attention that calls torch or the attention interface",
+    }.items():
+        lines += ["", f"## {title} ({len(groups[group])})", "", f"{', '.join(groups[group])}"]
     for group, title in {
         "partly": "Expressive attention ran in every layer that the pass reached, of those that there are",
         "refused": "Refused by `convert` or by the model",

@@ -53,6 +53,31 @@ def test_sentences_have_the_numbers_of_their_tables(heading):
     assert numbers(sentences) <= numbers("".join(found))
 
 
+def test_when_to_use_it_has_the_numbers_of_the_findings():
+    """Rows of protocol 3 rest on the tables that are filled from its results, the others on the rest of the page."""
+    page = (ROOT / "docs" / "when-to-use.md").read_text(encoding="utf-8")
+    filled = re.compile(r"<!-- \w+: \w+ -->.*?<!-- end -->", re.DOTALL)
+    evidence = {"3": "".join(filled.findall(TEXT)), "2": filled.sub("", TEXT)}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) > 10
+    for model, _, told, protocol in rows[1:]:
+        if numbers(told):
+            assert numbers(told) <= numbers(evidence[protocol]), model
+    questions, models_that_exist, rest = re.split(r"(\*\*A model that exists\?\*\*.*?\n\n)", page, flags=re.DOTALL)
+    assert numbers(questions + rest) <= numbers(TEXT)
+    integrations = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    assert "| 78% |" in integrations
+    assert "78%" in models_that_exist
+
+
+def test_the_readme_has_the_numbers_of_the_findings():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## When to use it\n")[1].split("\n## ")[0]
+    assert len(numbers(section)) > 4
+    assert numbers(section) <= numbers(TEXT)
+
+
 @pytest.mark.parametrize(
     ("heading", "studies"),
     [

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -22,7 +23,7 @@ def files():
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder, endings in (
         ("src", ("py", "c", "h", "html", "j2")),
-        ("docs", ("md", "py")),
+        ("docs", ("md", "py", "ipynb")),
         ("benchmarks", ("py", "c")),
         ("examples", ("py",)),
     ):
@@ -33,6 +34,10 @@ def files():
 
 def texts(path, source):
     """Docstrings and comments of code, one text for each run of comment lines; the paragraphs of a page."""
+    if path.suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source)["cells"]]
+        kinds = {"markdown": Path("cell.md"), "code": Path("cell.py")}
+        return [text for kind, cell in cells for text in texts(kinds[kind], cell)]
     if path.suffix == ".md":
         prose = re.sub(r"^```.*?^```", "", source, flags=re.MULTILINE | re.DOTALL)
         return re.split(r"\n\s*\n|\n(?=#|[-*] |\d+\. |\|)|(?<=\S) \| ", prose)
@@ -83,6 +88,7 @@ def test_sentences_start_with_their_subject(name):
         ("a.md", "A line.\nThose two. **What it does.** Of which\n\n## What\n\n- That\n\n| a | That |\n", 6),
         ("a.md", "It is that\nwhat is.\n\n```python\nx = 1  # That\n```\n", 0),
         ("a.c", "// That\nint x; /* It is. What */\n", 2),
+        ("a.ipynb", '{"cells": [{"cell_type": "markdown", "source": ["So. What\\n", "is"]}]}', 1),
         ("a.html", "<p>That is</p>", 1),
         ("a.j2", '<p class="x">{{ a }} is. What is</p>', 1),
     ],

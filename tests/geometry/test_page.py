@@ -15,6 +15,7 @@ from expressive_attention.geometry import Record, capture
 from expressive_attention.geometry.folder import write_folder
 from expressive_attention.geometry.page import write_page
 from expressive_attention.geometry.record import MEASURES, SHARES
+from tests.axe import problems
 
 
 class Attention(nn.Module):
@@ -264,6 +265,22 @@ def test_tokens_stand_on_the_axes_as_they_are(browser, tmp_path):
         "return [...document.querySelectorAll('#map-0 .xtick text')].map(t => t.textContent)"
     )
     assert shown == ["<i>", "a\u2423b", "\u21b5", "&amp;", "longlongl", "x", "6"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_everyone_can_use_the_page(browser, tmp_path, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    visit(browser, write_page(both(), tmp_path / "page.html"))
+    found = {"light": problems(browser)}
+    browser.execute_script("$('theme').click()")
+    wait(browser)
+    found["dark"] = problems(browser)
+    wide = browser.execute_script("return document.documentElement.scrollWidth > innerWidth")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert found == {"light": [], "dark": []}
+    assert not wide
 
 
 @pytest.mark.browser

@@ -21,11 +21,10 @@ pytestmark = [
 def listed():
     """The architectures of each group, by the start of its heading, and the number that the heading says."""
     groups = {}
-    for paragraph in TEXT.split("\n\n"):
-        if found := re.fullmatch(r"([^|]*) \((\d+)\):\s([^|]*)\.", paragraph):
-            groups[found[1].strip("*")] = (int(found[2]), found[3].split(", "))
     for found in re.finditer(r"^## ([^\n(]*) \((\d+)\)\n\n(.*?)(?=\n\n|\Z)", TEXT, re.M | re.S):
-        groups[found[1]] = (int(found[2]), [row.split(" | ")[0].strip("| ") for row in found[3].splitlines()[2:]])
+        lines = found[3].strip().splitlines()
+        names = [row.split(" | ")[0].strip("| ") for row in lines[2:]] if len(lines) > 1 else lines[0].split(", ")
+        groups[found[1]] = (int(found[2]), names)
     return groups
 
 

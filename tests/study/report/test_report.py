@@ -20,6 +20,7 @@ from expressive_attention.study.report.drawing.theme import styles
 from expressive_attention.study.report.export import summary_table
 from expressive_attention.study.report.page import write_report
 
+from ...axe import problems
 from ..report_data import LADDER, make_condition, make_results, mixed_results, results_of, seed_row, trained
 
 MANY = tuple(
@@ -349,6 +350,18 @@ def test_page_in_a_browser(browser, width, quick):
     assert browser.execute_script(
         "return [...document.querySelectorAll('.still')].every(image => image.offsetParent === null)"
     )
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_everyone_can_use_the_page(browser, quick, width, scheme):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    visit(browser, quick[1], width)
+    found = problems(browser)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert found == []
 
 
 @pytest.mark.browser
