@@ -28,6 +28,7 @@ FOLDER = Path(__file__).with_name("notebooks")
 VARIES = "varies"
 
 Cell = dict[str, Any]
+_FORMULA = re.compile(r"\$([^$`\n]+)\$")  # as Jupyter reads them; hooks.py has GitHub's way
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?%?")
 
 
@@ -95,7 +96,7 @@ def markdown(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, str]]:
     pictures: dict[str, str] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            parts.append(source(cell))
+            parts.append(_FORMULA.sub(r"$`\1`$", source(cell)))
             continue
         parts.append(f"```python\n{source(cell)}\n```")
         for output in cell["outputs"]:
