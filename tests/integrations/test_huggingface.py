@@ -391,6 +391,7 @@ def test_every_model_that_asks_for_an_implementation_by_its_name_is_known():
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="needs Gemma 4")
 def test_queries_that_a_model_leaves_out_are_not_missed():
     options = {**LLAMA, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32}
+    options |= {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}  # not 2 GB
     layers = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma4TextConfig(**options, layer_types=layers, max_position_embeddings=64)
     model = transformers.Gemma4ForCausalLM(config).double().eval()
