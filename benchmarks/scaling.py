@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,18 +89,18 @@ def _tensors(layer: Layer, tokens: int) -> list[torch.Tensor]:
 
 def _rates(links: Links, tokens: int) -> tuple[Machine, Machine]:
     """The rates of attention over all pairs, and of states, while both processes compute; and those of the link."""
-    parts = _tensors(SMALL, tokens)
+    query, key, value = _tensors(SMALL, tokens)
     single = 14 * SMALL.width * SMALL.heads * tokens * (tokens + 1) / 2
 
     def attend() -> None:
-        expressive_attention(*parts, is_causal=True).sum().backward()
+        expressive_attention(query, key, value, is_causal=True).sum().backward()
 
     pairs = single / _median(attend)
     mesh = _alone()
 
     def with_states() -> None:
-        output = context_parallel(*parts, mesh, is_causal=True, method="states", form="squared", backend="linear")
-        output.sum().backward()
+        options: dict[str, Any] = {"method": "states", "form": "squared", "backend": "linear"}
+        context_parallel(query, key, value, mesh, is_causal=True, **options).sum().backward()
 
     operations = sum(cost("states", SMALL, tokens, 1, backward).operations for backward in (False, True))
     of_states = operations / _median(with_states)
@@ -115,10 +116,10 @@ def _rates(links: Links, tokens: int) -> tuple[Machine, Machine]:
     return Machine(pairs, bandwidth, times[0], 0.0), Machine(of_states, bandwidth, times[0], 0.0)
 
 
-def _alone() -> object:
+def _alone() -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
-    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    groups: list[Any] = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     return DeviceMesh.from_group(groups[dist.get_rank()], "cpu", mesh_dim_names=("cp",))
 
 
@@ -137,10 +138,11 @@ def _worker(rank: int, rendezvous: str, lengths: list[int]) -> None:
     for method in METHODS:
         for length in lengths:
             parts = _tensors(SMALL, length // 2)
-            options = {"form": "squared", "backend": "linear"} if method == "states" else {}
+            options: dict[str, Any] = {"is_causal": True, "method": method}
+            options |= {"form": "squared", "backend": "linear"} if method == "states" else {}
 
-            def step(parts=parts, method=method, options=options) -> None:
-                context_parallel(*parts, mesh, is_causal=True, method=method, **options).sum().backward()
+            def step(parts: list[torch.Tensor] = parts, options: dict[str, Any] = options) -> None:
+                context_parallel(parts[0], parts[1], parts[2], mesh, **options).sum().backward()
 
             measured = _median(step)
             rates = of_states if method == "states" else machine
