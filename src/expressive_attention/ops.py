@@ -95,12 +95,17 @@ def _no_bias_max(normalizer: Tensor) -> Tensor:
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = unflatten(arguments)
     output, normalizer, bias_max = calls.forward(BACKENDS[backend], call)
+    if call.visibility.query_starts is not None:  # a backend may have them as (T, H, ...) in memory
+        output, normalizer = output.contiguous(), normalizer.contiguous()
+        bias_max = None if bias_max is None else bias_max.contiguous()
     return output, normalizer, _no_bias_max(normalizer) if bias_max is None else bias_max
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend, result, upstream = unflatten_backward(arguments)
     dq, dk, dv, *others = calls.backward(BACKENDS[backend], call, result, upstream)
+    if call.visibility.query_starts is not None:
+        dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, *(dq.new_empty(0) if x is None else x for x in others)
 
 

@@ -126,8 +126,8 @@ def expressive_attention_varlen(
         causal_alignment: ``"lower_right"``, or ``"upper_left"`` for ``p_i = i``.
         form: ``"expressive"`` or ``"squared"``.
         return_normalizer: Also return N.
-        backend: Name of the backend; None picks the first that supports the call. `triton` takes all sequences at
-            once; the other ones run them one after the other, `reference` as one with a mask of T x U.
+        backend: Name of the backend; None picks the first that supports the call. `cpu` and `triton` take all sequences
+            at once; the other ones run them one after the other, `reference` as one with a mask of T x U.
 
     Returns:
         Output ``(T, Hq, Ev)``, contiguous, in the dtype of q. With `return_normalizer` also N ``(Hq, T)`` in float32

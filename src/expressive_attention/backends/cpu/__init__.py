@@ -37,8 +37,8 @@ def declines(call: Call) -> str | None:
         return "torch.func and forward-mode derivatives are not implemented"
     if call.log_decay is not None:
         return "decays must be in a mask"
-    if call.visibility.query_starts is not None:
-        return "sequences must be in a batch"
+    if call.visibility.query_starts is not None and call.attn_mask is not None:
+        return "packed sequences have no mask"
     return library.MISSING
 
 
@@ -53,15 +53,15 @@ def warn_of_fallback() -> None:
 
 def forward(call: Call) -> Result:
     """Output, normalizer and largest biases."""
-    query, value = call.query, call.value
+    query, value, starts = call.query, call.value, call.visibility.query_starts
     batch, heads, rows, _ = query.shape
-    shape = (batch, heads, rows)
+    shape = (batch, heads, rows) if starts is None else (rows, heads)
     output = query.new_empty((*shape, value.shape[-1]))
     dtype = query.dtype
     sums = torch.float32 if dtype in _HALVES else dtype
     normalizer = query.new_empty(shape, dtype=sums)
     bias_max = torch.empty_like(normalizer) if call.has_bias else None
-    kept = _integers_and_slopes(call)
+    kept = _numbers(call)
     problem = FORWARD.pack(
         *_inputs(call, *kept),
         output.data_ptr(),
@@ -69,6 +69,9 @@ def forward(call: Call) -> Result:
         0 if bias_max is None else bias_max.data_ptr(),
     )
     _run(library.chosen().forward, problem)
+    if starts is not None:
+        bias_max = None if bias_max is None else _by_head(bias_max)
+        return Result(_by_head(output), _by_head(normalizer), bias_max)
     return Result(output, normalizer, bias_max)
 
 
@@ -76,11 +79,16 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     """Gradients of query, key, value and, if wanted, of the float mask."""
     query, key, value, mask = call[:4]
     grad_output, grad_normalizer, wants_mask = upstream
-    dq, dk, dv = (_empty_like(x) for x in (query, key, value))
+    is_packed = call.visibility.query_starts is not None
     dmask = _empty_like(mask) if wants_mask and mask is not None else None
-    output, normalizer = _contiguous("output", result.output), _contiguous("normalizer", result.normalizer)
+    output, normalizer, dq, dk, dv = result.output, result.normalizer, query, key, value
+    if is_packed:
+        output, normalizer, dq, dk, dv = (_by_row(x) for x in (output, normalizer, dq, dk, dv))
+        grad_normalizer = None if grad_normalizer is None else _by_row(grad_normalizer)
+    dq, dk, dv = (_empty_like(x) for x in (dq, dk, dv))
+    output, normalizer = _contiguous("output", output), _contiguous("normalizer", normalizer)
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
-    kept = _integers_and_slopes(call)
+    kept = _numbers(call)
     problem = BACKWARD.pack(
         *_inputs(call, *kept),
         output.data_ptr(),
@@ -97,6 +105,8 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         *((0, 0, 0, 0) if dmask is None else dmask.shape),
     )
     _run(library.chosen().backward, problem)
+    if is_packed:
+        dq, dk, dv = (_by_head(x) for x in (dq, dk, dv))
     return Gradients(dq, dk, dv, dmask)
 
 
@@ -113,7 +123,7 @@ def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
     query, value = call.query, call.value
     output = query.new_empty((*query.shape[:3], value.shape[-1]))
     normalizer = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
-    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     decays = None if decays is None else decays.contiguous()
     problem = FORWARD.pack(*_inputs(call, *kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
     _run(library.chosen().linear, problem)
@@ -141,7 +151,7 @@ def linear_backward(
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
     decays = None if decays is None else decays.contiguous()
     ddecay = None if decays is None else torch.zeros_like(decays)
-    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     problem = BACKWARD.pack(
         *_inputs(call, *kept, decays),
         0,
@@ -167,6 +177,8 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _inputs(
     call: Call,
+    starts: Tensor | None,
+    key_starts: Tensor | None,
     lengths: Tensor | None,
     slopes: Tensor | None,
     seeds: Tensor | None,
@@ -195,6 +207,7 @@ def _inputs(
         width,
         value_width,
         scale,
+        *((0, 0, 0) if starts is None or key_starts is None else _starts(starts, key_starts)),
         0 if lengths is None else lengths.data_ptr(),
         *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
         *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
@@ -233,14 +246,34 @@ def _contiguous(name: str, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _integers_and_slopes(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Lengths of keys, slopes and the seeds of dropout as the library reads them."""
-    lengths, slopes, seeds = call.visibility.key_lengths, call.visibility.slopes, call.dropout_seeds
+def _numbers(call: Call) -> tuple[Tensor | None, ...]:
+    """Starts of packed sequences, lengths of keys, slopes and the seeds of dropout as the library reads them."""
+    seen, seeds = call.visibility, call.dropout_seeds
     return (
-        None if lengths is None else _contiguous("key_lengths", lengths).to(torch.int64),
-        None if slopes is None else _contiguous("alibi_slopes", slopes),
+        None if seen.query_starts is None else _integers("cu_seqlens_q", seen.query_starts),
+        None if seen.key_starts is None else _integers("cu_seqlens_k", seen.key_starts),
+        None if seen.key_lengths is None else _integers("key_lengths", seen.key_lengths),
+        None if seen.slopes is None else _contiguous("alibi_slopes", seen.slopes),
         None if seeds is None else _contiguous("dropout_seeds", seeds),
     )
+
+
+def _integers(name: str, x: Tensor) -> Tensor:
+    return _contiguous(name, x).to(torch.int64)
+
+
+def _starts(starts: Tensor, key_starts: Tensor) -> tuple[int, int, int]:
+    return starts.shape[0] - 1, starts.data_ptr(), key_starts.data_ptr()
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """``(1, H, T, ...)`` of packed sequences as ``(T, H, ...)``."""
+    return x.squeeze(0).transpose(0, 1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """The reverse of `_by_row`."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "3"
+#define EA_VERSION "4"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
@@ -32,6 +32,9 @@ typedef struct {
   M(q, int64_t, batch, ) M(q, int64_t, heads, ) M(q, int64_t, kv_heads, ) M(q, int64_t, rows, )     \
   M(q, int64_t, keys, ) M(q, int64_t, width, ) M(q, int64_t, value_width, )                         \
   M(d, double, scale, )                                                                             \
+  /* Packed sequences: in batch 1, so many of them, where their queries and keys start, and where the last one ends. */ \
+  /* Results lie as (row, head) then, and key_lengths and slopes are of sequences. NULL: there are none. */ \
+  M(q, int64_t, sequences, ) M(q, const int64_t *, query_starts, ) M(q, const int64_t *, key_starts, ) \
   M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
   /* ALiBi: weights are multiplied by exp(-slope |p - j|). Slopes of heads, from batch to batch so far apart; or NULL */ \
   M(q, const float *, slopes, ) M(q, int64_t, slopes_stride, )                                      \
