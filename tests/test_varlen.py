@@ -1,5 +1,6 @@
 """Packed sequences: what each backend makes of them, and what the function refuses."""
 
+import contextlib
 import dataclasses
 import inspect
 from dataclasses import replace
@@ -226,11 +227,11 @@ def test_opcheck(backend):
     seen = Visibility(
         right=0, slopes=torch.rand(1, 4), query_starts=CU_Q, key_starts=CU_K, longest_query=7, longest_key=9
     )
-    arguments = (q, k, v, None, *seen, 0.5, "expressive", 0.0, None, None, backend)
+    arguments = (q, k, v, None, *seen, 0.5, "expressive", 0.0, None, None, None, backend)
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
     with torch.no_grad():
         output, normalizer, _ = torch.ops.expressive_attention.attention(*arguments)
-    arguments = (*arguments, output, normalizer, torch.randn_like(output), torch.randn_like(normalizer), False)
+    arguments = (*arguments, output, normalizer, torch.randn_like(output), torch.randn_like(normalizer), False, False)
     torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
 
 
@@ -301,7 +302,11 @@ BAD = [
     ({"alibi_slopes": torch.ones(2, 4)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(5, 4\), got \(2, 4\)"),
     ({"alibi_slopes": -torch.ones(4)}, ValueError, "alibi_slopes must be at least 0, got -1.0"),
     ({"alibi_slopes": torch.ones(4).double()}, ValueError, "alibi_slopes must be float32, got torch.float64"),
-    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes must not require a gradient"),
+    (
+        {"alibi_slopes": torch.ones(4, requires_grad=True), "backend": "blockwise"},
+        ValueError,
+        "alibi_slopes must not require a gradient",
+    ),
     ({"backend": "flash"}, ValueError, "backend must be one of"),
     ({"causal_alignment": "left"}, ValueError, "causal_alignment must be one of"),
 ]
@@ -339,6 +344,25 @@ def test_slopes_of_a_model_are_welcome_without_a_gradient():
     with torch.no_grad():
         output = expressive_attention_varlen(*packed(), CU_Q, CU_K, 7, 9, alibi_slopes=slopes)
     torch.testing.assert_close(output, one_by_one(*packed(), alibi_slopes=slopes.detach())[0])
+
+
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("shape", [(4,), (len(LENGTHS), 4)])
+@pytest.mark.parametrize("backend", [None, *FUSED[1:], "reference"])
+def test_slopes_of_sequences_have_a_gradient(backend, shape, form):
+    slopes = torch.rand(shape, requires_grad=True)
+    arguments = packed(torch.float64, rest=2)
+    seen = {"causal": True, "window_size": (5, -1), "form": form}
+    with fused(backend) if backend else contextlib.nullcontext() as name:
+        results = expressive_attention_varlen(
+            *arguments, CU_Q, CU_K, 7, 9, alibi_slopes=slopes, return_normalizer=True, backend=name, **seen
+        )
+        found = (results[0][:ROWS], results[1][:, :ROWS])
+        wanted = one_by_one(*arguments, alibi_slopes=slopes, **seen)
+        torch.testing.assert_close(found, wanted)
+        upstream = [torch.randn_like(x) for x in wanted]
+        gradients = [torch.autograd.grad(x, (*arguments, slopes), upstream) for x in (found, wanted)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_vmap_is_refused():

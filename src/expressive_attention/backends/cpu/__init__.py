@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def forward(call: Call) -> Result:
     bias_max = torch.empty_like(normalizer) if call.has_bias else None
     kept = _numbers(call)
     problem = FORWARD.pack(
-        *_inputs(call, *kept),
+        *_inputs(call, kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0 if bias_max is None else bias_max.data_ptr(),
@@ -76,10 +77,13 @@ def forward(call: Call) -> Result:
 
 
 def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
-    """Gradients of query, key, value and, if wanted, of the float mask."""
+    """Gradients of query, key, value and, if wanted, of the float mask and of biases by distance."""
     query, key, value, mask = call[:4]
-    grad_output, grad_normalizer, wants_mask = upstream
-    is_packed = call.visibility.query_starts is not None
+    grad_output, grad_normalizer, wants_mask, wants_relative = upstream
+    is_packed, relative = call.visibility.query_starts is not None, call.relative_bias
+    drelative = None
+    if wants_relative and relative is not None:
+        drelative = torch.zeros(relative.shape, dtype=torch.float64)
     dmask = _empty_like(mask) if wants_mask and mask is not None else None
     output, normalizer, dq, dk, dv = result.output, result.normalizer, query, key, value
     if is_packed:
@@ -90,7 +94,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
     kept = _numbers(call)
     problem = BACKWARD.pack(
-        *_inputs(call, *kept),
+        *_inputs(call, kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0,
@@ -103,11 +107,14 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         0 if dmask is None else dmask.data_ptr(),
         0,
         *((0, 0, 0, 0) if dmask is None else dmask.shape),
+        *((0, 0) if drelative is None else (drelative.data_ptr(), _batch_stride(drelative))),
     )
     _run(library.chosen().backward, problem)
     if is_packed:
         dq, dk, dv = (_by_head(x) for x in (dq, dk, dv))
-    return Gradients(dq, dk, dv, dmask)
+    if drelative is not None and relative is not None:
+        drelative = drelative.flip(-1).to(relative.dtype)
+    return Gradients(dq, dk, dv, dmask, None, drelative)
 
 
 # ---- the squared form in linear time ----
@@ -125,7 +132,7 @@ def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
     normalizer = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     decays = None if decays is None else decays.contiguous()
-    problem = FORWARD.pack(*_inputs(call, *kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
+    problem = FORWARD.pack(*_inputs(call, kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
     _run(library.chosen().linear, problem)
     return output, normalizer
 
@@ -147,13 +154,13 @@ def linear_backward(
     of_exists = torch.empty_like if call.visibility.key_lengths is None else torch.zeros_like
     dq = _empty_like(query)
     dk, dv = (of_exists(x, memory_format=torch.contiguous_format) for x in (key, value))
-    grad_output, grad_normalizer, _ = upstream
+    grad_output, grad_normalizer, *_ = upstream
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
     decays = None if decays is None else decays.contiguous()
     ddecay = None if decays is None else torch.zeros_like(decays)
     kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     problem = BACKWARD.pack(
-        *_inputs(call, *kept, decays),
+        *_inputs(call, kept, decays),
         0,
         0,
         0,
@@ -166,6 +173,7 @@ def linear_backward(
         0,
         0 if ddecay is None else ddecay.data_ptr(),
         *(0, 0, 0, 0),
+        *(0, 0),
     )
     _run(library.chosen().linear_backward, problem)
     return dq, dk, dv, ddecay
@@ -175,17 +183,21 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _inputs(
-    call: Call,
-    starts: Tensor | None,
-    key_starts: Tensor | None,
-    lengths: Tensor | None,
-    slopes: Tensor | None,
-    seeds: Tensor | None,
-    decays: Tensor | None = None,
-) -> tuple[float, ...]:
+class _Numbers(NamedTuple):
+    """Starts of packed sequences, lengths of keys, slopes, seeds and biases by distance as the library reads them."""
+
+    starts: Tensor | None
+    key_starts: Tensor | None
+    lengths: Tensor | None
+    slopes: Tensor | None
+    seeds: Tensor | None
+    relative: Tensor | None
+
+
+def _inputs(call: Call, kept: _Numbers, decays: Tensor | None = None) -> tuple[float, ...]:
     """The members of ``ea_problem`` from the first to the decays; the caller keeps the tensors beside the call."""
     query, key, value, mask, visibility, scale, form, dropout_p, *_ = call
+    starts, key_starts, lengths, slopes, seeds, relative = kept
     left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
@@ -210,6 +222,7 @@ def _inputs(
         *((0, 0, 0) if starts is None or key_starts is None else _starts(starts, key_starts)),
         0 if lengths is None else lengths.data_ptr(),
         *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
+        *((*_NOTHING, 0) if relative is None else _by_distance(relative)),
         *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
         _address("query", query),
         *query.stride(),
@@ -246,15 +259,16 @@ def _contiguous(name: str, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _numbers(call: Call) -> tuple[Tensor | None, ...]:
-    """Starts of packed sequences, lengths of keys, slopes and the seeds of dropout as the library reads them."""
+def _numbers(call: Call) -> _Numbers:
     seen, seeds = call.visibility, call.dropout_seeds
-    return (
+    return _Numbers(
         None if seen.query_starts is None else _integers("cu_seqlens_q", seen.query_starts),
         None if seen.key_starts is None else _integers("cu_seqlens_k", seen.key_starts),
         None if seen.key_lengths is None else _integers("key_lengths", seen.key_lengths),
         None if seen.slopes is None else _contiguous("alibi_slopes", seen.slopes),
         None if seeds is None else _contiguous("dropout_seeds", seeds),
+        # From keys far before a query to those far after it, as it reads them.
+        None if call.relative_bias is None else call.relative_bias.flip(-1).contiguous(),
     )
 
 
@@ -264,6 +278,14 @@ def _integers(name: str, x: Tensor) -> Tensor:
 
 def _starts(starts: Tensor, key_starts: Tensor) -> tuple[int, int, int]:
     return starts.shape[0] - 1, starts.data_ptr(), key_starts.data_ptr()
+
+
+def _by_distance(relative: Tensor) -> tuple[int, ...]:
+    return relative.data_ptr(), _batch_stride(relative), relative.shape[2], 0, 1, relative.shape[2] // 2 + 1
+
+
+def _batch_stride(relative: Tensor) -> int:
+    return 0 if relative.shape[0] == 1 else relative.shape[1] * relative.shape[2]
 
 
 def _by_row(x: Tensor) -> Tensor:

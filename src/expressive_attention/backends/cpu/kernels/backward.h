@@ -62,6 +62,7 @@ typedef struct {
   REAL *partial;  // gradients of the query, one for each part, where there are several parts
   row_sums *sums;  // of all rows, for each part
   double *mask_sums;  // the gradient of the mask, where several terms add up to one element
+  double *relative_sums;  // that of biases by distance, of each head
   _Atomic int unsafe, left_pairs;  // in need of double arithmetic, of no pairs
 } backward_run;
 
@@ -91,10 +92,12 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   plan.mask_heads = shared && p->mask_size[1] == 1 ? 1 : p->kv_heads;
   int64_t units = plan.mask_batches * plan.mask_heads;
   plan.parts = least(p->threads / greatest_common_divisor(units, p->threads), plan.key_blocks);
-  if (shared && p->mask_size[3] == 1) plan.parts = 1;  // all keys add to the same elements
+  // All keys add to the same elements.
+  if ((shared && p->mask_size[3] == 1) || p->grad_relative) plan.parts = 1;
   forward_plan forward = plan_forward(p);
   // An output of 16 bits is not exact enough for the gradient of a wider mask.
-  int exact = p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype);
+  int exact = (p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype)) ||
+              (p->grad_relative && dtype_size(sums_dtype(p)) > dtype_size(p->dtype));
   plan.pairs = may_use_pairs && forward.pairs && !exact && can_use_pairs_backward(p);
   double scale2 = p->scale * p->scale;
   plan.factor = !plan.pairs ? 2 : p->squared ? 2 * scale2 : 2 / scale2;
@@ -428,6 +431,25 @@ static void add_to_mask(backward_run *run, const row_span *row, int64_t key, int
   }
 }
 
+// How far apart query and key of a problem are, at most, and one more.
+INLINE int64_t reach_of(const ea_problem *p) { return least(p->reach, most(p->rows, p->keys)); }
+
+static void add_to_relative(backward_run *run, const row_span *row, int64_t key, int64_t n, const REAL *bias) {
+  int64_t reach = reach_of(run->p), size = 2 * reach - 1;
+  double *to = run->relative_sums + (row->batch * run->p->heads + row->head) * size + (key - row->place + reach - 1);
+  for (int64_t j = 0; j < n; j++) to[j] += bias[j];
+}
+
+static void add_relative_sums(const backward_run *run) {
+  const ea_problem *p = run->p;
+  int64_t reach = reach_of(p), size = 2 * reach - 1, whole = 2 * p->reach - 1;
+  for (int64_t i = 0; i < p->batch * p->heads; i++) {
+    const double *from = run->relative_sums + i * size;
+    double *to = p->grad_relative + i / p->heads * p->grad_relative_stride + i % p->heads * whole + (p->reach - reach);
+    for (int64_t d = 0; d < size; d++) to[d] += from[d];
+  }
+}
+
 static void write_mask_sums(const ea_problem *p, const double *sums, int64_t numbers) {
   REAL chunk[256];
   for (int64_t start = 0; start < numbers; start += 256) {
@@ -490,7 +512,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
       REAL mean = sum_of(sum) * t.factor;
       if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
     }
-    REAL *bias = p->grad_mask ? room->room : NULL;
+    REAL *bias = p->grad_mask || p->grad_relative ? room->room : NULL;
     row_sums own = share ? row_gradient(columns, w, share, h, &t, bias) : row_gradient(columns, w, NULL, h, &t, bias);
     if (plan->pairs && own.along != own.along) run->left_pairs = 1;
     if (!plan->pairs && (is_bad(room, r + i) || own.along != own.along)) {
@@ -499,7 +521,8 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     if (p->dropout_seeds) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
     sums[index].along += own.along;
     sums[index].share += own.share;
-    if (bias) add_to_mask(run, row, key, columns, bias);
+    if (p->grad_mask) add_to_mask(run, row, key, columns, bias);
+    if (p->grad_relative) add_to_relative(run, row, key, columns, bias);
     factor[i] = t.factor;
   }
 #if HAS_PAIRS
@@ -604,8 +627,8 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
   int64_t keys = key_count(p, b);
   memset(grad_query, 0, (size_t)(head_rows * columns) * sizeof(REAL));
   int64_t groups = p->heads / p->kv_heads, first_head = kv_head * groups, key_step = is_packed(p) ? p->kv_heads : 1;
-  for (int64_t r = 0; r < head_rows; r++) {
-    sums[row_place(p, b, first_head + r / p->rows, r % p->rows)] = (row_sums){0, 0};
+  for (int64_t h = first_head; h < first_head + groups; h++) {
+    for (int64_t r = 0; r < p->rows; r++) sums[row_place(p, b, h, r)] = (row_sums){0, 0};
   }
   for (int64_t block = part; block < plan->key_blocks; block += plan->parts) {
     int64_t key = block * plan->block_keys, n = least(plan->block_keys, p->keys - key), size = dtype_size(p->dtype);
@@ -643,8 +666,8 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
     }
   }
   if (plan->parts > 1) return;
-  for (int64_t r = 0; r < head_rows; r++) {
-    finish_query(run, b, first_head + r / p->rows, r % p->rows, grad_query + r * columns, room->room);
+  for (int64_t h = first_head; h < first_head + groups; h++) {
+    for (int64_t r = 0; r < p->rows; r++, grad_query += columns) finish_query(run, b, h, r, grad_query, room->room);
   }
 }
 
@@ -763,6 +786,9 @@ static int64_t lay_out_runs(backward_job *job, int64_t threads, char *memory) {
     run->partial = take(&a, plan->parts > 1 ? plan->parts * run->query_size * sizeof(REAL) : 0);
     run->mask_sums = take(&a, sum_mask ? mask_numbers(p) * sizeof(double) : 0);
     if (!sum_mask) run->mask_sums = NULL;
+    int64_t distances = p->grad_relative ? p->batch * p->heads * (2 * reach_of(p) - 1) * (int64_t)sizeof(double) : 0;
+    run->relative_sums = take(&a, distances);
+    if (memory) clear(run->relative_sums, distances);
     if (memory && sum_mask) clear(run->mask_sums, mask_numbers(p) * (int64_t)sizeof(double));
   }
   return a.used;
@@ -798,6 +824,9 @@ static int run_backward(const problem_list *list, int may_use_pairs) {
     int done = !runs->unsafe && !runs->left_pairs;
     if (done && runs->plan.parts > 1) share_out(&job, merge_thread, runs->p->batch * runs->p->heads);
     if (done && runs->mask_sums) write_mask_sums(runs->p, runs->mask_sums, mask_numbers(runs->p));
+    for (int64_t i = 0; i < job.count; i++) {
+      if (runs[i].p->grad_relative && !runs[i].unsafe && !runs[i].left_pairs) add_relative_sums(runs + i);
+    }
     release(memory);
     int again = 0;
     for (int64_t i = 0; i < job.count; i++) again |= runs[i].unsafe || runs[i].left_pairs;

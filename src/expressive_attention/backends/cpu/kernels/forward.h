@@ -72,7 +72,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
 // Whether rows that see `seen` need no mask on the n keys from `key` on. (In double, numbers may be infinite:
 // then what lies past the last key in its vector is not 0.)
 INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_t n) {
-  return p->mask_dtype == EA_NONE && !p->slopes && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
+  return p->mask_dtype == EA_NONE && !has_distances(p) && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
 // Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum; then drop some of them.

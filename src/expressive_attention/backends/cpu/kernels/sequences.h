@@ -40,6 +40,8 @@ static ea_problem sequence_of(const ea_problem *p, int64_t i, int64_t row, int64
   own.key_starts = p->key_starts + i;
   if (p->key_lengths) own.key_lengths = p->key_lengths + i;
   if (p->slopes) own.slopes = p->slopes + i * p->slopes_stride;
+  if (p->relative.data) own.relative.data = moved(p->relative.data, i * p->relative.stride[0] * sums_size);
+  if (p->grad_relative) own.grad_relative = p->grad_relative + i * p->grad_relative_stride;
   own.query = from_row(&p->query, p->dtype, row);
   own.key = from_row(&p->key, p->dtype, key);
   own.value = from_row(&p->value, p->dtype, key);
