@@ -40,6 +40,10 @@ def judged_settings(problem: Problem) -> Settings:
     elif slopes is not None:
         rows, columns = torch.arange(length)[:, None], torch.arange(keys)
         bias = (-slopes[-1].double() * (rows - columns).abs())[None, None]
+    if problem.lengths:
+        sequence = torch.arange(len(problem.lengths)).repeat_interleave(torch.tensor(problem.lengths))
+        bias = torch.zeros(1, 1, length, keys, dtype=torch.float64)
+        bias.masked_fill_(sequence[:, None] != sequence, -torch.inf)
     if problem.dropout_p:
         torch.manual_seed(0)
         query, key, value = problem.inputs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import onnx_runtime as onnx
-from expressive_attention import expressive_attention
+from expressive_attention import expressive_attention, expressive_attention_varlen
 from expressive_attention.backends import AUTOMATIC, BACKENDS
 from expressive_attention.call import Call, Result, Upstream, Visibility
 from problems import Problem
@@ -71,9 +72,25 @@ def ours(backend: str | None, dtype: torch.dtype, device: str = "cpu") -> Implem
 
 def _expressive(backend: str | None) -> Callable[[Problem], Attention]:
     def make(problem: Problem) -> Attention:
+        if problem.lengths:
+            return _packed(problem, backend)
         return _drawn_anew(problem, partial(expressive_attention, **problem.settings(), backend=backend))
 
     return make
+
+
+def _packed(problem: Problem, backend: str | None) -> Attention:
+    starts = torch.tensor([0, *itertools.accumulate(problem.lengths)], dtype=torch.int32, device=problem.device)
+    longest = max(problem.lengths)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = expressive_attention_varlen(
+            q, k, v, starts, starts, longest, longest, causal=problem.causal, backend=backend
+        )
+        return output.transpose(0, 1).unsqueeze(0)
+
+    return attention
 
 
 def _drawn_anew(problem: Problem, attention: Attention) -> Attention:
@@ -89,6 +106,8 @@ def _drawn_anew(problem: Problem, attention: Attention) -> Attention:
 
 
 def _sdpa(problem: Problem) -> Attention:
+    if problem.lengths:
+        return partial(_sdpa_one_by_one, problem)
     settings = {name: x for name, x in problem.settings().items() if name != "alibi_slopes"}
     slopes = problem.slopes()
     if slopes is not None:
@@ -97,6 +116,29 @@ def _sdpa(problem: Problem) -> Attention:
         settings["attn_mask"] = bias.masked_fill(place > place[:, None], -torch.inf) if problem.causal else bias
         settings["is_causal"] = False
     return partial(F.scaled_dot_product_attention, **settings)
+
+
+def _sdpa_one_by_one(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    parts = zip(*(x.split(problem.lengths, 2) for x in (query, key, value)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=problem.causal) for part in parts], 2)
+
+
+def _sdpa_padded(problem: Problem) -> Attention:
+    """SDPA of a batch that is padded to the longest sequence, and its rows without the padding."""
+    longest, lengths = max(problem.lengths), torch.tensor(problem.lengths)
+    place = torch.arange(longest)
+    exists = place < lengths[:, None]
+    mask = (exists[:, None, :] & (place <= place[:, None]))[:, None] if problem.causal else exists[:, None, None]
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        padded = []
+        for x in (query, key, value):
+            batch = x.new_zeros(len(lengths), longest, *x.shape[1:2], x.shape[3])
+            padded.append(batch.masked_scatter(exists[..., None, None], x[0].transpose(0, 1)).transpose(1, 2))
+        output = F.scaled_dot_product_attention(*padded, attn_mask=mask)
+        return output.transpose(1, 2)[exists].transpose(0, 1).unsqueeze(0)
+
+    return attention
 
 
 def _forced(backend: SDPBackend) -> Callable[[Problem], Attention]:
@@ -176,6 +218,7 @@ def _formula(problem: Problem) -> Attention:
 SDPA = Implementation("sdpa", _sdpa, expressive=False)
 RIVALS = (
     SDPA,
+    Implementation("padded", _sdpa_padded, expressive=False, fits=lambda problem: bool(problem.lengths)),
     Implementation("flex", _flex, fits=lambda problem: problem.is_plain),
     Implementation("formula", _formula, fits=lambda problem: problem.is_plain),
     Implementation("onnx", onnx.attention, expressive=False, softmax=True, fits=onnx.fits),

@@ -17,6 +17,7 @@ class Goal:
 
     sdpa: float | None = None
     formula: float | None = None
+    padded: float | None = None
     share: float | None = None
     flash: float | None = None
     cudnn: float | None = None
@@ -32,7 +33,8 @@ class Problem:
     """Query ``(B, H, L, E)``, key and value ``(B, H, S, E)`` of random numbers; S = L unless `keys` says otherwise.
 
     With `backward`, gradients are also computed; with `backward_alone`, only they are timed. Key and value have
-    `kv_heads` heads, if it is given. `bias` is "mask", a float mask ``(1, H, L, S)``, or "alibi".
+    `kv_heads` heads, if it is given. `bias` is "mask", a float mask ``(1, H, L, S)``, or "alibi". With `lengths`, B
+    is 1 and L the sum of these: packed sequences.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Problem:
     dropout_p: float = 0.0
     bias: str = ""
     kv_heads: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         b, h, length, e = self.shape
@@ -63,8 +66,8 @@ class Problem:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has neither dropout nor a bias nor heads in groups."""
-        return not self.dropout_p and not self.bias and self.kv_heads is None
+        """Whether it has neither dropout nor a bias, nor heads in groups, nor packed sequences."""
+        return not self.dropout_p and not self.bias and self.kv_heads is None and not self.lengths
 
     def plain(self) -> Problem:
         """The problem without what makes it another one than a plain problem."""
@@ -103,7 +106,8 @@ class Problem:
         """Floating point operations of the matrix products on visible pairs: two forward, five more backward."""
         b, h, length, e = self.shape
         keys = self.keys or length
-        pairs = sum(min(row + 1, keys) for row in range(length)) if self.causal else length * keys
+        sizes = [(n, n) for n in self.lengths] or [(length, keys)]
+        pairs = sum(sum(min(row + 1, s) for row in range(n)) if self.causal else n * s for n, s in sizes)
         products = 5 if self.backward_alone else 7 if self.backward else 2
         return products * 2 * b * h * pairs * e
 
@@ -168,6 +172,12 @@ def problems(bfloat16_products: bool) -> list[Problem]:
     found.append(Problem("dropout, forward + backward", shape, goal, backward=True, dropout_p=0.1))
     found.append(Problem("ALiBi, forward, causal", shape, Goal(plain=extra), causal=True, bias="alibi"))
     found.append(Problem("float mask of heads, forward", shape, Goal(sdpa=2.0), bias="mask"))
+    lengths = tuple(range(16, 144, 4)) * 2
+    for backward in (False, True):
+        label = f"packed, {'forward + backward' if backward else 'forward'}, causal, 16 to 140 tokens"
+        goal = Goal(sdpa=2.0, padded=2.0)
+        shape = (1, 8, sum(lengths), 64)
+        found.append(Problem(label, shape, goal, causal=True, backward=backward, lengths=lengths))
     for shape in _TINY:
         found.append(Problem("tiny, forward", shape, Goal(sdpa=1.2, formula=1.2)))
         found.append(Problem("tiny, forward + backward", shape, Goal(sdpa=1.2, formula=1.2), backward=True))

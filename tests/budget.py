@@ -107,8 +107,26 @@ class Case:
         do, dn = do.to(self.query.dtype).double(), dn.float().double() * self.through_normalizer
         return do.to(self.query.device), dn.to(self.query.device)
 
-    def visibility_bias(self) -> Tensor:
-        """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined."""
+    def distances(self, b: int) -> Tensor:
+        """How far the keys of a sequence are before each query, ``(L, S)``."""
+        rows, keys, lengths = self.query.shape[2], self.key.shape[2], self.settings.get("key_lengths")
+        place = torch.arange(rows, device=self.query.device)[:, None]
+        if self.settings.get("causal_alignment") == "lower_right":
+            place = place + (keys if lengths is None else int(lengths[b])) - rows
+        return place - torch.arange(keys, device=place.device)
+
+    def by_distance(self, b: int, table: Tensor) -> Tensor:
+        """The biases of a table ``(H | 1, 2 M - 1)`` for the pairs of a sequence, ``(H | 1, L, S)``; 0 beyond it."""
+        index = self.distances(b) + table.shape[-1] // 2
+        return torch.where((index >= 0) & (index < table.shape[-1]), table[:, index.clamp(0, table.shape[-1] - 1)], 0.0)
+
+    def visibility_bias(self, relative: Tensor | None = None) -> Tensor:
+        """The logarithm of what the settings multiply weights by, ``(B, H, L, S)`` in float64, as it is defined.
+
+        Args:
+            relative: Takes the place of the biases by distance.
+        """
+        relative = self.settings.get("relative_bias") if relative is None else relative
         left, right = self.settings.get("window_size", (-1, -1))
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
         decay = self.log_decay
@@ -135,6 +153,9 @@ class Case:
             if slopes is not None:
                 own_slopes = slopes.double() if slopes.ndim == 1 else slopes[b].double()
                 factor[b] -= own_slopes[:, None, None] * (place - key).abs()
+            if relative is not None:
+                table = relative if relative.ndim == 2 else relative[b]
+                factor[b] += self.by_distance(b, table.double())
             factor[b].masked_fill_(hidden, -torch.inf)
         return factor
 
@@ -180,9 +201,13 @@ class Case:
         decay = None if self.log_decay is None else leaf(self.log_decay)
         if decay is not None:
             settings["log_decay"] = decay
-        elif explicit and any(name in settings for name in ("window_size", "key_lengths", "alibi_slopes")):
+        relative = None if settings.get("relative_bias") is None else leaf(settings["relative_bias"])
+        if relative is not None:
+            settings["relative_bias"] = relative
+        named = ("window_size", "key_lengths", "alibi_slopes", "relative_bias")
+        if decay is None and explicit and any(name in settings for name in named):
             settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale", "dropout_p")}
-            whole_mask = self.visibility_bias().to(accumulation_dtype(tensors[0].dtype))
+            whole_mask = self.visibility_bias(relative).to(accumulation_dtype(tensors[0].dtype))
             if mask is not None and mask.is_floating_point():
                 whole_mask = whole_mask + mask
             elif mask is not None:
@@ -191,13 +216,15 @@ class Case:
             output, normalizer = expressive_attention(
                 *tensors, whole_mask, return_normalizer=True, backend=backend, **settings
             )
-        names = [*NAMES, *(name for name, x in (("mask", mask), ("decay", decay)) if x is not None and x.requires_grad)]
-        wanted = [*tensors, *(x for x in (mask, decay) if x is not None and x.requires_grad)]
+        others = {"mask": mask, "decay": decay, "relative": relative}
+        others = {name: x for name, x in others.items() if x is not None and x.requires_grad}
+        names, wanted = [*NAMES, *others], [*tensors, *others.values()]
         do, dn = self.upstream()
         outputs, upstream = [output], [placed(do.to(output.dtype), self.margin)]
         if self.through_normalizer:
             outputs, upstream = [output, normalizer], [*upstream, placed(dn.to(normalizer.dtype), self.margin)]
-        gradients = torch.autograd.grad(outputs, wanted, upstream)
+        # A table in a mask of no sequences is in no graph.
+        gradients = torch.autograd.grad(outputs, wanted, upstream, allow_unused=explicit, materialize_grads=explicit)
         found = (output.detach(), normalizer.detach(), *gradients)
         return {name: x.to("cpu", torch.float64) for name, x in zip(names, found, strict=True)}
 
@@ -226,7 +253,8 @@ class Case:
         factor = (bias - bias_max).clamp(max=0.0).exp()
         # The sum of two biases is rounded.
         dbias = torch.zeros_like(z)
-        if self.settings.get("alibi_slopes") is not None or self.log_decay is not None:
+        distances = [self.settings.get(name) for name in ("alibi_slopes", "relative_bias", "log_decay")]
+        if any(x is not None for x in distances):
             dbias = torch.where(factor == 0, 0.0, bias.abs() + self.visibility_bias().abs() + bias_max.abs())
             dbias = dbias.clamp(max=1e100)  # a judge that overflows refuses every result: 0 * inf
 
@@ -256,6 +284,15 @@ class Case:
             }
             if self.mask is not None:
                 results["mask"] = bias.sum_to_size((1,) * (4 - self.mask.ndim) + tuple(self.mask.shape))
+            table = self.settings.get("relative_bias")
+            if table is not None and bias.numel():
+                sums = bias.new_zeros(bias.shape[1], table.shape[-1])
+                for b, pairs in enumerate(torch.where(self.visible(), bias, 0.0)):
+                    index = (self.distances(b) + table.shape[-1] // 2).clamp(0, table.shape[-1] - 1)
+                    sums.index_add_(1, index.flatten(), pairs.flatten(1))
+                results["relative"] = sums.sum_to_size(table.shape[-2:]) if table.ndim == 2 else sums
+            elif table is not None:
+                results["relative"] = bias.new_zeros(1)
             if self.log_decay is not None:
                 results["decay"] = bias.sum((-2, -1))  # of any part of the keys and of the rows after them
             return {name: float(x.max()) if x.numel() else 0.0 for name, x in results.items()}
@@ -267,7 +304,7 @@ class Case:
     def eps(self, result: str) -> float:
         """The relative size of a rounding of a result; in float64, where the judge itself rounds, of several."""
         dtype = self.query.dtype
-        if result == "normalizer":
+        if result in ("normalizer", "relative"):
             dtype = torch.promote_types(dtype, torch.float32)
         elif result == "mask" and self.mask is not None and self.mask.is_floating_point():
             dtype = self.mask.dtype

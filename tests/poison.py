@@ -76,6 +76,9 @@ class Poison:
             "key": kept_keys.expand(key.shape),
             "value": kept_keys.expand(value.shape),
         }
+        relative = case.settings.get("relative_bias")
+        if relative is not None:  # of which one number is for many pairs
+            selection["relative"] = torch.full(relative.shape, not bool(spoiled.any()))
         if mask is not None:
             selection["mask"] = ~_reduced(visible & ~kept, mask)
         dirty = replace(case, query=query, key=key, value=value, mask=mask, margin=MARGIN, poison=None)

@@ -64,8 +64,16 @@ def problems(draw, largest=40, drops=False, batches=3, kv_heads=3):
     }
     if draw(st.booleans()):
         options |= draw(visibilities(batch, heads, keys))
+    if draw(st.integers(0, 3)) == 0:
+        shape = draw(st.sampled_from([(1,), (heads,), (batch, heads)]))
+        reach = max(length, keys, 1) + draw(st.sampled_from([0, 0, 5]))
+        options["relative_bias"] = torch.randn(*shape, 2 * reach - 1, generator=generator) * draw(
+            st.sampled_from([1, 40])
+        )
     if drops:
         options["dropout_p"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
+    relative = options.get("relative_bias")
+    size_of_bias = 40.0 if relative is not None and relative.numel() and relative.abs().max() > 9 else size_of_bias
     through_normalizer = size_of_bias == 1.0 and draw(st.booleans())  # it overflows with a large bias
     poison = draw(poisons) if draw(st.booleans()) else None
     return Case(query, key, value, mask, options, through_normalizer, poison)

@@ -1,16 +1,20 @@
 """Packed sequences: what each backend makes of them, and what the function refuses."""
 
+import contextlib
+import dataclasses
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from expressive_attention import expressive_attention, expressive_attention_varlen
-from expressive_attention.backends import blockwise
-from expressive_attention.call import Call, Visibility, lower
-from tests.budget import FUSED, ON_CPU
-from tests.packed import packed_problems
+from expressive_attention.backends import blockwise, cpu, dropout
+from expressive_attention.backends.cpu import library
+from expressive_attention.call import Call, Upstream, Visibility, lower
+from tests.budget import FUSED, ON_CPU, Case, drawing, fused, threads_of_torch
+from tests.packed import Packed, packed_problems
 
 LENGTHS = [(4, 6), (0, 3), (7, 7), (5, 0), (1, 9)]  # of queries and of keys
 
@@ -127,6 +131,110 @@ def test_compiles_as_one_graph():
     torch._dynamo.reset()
 
 
+def long_sequences(dtype, **settings):
+    """Blocks of rows and of keys beside short sequences; the second has scores whose squares leave float32's range."""
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for size, rows, keys in ((1, 300, 300), (1e-25, 40, 70), (1, 1, 600), (1, 0, 5), (1, 5, 0), (1, 230, 3)):
+        shapes = ((1, 4, rows, 32), (1, 2, keys, 32), (1, 2, keys, 16))
+        q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        own = {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True}
+        own |= {name: x for name, x in settings.items() if name != "causal"}
+        cases.append(Case(q * size, k, v, None, own, size == 1))
+    return Packed(cases, {"causal": True, **settings}, (2, 3), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_sequences_within_budget(dtype, threads):
+    with threads_of_torch(threads):
+        problem = long_sequences(dtype, window_size=(280, -1), alibi_slopes=torch.tensor([0.01, 0.1, 0.5, 0.0]))
+        problem.cases = [replace(case, through_normalizer=False) for case in problem.cases]
+        problem.check(*FUSED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", library.BUILDS)
+def test_same_bits_for_any_number_of_threads(build, dtype):
+    problem = long_sequences(dtype, dropout_p=0.1)
+    found = []
+    for threads in (1, 2, 3, 2):
+        with threads_of_torch(threads), fused(f"cpu {build}") as backend, drawing():
+            each, _ = problem.results(backend, problem.cases)
+            found.append([x for one in each for x in one.values()])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
+def test_dropout_drops_the_weights_that_sequences_of_their_own_drop(backend):
+    """Seeds are shifted by the first row of each: checked against masks that say what is dropped."""
+    q, k, v = packed(torch.float64)
+    torch.manual_seed(3)
+    seeds = dropout.draw(q)
+    torch.manual_seed(3)
+    with fused(backend) as name:
+        found = expressive_attention_varlen(q, k, v, CU_Q, CU_K, 7, 9, 0.4, causal=True, backend=name)
+    wanted = []
+    for b, (rows, keys) in enumerate(LENGTHS):
+        own = q[CU_Q[b] : CU_Q[b + 1]].transpose(0, 1)[None]
+        own_k, own_v = (x[CU_K[b] : CU_K[b + 1]].transpose(0, 1)[None].repeat_interleave(2, 1) for x in (k, v))
+        seen = Visibility(right=0, lower_right=True)
+        call = Call(own, own_k, own_v, None, seen, 8**-0.5, "expressive", 0.4, seeds + torch.tensor([0, 0, CU_Q[b]]))
+        kept = dropout.kept(call, *map(torch.arange, (1, 4, rows, keys)))
+        z = own @ own_k.mT * 8**-0.5
+        weight = (z * z / (1 + z * z)).tril(keys - rows)
+        share = weight / weight.sum(-1, keepdim=True).clamp(min=1e-300)
+        wanted.append(((share * kept / 0.6) @ own_v)[0].transpose(0, 1))
+    wanted = torch.cat(wanted)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(found)
+    gradients = [torch.autograd.grad(x, (q, k, v), upstream) for x in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_library_is_called_once(monkeypatch):
+    build, calls = library.chosen(), []
+
+    def counting(name):
+        return lambda problem: calls.append(name) or getattr(build, name)(problem)
+
+    counted = dataclasses.replace(build, forward=counting("forward"), backward=counting("backward"))
+    monkeypatch.setattr(library, "chosen", lambda: counted)
+    expressive_attention_varlen(*packed(), CU_Q, CU_K, 7, 9, backend="cpu").sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("starts", [[0, 50, 20, 10**9], [0, -3, 5, 4]])
+def test_starts_that_were_not_checked_reach_no_other_memory(starts):
+    """As under torch.compile, which sees no numbers: they count as the nearest ones that are possible."""
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in packed())
+    wrong = torch.tensor(starts)
+    right = torch.tensor([0, ROWS, ROWS, ROWS] if starts[1] > 0 else [0, 0, 5, 5])
+    results = []
+    for cu in (wrong, right):
+        seen = Visibility(query_starts=cu, key_starts=cu, longest_query=ROWS, longest_key=ROWS)
+        call = Call(q, k[:, :, :ROWS], v[:, :, :ROWS], None, seen, 0.5, "expressive")
+        result = cpu.forward(call)
+        upstream = Upstream(torch.ones_like(result.output), None, False)
+        results.append([*result[:2], *cpu.backward(call, result, upstream)[:3]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "blockwise"])
+def test_opcheck(backend):
+    q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in packed(rest=1))
+    seen = Visibility(
+        right=0, slopes=torch.rand(1, 4), query_starts=CU_Q, key_starts=CU_K, longest_query=7, longest_key=9
+    )
+    arguments = (q, k, v, None, *seen, 0.5, "expressive", 0.0, None, None, None, backend)
+    torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments)
+    with torch.no_grad():
+        output, normalizer, _ = torch.ops.expressive_attention.attention(*arguments)
+    arguments = (*arguments, output, normalizer, torch.randn_like(output), torch.randn_like(normalizer), False, False)
+    torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments)
+
+
 def test_dropout_drops_weights():
     q, k, v = packed()
     torch.manual_seed(0)
@@ -194,7 +302,11 @@ BAD = [
     ({"alibi_slopes": torch.ones(2, 4)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(5, 4\), got \(2, 4\)"),
     ({"alibi_slopes": -torch.ones(4)}, ValueError, "alibi_slopes must be at least 0, got -1.0"),
     ({"alibi_slopes": torch.ones(4).double()}, ValueError, "alibi_slopes must be float32, got torch.float64"),
-    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes must not require a gradient"),
+    (
+        {"alibi_slopes": torch.ones(4, requires_grad=True), "backend": "blockwise"},
+        ValueError,
+        "alibi_slopes must not require a gradient",
+    ),
     ({"backend": "flash"}, ValueError, "backend must be one of"),
     ({"causal_alignment": "left"}, ValueError, "causal_alignment must be one of"),
 ]
@@ -232,6 +344,25 @@ def test_slopes_of_a_model_are_welcome_without_a_gradient():
     with torch.no_grad():
         output = expressive_attention_varlen(*packed(), CU_Q, CU_K, 7, 9, alibi_slopes=slopes)
     torch.testing.assert_close(output, one_by_one(*packed(), alibi_slopes=slopes.detach())[0])
+
+
+@pytest.mark.parametrize("form", ["expressive", "squared"])
+@pytest.mark.parametrize("shape", [(4,), (len(LENGTHS), 4)])
+@pytest.mark.parametrize("backend", [None, *FUSED[1:], "reference"])
+def test_slopes_of_sequences_have_a_gradient(backend, shape, form):
+    slopes = torch.rand(shape, requires_grad=True)
+    arguments = packed(torch.float64, rest=2)
+    seen = {"causal": True, "window_size": (5, -1), "form": form}
+    with fused(backend) if backend else contextlib.nullcontext() as name:
+        results = expressive_attention_varlen(
+            *arguments, CU_Q, CU_K, 7, 9, alibi_slopes=slopes, return_normalizer=True, backend=name, **seen
+        )
+        found = (results[0][:ROWS], results[1][:, :ROWS])
+        wanted = one_by_one(*arguments, alibi_slopes=slopes, **seen)
+        torch.testing.assert_close(found, wanted)
+        upstream = [torch.randn_like(x) for x in wanted]
+        gradients = [torch.autograd.grad(x, (*arguments, slopes), upstream) for x in (found, wanted)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_vmap_is_refused():

@@ -175,6 +175,8 @@ class Call(NamedTuple):
             of the batch; None: none are dropped.
         log_decay: ``(B, Hq | Hkv, S)``, floating, at most 0: the weight of a pair is multiplied by the exponentials of
             those after the key, up to the place of the query; None: by 1. The visibility is causal.
+        relative_bias: ``(B | 1, Hq, 2 M - 1)`` in the accumulation dtype: the weight of a pair is multiplied by the
+            exponential of number ``p_i - j + M - 1``; of packed sequences, B is their number. None: by 1.
     """
 
     query: Tensor
@@ -187,6 +189,7 @@ class Call(NamedTuple):
     dropout_p: float = 0.0
     dropout_seeds: Tensor | None = None
     log_decay: Tensor | None = None
+    relative_bias: Tensor | None = None
 
     def but(self, **members: Any) -> Call:
         """The call with other `members`."""
@@ -222,11 +225,33 @@ class Call(NamedTuple):
         bias = here.unsqueeze(-1) - total.unsqueeze(-2)
         return torch.where(column <= place, bias, 0.0).to(accumulation_dtype(self.query.dtype))
 
+    def distance_bias(self, rows: Tensor | None = None) -> Tensor | None:
+        """The biases by distance as a mask for the queries `rows`, ``(B | 1, Hq, len(rows), S)``; default: for all."""
+        table, starts = self.relative_bias, self.visibility.query_starts
+        if table is None:
+            return None
+        length, keys = self.query.shape[2], self.key.shape[2]
+        rows = torch.arange(length, device=table.device) if rows is None else rows
+        place, column, *_ = self.visibility.places(rows, length, keys)
+        index = (place - column + table.shape[-1] // 2).clamp(0, table.shape[-1] - 1).expand(-1, -1, len(rows), keys)
+        if starts is not None and table.shape[0] > 1:
+            sequence = _local(rows, starts)[0].clamp(max=table.shape[0] - 1)
+            return table[sequence.unsqueeze(1), :, index[0, 0]].permute(2, 0, 1).unsqueeze(0)
+        if index.shape[0] == 1:
+            return table[:, :, index[0, 0]]
+        shape = (index.shape[0], table.shape[1], len(rows) * keys)
+        biases = table.expand(shape[0], -1, -1).gather(-1, index.flatten(2).expand(shape))
+        return biases.unflatten(-1, (len(rows), keys))
+
     @property
     def has_bias(self) -> bool:
-        """Whether weights are multiplied by the exponential of a bias, a float mask or that of slopes."""
+        """Whether weights are multiplied by the exponential of a bias: a float mask, that of slopes or by distance."""
         mask = self.attn_mask
-        return self.visibility.slopes is not None or (mask is not None and mask.dtype != torch.bool)
+        return (
+            self.visibility.slopes is not None
+            or self.relative_bias is not None
+            or (mask is not None and mask.dtype != torch.bool)
+        )
 
 
 class Result(NamedTuple):
@@ -250,17 +275,19 @@ class Upstream(NamedTuple):
         output: The gradient of the output.
         normalizer: The gradient of the normalizer; None: it is 0.
         wants_mask: Whether the gradient of the float mask is asked for.
+        wants_relative: Whether that of biases by distance is.
     """
 
     output: Tensor
     normalizer: Tensor | None
     wants_mask: bool
+    wants_relative: bool = False
 
 
 class Gradients(NamedTuple):
     """The gradients of the tensors of a call.
 
-    `attn_mask` is None if its gradient was not asked for, `log_decay` if the call has none.
+    `attn_mask` and `relative_bias` are None if their gradients were not asked for, `log_decay` if the call has none.
     """
 
     query: Tensor
@@ -268,6 +295,7 @@ class Gradients(NamedTuple):
     value: Tensor
     attn_mask: Tensor | None
     log_decay: Tensor | None = None
+    relative_bias: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -300,11 +328,11 @@ _ALL = Visibility()
 
 def outline(call: Call) -> Call:
     """The call as far as lowering leaves it as it is: what a backend declines here, it declines altogether."""
-    return call if _is_plain(call) else call.but(visibility=_ALL, log_decay=None)
+    return call if _is_plain(call) else call.but(visibility=_ALL, log_decay=None, relative_bias=None)
 
 
 def _is_plain(call: Call) -> bool:
-    return call.log_decay is None and call.visibility.is_diagonal()
+    return call.log_decay is None and call.relative_bias is None and call.visibility.is_diagonal()
 
 
 def reason_to_decline(call: Call, backend: Backend) -> str | None:
@@ -341,34 +369,39 @@ _WHOLE = slice(None)
 def lower(call: Call, backend: Backend) -> list[Part]:
     """The call in parts that the backend takes: what it declines is said in other words.
 
-    Packed sequences become a part each. Other visibilities, and decays, become a mask.
+    Packed sequences become a part each. Other visibilities, decays and biases by distance become a mask.
     """
     if call.visibility.query_starts is None or backend.declines(call) is None:
         return [Part(_WHOLE, _WHOLE, lower_whole(call, backend))]
     return [
-        Part(rows, keys, lower_whole(_sequence(call, rows, keys, visibility), backend))
-        for rows, keys, visibility in call.visibility.sequences()
+        Part(rows, keys, lower_whole(_sequence(call, i, rows, keys, visibility), backend))
+        for i, (rows, keys, visibility) in enumerate(call.visibility.sequences())
     ]
 
 
 def lower_whole(call: Call, backend: Backend) -> Call:
-    """The call in one part: where the backend declines the visibility or decays, a mask says the same."""
+    """The call in one part: where the backend declines visibility, decays or biases, a mask says the same."""
     if _is_plain(call) or backend.declines(call) is None:
         return call
     mask, rest = call.visibility.as_mask(call.attn_mask, call.query, call.key)
-    bias = call.decay_bias()
-    if bias is not None:
-        mask = bias if mask is None else join_masks(mask, bias)
-    return call.but(attn_mask=mask, visibility=rest, log_decay=None)
+    for bias in (call.decay_bias(), call.distance_bias()):
+        if bias is not None:
+            mask = bias if mask is None else join_masks(mask, bias)
+    return call.but(attn_mask=mask, visibility=rest, log_decay=None, relative_bias=None)
 
 
-def _sequence(call: Call, rows: slice, keys: slice, visibility: Visibility) -> Call:
-    """One of the packed sequences alone."""
+def _sequence(call: Call, number: int, rows: slice, keys: slice, visibility: Visibility) -> Call:
+    """One of the packed sequences alone, of that number."""
     query, key, value = call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys]
     seeds = call.dropout_seeds
     if seeds is not None:  # of the row that is the first of the sequence
         seeds = seeds + torch.tensor([0, 0, rows.start], device=seeds.device)
-    return call.but(query=query, key=key, value=value, visibility=visibility, dropout_seeds=seeds)
+    relative = call.relative_bias
+    if relative is not None and relative.shape[0] > 1:
+        relative = relative[number : number + 1]
+    return call.but(
+        query=query, key=key, value=value, visibility=visibility, dropout_seeds=seeds, relative_bias=relative
+    )
 
 
 def forward(backend: Backend, call: Call) -> Result:

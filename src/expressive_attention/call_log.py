@@ -75,6 +75,7 @@ def describe(call: Call) -> str:
         left, right = ("all" if size is None else size for size in (seen.left, seen.right))
         parts.append(f"keys from {left} before to {right} after")
     parts += ["slopes"] * (seen.slopes is not None) + ["decays"] * (call.log_decay is not None)
+    parts += ["biases by distance"] * (call.relative_bias is not None)
     parts += ["key lengths"] * (seen.key_lengths is not None)
     parts += ["packed"] * (seen.query_starts is not None) + [f"dropout {call.dropout_p:g}"] * bool(call.dropout_p)
     return ", ".join(parts) + ("" if call.form == "expressive" else f", {call.form}")

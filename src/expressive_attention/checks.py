@@ -17,6 +17,7 @@ __all__ = [
     "check_lengths",
     "check_log_decay",
     "check_mask",
+    "check_relative",
     "check_settings",
     "check_slopes",
     "check_starts",
@@ -179,6 +180,28 @@ def check_log_decay(log_decay: Tensor, query: Tensor, scores: tuple[int, ...], k
         raise ValueError("log_decay needs is_causal=True: weights decay from a key to the queries after it")
     if _is_readable(log_decay) and log_decay.numel() and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be at most 0, got {float(log_decay.max())}")
+
+
+def check_relative(relative_bias: Tensor, query: Tensor, scores: tuple[int, ...]) -> None:
+    """Biases by distance, for scores of the shape ``(..., Hq, L, S)``."""
+    check_types(relative_bias=relative_bias)
+    check_dense("relative_bias", relative_bias)
+    if relative_bias.dtype not in _DTYPES:
+        raise ValueError(f"relative_bias must be float16, bfloat16, float32 or float64, got {relative_bias.dtype}")
+    if relative_bias.device != query.device:
+        raise ValueError(f"relative_bias must be on the device of query, {query.device}, got {relative_bias.device}")
+    *batch, heads, rows, keys = scores
+    shape, least = tuple(relative_bias.shape), 2 * max(rows, keys, 1) - 1
+    wanted = (*batch, heads)
+    of_heads = shape[:-1]
+    fits = len(of_heads) <= len(wanted) and all(
+        size in (1, want) for size, want in zip(of_heads, wanted[len(wanted) - len(of_heads) :], strict=True)
+    )
+    if not shape or not fits or shape[-1] < least or shape[-1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias must be broadcastable to {wanted} before its last dimension, which is 2 M - 1, odd, for M "
+            f"of at least the {max(rows, keys)} rows or keys, got shape {shape}"
+        )
 
 
 def check_lengths(name: str, lengths: Tensor, query: Tensor, most: int) -> None:

@@ -12,12 +12,13 @@ from torch.overrides import has_torch_function_variadic
 
 from . import call_log, ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout, linear
-from .call import Call, Result, Visibility, lower_whole, outline, reason_to_decline
+from .call import Call, Result, Visibility, accumulation_dtype, lower_whole, outline, reason_to_decline
 from .checks import (
     ALIGNMENTS,
     check_lengths,
     check_log_decay,
     check_mask,
+    check_relative,
     check_settings,
     check_slopes,
     check_tensors,
@@ -27,7 +28,7 @@ from .checks import (
 )
 from .overrides import as_causality, listening, takers, tell
 
-__all__ = ["choose", "expressive_attention", "match_heads", "run"]
+__all__ = ["choose", "expressive_attention", "match_heads", "may_need_gradient", "run", "with_learned_slopes"]
 
 
 # The visibilities of calls without a window are made once: a small call takes not much longer than they do.
@@ -63,6 +64,7 @@ def expressive_attention(
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_normalizer: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -85,6 +87,7 @@ def expressive_attention(
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_normalizer: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -106,6 +109,7 @@ def expressive_attention(
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_normalizer: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -142,13 +146,17 @@ def expressive_attention(
             `is_causal`, none after its place.
         alibi_slopes: ALiBi (Press et al., arXiv 2108.12409): weights are multiplied by ``exp(-slope |p_i - j|)``.
             ``(Hq,)`` or broadcastable to ``(..., Hq)``, float32, at least 0. Where they are learned, and on a GPU with
-            a mask, they are a float mask of L x S.
+            a mask, they are a float mask of L x S, but for the C kernels.
         key_lengths: How many of the keys of each sequence exist, in a cache that is filled in part: broadcastable to
             ``(...)``, int32 or int64, from 0 to S. Then S above is this number.
         log_decay: Decay of each token, as in gated linear attention (arXiv 2312.06635): the weight of key j for query i
             is multiplied by ``exp(sum of log_decay over the keys after j, up to p_i)``. Broadcastable to
             ``(..., Hq, S)``, or of the heads of key, ``(..., Hkv, S)``, floating, at most 0, differentiable, with
             `is_causal`. Except in linear time (form "squared"), it is a float mask of L x S.
+        relative_bias: Bias by distance, as T5 and `nn.RelativeBias` have it: the weight of key j for query i is
+            multiplied by ``exp(relative_bias[..., h, p_i - j + M - 1])``. ``(Hq, 2 M - 1)``, or broadcastable to
+            ``(..., Hq, 2 M - 1)``, with M at least L and S, floating, differentiable. Except in the C kernels, it is a
+            float mask of L x S.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
             ``o = (N1 * o1 + N2 * o2) / (N1 + N2)``.
         backend: Name of the backend; None picks the first that supports the call. One asked for by name is
@@ -168,13 +176,14 @@ def expressive_attention(
         >>> expressive_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 8])
     """
-    if takers or has_torch_function_variadic(query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay):
-        told = listening((query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay))
+    tensors = (query, key, value, attn_mask, alibi_slopes, key_lengths, log_decay, relative_bias)
+    if takers or has_torch_function_variadic(*tensors):
+        told = listening(tensors)
         if told or takers:
             return tell(
                 expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
-                alibi_slopes=alibi_slopes, key_lengths=key_lengths, log_decay=log_decay,
+                alibi_slopes=alibi_slopes, key_lengths=key_lengths, log_decay=log_decay, relative_bias=relative_bias,
                 return_normalizer=return_normalizer, backend=backend,
             )  # fmt: skip
     check_tracing()
@@ -182,8 +191,9 @@ def expressive_attention(
     if torch.jagged in (query.layout, key.layout, value.layout):
         from .nested import nested_attention  # which needs this module
 
-        if log_decay is not None:
-            raise ValueError("log_decay must be None for nested tensors")
+        for name, x in (("log_decay", log_decay), ("relative_bias", relative_bias)):
+            if x is not None:
+                raise ValueError(f"{name} must be None for nested tensors")
 
         return nested_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
@@ -231,8 +241,11 @@ def expressive_attention(
     if log_decay is not None:
         check_log_decay(log_decay, query, (*batch, heads, rows, keys), kv_heads, bool(is_causal))
         call = call.but(log_decay=_fold_decay(log_decay, batch, kv_heads, keys))
-    if visibility.slopes is not None and _may_need_gradient(visibility.slopes):
-        call = _with_learned_slopes(call, backend)
+    if relative_bias is not None:
+        check_relative(relative_bias, query, (*batch, heads, rows, keys))
+        call = call.but(relative_bias=_fold_relative(relative_bias, batch, heads, query.dtype))
+    if visibility.slopes is not None and may_need_gradient(visibility.slopes):
+        call = with_learned_slopes(call, backend)
 
     result = run(call, backend)
     output = result.output
@@ -253,7 +266,7 @@ def run(call: Call, backend: str | None) -> Result:
     chosen = choose(call, backend)
     if call_log.ENABLED and not torch.compiler.is_compiling():
         call_log.log_call(call, chosen, backend)
-    if call.log_decay is not None:
+    if call.log_decay is not None or call.relative_bias is not None:
         call = lower_whole(call, BACKENDS[chosen])  # here, where autograd sees the mask
     if chosen == "reference" and not call.query.is_meta:  # meta tensors carry only shapes: those of the operator
         with torch.autocast(call.query.device.type, enabled=False):
@@ -345,8 +358,17 @@ def _fold_decay(log_decay: Tensor, batch: tuple[int, ...], kv_heads: int, keys: 
     return log_decay.reshape(math.prod(batch), *log_decay.shape[-2:])
 
 
-def _with_learned_slopes(call: Call, backend: str | None) -> Call:
-    """The call with slopes in what has a gradient: decays where these say the same in linear time, or else a mask."""
+def _fold_relative(relative_bias: Tensor, batch: tuple[int, ...], heads: int, dtype: torch.dtype) -> Tensor:
+    """``(..., Hq | 1, 2 M - 1)`` as ``(B | 1, Hq, 2 M - 1)``: of several dimensions of the batch, B."""
+    relative_bias = with_dims(relative_bias, 3).to(accumulation_dtype(dtype))
+    if all(size == 1 for size in relative_bias.shape[:-2]):
+        return relative_bias.reshape(1, *relative_bias.shape[-2:]).expand(-1, heads, -1)
+    size = relative_bias.shape[-1]
+    return relative_bias.expand(*batch, heads, size).reshape(math.prod(batch), heads, size)
+
+
+def with_learned_slopes(call: Call, backend: str | None) -> Call:
+    """The call with slopes in what has a gradient: decays in linear time, in C biases by distance, or else a mask."""
     seen = call.visibility
     slopes, rows, keys = seen.slopes, call.query.shape[2], call.key.shape[2]
     assert slopes is not None
@@ -355,11 +377,21 @@ def _with_learned_slopes(call: Call, backend: str | None) -> Call:
         if call.log_decay is not None:
             log_decay = log_decay + call.log_decay.repeat_interleave(slopes.shape[1] // call.log_decay.shape[1], 1)
         return call.but(visibility=seen.but(slopes=None), log_decay=log_decay)
+    if backend in (None, "cpu") and call.log_decay is None and cpu.declines(outline(call)) is None:
+        if seen.query_starts is not None:
+            rows, keys = min(rows, seen.longest_query), min(keys, seen.longest_key)
+        reach = max(rows, keys, 1)
+        distance = torch.arange(1 - reach, reach, device=slopes.device).abs()
+        relative = (-slopes.unsqueeze(-1) * distance).to(accumulation_dtype(call.query.dtype))
+        if call.relative_bias is not None:
+            more = call.relative_bias.shape[-1] // 2 + 1 - reach
+            relative = call.relative_bias + torch.nn.functional.pad(relative, (more, more))
+        return call.but(visibility=seen.but(slopes=None), relative_bias=relative)
     mask, _ = seen.but(left=None, right=None).as_mask(call.attn_mask, call.query, call.key)
     return call.but(attn_mask=mask, visibility=seen.but(slopes=None))
 
 
-def _may_need_gradient(x: Tensor) -> bool:
+def may_need_gradient(x: Tensor) -> bool:
     """Whether there may be a gradient of x to compute; tensors inside of torch.func and vmap do not tell."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True

@@ -15,7 +15,7 @@ from . import call as calls
 from . import flops, sharding
 from .backends import BACKENDS, reference
 from .call import Call, Result, Upstream, Visibility, accumulation_dtype
-from .schema import ATTENTION, BACKWARD, SEEDS, flatten, flatten_backward, unflatten, unflatten_backward
+from .schema import ATTENTION, BACKWARD, RELATIVE, SEEDS, flatten, flatten_backward, unflatten, unflatten_backward
 
 __all__ = ["attention", "autocast_inputs", "reference_forward"]
 
@@ -23,7 +23,7 @@ __all__ = ["attention", "autocast_inputs", "reference_forward"]
 def attention(call: Call, backend: str) -> Result:
     """The result of a call, by the backend of that name."""
     query, key, value, attn_mask = call[:4]
-    if not _is_eager(query, key, value, attn_mask, call.log_decay):
+    if not _is_eager(query, key, value, attn_mask, call.log_decay, call.relative_bias):
         if not torch.compiler.is_compiling():
             flops.register()
             sharding.register(query, key, value)
@@ -35,6 +35,7 @@ def attention(call: Call, backend: str) -> Result:
         or value.requires_grad
         or (attn_mask is not None and attn_mask.requires_grad)
         or (call.log_decay is not None and call.log_decay.requires_grad)
+        or (call.relative_bias is not None and call.relative_bias.requires_grad)
     ):
         return Result(*_Attention.apply(*call, backend))
     return calls.forward(BACKENDS[backend], call)
@@ -48,7 +49,7 @@ def reference_forward(call: Call) -> Result:
 
 
 def _attention_backward(call: Call, backend: str, result: Result, upstream: Upstream) -> tuple[Tensor | None, ...]:
-    tensors = (*call[:4], call.log_decay, *result[:2], *upstream[:2])
+    tensors = (*call[:4], call.log_decay, call.relative_bias, *result[:2], *upstream[:2])
     if torch.is_grad_enabled() or not _is_eager(*tensors):
         arguments = flatten_backward(call, backend, result, upstream)
         return torch.ops.expressive_attention.attention_backward(*arguments)
@@ -95,12 +96,17 @@ def _no_bias_max(normalizer: Tensor) -> Tensor:
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = unflatten(arguments)
     output, normalizer, bias_max = calls.forward(BACKENDS[backend], call)
+    if call.visibility.query_starts is not None:  # a backend may have them as (T, H, ...) in memory
+        output, normalizer = output.contiguous(), normalizer.contiguous()
+        bias_max = None if bias_max is None else bias_max.contiguous()
     return output, normalizer, _no_bias_max(normalizer) if bias_max is None else bias_max
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend, result, upstream = unflatten_backward(arguments)
     dq, dk, dv, *others = calls.backward(BACKENDS[backend], call, result, upstream)
+    if call.visibility.query_starts is not None:
+        dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, *(dq.new_empty(0) if x is None else x for x in others)
 
 
@@ -124,7 +130,7 @@ def _(*arguments: Any):
 def _(*arguments: Any):
     call, _, _, upstream = unflatten_backward(arguments)
     mask = call.attn_mask if upstream.wants_mask else None
-    found = (*call[:3], mask, call.log_decay)
+    found = (*call[:3], mask, call.log_decay, call.relative_bias if upstream.wants_relative else None)
     return tuple(call.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in found)
 
 
@@ -140,7 +146,9 @@ def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None
     seen = arguments[4]
     # The tensors of the visibility and the seeds, too: then torch says if one of them was changed in place.
     of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts)
-    ctx.save_for_backward(*arguments[:4], output[0], output[1], arguments[9], *of_visibility, arguments[8])
+    ctx.save_for_backward(
+        *arguments[:4], output[0], output[1], arguments[9], *of_visibility, arguments[8], arguments[10]
+    )
     ctx.settings = arguments[4:]
     ctx.set_materialize_grads(False)
 
@@ -148,17 +156,19 @@ def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None
 def _backward(ctx: Any, grad_output: Tensor | None, grad_normalizer: Tensor | None, _: Tensor | None):
     query, key, value, mask, output, normalizer = ctx.saved_tensors[:6]
     *settings, backend = ctx.settings
-    wants_mask = ctx.needs_input_grad[3]
+    needs = ctx.needs_input_grad
+    wants_mask, wants_decay, wants_relative = needs[3], needs[-3], needs[-2]
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    dq, dk, dv, dmask, ddecay = _attention_backward(
+    dq, dk, dv, dmask, ddecay, drelative = _attention_backward(
         Call(query, key, value, mask, *settings),
         backend,
         Result(output, normalizer, None),
-        Upstream(grad_output, grad_normalizer, wants_mask),
+        Upstream(grad_output, grad_normalizer, wants_mask, wants_relative),
     )
-    ddecay = ddecay if ctx.needs_input_grad[-2] else None
-    return dq, dk, dv, dmask if wants_mask else None, *(None,) * (len(ctx.needs_input_grad) - 6), ddecay, None
+    wanted = zip((dmask, ddecay, drelative), (wants_mask, wants_decay, wants_relative), strict=True)
+    dmask, ddecay, drelative = (x if wants else None for x, wants in wanted)
+    return dq, dk, dv, dmask, *(None,) * (len(ctx.needs_input_grad) - 7), ddecay, drelative, None
 
 
 torch.library.register_autograd(ATTENTION, _backward, setup_context=_setup)
@@ -181,26 +191,28 @@ class _Attention(torch.autograd.Function):
 
 def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, _, _, upstream = unflatten_backward(inputs)
-    ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4], call.log_decay)
-    ctx.settings = (call[4:], upstream.wants_mask)
+    ctx.save_for_backward(upstream.output, upstream.normalizer, *call[:4], call.log_decay, call.relative_bias)
+    ctx.settings = (call[4:], upstream.wants_mask, upstream.wants_relative)
     ctx.set_materialize_grads(False)
 
 
 def _backward_twice(ctx: Any, *upstream: Tensor | None):
     """Second derivatives through the reference, whatever backend computed the first: exact, L x S memory."""
-    settings, wants_mask = ctx.settings
-    names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask", "log_decay")
+    settings, wants_mask, wants_relative = ctx.settings
+    names = ("grad_output", "grad_normalizer", "query", "key", "value", "attn_mask", "log_decay", "relative_bias")
     saved = dict(zip(names, ctx.saved_tensors, strict=True))
     with torch.enable_grad():
         leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in saved.items() if x is not None}
         inputs = (leaves["query"], leaves["key"], leaves["value"])
-        call = Call(*inputs, leaves.get("attn_mask"), *settings).but(log_decay=leaves.get("log_decay"))
+        call = Call(*inputs, leaves.get("attn_mask"), *settings)
+        call = call.but(log_decay=leaves.get("log_decay"), relative_bias=leaves.get("relative_bias"))
         output, normalizer, _ = reference_forward(call)
         outputs, grads = [output], [leaves["grad_output"]]
         if "grad_normalizer" in leaves:
             outputs, grads = [output, normalizer], [*grads, leaves["grad_normalizer"]]
         of_mask = leaves["attn_mask"] if wants_mask else None
-        given = zip((*inputs, of_mask, leaves.get("log_decay")), upstream, strict=True)
+        of_relative = leaves["relative_bias"] if wants_relative else None
+        given = zip((*inputs, of_mask, leaves.get("log_decay"), of_relative), upstream, strict=True)
         given = [(x, g) for x, g in given if x is not None]
         first = torch.autograd.grad(outputs, [x for x, _ in given], grads, create_graph=True)
         pairs = [(y, g) for y, (_, g) in zip(first, given, strict=True) if g is not None]
@@ -211,10 +223,10 @@ def _backward_twice(ctx: Any, *upstream: Tensor | None):
     by_name = dict(zip(wanted, second, strict=True))
     none: Any = None
     found: list[Any] = [by_name.get(name) for name in names]
-    do, dn, dq, dk, dv, dmask, ddecay = found
+    do, dn, dq, dk, dv, dmask, ddecay, drelative = found
     nothing = Visibility(*[none] * len(Visibility._fields))
-    gradients = Call(dq, dk, dv, dmask, nothing, none, none, none, log_decay=ddecay)
-    return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none))
+    gradients = Call(dq, dk, dv, dmask, nothing, none, none, none, log_decay=ddecay, relative_bias=drelative)
+    return flatten_backward(gradients, none, Result(none, none, none), Upstream(do, dn, none, none))
 
 
 torch.library.register_autograd(BACKWARD, _backward_twice, setup_context=_setup_twice)
@@ -232,22 +244,33 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any):
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any):
     operator = torch.ops.expressive_attention.attention_backward
     call, _, _, upstream = unflatten_backward(args)
-    mask: Any = call.attn_mask
-    if upstream.wants_mask:
-        # A mask that is shared inside a call has one gradient per call: give every call its own mask.
-        mask = _to_front(mask, in_dims[3], info.batch_size)
+    # A tensor that calls share has a gradient for each of them: give every call its own.
+    shared: dict[int, Tensor] = {}
+    wanted = ((_MASK, call.attn_mask, upstream.wants_mask), (RELATIVE, call.relative_bias, upstream.wants_relative))
+    for i, x, wants in wanted:
+        if wants and x is not None:
+            shared[i] = _to_front(x, in_dims[i], info.batch_size)
+    if shared:
         batch = call.query.shape[0 if in_dims[0] is None else int(in_dims[0] == 0)]
-        args = (*args[:3], mask.expand(-1, batch, -1, -1, -1), *args[4:])
-        in_dims = (*in_dims[:3], 0, *in_dims[4:])
+        args = tuple(
+            shared[i].expand(-1, batch, *shared[i].shape[2:]) if i in shared else x for i, x in enumerate(args)
+        )
+        in_dims = tuple(0 if i in shared else dim for i, dim in enumerate(in_dims))
     folded, size = _fold(info.batch_size, in_dims, args)
-    *gradients, dmask, ddecay = operator(*folded)
+    *gradients, dmask, ddecay, drelative = operator(*folded)
     gradients = _unfold(gradients, info.batch_size, size)
     has_decay = call.log_decay is not None
     if has_decay:
         (ddecay,) = _unfold([ddecay], info.batch_size, size)
-    if upstream.wants_mask:
-        dmask = dmask.unflatten(0, (info.batch_size, size)).sum_to_size(mask.shape)
-    return (*gradients, dmask, ddecay), (0, 0, 0, 0 if upstream.wants_mask else None, 0 if has_decay else None)
+    dmask, drelative = (
+        x.unflatten(0, (info.batch_size, size)).sum_to_size(shared[i].shape) if i in shared else x
+        for i, x in ((_MASK, dmask), (RELATIVE, drelative))
+    )
+    dims = (0 if _MASK in shared else None, 0 if has_decay else None, 0 if RELATIVE in shared else None)
+    return (*gradients, dmask, ddecay, drelative), (0, 0, 0, *dims)
+
+
+_MASK = Call._fields.index("attn_mask")  # among the arguments of the operators
 
 
 def _to_front(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -265,7 +288,7 @@ def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[l
         if i == SEEDS:  # of which each is for as many sequences of the batch as before
             folded[i] = x.flatten(0, 1)
             continue
-        # Only a mask and slopes can have a batch dimension of one beside others: they are broadcast.
+        # A mask, slopes and biases by distance alone can have a batch dimension of one beside others, to be broadcast.
         folded[i] = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
     return folded, batch
 

@@ -15,6 +15,7 @@ from .call import Call, Result, Upstream, Visibility
 __all__ = [
     "ATTENTION",
     "BACKWARD",
+    "RELATIVE",
     "SEEDS",
     "Backward",
     "flatten",
@@ -31,20 +32,22 @@ _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "SymInt? left, SymInt? right, bool lower_right, Tensor? slopes, Tensor? key_lengths, Tensor? query_starts, "
     "Tensor? key_starts, SymInt longest_query, SymInt longest_key, float scale, str form, float dropout_p, "
-    "Tensor? dropout_seeds, Tensor? log_decay, str backend"
+    "Tensor? dropout_seeds, Tensor? log_decay, Tensor? relative_bias, str backend"
 )
 _INPUTS = Call._fields.index("visibility")
 _SETTINGS = _INPUTS + len(Visibility._fields)
 SEEDS = _SETTINGS + 3  # the place of the seeds of dropout
-_SIZE = SEEDS + 3
+RELATIVE = SEEDS + 2  # that of biases by distance
+_SIZE = SEEDS + 4
 
 torch.library.define(ATTENTION, f"({_CALL}) -> (Tensor output, Tensor normalizer, Tensor bias_max)")
-# The last results are the gradients of the mask, without elements where `wants_mask` is false, and of the log decays,
-# without elements where there are none.
+# The last results are the gradients of the mask and of the biases by distance, without elements where they are not
+# wanted, and between them that of the log decays, without elements where there are none.
 torch.library.define(
     BACKWARD,
-    f"({_CALL}, Tensor output, Tensor normalizer, Tensor grad_output, Tensor? grad_normalizer, bool wants_mask) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_log_decay)",
+    f"({_CALL}, Tensor output, Tensor normalizer, Tensor grad_output, Tensor? grad_normalizer, bool wants_mask, "
+    "bool wants_relative) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, "
+    "Tensor grad_log_decay, Tensor grad_relative_bias)",
 )
 
 

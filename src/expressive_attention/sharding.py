@@ -54,7 +54,7 @@ def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
 
 
 def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-    """Placements of (dq, dk, dv, dmask, dlog_decay) for those of the arguments."""
+    """Placements of (dq, dk, dv, dmask, dlog_decay, drelative_bias) for those of the arguments."""
     from torch.distributed.tensor import Partial, Replicate
 
     call, _, _, upstream = unflatten_backward(arguments)
@@ -62,10 +62,13 @@ def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     for way in _ways(call):
         rows = way.query
         # An argument that is whole everywhere, and used for a part, gets a part of its gradient.
-        whole = (way.key, way.attn_mask, way.log_decay)
-        dkeys, dmask, ddecay = (Partial() if x == Replicate() != rows else x for x in whole)
-        results = [rows, dkeys, dkeys, dmask if upstream.wants_mask else Replicate(), ddecay or Replicate()]
-        given = Upstream(rows, None if upstream.normalizer is None else rows, _NOT_A_TENSOR)
+        whole = (way.key, way.attn_mask, way.log_decay, way.relative_bias)
+        dkeys, dmask, ddecay, drelative = (Partial() if x == Replicate() != rows else x for x in whole)
+        drelative = drelative if upstream.wants_relative else Replicate()
+        dmask = dmask if upstream.wants_mask else Replicate()
+        results = [rows, dkeys, dkeys, dmask, ddecay or Replicate(), drelative]
+        no = _NOT_A_TENSOR
+        given = Upstream(rows, None if upstream.normalizer is None else rows, no, no)
         rules.append((results, list(flatten_backward(way, _NOT_A_TENSOR, Result(rows, rows, None), given))))
     return rules
 
@@ -88,7 +91,14 @@ def _ways(call: Call) -> list[Call]:
             members[name] = None if getattr(seen, name) is None else Replicate()
         rows: Any = Replicate() if dim < 0 else Shard(dim)
         seeds = None if call.dropout_seeds is None else Replicate()
-        settings = (_NOT_A_TENSOR, _NOT_A_TENSOR, _NOT_A_TENSOR, seeds, of(call.log_decay, dim))
+        settings = (
+            _NOT_A_TENSOR,
+            _NOT_A_TENSOR,
+            _NOT_A_TENSOR,
+            seeds,
+            of(call.log_decay, dim),
+            of(call.relative_bias, dim),
+        )
         return Call(rows, keys, keys, of(call.attn_mask, dim), Visibility(**members), *settings)
 
     ways = [way(-1, Replicate())]

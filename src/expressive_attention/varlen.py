@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from .backends import cpu
 from .call import Call, Visibility, accumulation_dtype
 from .checks import (
     check_dense,
@@ -21,7 +22,16 @@ from .checks import (
     check_types,
     check_window,
 )
-from .functional import cast_for_autocast, expressive_attention, normalizer_of, run, with_window
+from .functional import (
+    cast_for_autocast,
+    choose,
+    expressive_attention,
+    may_need_gradient,
+    normalizer_of,
+    run,
+    with_learned_slopes,
+    with_window,
+)
 from .overrides import listening, takers, tell
 
 __all__ = ["expressive_attention_varlen"]
@@ -119,15 +129,15 @@ def expressive_attention_varlen(
         causal: Query i sees the keys ``j <= p_i``.
         window_size: ``(left, right)``: query i sees the keys ``p_i - left <= j <= p_i + right``; -1 is no limit.
         alibi_slopes: Weights are multiplied by ``exp(-slope |p_i - j|)``: ``(Hq,)`` or ``(B, Hq)``, float32, at least
-            0, without a gradient.
+            0. They have a gradient on the backends `cpu` and `reference`, without `log_decay`.
         seqused_k: The first keys of each sequence that exist, ``(B,)`` of int32 or int64; S above is then this number.
         log_decay: Decay of each token, as in `expressive_attention`: ``(U, Hq)`` or ``(U, Hkv)``, floating, at most 0,
             differentiable, with `causal`. Sequences then run one after the other, and starts are read by the host.
         causal_alignment: ``"lower_right"``, or ``"upper_left"`` for ``p_i = i``.
         form: ``"expressive"`` or ``"squared"``.
         return_normalizer: Also return N.
-        backend: Name of the backend; None picks the first that supports the call. `triton` takes all sequences at
-            once; the other ones run them one after the other, `reference` as one with a mask of T x U.
+        backend: Name of the backend; None picks the first that supports the call. `cpu` and `triton` take all sequences
+            at once; the other ones run them one after the other, `reference` as one with a mask of T x U.
 
     Returns:
         Output ``(T, Hq, Ev)``, contiguous, in the dtype of q. With `return_normalizer` also N ``(Hq, T)`` in float32
@@ -192,8 +202,6 @@ def expressive_attention_varlen(
             raise ValueError(
                 f"alibi_slopes must have shape {(heads,)} or {(batch, heads)}, got {tuple(alibi_slopes.shape)}"
             )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes must not require a gradient: there is none for packed sequences")
         alibi_slopes = alibi_slopes.reshape(-1, heads)
     visibility = visibility.but(
         slopes=alibi_slopes, key_lengths=seqused_k, query_starts=cu_seqlens_q, key_starts=cu_seqlens_k,
@@ -213,9 +221,26 @@ def expressive_attention_varlen(
         return (output, normalizer) if return_normalizer else output
     scale = 1.0 / math.sqrt(width) if softmax_scale is None else float(softmax_scale)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    result = run(Call(query, key, value, None, visibility, scale, form, dropout_p), backend)
+    call = Call(query, key, value, None, visibility, scale, form, dropout_p)
+    if alibi_slopes is not None and may_need_gradient(alibi_slopes):
+        call = _with_learned_slopes(call, backend)
+    result = run(call, backend)
     output = result.output.squeeze(0).transpose(0, 1).contiguous()
     return (output, normalizer_of(result).squeeze(0)) if return_normalizer else output
+
+
+def _with_learned_slopes(call: Call, backend: str | None) -> Call:
+    """The call with slopes in what has a gradient."""
+    chosen = choose(call, backend)
+    if chosen == "reference":  # plain torch, of which autograd sees all
+        return call
+    if backend is None and cpu.declines(call) is None:
+        chosen = "cpu"
+    if chosen != "cpu":
+        raise ValueError(
+            f"alibi_slopes must not require a gradient: backend {chosen!r} has none of them for packed sequences"
+        )
+    return with_learned_slopes(call, chosen)
 
 
 def _one_by_one(

@@ -27,9 +27,9 @@ static ea_tensor tensor(const float *data, int64_t heads, int64_t rows, int64_t 
   return (ea_tensor){data, {heads * rows * columns, rows * columns, columns, 1}};
 }
 
-// A bias (rows, keys) for all heads, with its gradient, where `biased`.
+// A bias (rows, keys) for all heads, with its gradient, where `biased`. With `packed`, four sequences share rows and keys.
 static void run(const char *build, int64_t threads, int64_t b, int64_t heads, int64_t kv_heads, int64_t rows,
-                int64_t keys, int64_t width, int causal, int biased, int repeats) {
+                int64_t keys, int64_t width, int causal, int biased, int packed, int repeats) {
   int64_t queries = b * heads * rows, all_keys = b * kv_heads * keys;
   float *numbers[13] = {drawn(queries * width), drawn(all_keys * width), drawn(all_keys * width), drawn(rows * keys),
                         drawn(queries * width), drawn(queries), drawn(queries), drawn(queries * width),
@@ -64,6 +64,8 @@ static void run(const char *build, int64_t threads, int64_t b, int64_t heads, in
     p.grad_mask = numbers[11];
     memcpy(p.mask_size, (int64_t[]){1, 1, rows, keys}, sizeof p.mask_size);
   }
+  int64_t starts[] = {0, rows / 3, rows / 2, rows / 2, rows - 1}, key_starts[] = {0, keys / 2, keys / 2, keys / 2 + 1, keys - 2};
+  if (packed) p.sequences = 4, p.query_starts = starts, p.key_starts = key_starts;
   for (int i = 0; i < repeats; i++) {
     if (((kernel *)ea_forward(build))(&p) || ((kernel *)ea_backward(build))(&p)) abort();
   }
@@ -78,17 +80,18 @@ int main(int count, char **arguments) {
   ea_set_openmp(NULL);
   if (count > 8) {
     for (int i = 0; i < 6; i++) n[i] = atoll(arguments[i + 3]);
-    run(arguments[2], threads, n[0], n[1], n[1], n[2], n[2], n[3], (int)n[4], 0, (int)n[5]);
+    run(arguments[2], threads, n[0], n[1], n[1], n[2], n[2], n[3], (int)n[4], 0, 0, (int)n[5]);
     return 0;
   }
   for (int i = 0; ea_build_name(i); i++) {
     const char *build = ea_build_name(i);
     if (count > 2 && strcmp(arguments[2], build)) continue;
     for (int causal = 0; causal < 2; causal++) {
-      run(build, threads, 2, 4, 2, 300, 300, 33, causal, 0, 2);  // several heads
-      run(build, threads, 1, 1, 1, 500, 900, 32, causal, 0, 2);  // one head, whose keys are dealt out
-      run(build, threads, 2, 4, 4, 130, 600, 32, causal, 1, 2);  // a bias whose gradient all heads share
-      run(build, threads, 1, 2, 1, 1, 9000, 64, causal, 0, 2);   // decoding, over parts of the keys
+      run(build, threads, 2, 4, 2, 300, 300, 33, causal, 0, 0, 2);  // several heads
+      run(build, threads, 1, 1, 1, 500, 900, 32, causal, 0, 0, 2);  // one head, whose keys are dealt out
+      run(build, threads, 2, 4, 4, 130, 600, 32, causal, 1, 0, 2);  // a bias whose gradient all heads share
+      run(build, threads, 1, 2, 1, 1, 9000, 64, causal, 0, 0, 2);   // decoding, over parts of the keys
+      run(build, threads, 1, 4, 2, 700, 900, 33, causal, 0, 1, 2);  // packed sequences, one of them without keys
     }
     printf("%s: done\n", build);
   }

@@ -44,6 +44,9 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+PACKED = Visibility(query_starts=torch.tensor([0, 1]), key_starts=torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
@@ -51,7 +54,9 @@ def same(a, b):
         (call_on("cuda"), "on the CPU, not on cuda"),
         (call_on("cpu", dropout_p=0.1), None),
         (call_on("cpu").but(visibility=Visibility(slopes=torch.ones(1, 1))), None),
-        (call_on("cpu").but(visibility=Visibility(query_starts=torch.tensor([0, 1]))), "sequences must be in a batch"),
+        (call_on("cpu").but(visibility=PACKED), None),
+        (call_on("cpu").but(visibility=PACKED, attn_mask=torch.ones(1, 1, 1, 1)), "packed sequences have no mask"),
+        (call_on("cpu").but(log_decay=torch.zeros(1, 1, 1)), "decays must be in a mask"),
     ],
 )
 def test_it_says_why_it_declines(call, reason):
@@ -133,7 +138,7 @@ const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
     [
         (None, False),
         (layout.LAYOUT, True),
-        (layout.LAYOUT.replace("3 ", "2 ", 1), False),
+        ("0 " + layout.LAYOUT.partition(" ")[2], False),
         (layout.LAYOUT.replace("rows:q keys:q", "keys:q rows:q"), False),
         (layout.LAYOUT.replace("scale:d", "scale:q"), False),
     ],
@@ -343,6 +348,8 @@ def run(length, dtype):
     keep, bias = torch.rand(length) < 0.9, torch.randn(2, length, 1, dtype=dtype)
     expressive_attention(x, x, x, keep, backend="cpu").sum().backward()
     expressive_attention(x, x, x, bias.requires_grad_(), is_causal=True, backend="cpu").sum().backward()
+    table, slopes = torch.randn(2, 2 * length - 1).requires_grad_(), torch.rand(2).requires_grad_()
+    expressive_attention(x, x, x, relative_bias=table, alibi_slopes=slopes, backend="cpu").sum().backward()
 for dtype in (torch.float32, torch.bfloat16):
     run(64, dtype)
 Path("/proc/self/clear_refs").write_text("5")

@@ -684,11 +684,11 @@ def test_opcheck(name):
         mask = mask.detach().to(DEVICE).requires_grad_(mask.requires_grad)
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, (2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 3)))
     operators = torch.ops.expressive_attention
-    inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, None)
+    inputs = (q, k, v, mask, *visibility, 0.5, form, 0.0, None, None, None)
     torch.library.opcheck(operators.attention.default, (*inputs, "triton"))
     with torch.no_grad():
         output, normalizer, _ = operators.attention(*inputs, "triton")
-    upstream = torch.randn_like(output), torch.randn_like(normalizer), name == "bias"
+    upstream = torch.randn_like(output), torch.randn_like(normalizer), name == "bias", False
     arguments = (*inputs, "triton", output, normalizer, *upstream)
     torch.library.opcheck(operators.attention_backward.default, arguments)
 

@@ -377,6 +377,11 @@ def test_windows_slopes_and_packed_sequences_are_seen():
     torch.testing.assert_close(record.layer("").attention(), weights(bias))
     expected = measures.log_normalizer(q[0] @ k[0].mT * 8**-0.5, "expressive", bias, bias > -torch.inf)
     torch.testing.assert_close(record.layer("").log_normalizer(), expected)
+    table = torch.zeros(2, 17).copy_(-slopes[:, None] * (torch.arange(17) - 8).abs())
+    for same in ({"relative_bias": table}, {"alibi_slopes": slopes.clone().requires_grad_()}):
+        with capture(model) as record:
+            model(q, k, k, window_size=(3, 0), **same)
+        torch.testing.assert_close(record.layer("").attention(), weights(bias))
     packed = Calls(expressive_attention_varlen)
     with capture(packed) as record:
         packed(*(x[0].transpose(0, 1) for x in (q, k, k)), starts, starts, 5, 5, causal=True)

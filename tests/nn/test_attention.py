@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from expressive_attention import expressive_attention
-from expressive_attention.nn import HeadGain, RotaryPositions, SelfAttention, alibi_bias
+from expressive_attention import expressive_attention, functional
+from expressive_attention.nn import HeadGain, KeyValueCache, RotaryPositions, SelfAttention, alibi_bias
+from expressive_attention.nn.mechanisms import attend
 
 
 def by_hand(module, x, attend):
@@ -165,3 +166,26 @@ def test_slopes_are_trained_in_16_bits_as_well(position):
     module(x).sum().backward()
     assert (module.alibi.log_slopes.grad != 0).all()
     torch.testing.assert_close(module.bfloat16()(x.bfloat16()).float(), exact, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("mechanism", ["expressive", "squared"])
+def test_relative_positions_are_a_table_and_no_mask(mechanism, monkeypatch):
+    """Of all queries, and of those that continue a cache."""
+    module = SelfAttention(8, 2, mechanism, position="relative", max_length=7)
+    torch.nn.init.normal_(module.relative.table)
+    x = torch.randn(1, 7, 8)
+    calls = []
+    monkeypatch.setattr(functional, "call_hooks", [calls.append])
+    whole = module(x)
+    assert calls[0].attn_mask is None
+    (found,) = torch.autograd.grad(whole.square().sum(), module.relative.table)
+    masked = module.out(
+        attend(mechanism, *module.heads(x), module.position_bias(x), is_causal=True).transpose(-3, -2).flatten(-2)
+    )
+    torch.testing.assert_close(whole, masked)
+    torch.testing.assert_close(found, torch.autograd.grad(masked.square().sum(), module.relative.table)[0])
+    cache = KeyValueCache(7)
+    parts = [module(part, cache=cache) for part in x.split([3, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    with pytest.raises(ValueError, match="keys must be at most 7, got 8"):
+        module(torch.randn(1, 8, 8))

@@ -47,8 +47,8 @@ def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
     if differentiated_by_func():
         return "torch.func and forward-mode derivatives are not implemented"
-    if call.log_decay is not None:
-        return "decays must be in a mask"
+    if call.log_decay is not None or call.relative_bias is not None:
+        return "decays and biases by distance must be in a mask"
     return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 
@@ -120,7 +120,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         q_i . dq_i = 2 (dN_i N_i - sum_j w_ij f_ij g_ij)        (f_ij in the second term is 0 in the squared form)
     """
     output, normalizer, _ = result
-    do, dn, wants_mask = upstream
+    do, dn, wants_mask, _ = upstream
     spoiled = ~(normalizer.isfinite() | (normalizer == torch.inf)) | ~output.isfinite().all(-1)
     spoiled |= ~do.isfinite().all(-1)
     if dn is not None:

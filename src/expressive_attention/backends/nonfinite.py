@@ -58,7 +58,7 @@ def spoil(result: Result, call: Call) -> None:
 
 def spoil_gradients(gradients: Gradients, spoiled: Tensor, call: Call) -> None:
     """Write NaN to the gradients of all that takes part in the rows `spoiled` ``(B, Hq, L)``."""
-    dq, dk, dv, dmask, _ = gradients
+    dq, dk, dv, dmask, *_ = gradients
     of_keys = torch.zeros((*dq.shape[:2], dk.shape[2]), dtype=torch.bool, device=dq.device)
     of_mask = None if dmask is None else torch.zeros_like(dmask, dtype=torch.int64)
     for rows, _, visible in _visible(call):

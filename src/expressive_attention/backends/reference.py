@@ -43,8 +43,8 @@ _LARGEST_EXCESS = 40.0
 
 def declines(call: Call) -> str | None:
     """The reason why this backend declines the call; None: it does not."""
-    if call.log_decay is not None:
-        return "decays must be in a mask"
+    if call.log_decay is not None or call.relative_bias is not None:
+        return "decays and biases by distance must be in a mask"
     return None if call.visibility.is_diagonal() else "which keys a query sees must be in a mask"
 
 

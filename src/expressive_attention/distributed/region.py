@@ -130,6 +130,8 @@ class ContextParallel(AbstractContextManager["ContextParallel"]):
             )
         if options.pop("key_lengths") is not None:
             raise ValueError("key_lengths are those of ContextParallel in its region, got some in a call")
+        if options.pop("relative_bias") is not None:
+            raise ValueError("relative_bias must be None in a region of ContextParallel; give a float mask")
         options.pop("causal_alignment")  # as many queries as keys
         method = self._method
         if method is None:

@@ -407,6 +407,9 @@ def _masks(call: Call, batch: Tensor, rows: Tensor) -> tuple[Tensor | None, Tens
     own = own[batch] if len(own) > 1 else own
     keep = own if own.dtype == torch.bool else own > -torch.inf
     bias = None if own.dtype == torch.bool else own.float()
+    if (relative := call.distance_bias(rows.to(call.query.device))) is not None:
+        relative = relative[batch] if len(relative) > 1 else relative
+        bias = relative.detach().float() if bias is None else bias + relative.detach()
     if (mask := call.attn_mask) is not None:
         mask = mask[batch] if mask.shape[0] > 1 else mask
         mask = mask[:, :, rows] if mask.shape[2] > 1 else mask

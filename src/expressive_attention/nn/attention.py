@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import expressive_attention
 from ..masks import join_masks
 from .cache import KeyValueCache, SquaredCache
 from .mechanisms import attend, check_mechanism
@@ -142,11 +143,21 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x, past)
         if cache is not None:
             k, v = cache.append(k, v)
-        for bias in (self.position_bias(x, past), self._causal(past, x)):
+        relative = None
+        if self.mechanism in ("expressive", "squared") and isinstance(self.relative, RelativeBias):
+            relative = self.relative.by_distance(k.shape[-2])
+        for bias in (self._position_bias(x, past, relative is None), self._causal(past, x)):
             if bias is not None:
                 attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
         dropout_p = self.dropout_p if self.training else 0.0
-        y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal and past == 0)
+        is_causal = self.is_causal and past == 0
+        if relative is None:
+            y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, is_causal)
+        else:  # queries are the last of all positions
+            y = expressive_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, form=self.mechanism, causal_alignment="lower_right",
+                relative_bias=relative,
+            )  # fmt: skip
         return self.out(y.transpose(-3, -2).flatten(-2))
 
     def new_cache(self, capacity: int) -> KeyValueCache | SquaredCache:
@@ -209,13 +220,16 @@ class SelfAttention(nn.Module):
             x: Input ``(..., L, D)``.
             past: Number of keys before it: S = `past` + L.
         """
+        return self._position_bias(x, past, True)
+
+    def _position_bias(self, x: Tensor, past: int, with_relative: bool) -> Tensor | None:
         queries, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
         keys, is_causal, biases = past + queries, self.is_causal and wide, []
         if "alibi" in position_codes(self.position):
             biases.append(alibi_bias(self.num_heads, queries, keys, x.device, is_causal=is_causal).to(x.dtype))
         if self.alibi is not None:
             biases.append(self.alibi(queries, keys, is_causal=is_causal))
-        if self.relative is not None:
+        if self.relative is not None and with_relative:
             biases.append(self.relative(queries, keys))
         return sum(biases[1:], biases[0]) if biases else None
 

@@ -116,6 +116,7 @@ def attend(
         dropout_p: Probability of dropping a weight.
         is_causal: A query sees its own position and what came before, in addition to the mask.
 
+
     Raises:
         ValueError: There is no mechanism of that name.
     """

@@ -195,6 +195,12 @@ class RelativeBias(nn.Module):
         self.max_length = max_length
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_length - 1))
 
+    def by_distance(self, keys: int) -> Tensor:
+        """`relative_bias` of `expressive_attention` for so many keys, ``(H, 2 T - 1)``; takes the place of the mask."""
+        _check_whole()
+        _check_keys(keys, self.max_length)
+        return self.table
+
     def forward(self, queries: int, keys: int) -> Tensor:
         """Float mask ``(H, L, S)``, queries being the last L of S positions."""
         return self.table[:, distance_index(queries, keys, self.max_length, self.table.device)]
@@ -203,10 +209,14 @@ class RelativeBias(nn.Module):
 def distance_index(queries: int, keys: int, max_length: int, device: torch.device) -> Tensor:
     """Column i - j + T - 1 of a `RelativeBias` for query i, of the last L of S positions, and key j, ``(L, S)``."""
     _check_whole()
-    if keys > max_length:
-        raise ValueError(f"keys must be at most {max_length}, got {keys}")
+    _check_keys(keys, max_length)
     j = torch.arange(keys, device=device)
     return j[keys - queries :].unsqueeze(1) - j + max_length - 1
+
+
+def _check_keys(keys: int, max_length: int) -> None:
+    if keys > max_length:
+        raise ValueError(f"keys must be at most {max_length}, got {keys}")
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

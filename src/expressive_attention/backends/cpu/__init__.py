@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def declines(call: Call) -> str | None:
         return "torch.func and forward-mode derivatives are not implemented"
     if call.log_decay is not None:
         return "decays must be in a mask"
-    if call.visibility.query_starts is not None:
-        return "sequences must be in a batch"
+    if call.visibility.query_starts is not None and call.attn_mask is not None:
+        return "packed sequences have no mask"
     return library.MISSING
 
 
@@ -53,36 +54,47 @@ def warn_of_fallback() -> None:
 
 def forward(call: Call) -> Result:
     """Output, normalizer and largest biases."""
-    query, value = call.query, call.value
+    query, value, starts = call.query, call.value, call.visibility.query_starts
     batch, heads, rows, _ = query.shape
-    shape = (batch, heads, rows)
+    shape = (batch, heads, rows) if starts is None else (rows, heads)
     output = query.new_empty((*shape, value.shape[-1]))
     dtype = query.dtype
     sums = torch.float32 if dtype in _HALVES else dtype
     normalizer = query.new_empty(shape, dtype=sums)
     bias_max = torch.empty_like(normalizer) if call.has_bias else None
-    kept = _integers_and_slopes(call)
+    kept = _numbers(call)
     problem = FORWARD.pack(
-        *_inputs(call, *kept),
+        *_inputs(call, kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0 if bias_max is None else bias_max.data_ptr(),
     )
     _run(library.chosen().forward, problem)
+    if starts is not None:
+        bias_max = None if bias_max is None else _by_head(bias_max)
+        return Result(_by_head(output), _by_head(normalizer), bias_max)
     return Result(output, normalizer, bias_max)
 
 
 def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
-    """Gradients of query, key, value and, if wanted, of the float mask."""
+    """Gradients of query, key, value and, if wanted, of the float mask and of biases by distance."""
     query, key, value, mask = call[:4]
-    grad_output, grad_normalizer, wants_mask = upstream
-    dq, dk, dv = (_empty_like(x) for x in (query, key, value))
+    grad_output, grad_normalizer, wants_mask, wants_relative = upstream
+    is_packed, relative = call.visibility.query_starts is not None, call.relative_bias
+    drelative = None
+    if wants_relative and relative is not None:
+        drelative = torch.zeros(relative.shape, dtype=torch.float64)
     dmask = _empty_like(mask) if wants_mask and mask is not None else None
-    output, normalizer = _contiguous("output", result.output), _contiguous("normalizer", result.normalizer)
+    output, normalizer, dq, dk, dv = result.output, result.normalizer, query, key, value
+    if is_packed:
+        output, normalizer, dq, dk, dv = (_by_row(x) for x in (output, normalizer, dq, dk, dv))
+        grad_normalizer = None if grad_normalizer is None else _by_row(grad_normalizer)
+    dq, dk, dv = (_empty_like(x) for x in (dq, dk, dv))
+    output, normalizer = _contiguous("output", output), _contiguous("normalizer", normalizer)
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
-    kept = _integers_and_slopes(call)
+    kept = _numbers(call)
     problem = BACKWARD.pack(
-        *_inputs(call, *kept),
+        *_inputs(call, kept),
         output.data_ptr(),
         normalizer.data_ptr(),
         0,
@@ -95,9 +107,14 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         0 if dmask is None else dmask.data_ptr(),
         0,
         *((0, 0, 0, 0) if dmask is None else dmask.shape),
+        *((0, 0) if drelative is None else (drelative.data_ptr(), _batch_stride(drelative))),
     )
     _run(library.chosen().backward, problem)
-    return Gradients(dq, dk, dv, dmask)
+    if is_packed:
+        dq, dk, dv = (_by_head(x) for x in (dq, dk, dv))
+    if drelative is not None and relative is not None:
+        drelative = drelative.flip(-1).to(relative.dtype)
+    return Gradients(dq, dk, dv, dmask, None, drelative)
 
 
 # ---- the squared form in linear time ----
@@ -113,9 +130,9 @@ def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
     query, value = call.query, call.value
     output = query.new_empty((*query.shape[:3], value.shape[-1]))
     normalizer = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
-    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     decays = None if decays is None else decays.contiguous()
-    problem = FORWARD.pack(*_inputs(call, *kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
+    problem = FORWARD.pack(*_inputs(call, kept, decays), output.data_ptr(), normalizer.data_ptr(), 0)
     _run(library.chosen().linear, problem)
     return output, normalizer
 
@@ -137,13 +154,13 @@ def linear_backward(
     of_exists = torch.empty_like if call.visibility.key_lengths is None else torch.zeros_like
     dq = _empty_like(query)
     dk, dv = (of_exists(x, memory_format=torch.contiguous_format) for x in (key, value))
-    grad_output, grad_normalizer, _ = upstream
+    grad_output, grad_normalizer, *_ = upstream
     grad_normalizer = None if grad_normalizer is None else _contiguous("grad_normalizer", grad_normalizer)
     decays = None if decays is None else decays.contiguous()
     ddecay = None if decays is None else torch.zeros_like(decays)
-    kept = _integers_and_slopes(call.but(visibility=call.visibility.but(slopes=None)))
+    kept = _numbers(call.but(visibility=call.visibility.but(slopes=None)))
     problem = BACKWARD.pack(
-        *_inputs(call, *kept, decays),
+        *_inputs(call, kept, decays),
         0,
         0,
         0,
@@ -156,6 +173,7 @@ def linear_backward(
         0,
         0 if ddecay is None else ddecay.data_ptr(),
         *(0, 0, 0, 0),
+        *(0, 0),
     )
     _run(library.chosen().linear_backward, problem)
     return dq, dk, dv, ddecay
@@ -165,15 +183,21 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _inputs(
-    call: Call,
-    lengths: Tensor | None,
-    slopes: Tensor | None,
-    seeds: Tensor | None,
-    decays: Tensor | None = None,
-) -> tuple[float, ...]:
+class _Numbers(NamedTuple):
+    """Starts of packed sequences, lengths of keys, slopes, seeds and biases by distance as the library reads them."""
+
+    starts: Tensor | None
+    key_starts: Tensor | None
+    lengths: Tensor | None
+    slopes: Tensor | None
+    seeds: Tensor | None
+    relative: Tensor | None
+
+
+def _inputs(call: Call, kept: _Numbers, decays: Tensor | None = None) -> tuple[float, ...]:
     """The members of ``ea_problem`` from the first to the decays; the caller keeps the tensors beside the call."""
     query, key, value, mask, visibility, scale, form, dropout_p, *_ = call
+    starts, key_starts, lengths, slopes, seeds, relative = kept
     left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
@@ -195,8 +219,10 @@ def _inputs(
         width,
         value_width,
         scale,
+        *((0, 0, 0) if starts is None or key_starts is None else _starts(starts, key_starts)),
         0 if lengths is None else lengths.data_ptr(),
         *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
+        *((*_NOTHING, 0) if relative is None else _by_distance(relative)),
         *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
         _address("query", query),
         *query.stride(),
@@ -233,14 +259,43 @@ def _contiguous(name: str, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _integers_and_slopes(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Lengths of keys, slopes and the seeds of dropout as the library reads them."""
-    lengths, slopes, seeds = call.visibility.key_lengths, call.visibility.slopes, call.dropout_seeds
-    return (
-        None if lengths is None else _contiguous("key_lengths", lengths).to(torch.int64),
-        None if slopes is None else _contiguous("alibi_slopes", slopes),
+def _numbers(call: Call) -> _Numbers:
+    seen, seeds = call.visibility, call.dropout_seeds
+    return _Numbers(
+        None if seen.query_starts is None else _integers("cu_seqlens_q", seen.query_starts),
+        None if seen.key_starts is None else _integers("cu_seqlens_k", seen.key_starts),
+        None if seen.key_lengths is None else _integers("key_lengths", seen.key_lengths),
+        None if seen.slopes is None else _contiguous("alibi_slopes", seen.slopes),
         None if seeds is None else _contiguous("dropout_seeds", seeds),
+        # From keys far before a query to those far after it, as it reads them.
+        None if call.relative_bias is None else call.relative_bias.flip(-1).contiguous(),
     )
+
+
+def _integers(name: str, x: Tensor) -> Tensor:
+    return _contiguous(name, x).to(torch.int64)
+
+
+def _starts(starts: Tensor, key_starts: Tensor) -> tuple[int, int, int]:
+    return starts.shape[0] - 1, starts.data_ptr(), key_starts.data_ptr()
+
+
+def _by_distance(relative: Tensor) -> tuple[int, ...]:
+    return relative.data_ptr(), _batch_stride(relative), relative.shape[2], 0, 1, relative.shape[2] // 2 + 1
+
+
+def _batch_stride(relative: Tensor) -> int:
+    return 0 if relative.shape[0] == 1 else relative.shape[1] * relative.shape[2]
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """``(1, H, T, ...)`` of packed sequences as ``(T, H, ...)``."""
+    return x.squeeze(0).transpose(0, 1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """The reverse of `_by_row`."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _dropout(dropout_p: float, seeds: Tensor, batch: int) -> tuple[float, ...]:

@@ -37,7 +37,7 @@ def declines(call: Call) -> str | None:
     seen = call.visibility
     if call.form != "squared":
         return "it computes form='squared'"
-    if call.attn_mask is not None:
+    if call.attn_mask is not None or call.relative_bias is not None:
         return "masks have no linear form; is_causal, key_lengths, alibi_slopes and log_decay have one"
     if call.dropout_p:
         return "dropout has no linear form"

@@ -225,7 +225,7 @@ def backward(call: Call, decays: Tensor | None, upstream: Upstream) -> tuple[Ten
 
     Rows that float64 does not hold have NaN for the gradient of their query, and give nothing to those of keys.
     """
-    do, dn, _ = upstream
+    do, dn, *_ = upstream
     if call.visibility.key_lengths is not None:
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call[:3])
         dc = None if decays is None else torch.zeros_like(decays)

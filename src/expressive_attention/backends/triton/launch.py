@@ -124,7 +124,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     """Gradients of query, key, value and, if wanted, of the float mask."""
     query, key, value, attn_mask = call[:4]
     form, (output, normalizer, _) = call.form, result
-    grad_output, grad_normalizer, wants_mask = upstream
+    grad_output, grad_normalizer, wants_mask, _ = upstream
     # In packed tensors there are rows of no sequence.
     new = torch.empty if call.visibility.query_starts is None else torch.zeros
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))

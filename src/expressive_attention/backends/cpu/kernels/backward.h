@@ -49,7 +49,7 @@ typedef struct {
   REAL along, share;
 } row_sums;
 
-// Numbers of all rows (B, Hq, L).
+// Numbers of all rows, as `row_place` has them.
 typedef struct {
   REAL *normalizer, *mean, *bias_max;
 } row_numbers;
@@ -58,14 +58,24 @@ typedef struct {
   const ea_problem *p;
   backward_plan plan;
   row_numbers numbers;
-  int64_t room_bytes, query_size;
-  char *rooms;
+  int64_t first_task, query_size;
   REAL *partial;  // gradients of the query, one for each part, where there are several parts
   row_sums *sums;  // of all rows, for each part
   double *mask_sums;  // the gradient of the mask, where several terms add up to one element
-  ea_queue queue;
+  double *relative_sums;  // that of biases by distance, of each head
   _Atomic int unsafe, left_pairs;  // in need of double arithmetic, of no pairs
 } backward_run;
+
+// All problems of a call.
+typedef struct {
+  backward_run *runs;
+  int64_t count, threads;
+  double work;
+  int64_t room_bytes;
+  char *rooms;
+  int numbers;  // are computed, not yet the gradients
+  ea_queue queue;
+} backward_job;
 
 static int64_t greatest_common_divisor(int64_t a, int64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
@@ -82,10 +92,12 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   plan.mask_heads = shared && p->mask_size[1] == 1 ? 1 : p->kv_heads;
   int64_t units = plan.mask_batches * plan.mask_heads;
   plan.parts = least(p->threads / greatest_common_divisor(units, p->threads), plan.key_blocks);
-  if (shared && p->mask_size[3] == 1) plan.parts = 1;  // all keys add to the same elements
+  // All keys add to the same elements.
+  if ((shared && p->mask_size[3] == 1) || p->grad_relative) plan.parts = 1;
   forward_plan forward = plan_forward(p);
   // An output of 16 bits is not exact enough for the gradient of a wider mask.
-  int exact = p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype);
+  int exact = (p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype)) ||
+              (p->grad_relative && dtype_size(sums_dtype(p)) > dtype_size(p->dtype));
   plan.pairs = may_use_pairs && forward.pairs && !exact && can_use_pairs_backward(p);
   double scale2 = p->scale * p->scale;
   plan.factor = !plan.pairs ? 2 : p->squared ? 2 * scale2 : 2 / scale2;
@@ -93,7 +105,7 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   // double, those of float may have lost what counts.
   plan.recompute = exact || forward.few_rows || forward.pairs != plan.pairs || (REAL_IS_DOUBLE && p->dtype != REAL_DTYPE);
   plan.keeps_shares = has_bias(p) && !p->squared;
-  plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1;
+  plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1 && !is_packed(p);
   return plan;
 }
 
@@ -419,6 +431,25 @@ static void add_to_mask(backward_run *run, const row_span *row, int64_t key, int
   }
 }
 
+// How far apart query and key of a problem are, at most, and one more.
+INLINE int64_t reach_of(const ea_problem *p) { return least(p->reach, most(p->rows, p->keys)); }
+
+static void add_to_relative(backward_run *run, const row_span *row, int64_t key, int64_t n, const REAL *bias) {
+  int64_t reach = reach_of(run->p), size = 2 * reach - 1;
+  double *to = run->relative_sums + (row->batch * run->p->heads + row->head) * size + (key - row->place + reach - 1);
+  for (int64_t j = 0; j < n; j++) to[j] += bias[j];
+}
+
+static void add_relative_sums(const backward_run *run) {
+  const ea_problem *p = run->p;
+  int64_t reach = reach_of(p), size = 2 * reach - 1, whole = 2 * p->reach - 1;
+  for (int64_t i = 0; i < p->batch * p->heads; i++) {
+    const double *from = run->relative_sums + i * size;
+    double *to = p->grad_relative + i / p->heads * p->grad_relative_stride + i % p->heads * whole + (p->reach - reach);
+    for (int64_t d = 0; d < size; d++) to[d] += from[d];
+  }
+}
+
 static void write_mask_sums(const ea_problem *p, const double *sums, int64_t numbers) {
   REAL chunk[256];
   for (int64_t start = 0; start < numbers; start += 256) {
@@ -481,7 +512,7 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
       REAL mean = sum_of(sum) * t.factor;
       if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
     }
-    REAL *bias = p->grad_mask ? room->room : NULL;
+    REAL *bias = p->grad_mask || p->grad_relative ? room->room : NULL;
     row_sums own = share ? row_gradient(columns, w, share, h, &t, bias) : row_gradient(columns, w, NULL, h, &t, bias);
     if (plan->pairs && own.along != own.along) run->left_pairs = 1;
     if (!plan->pairs && (is_bad(room, r + i) || own.along != own.along)) {
@@ -490,7 +521,8 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     if (p->dropout_seeds) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
     sums[index].along += own.along;
     sums[index].share += own.share;
-    if (bias) add_to_mask(run, row, key, columns, bias);
+    if (p->grad_mask) add_to_mask(run, row, key, columns, bias);
+    if (p->grad_relative) add_to_relative(run, row, key, columns, bias);
     factor[i] = t.factor;
   }
 #if HAS_PAIRS
@@ -560,10 +592,10 @@ static void set_along(REAL *dq, REAL *query, int64_t n, REAL along, const void *
   for (int64_t e = 0; e < n; e++) dq[e] += more * query[e];
 }
 
-// Add `dq` of the parts of row `index` up in the first, put in its part along q, and write it. `query` is room for q.
-static void finish_query(const backward_run *run, int64_t index, REAL *dq, REAL *query) {
+// Add `dq` of the parts of a row up in the first, put in its part along q, and write it. `query` is room for q.
+static void finish_query(const backward_run *run, int64_t b, int64_t head, int64_t row, REAL *dq, REAL *query) {
   const ea_problem *p = run->p;
-  int64_t rows = p->batch * p->heads * p->rows;
+  int64_t rows = p->batch * p->heads * p->rows, index = row_place(p, b, head, row);
   row_sums sums = run->sums[index];
   for (int64_t part = 1; part < run->plan.parts; part++) {
     for (int64_t c = 0; c < p->width; c++) dq[c] += dq[part * run->query_size + c];
@@ -571,14 +603,12 @@ static void finish_query(const backward_run *run, int64_t index, REAL *dq, REAL 
     sums.share += run->sums[part * rows + index].share;
   }
   if (run->plan.pairs) scale_row(dq, p->width, (REAL)run->plan.factor);
-  int64_t head = index / p->rows;
   REAL normalizer = run->numbers.normalizer[index];
   // Where f is near 1, it is the other way that cancels.
   if (p->squared ? normalizer != 0 : sums.share < normalizer / 2) {
     REAL grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0;
     REAL along = 2 * (grad_normalizer * normalizer - (p->squared ? 0 : sums.along));
-    set_along(dq, query, p->width, along, row_of(&p->query, p->dtype, head / p->heads, head % p->heads, index % p->rows),
-              p->dtype, p->query.stride[3]);
+    set_along(dq, query, p->width, along, row_of(&p->query, p->dtype, b, head, row), p->dtype, p->query.stride[3]);
   }
   if (run->plan.in_place) return;
   write_row((char *)p->grad_query + index * p->width * dtype_size(p->dtype), p->dtype, dq, p->width);
@@ -596,12 +626,19 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
   row_sums *sums = run->sums + part * p->batch * p->heads * p->rows;
   int64_t keys = key_count(p, b);
   memset(grad_query, 0, (size_t)(head_rows * columns) * sizeof(REAL));
-  clear(sums + first_row, head_rows * (int64_t)sizeof(row_sums));
+  int64_t groups = p->heads / p->kv_heads, first_head = kv_head * groups, key_step = is_packed(p) ? p->kv_heads : 1;
+  for (int64_t h = first_head; h < first_head + groups; h++) {
+    for (int64_t r = 0; r < p->rows; r++) sums[row_place(p, b, h, r)] = (row_sums){0, 0};
+  }
   for (int64_t block = part; block < plan->key_blocks; block += plan->parts) {
     int64_t key = block * plan->block_keys, n = least(plan->block_keys, p->keys - key), size = dtype_size(p->dtype);
-    int64_t at = (b * p->kv_heads + kv_head) * p->keys + key, exist = most(0, least(n, keys - key));
-    clear((char *)p->grad_key + (at + exist) * p->width * size, (n - exist) * p->width * size);
-    clear((char *)p->grad_value + (at + exist) * p->value_width * size, (n - exist) * p->value_width * size);
+    int64_t exist = most(0, least(n, keys - key));
+    char *to_keys = (char *)p->grad_key + key_place(p, b, kv_head, key) * p->width * size;
+    char *to_values = (char *)p->grad_value + key_place(p, b, kv_head, key) * p->value_width * size;
+    for (int64_t j = exist; j < n; j++) {
+      clear(to_keys + j * key_step * p->width * size, p->width * size);
+      clear(to_values + j * key_step * p->value_width * size, p->value_width * size);
+    }
     if ((n = exist) == 0) continue;
     pack_key_block(p, plan, room, b, kv_head, key, n);
     pack_key_rows(p, plan, room, b, kv_head, key, n);
@@ -623,13 +660,15 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
     }
     scale_row(room->grad_key, n * columns, (REAL)plan->factor);
     for (int64_t j = 0; j < n; j++) {
-      write_row((char *)p->grad_key + (at + j) * p->width * size, p->dtype, room->grad_key + j * columns, p->width);
-      write_row((char *)p->grad_value + (at + j) * p->value_width * size, p->dtype,
-                room->grad_value + j * plan->value_columns, p->value_width);
+      write_row(to_keys + j * key_step * p->width * size, p->dtype, room->grad_key + j * columns, p->width);
+      write_row(to_values + j * key_step * p->value_width * size, p->dtype, room->grad_value + j * plan->value_columns,
+                p->value_width);
     }
   }
   if (plan->parts > 1) return;
-  for (int64_t r = 0; r < head_rows; r++) finish_query(run, first_row + r, grad_query + r * columns, room->room);
+  for (int64_t h = first_head; h < first_head + groups; h++) {
+    for (int64_t r = 0; r < p->rows; r++, grad_query += columns) finish_query(run, b, h, r, grad_query, room->room);
+  }
 }
 
 // All key heads that share elements of the gradient of the mask, one after the other.
@@ -644,95 +683,167 @@ static void backward_task(backward_run *run, backward_room *room, int64_t task) 
   }
 }
 
+// The problem of a task, of which those of a thread rise.
+static backward_run *run_of(const backward_job *job, backward_run *run, int64_t task) {
+  while (run < job->runs + job->count - 1 && run[1].first_task <= task) run++;
+  return run;
+}
+
 static void backward_thread(void *context, int64_t thread) {
-  backward_run *run = context;
+  backward_job *job = context;
+  backward_run *run = NULL;
   backward_room room;
-  lay_out_backward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
-    for (; task < end; task++) backward_task(run, &room, task);
-  }
-}
-
-static void numbers_thread(void *context, int64_t thread) {
-  backward_run *run = context;
-  backward_room room;
-  lay_out_backward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
-    for (; task < end; task++) numbers_task(run, &room, task);
-  }
-}
-
-static void merge_thread(void *context, int64_t thread) {
-  (void)thread;
-  backward_run *run = context;
-  const ea_problem *p = run->p;
-  for (int64_t head, end; ea_take(&run->queue, &head, &end);) {
-    for (int64_t r = head * p->rows; r < end * p->rows; r++) {
-      REAL *sum = run->partial + r * run->plan.columns;
-      finish_query(run, r, sum, sum + run->query_size);  // once it is added, the second part is free
+  for (int64_t task, end; ea_take(&job->queue, &task, &end);) {
+    for (; task < end; task++) {
+      backward_run *own = run_of(job, run ? run : job->runs, task);
+      if (own != run) lay_out_backward(own->p, &own->plan, job->rooms + thread * job->room_bytes, &room);
+      run = own;
+      (job->numbers ? numbers_task : backward_task)(run, &room, task - run->first_task);
     }
   }
 }
 
-static void share_out(backward_run *run, void (*thread)(void *, int64_t), int64_t tasks) {
-  int64_t threads = useful_threads(run->p, tasks);
-  run->queue = queue_of(run->p, tasks, threads);
-  ea_parallel(thread, run, threads);
+// Of a problem alone.
+static void merge_thread(void *context, int64_t thread) {
+  (void)thread;
+  backward_job *job = context;
+  const backward_run *run = job->runs;
+  const ea_problem *p = run->p;
+  for (int64_t head, end; ea_take(&job->queue, &head, &end);) {
+    for (int64_t r = head * p->rows; r < end * p->rows; r++) {
+      REAL *sum = run->partial + r * run->plan.columns;
+      // Once it is added, the second part is free.
+      finish_query(run, r / p->rows / p->heads, r / p->rows % p->heads, r % p->rows, sum, sum + run->query_size);
+    }
+  }
 }
 
-static int backward_in_double(const ea_problem *p);
+static int64_t numbers_tasks(const backward_run *run) { return run->p->batch * run->p->kv_heads * run->plan.row_blocks; }
 
-static int backward_once(const ea_problem *p, int may_use_pairs) {
-  int64_t rows = p->batch * p->heads * p->rows, mask_numbers = 1;
-  for (int i = 0; i < 4; i++) mask_numbers *= p->mask_size[i];
-  if (p->grad_mask) clear(p->grad_mask, mask_numbers * dtype_size(p->mask_dtype));
-  if (rows == 0 || p->keys == 0) {
-    clear(p->grad_query, rows * p->width * dtype_size(p->dtype));
-    int64_t keys = p->batch * p->kv_heads * p->keys * dtype_size(p->dtype);
-    clear(p->grad_key, keys * p->width);
-    clear(p->grad_value, keys * p->value_width);
-    return EA_OK;
-  }
-  backward_run run = {.p = p, .plan = plan_backward(p, may_use_pairs)};
-  const backward_plan *plan = &run.plan;
-  run.query_size = rows * plan->columns;
-  backward_room room;
-  run.room_bytes = lay_out_backward(p, plan, NULL, &room);
-  int64_t tasks = plan->mask_batches * plan->mask_heads * plan->parts;
-  int sum_mask = p->grad_mask && mask_numbers < rows * p->keys;
-  arena a = {NULL, 0};
-  void *memory = NULL;
-  // Twice: first to count.
-  for (int i = 0; i < 2; i++) {
-    if (i == 1 && !(memory = allocate(a.used))) return EA_NO_MEMORY;
-    a = (arena){memory, 0};
-    run.rooms = take(&a, most(1, least(p->threads, most(tasks, p->batch * p->kv_heads * plan->row_blocks))) * run.room_bytes);
-    run.numbers.normalizer = take(&a, rows * sizeof(REAL));
-    run.numbers.mean = take(&a, rows * sizeof(REAL));
-    run.numbers.bias_max = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
-    run.sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
-    run.partial = take(&a, plan->parts > 1 ? plan->parts * run.query_size * sizeof(REAL) : 0);
-    run.mask_sums = take(&a, sum_mask ? mask_numbers * sizeof(double) : 0);
-  }
-  if (sum_mask) {
-    clear(run.mask_sums, mask_numbers * (int64_t)sizeof(double));
-  } else {
-    run.mask_sums = NULL;
-  }
-  share_out(&run, numbers_thread, p->batch * p->kv_heads * plan->row_blocks);
-  if (run.unsafe) {
-    release(memory);
-    return backward_in_double(p);
-  }
-  share_out(&run, backward_thread, tasks);
-  if (run.left_pairs) {
-    release(memory);
-    return backward_once(p, 0);
-  }
-  if (plan->parts > 1) share_out(&run, merge_thread, p->batch * p->heads);
-  if (sum_mask) write_mask_sums(p, run.mask_sums, mask_numbers);
-  release(memory);
-  return EA_OK;
+static int64_t gradient_tasks(const backward_run *run) {
+  return run->plan.mask_batches * run->plan.mask_heads * run->plan.parts;
 }
 
-static int run_backward(const ea_problem *p) { return backward_once(p, 1); }
+static void share_out(backward_job *job, void (*thread)(void *, int64_t), int64_t tasks) {
+  int64_t threads = useful_threads(job->threads, job->work, tasks);
+  job->queue = queue_of(job->work, tasks, threads);
+  ea_parallel(thread, job, threads);
+}
+
+// The numbers of all problems, or the gradients of those that need no double arithmetic.
+static void share_out_all(backward_job *job, int numbers) {
+  int64_t tasks = 0;
+  job->numbers = numbers;
+  for (backward_run *run = job->runs; run < job->runs + job->count; run++) {
+    run->first_task = tasks;
+    tasks += numbers ? numbers_tasks(run) : run->unsafe ? 0 : gradient_tasks(run);
+  }
+  if (tasks) share_out(job, backward_thread, tasks);
+}
+
+static int64_t mask_numbers(const ea_problem *p) {
+  return p->mask_size[0] * p->mask_size[1] * p->mask_size[2] * p->mask_size[3];
+}
+
+static int backward_in_double(const problem_list *list);
+static int run_backward(const problem_list *list, int may_use_pairs);
+
+// Once more those problems that are in need of double arithmetic, or of no pairs.
+static int repeat_some(const backward_job *job, int in_double) {
+  ea_problem *some = allocate(job->count * (int64_t)sizeof(ea_problem));
+  if (!some) return EA_NO_MEMORY;
+  problem_list list = {some, 0, job->threads};
+  for (int64_t i = 0; i < job->count; i++) {
+    const backward_run *run = job->runs + i;
+    if (in_double ? run->unsafe : !run->unsafe && run->left_pairs) some[list.count++] = *run->p;
+  }
+  int status = list.count == 0 ? EA_OK : in_double ? backward_in_double(&list) : run_backward(&list, 0);
+  release(some);
+  return status;
+}
+
+static void clear_gradients_of_none(const ea_problem *p) {
+  int64_t rows = p->batch * p->heads * p->rows, keys = p->batch * p->kv_heads * p->keys, size = dtype_size(p->dtype);
+  clear(p->grad_query, rows * p->width * size);
+  clear(p->grad_key, keys * p->width * size);
+  clear(p->grad_value, keys * p->value_width * size);
+}
+
+// Lay out what the problems share at `memory`, or only count its bytes.
+static int64_t lay_out_runs(backward_job *job, int64_t threads, char *memory) {
+  arena a = {memory, 0};
+  job->rooms = take(&a, threads * job->room_bytes);
+  for (backward_run *run = job->runs; run < job->runs + job->count; run++) {
+    const ea_problem *p = run->p;
+    const backward_plan *plan = &run->plan;
+    int64_t rows = p->batch * p->heads * p->rows;
+    int sum_mask = p->grad_mask && mask_numbers(p) < rows * p->keys;
+    run->query_size = rows * plan->columns;
+    run->numbers.normalizer = take(&a, rows * sizeof(REAL));
+    run->numbers.mean = take(&a, rows * sizeof(REAL));
+    run->numbers.bias_max = take(&a, has_bias(p) ? rows * sizeof(REAL) : 0);
+    run->sums = take(&a, plan->parts * rows * (int64_t)sizeof(row_sums));
+    run->partial = take(&a, plan->parts > 1 ? plan->parts * run->query_size * sizeof(REAL) : 0);
+    run->mask_sums = take(&a, sum_mask ? mask_numbers(p) * sizeof(double) : 0);
+    if (!sum_mask) run->mask_sums = NULL;
+    int64_t distances = p->grad_relative ? p->batch * p->heads * (2 * reach_of(p) - 1) * (int64_t)sizeof(double) : 0;
+    run->relative_sums = take(&a, distances);
+    if (memory) clear(run->relative_sums, distances);
+    if (memory && sum_mask) clear(run->mask_sums, mask_numbers(p) * (int64_t)sizeof(double));
+  }
+  return a.used;
+}
+
+static int run_backward(const problem_list *list, int may_use_pairs) {
+  backward_run one, *runs = list->count == 1 ? &one : allocate(list->count * (int64_t)sizeof(backward_run));
+  if (!runs) return EA_NO_MEMORY;
+  backward_job job = {.runs = runs, .threads = list->threads};
+  int64_t tasks = 0, more_tasks = 0;
+  for (int64_t i = 0; i < list->count; i++) {
+    const ea_problem *p = list->problem + i;
+    if (p->grad_mask) clear(p->grad_mask, mask_numbers(p) * dtype_size(p->mask_dtype));
+    if (p->batch * p->heads * p->rows == 0 || p->keys == 0) {
+      clear_gradients_of_none(p);
+      continue;
+    }
+    backward_run *run = runs + job.count++;
+    *run = (backward_run){.p = p, .plan = plan_backward(p, may_use_pairs)};
+    backward_room room;
+    job.room_bytes = most(job.room_bytes, lay_out_backward(p, &run->plan, NULL, &room));
+    job.work += operations(p);
+    tasks += numbers_tasks(run);
+    more_tasks += gradient_tasks(run);
+  }
+  int64_t threads = most(1, least(list->threads, most(tasks, more_tasks)));
+  void *memory = job.count ? allocate(lay_out_runs(&job, threads, NULL)) : NULL;
+  int status = memory || !job.count ? EA_OK : EA_NO_MEMORY;
+  if (memory) {
+    lay_out_runs(&job, threads, memory);
+    share_out_all(&job, 1);
+    share_out_all(&job, 0);
+    int done = !runs->unsafe && !runs->left_pairs;
+    if (done && runs->plan.parts > 1) share_out(&job, merge_thread, runs->p->batch * runs->p->heads);
+    if (done && runs->mask_sums) write_mask_sums(runs->p, runs->mask_sums, mask_numbers(runs->p));
+    for (int64_t i = 0; i < job.count; i++) {
+      if (runs[i].p->grad_relative && !runs[i].unsafe && !runs[i].left_pairs) add_relative_sums(runs + i);
+    }
+    release(memory);
+    int again = 0;
+    for (int64_t i = 0; i < job.count; i++) again |= runs[i].unsafe || runs[i].left_pairs;
+    if (again) status = repeat_some(&job, 1);
+    if (again && status == EA_OK) status = repeat_some(&job, 0);
+  }
+  if (runs != &one) release(runs);
+  return status;
+}
+
+#if !REAL_IS_DOUBLE
+// The gradients of rows from `row` and keys from `key` on, which are in no sequence.
+static void clear_gradients(const ea_problem *p, int64_t row, int64_t key) {
+  int64_t size = dtype_size(p->dtype), at = row * p->heads * p->width * size, key_at = key * p->kv_heads * size;
+  int64_t keys = (p->keys - key) * p->kv_heads * size;
+  clear(moved(p->grad_query, at), (p->rows - row) * p->heads * p->width * size);
+  clear(moved(p->grad_key, key_at * p->width), keys * p->width);
+  clear(moved(p->grad_value, key_at * p->value_width), keys * p->value_width);
+}
+#endif

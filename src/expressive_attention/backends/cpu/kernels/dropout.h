@@ -104,7 +104,7 @@ INLINE philox_key key_of(const ea_problem *p, int64_t batch) {
   const int64_t *key = p->dropout_seeds + batch / batches * 3;
   return (philox_key){.seed = {(uint32_t)key[0], (uint32_t)((uint64_t)key[0] >> 32)},
                       .offset = (uint32_t)key[1],
-                      .first_row = (uint32_t)key[2],
+                      .first_row = (uint32_t)(key[2] + (is_packed(p) ? *p->query_starts : 0)),
                       .first_head = batch % batches * p->heads};
 }
 

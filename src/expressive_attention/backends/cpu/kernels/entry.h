@@ -9,8 +9,8 @@ int ENTRY(ea_linear)(const ea_problem *p);
 int ENTRY(ea_linear_backward)(const ea_problem *p);
 
 // In double arithmetic, whatever the dtype.
-int ENTRY(ea_forward_double)(const ea_problem *p);
-int ENTRY(ea_backward_double)(const ea_problem *p);
+int ENTRY(ea_forward_double)(const problem_list *list);
+int ENTRY(ea_backward_double)(const problem_list *list);
 int ENTRY(ea_linear_double)(const ea_problem *p);
 int ENTRY(ea_linear_backward_double)(const ea_problem *p);
 

@@ -13,7 +13,13 @@ static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t i
 }
 
 int ENTRY(ea_forward)(const ea_problem *p) {
-  return p->dtype == EA_FLOAT64 ? ENTRY(ea_forward_double)(p) : run_forward(p);
+  problem_list list;
+  int64_t row, key;
+  if (list_problems(p, &list, &row, &key) != EA_OK) return EA_NO_MEMORY;
+  int status = p->dtype == EA_FLOAT64 ? ENTRY(ea_forward_double)(&list) : run_forward(&list);
+  if (is_packed(p)) clear_output(p, row);
+  release_list(p, &list);
+  return status;
 }
 
 static int linear_in_double(const ea_problem *p, int64_t task) { return ENTRY(ea_linear_state_double)(p, task); }
@@ -30,8 +36,14 @@ int ENTRY(ea_linear_backward)(const ea_problem *p) {
   return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_backward_double)(p) : run_linear_backward(p, 0, -1);
 }
 
-static int backward_in_double(const ea_problem *p) { return ENTRY(ea_backward_double)(p); }
+static int backward_in_double(const problem_list *list) { return ENTRY(ea_backward_double)(list); }
 
 int ENTRY(ea_backward)(const ea_problem *p) {
-  return p->dtype == EA_FLOAT64 ? ENTRY(ea_backward_double)(p) : run_backward(p);
+  problem_list list;
+  int64_t row, key;
+  if (list_problems(p, &list, &row, &key) != EA_OK) return EA_NO_MEMORY;
+  int status = p->dtype == EA_FLOAT64 ? ENTRY(ea_backward_double)(&list) : run_backward(&list, 1);
+  if (is_packed(p)) clear_gradients(p, row, key);
+  release_list(p, &list);
+  return status;
 }

@@ -8,19 +8,19 @@ static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t i
   return one_row(p, b, kv_head, index, &normalizer);
 }
 
-int ENTRY(ea_forward_double)(const ea_problem *p) { return run_forward(p); }
+int ENTRY(ea_forward_double)(const problem_list *list) { return run_forward(list); }
 
 int ENTRY(ea_one_row_double)(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index) {
   REAL normalizer;
   return one_row(p, b, kv_head, index, &normalizer);
 }
 
-static int backward_in_double(const ea_problem *p) {
-  (void)p;
+static int backward_in_double(const problem_list *list) {
+  (void)list;
   return EA_OK;
 }
 
-int ENTRY(ea_backward_double)(const ea_problem *p) { return run_backward(p); }
+int ENTRY(ea_backward_double)(const problem_list *list) { return run_backward(list, 1); }
 
 // There is no wider arithmetic: rows that a state of double does not hold are marked.
 static int linear_in_double(const ea_problem *p, int64_t task) {

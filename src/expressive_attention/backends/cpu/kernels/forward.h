@@ -72,7 +72,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
 // Whether rows that see `seen` need no mask on the n keys from `key` on. (In double, numbers may be infinite:
 // then what lies past the last key in its vector is not 0.)
 INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_t n) {
-  return p->mask_dtype == EA_NONE && !p->slopes && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
+  return p->mask_dtype == EA_NONE && !has_distances(p) && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
 // Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum; then drop some of them.
@@ -195,9 +195,8 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
   }
 }
 
-// Where the numbers of a row are in (B, Hq, L).
 INLINE int64_t index_of(const ea_problem *p, const row_span *row) {
-  return (row->batch * p->heads + row->head) * p->rows + row->query;
+  return row_place(p, row->batch, row->head, row->query);
 }
 
 // Write the results of a row.
@@ -226,12 +225,19 @@ static int finish_row(const ea_problem *p, const row_span *row, REAL *output, RE
 typedef struct {
   const ea_problem *p;
   forward_plan plan;
-  int64_t room_bytes;
-  char *rooms;
+  int64_t first_task;
   REAL *partial;  // output and normalizer of every row of every part, where there are several parts
-  ea_queue queue;
   _Atomic int status;
 } forward_run;
+
+// All problems of a call.
+typedef struct {
+  forward_run *runs;
+  int64_t count;
+  int64_t room_bytes;
+  char *rooms;
+  ea_queue queue;
+} forward_job;
 
 static int rescue_row(const ea_problem *p, int64_t b, int64_t kv_head, int64_t index, REAL normalizer);
 
@@ -272,11 +278,17 @@ static void forward_task(forward_run *run, forward_room *room, int64_t task) {
 }
 
 static void forward_thread(void *context, int64_t thread) {
-  forward_run *run = context;
+  forward_job *job = context;
+  forward_run *run = NULL, *last = job->runs + job->count - 1;
   forward_room room;
-  lay_out_forward(run->p, &run->plan, run->rooms + thread * run->room_bytes, &room);
-  for (int64_t task, end; ea_take(&run->queue, &task, &end);) {
-    for (; task < end; task++) forward_task(run, &room, task);
+  for (int64_t task, end; ea_take(&job->queue, &task, &end);) {
+    for (; task < end; task++) {
+      forward_run *own = run ? run : job->runs;
+      while (own < last && own[1].first_task <= task) own++;  // a thread takes tasks in rising order
+      if (own != run) lay_out_forward(own->p, &own->plan, job->rooms + thread * job->room_bytes, &room);
+      run = own;
+      forward_task(run, &room, task - run->first_task);
+    }
   }
 }
 
@@ -297,25 +309,51 @@ static void merge_parts(forward_run *run, forward_room *room) {
   }
 }
 
-static int run_forward(const ea_problem *p) {
-  if (p->batch * p->heads * p->rows == 0) return EA_OK;
-  forward_run run = {.p = p, .plan = plan_forward(p)};
-  const forward_plan *plan = &run.plan;
-  int64_t all_rows = p->batch * p->heads * p->rows;
-  int64_t tasks = p->batch * p->kv_heads * plan->row_blocks * plan->parts, threads = useful_threads(p, tasks);
-  run.queue = queue_of(p, tasks, threads);
-  forward_room room;
-  run.room_bytes = lay_out_forward(p, plan, NULL, &room);
-  int64_t partial_bytes = plan->parts > 1 ? plan->parts * all_rows * (plan->value_columns + 1) * sizeof(REAL) : 0;
-  void *memory = allocate(threads * run.room_bytes + partial_bytes);
-  if (!memory) return EA_NO_MEMORY;
-  run.rooms = memory;
-  run.partial = (REAL *)(run.rooms + threads * run.room_bytes);
-  ea_parallel(forward_thread, &run, threads);
-  if (plan->parts > 1) {
-    lay_out_forward(p, plan, run.rooms, &room);
-    merge_parts(&run, &room);
+static int run_forward(const problem_list *list) {
+  forward_run one = {0}, *runs = list->count == 1 ? &one : allocate(list->count * (int64_t)sizeof(forward_run));
+  if (!runs) return EA_NO_MEMORY;
+  forward_job job = {.runs = runs};
+  int64_t tasks = 0, partial_bytes = 0;
+  double work = 0;
+  for (int64_t i = 0; i < list->count; i++) {
+    const ea_problem *p = list->problem + i;
+    if (p->batch * p->heads * p->rows == 0) continue;
+    forward_run *run = runs + job.count++;
+    *run = (forward_run){.p = p, .plan = plan_forward(p), .first_task = tasks};
+    tasks += p->batch * p->kv_heads * run->plan.row_blocks * run->plan.parts;
+    work += operations(p);
+    forward_room room;
+    job.room_bytes = most(job.room_bytes, lay_out_forward(p, &run->plan, NULL, &room));
+    if (run->plan.parts > 1) {  // of a problem alone
+      partial_bytes = run->plan.parts * p->batch * p->heads * p->rows * (run->plan.value_columns + 1) * (int64_t)sizeof(REAL);
+    }
   }
-  release(memory);
-  return run.status;
+  int64_t threads = useful_threads(list->threads, work, tasks);
+  job.queue = queue_of(work, tasks, threads);
+  void *memory = job.count ? allocate(threads * job.room_bytes + partial_bytes) : NULL;
+  int status = memory || !job.count ? EA_OK : EA_NO_MEMORY;
+  if (memory) {
+    job.rooms = memory;
+    runs->partial = (REAL *)(job.rooms + threads * job.room_bytes);
+    ea_parallel(forward_thread, &job, threads);
+    if (runs->plan.parts > 1) {
+      forward_room room;
+      lay_out_forward(runs->p, &runs->plan, job.rooms, &room);
+      merge_parts(runs, &room);
+    }
+    for (int64_t i = 0; i < job.count; i++) status = runs[i].status != EA_OK ? runs[i].status : status;
+    release(memory);
+  }
+  if (runs != &one) release(runs);
+  return status;
 }
+
+#if !REAL_IS_DOUBLE
+// Rows from `row` on, which are in no sequence.
+static void clear_output(const ea_problem *p, int64_t row) {
+  int64_t at = row * p->heads, rows = p->rows * p->heads - at, size = dtype_size(p->dtype), sums_size = dtype_size(sums_dtype(p));
+  clear(moved(p->output, at * p->value_width * size), rows * p->value_width * size);
+  clear(moved(p->normalizer, at * sums_size), rows * sums_size);
+  if (has_bias(p)) clear(moved(p->bias_max, at * sums_size), rows * sums_size);
+}
+#endif

@@ -7,6 +7,7 @@
 //
 #include "arena.h"
 #include "convert.h"
+#include "sequences.h"
 #include "entry.h"
 #include "pack.h"
 #include "share.h"

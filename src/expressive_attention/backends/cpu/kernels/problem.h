@@ -15,7 +15,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "3"
+#define EA_VERSION "4"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
@@ -32,9 +32,15 @@ typedef struct {
   M(q, int64_t, batch, ) M(q, int64_t, heads, ) M(q, int64_t, kv_heads, ) M(q, int64_t, rows, )     \
   M(q, int64_t, keys, ) M(q, int64_t, width, ) M(q, int64_t, value_width, )                         \
   M(d, double, scale, )                                                                             \
+  /* Packed sequences: in batch 1, so many of them, where their queries and keys start, and where the last one ends. */ \
+  /* Results lie as (row, head) then, and key_lengths and slopes are of sequences. NULL: there are none. */ \
+  M(q, int64_t, sequences, ) M(q, const int64_t *, query_starts, ) M(q, const int64_t *, key_starts, ) \
   M(q, const int64_t *, key_lengths, ) /* of each batch: how many keys exist, S then; or NULL */    \
   /* ALiBi: weights are multiplied by exp(-slope |p - j|). Slopes of heads, from batch to batch so far apart; or NULL */ \
   M(q, const float *, slopes, ) M(q, int64_t, slopes_stride, )                                      \
+  /* Biases by distance: of key j for a query at place p, number j - p + reach - 1 of a row of (batch or sequence, head), */ \
+  /* float or double as the normalizer; or no data */                                               \
+  M(5q, ea_tensor, relative, ) M(q, int64_t, reach, )                                               \
   /* Dropout, see dropout.h: p 2^24; 1 - p (1 where p = 1); seed, offset and first row of so many batches each, or NULL */ \
   M(q, int64_t, dropout_threshold, ) M(d, double, keep, )                                           \
   M(q, const int64_t *, dropout_seeds, ) M(q, int64_t, dropout_batches, )                            \
@@ -50,7 +56,9 @@ typedef struct {
   M(q, void *, grad_query, ) M(q, void *, grad_key, ) M(q, void *, grad_value, )                    \
   M(q, void *, grad_mask, )       /* or NULL; contiguous, of the dtype of the mask */               \
   M(q, void *, grad_decay, )      /* or NULL; contiguous, of one double for each key of each state */ \
-  M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */
+  M(4q, int64_t, mask_size, [4])  /* of the dimensions of grad_mask: 1 where it is broadcast */     \
+  /* double, to which is added: rows of (head), those of batches or sequences so far apart; or NULL */ \
+  M(q, double *, grad_relative, ) M(q, int64_t, grad_relative_stride, )
 
 #define EA_DECLARE(format, type, name, size) type name size;
 typedef struct {

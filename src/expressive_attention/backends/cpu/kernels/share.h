@@ -10,12 +10,12 @@ static double operations(const ea_problem *p) {
   return 2.0 * p->batch * p->heads * p->rows * p->keys * (p->width + p->value_width);
 }
 
-static int64_t useful_threads(const ea_problem *p, int64_t tasks) {
-  return operations(p) < LEAST_WORK ? 1 : most(1, least(p->threads, tasks));
+static int64_t useful_threads(int64_t threads, double work, int64_t tasks) {
+  return work < LEAST_WORK ? 1 : most(1, least(threads, tasks));
 }
 
-// The queue of `tasks` tasks that together are all work, for so many threads.
-static ea_queue queue_of(const ea_problem *p, int64_t tasks, int64_t threads) {
-  int64_t chunk = (int64_t)(LEAST_CHUNK * (double)tasks / most(1, operations(p)));
+// The queue of `tasks` tasks that together are all `work`, for so many threads.
+static ea_queue queue_of(double work, int64_t tasks, int64_t threads) {
+  int64_t chunk = (int64_t)(LEAST_CHUNK * (double)tasks / (work > 1 ? work : 1));
   return (ea_queue){.count = tasks, .chunk = most(1, least(chunk, tasks / (4 * threads)))};
 }

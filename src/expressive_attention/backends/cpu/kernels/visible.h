@@ -13,7 +13,10 @@ typedef struct {
 INLINE int has_float_mask(const ea_problem *p) { return p->mask_dtype != EA_NONE && p->mask_dtype != EA_BOOL; }
 
 // Whether weights are multiplied by the exponential of something.
-INLINE int has_bias(const ea_problem *p) { return p->slopes || has_float_mask(p); }
+INLINE int has_bias(const ea_problem *p) { return p->slopes || p->relative.data || has_float_mask(p); }
+
+// Whether weights depend on distances.
+INLINE int has_distances(const ea_problem *p) { return p->slopes || p->relative.data; }
 
 // Room for the factors of a row over a block of keys, kept for rows that share them.
 typedef struct {
@@ -21,18 +24,20 @@ typedef struct {
   const void *from;
   REAL bias_max;
   int64_t count;
-  // exp(-slope |d|) for distances d = first, ..., first + size - 1 of keys after a query: those of a row are part of it.
+  // exp(bias - table_max) for distances d = first, ..., first + size - 1 of keys after a query of the head: those of a row
+  // are part of it.
   REAL *table;
   int64_t size, first;
-  REAL slope;
+  int64_t batch, head;
+  REAL table_max;
 } mask_room;
 
 INLINE mask_room empty_mask_room(REAL *factor, REAL *table, int64_t size) {
-  return (mask_room){.factor = factor, .table = table, .size = size, .slope = -1};
+  return (mask_room){.factor = factor, .table = table, .size = size, .head = -1};
 }
 
 static mask_room take_mask_room(const ea_problem *p, arena *a, int64_t rows, int64_t keys) {
-  int64_t size = p->slopes ? round_up(rows + keys, V) : 0;
+  int64_t size = has_distances(p) ? round_up(rows + keys, V) : 0;
   REAL *factor = take(a, keys * (int64_t)sizeof(REAL));
   return empty_mask_room(factor, take(a, size * (int64_t)sizeof(REAL)), size);
 }
@@ -41,6 +46,12 @@ static mask_room take_mask_room(const ea_problem *p, arena *a, int64_t rows, int
 typedef struct {
   REAL largest, least;
 } bias_range;
+
+// The bias by distance of key j for a row.
+INLINE REAL relative_bias(const ea_problem *p, const row_span *row, int64_t j) {
+  if (!p->relative.data) return 0;
+  return read_number(row_of(&p->relative, sums_dtype(p), row->batch, row->head, 0), sums_dtype(p), j - row->place + p->reach - 1);
+}
 
 // The bias of key j, which the row sees but for a bool mask.
 INLINE REAL bias_of(const ea_problem *p, const row_span *row, int64_t j) {
@@ -51,20 +62,29 @@ INLINE REAL bias_of(const ea_problem *p, const row_span *row, int64_t j) {
   } else if (mask && !mask[j * p->mask.stride[3]]) {
     return (REAL)-INFINITY;
   }
-  return bias - row->slope * (REAL)(j > row->place ? j - row->place : row->place - j);
+  return bias + relative_bias(p, row, j) - row->slope * (REAL)(j > row->place ? j - row->place : row->place - j);
 }
 
-// Subtract slope times distance from n numbers, of the keys from `key` on.
-static void subtract_distances(const row_span *row, int64_t key, int64_t n, REAL *x) {
-  for (int64_t j = 0; j < n; j++) {
-    int64_t d = key + j - row->place;
+// Add the biases of n distances of a row, `first` and those that follow, to n numbers. There is none beyond `reach`.
+static void add_distances(const ea_problem *p, const row_span *row, int64_t first, int64_t n, REAL *x) {
+  for (int64_t j = 0; p->slopes && j < n; j++) {
+    int64_t d = first + j;
     x[j] -= row->slope * (REAL)(d < 0 ? -d : d);
+  }
+  if (!p->relative.data) return;
+  const char *row_start = row_of(&p->relative, sums_dtype(p), row->batch, row->head, 0);
+  const char *from = row_start + (first + p->reach - 1) * dtype_size(sums_dtype(p));
+  int64_t begin = most(0, 1 - p->reach - first), end = least(n, p->reach - first);
+  if (sums_dtype(p) == EA_FLOAT32) {
+    for (int64_t j = begin; j < end; j++) x[j] += (REAL)((const float *)from)[j];
+  } else {
+    for (int64_t j = begin; j < end; j++) x[j] += (REAL)((const double *)from)[j];
   }
 }
 
 // Where the biases of a row over n keys from `key` on are, if they can be used in their place.
 INLINE const REAL *biases_in_place(const ea_problem *p, const row_span *row, int64_t key) {
-  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || p->slopes) return NULL;
+  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || has_distances(p)) return NULL;
   return (const REAL *)row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query) + key;
 }
 
@@ -80,17 +100,17 @@ static void read_biases(const ea_problem *p, const row_span *row, int64_t key, i
   } else {
     for (int64_t j = 0; j < n; j++) x[j] = 0;
   }
-  if (p->slopes) subtract_distances(row, key, n, x);
+  if (has_distances(p)) add_distances(p, row, key - row->place, n, x);
 }
 
 static bias_range read_range(const ea_problem *p, const row_span *row, REAL *room, int64_t room_size) {
   int64_t start = row->start, end = row->limit;
-  if (p->mask_dtype == EA_NONE && start < end) {  // distances alone
+  if (p->mask_dtype == EA_NONE && !p->relative.data && start < end) {  // slopes alone
     int64_t nearest = least(most(row->place, start), end - 1);
     REAL first = bias_of(p, row, start), last = bias_of(p, row, end - 1);
     return (bias_range){bias_of(p, row, nearest), first < last ? first : last};
   }
-  if (!p->slopes && p->mask.stride[3] == 0) end = least(end, start + 1);
+  if (!has_distances(p) && p->mask.stride[3] == 0) end = least(end, start + 1);
   vec largest = splat((REAL)-INFINITY), smallest = splat((REAL)INFINITY);
   for (int64_t j = start; j < end; j += room_size) {
     int64_t n = least(room_size, end - j), whole = 0;
@@ -134,7 +154,7 @@ static int has_score(const ea_problem *p, const row_span *row, int64_t j, REAL *
 static REAL bias_max_of(const ea_problem *p, const row_span *row, const bias_range *range, REAL *room) {
   if (range->largest == (REAL)-INFINITY) return 0;
   if (!((double)range->largest - (double)range->least > WIDE_RANGE)) return range->largest;
-  if (p->mask_dtype == EA_NONE && has_score(p, row, least(most(row->place, row->start), row->limit - 1), room)) {
+  if (p->mask_dtype == EA_NONE && !p->relative.data && has_score(p, row, least(most(row->place, row->start), row->limit - 1), room)) {
     return range->largest;
   }
   REAL bias_max = (REAL)-INFINITY;
@@ -175,7 +195,7 @@ static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int6
   for (int64_t r = 0; r < count; r++) {
     const row_span *before = rows + r - 1;
     if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
-        p->slopes || p->mask.stride[2] != 0) {
+        has_distances(p) || p->mask.stride[2] != 0) {
       range = read_range(p, rows + r, room, room_size);
     }
     rows[r].bias_max = bias_max_of(p, rows + r, &range, room);
@@ -210,21 +230,25 @@ INLINE visible_range range_of(const row_span *rows, int64_t count) {
 
 // The factors of the weights of `n` keys from `key`, exp(bias - bias_max).
 static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t key, int64_t n, mask_room *room) {
-  if (!has_float_mask(p) && row->bias_max == 0) {
+  if (!has_float_mask(p) && (p->relative.data || row->bias_max == 0)) {
     int64_t d = key - row->place;
-    if (room->slope != row->slope || d < room->first || d + n > room->first + room->size) {
+    int same = room->head == row->head && room->batch == row->batch && room->table_max == row->bias_max;
+    if (!same || d < room->first || d + n > room->first + room->size) {
       // The rows that follow have smaller distances.
-      room->slope = row->slope;
+      room->head = row->head;
+      room->batch = row->batch;
+      room->table_max = row->bias_max;
       room->first = d + n - room->size;
       for (int64_t i = 0; i < room->size; i++) room->table[i] = 0;
-      row_span origin = {.slope = row->slope};
-      subtract_distances(&origin, room->first, room->size, room->table);
-      exponentials(room->table, room->size);
+      add_distances(p, row, room->first, room->size, room->table);
+      for (int64_t i = 0; i < room->size; i += V) {
+        store(room->table + i, exponential_of_difference(load(room->table + i), row->bias_max));
+      }
     }
     return room->table + (d - room->first);
   }
   const char *from = NULL;
-  if (!p->slopes) {
+  if (!has_distances(p)) {
     from = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
     from += key * p->mask.stride[3] * dtype_size(p->mask_dtype);
     if (room->from == from && room->bias_max == row->bias_max && room->count >= n) return room->factor;
@@ -281,7 +305,7 @@ static void read_seen(const ea_problem *p, const row_span *row, int64_t key, int
   if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = 0; j < n; j++) {
     int64_t at = (key + j) * p->mask.stride[3];
-    seen[j] = key + j >= row->start && key + j < row->limit &&
+    seen[j] = key + j >= row->start && key + j < row->limit && relative_bias(p, row, key + j) != (REAL)-INFINITY &&
               (!mask || (has_float_mask(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
   }
 }
