@@ -154,7 +154,9 @@ static int has_score(const ea_problem *p, const row_span *row, int64_t j, REAL *
 static REAL bias_max_of(const ea_problem *p, const row_span *row, const bias_range *range, REAL *room) {
   if (range->largest == (REAL)-INFINITY) return 0;
   if (!((double)range->largest - (double)range->least > WIDE_RANGE)) return range->largest;
-  if (p->mask_dtype == EA_NONE && !p->relative.data && has_score(p, row, least(most(row->place, row->start), row->limit - 1), room)) {
+  // Where weights fall with distance, the nearest key has it.
+  int64_t nearest = least(most(row->place, row->start), row->limit - 1);
+  if (p->mask_dtype == EA_NONE && bias_of(p, row, nearest) == range->largest && has_score(p, row, nearest, room)) {
     return range->largest;
   }
   REAL bias_max = (REAL)-INFINITY;
