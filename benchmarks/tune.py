@@ -134,7 +134,7 @@ def seconds(function: Callable[[], None]) -> float:
 
 
 def tuned(found: list[Candidate], length: int, heads: int, workers: int, until: float) -> Iterator[dict[str, Any]]:
-    """What each candidate took, until the time is over."""
+    """Seconds of each candidate, as rows of the file, until the time is over."""
     wrong: dict[Candidate, str] = {}
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:

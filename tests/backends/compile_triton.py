@@ -1,14 +1,17 @@
 """Compile the kernels in Triton for a GPU that need not be there, and say what each of them takes there.
 
-    python tests/backends/compile_triton.py CAPABILITY [CASE ...]
+    python tests/backends/compile_triton.py CAPABILITY [CASE ...] [--kernel NAME] [--store]
 
 Prints a line of JSON for each kernel of the cases (default: all): registers and stack of a thread (bytes; what does not
 fit in registers lies there), shared memory of a program (bytes), and instructions: all of them, and those of the
-innermost loop over whole tiles, by kind.
+innermost loop over whole tiles, by kind. With --kernel, one kernel of each case is compiled. With --store, it is the
+main kernels of the plain problems, and their numbers become the limits in `triton_limits.json` for this version of
+Triton.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -68,11 +71,17 @@ def described(kernel: Any, given: dict[str, Any]) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def compile_for(capability: int, report: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
-    """A stand-in for `launch._run`, which compiles what it would launch and reports on it."""
+def compile_for(
+    capability: int, report: Callable[[dict[str, Any]], None], wanted: Callable[[str], bool] = lambda name: True
+) -> Callable[..., None]:
+    """A stand-in for `launch._run`, which compiles the wanted ones of what it would launch, and reports on them."""
     target, done = GPUTarget("cuda", capability, 32), set()
 
     def run(kernel: Any, grid: tuple[int, ...], tile: Any, arguments: dict[str, Any], **more: Any) -> None:
+        again = {**arguments, **more}.get("WIDE") and "wide" not in kernel.fn.__name__
+        name = kernel.fn.__name__ + "_again" * bool(again)
+        if not wanted(name):
+            return
         given = {**arguments, **more, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
         signature, constants, attributes = described(kernel, given)
         key = (kernel.fn.__name__, tuple(tile), str(signature), str(constants))
@@ -81,10 +90,7 @@ def compile_for(capability: int, report: Callable[[dict[str, Any]], None]) -> Ca
         done.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target, {"num_warps": tile.warps, "num_stages": tile.stages})
-        name = kernel.fn.__name__ + ("_again" if given.get("WIDE") and "wide" not in kernel.fn.__name__ else "")
-        report(
-            {"kernel": name, "tile": list(tile), "shared": compiled.metadata.shared, **read(compiled.asm["cubin"])}
-        )
+        report({"kernel": name, "tile": list(tile), "shared": compiled.metadata.shared, **read(compiled.asm["cubin"])})
 
     return run
 
@@ -109,7 +115,7 @@ def read(cubin: bytes) -> dict[str, Any]:
 
 
 def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
-    """Count the instructions of the shortest loop that multiplies tiles: the one whose tiles need no masks."""
+    """Count the instructions of the shortest loop with weights and products: the one whose tiles need no masks."""
     loops = []
     for place, name, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -121,7 +127,8 @@ def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
             continue
         body = [name for place, name, _ in lines if first <= place <= last and name != "NOP"]
         kinds = {kind: sum(name.startswith(starts) for name in body) for kind, starts in KINDS.items()}
-        if kinds["tensor"] or not any(name.startswith(KINDS["tensor"]) for _, name, _ in lines):
+        products = kinds["tensor"] or not any(name.startswith(KINDS["tensor"]) for _, name, _ in lines)
+        if products and kinds["mufu"]:
             counts.append({"all": len(body), **kinds})
     return min(counts, key=lambda count: count["all"], default=None)
 
@@ -152,7 +159,18 @@ MAIN: dict[str, Callable[[], None]] = {
     for width in (64, 128, 256)
 }
 
+
+def with_precision(precision: str) -> None:
+    """Products of float32 that torch allows to be less exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    attend(FP32, 64)
+    torch.set_float32_matmul_precision(before)
+
+
 OTHERS: dict[str, Callable[[], None]] = {
+    "float32, high": lambda: with_precision("high"),
+    "float32, medium": lambda: with_precision("medium"),
     "groups": lambda: attend(BF16, 64),
     "bool mask, squared": lambda: attend(BF16, 128, BIAS > 0, Visibility(), form="squared"),
     "decoding": lambda: attend(BF16, 64, visibility=Visibility(), length=1),
@@ -177,19 +195,64 @@ OTHERS: dict[str, Callable[[], None]] = {
 }
 
 
+LIMITS = Path(__file__).with_name("triton_limits.json")
+
+
+def version() -> str:
+    """The version of Triton that limits are stored for: what it compiles changes from one to the next."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def numbers(row: dict[str, Any]) -> list[int]:
+    """The numbers of a kernel that have limits: registers, stack, shared memory, instructions of the loop."""
+    return [row["registers"], row["stack"], row["shared"], (row["loop"] or {"all": 0})["all"]]
+
+
+def store(capability: str, rows: list[dict[str, Any]]) -> None:
+    """Replace the limits of this version of Triton for a GPU."""
+    table = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    found = {f"{row['case']} {row['kernel']}": numbers(row) for row in rows}
+    table.setdefault(version(), {})[capability] = found
+    text = json.dumps({name: dict(sorted(table[name].items())) for name in sorted(table)}, indent=1)
+    LIMITS.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
+
+
+def is_main(kernel: str) -> bool:
+    """Whether limits are stored for a kernel: it does the work of nearly all rows."""
+    return "wide" not in kernel and "again" not in kernel
+
+
 def main() -> None:
     """Compile the cases that are asked for."""
-    cases = {**MAIN, **OTHERS}
+    cases, rows = {**MAIN, **OTHERS}, []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("capability", type=int)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--kernel", metavar="NAME")
+    parser.add_argument("--store", action="store_true")
+    options = parser.parse_args()
+    if unknown := {*options.cases} - {*cases}:
+        parser.error(f"CASE must be one of {', '.join(cases)}, got {', '.join(sorted(unknown))}")
+    capability = options.capability
+
+    def wanted(name: str) -> bool:
+        return (is_main(name) or not options.store) and options.kernel in (None, name)
+
     case = ""
 
     def report(row: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"case": case, **row}) + "\n")
+        rows.append({"case": case, **row})
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
 
-    launch._run = compile_for(int(sys.argv[1]), report)
+    launch._run = compile_for(capability, report, wanted)
     launch._processors = lambda device: 128  # as many as let decoding split the keys
-    for case in sys.argv[2:] or cases:
+    launch.tuning.capability_of = lambda device: capability
+    launch.tuning.measured = dict  # the defaults, whatever was measured
+    for case in options.cases or (MAIN if options.store else cases):
         cases[case]()
+    if options.store:
+        store(str(capability), rows)
 
 
 if __name__ == "__main__":

@@ -667,6 +667,23 @@ def test_tensors_beyond_32_bits(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("allowed", "precision"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")])
+def test_products_are_as_exact_as_torch_is_told(allowed, precision, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed)
+    found = {}
+    run = launch._run
+
+    def record(kernel, grid, tile, arguments, **more):
+        found.setdefault(arguments["query"].dtype, set()).add({**arguments, **more}["PRECISION"])
+        run(kernel, grid, tile, arguments, **more)
+
+    monkeypatch.setattr(launch, "_run", record)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tensors(dtype, (1, 1, 20, 16))[0].requires_grad_()
+        expressive_attention(x, x, x, backend="triton").float().square().sum().backward()
+    assert found == {torch.float32: {precision}, torch.bfloat16: {"tf32"}}
+
+
 def test_same_bits_twice():
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, *[(2, 2, 40, 8)] * 3, seed=6))
     (bias,) = (x.requires_grad_() for x in tensors(torch.float32, (2, 40, 40), seed=7))

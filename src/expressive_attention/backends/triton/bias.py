@@ -147,7 +147,7 @@ def bias_gradient_kernel(
                 index = (batch * heads + head) * length + position
                 if WIDE:
                     exist, row_exponent = lost_rows(stats, index, exist)
-                _, coefficient, shift, _ = load_stats(stats, index, exist, WIDE)
+                _inverse, coefficient, shift, _dn = load_stats(stats, index, exist, WIDE)
                 bias_max = tl.load(stats + index * 8 + 5 if WIDE else bias_maxima + index, mask=exist, other=0.0)
                 rows = mask_rows(mask, mask_strides, batch, head, position)
                 q = load_rows(

@@ -217,7 +217,7 @@ def _score_and_offset(s, scale, FORM: tl.constexpr):
 
 @triton.jit
 def weight_of(s, scale, FORM: tl.constexpr):
-    """The weight f(z) of a product s of query and key. What is not a number stays so."""
+    """The weight f(z) of a product s of query and key; NaN stays NaN."""
     if FORM == EXPRESSIVE or FORM == RATIO:  # noqa: SIM109, not in Triton
         z, offset = _score_and_offset(s, scale, FORM)
         # Beyond this square, f is 1 to the last bit, and the ratio would end in inf * 0.

@@ -54,8 +54,10 @@ def choose(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Tile
 def _default(kernel: str, dtype: torch.dtype, width: int, roomy: bool) -> Tile:
     if dtype == torch.float32:
         if kernel == "forward":
-            return Tile(64, 32, 8, 2) if width <= 128 else Tile(32, 16, 8, 2)
-        return Tile(32, 32, 4, 2 if width <= 64 else 1) if width <= 128 else Tile(16, 16, 4, 1)
+            return Tile(64, 32, 8, 2) if width <= 64 else Tile(32, 32 if width <= 128 else 16, 8, 2)
+        if width <= 64:
+            return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8, 1) if width <= 128 else Tile(16, 16, 4, 1)
     if width > 128:
         return Tile(64, 32, 4, 2) if kernel == "forward" else Tile(32, 32, 4, 1)
     if kernel == "forward":
