@@ -58,11 +58,15 @@ class Problem:
     def inputs(self) -> list[Tensor]:
         """Query, key and value, the same at every call."""
         b, h, length, e = self.shape
-        generator = torch.Generator().manual_seed(0)
+        generator = self._generator(0)
         kv_heads, keys = self.kv_heads or h, self.keys or length
         sizes = [(b, h, length, e), (b, kv_heads, keys, e), (b, kv_heads, keys, e)]
-        drawn = [torch.randn(size, generator=generator).to(self.device, self.dtype) for size in sizes]
+        drawn = [torch.randn(size, generator=generator, device=self.device).to(self.dtype) for size in sizes]
         return [x.requires_grad_(self.backward) for x in drawn]
+
+    def _generator(self, seed: int) -> torch.Generator:
+        """A generator on the device: a CPU would take longer to draw than a GPU to compute."""
+        return torch.Generator(self.device).manual_seed(seed)
 
     @property
     def is_plain(self) -> bool:
@@ -78,8 +82,8 @@ class Problem:
         if self.bias != "mask":
             return None
         _, h, length, _ = self.shape
-        generator = torch.Generator().manual_seed(2)
-        return torch.randn(1, h, length, self.keys or length, generator=generator).to(self.device, self.dtype)
+        size = (1, h, length, self.keys or length)
+        return torch.randn(size, generator=self._generator(2), device=self.device).to(self.dtype)
 
     def slopes(self) -> Tensor | None:
         """The slopes of ALiBi for each head; None: there are none."""
@@ -93,8 +97,9 @@ class Problem:
 
     def upstream(self) -> Tensor | None:
         """Gradient of the output if there is a backward pass, else None; the same at every call."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.shape, generator=generator).to(self.device, self.dtype) if self.backward else None
+        if not self.backward:
+            return None
+        return torch.randn(self.shape, generator=self._generator(1), device=self.device).to(self.dtype)
 
     def wait(self) -> None:
         """Wait until the device has finished its work."""

@@ -143,7 +143,12 @@ def test_errors_of_long_problems():
     [
         ("large.py", ["--lengths", "1"], "--lengths must be at least 2, got 1"),
         ("large.py", ["--device", "cpu"], "--backend triton does not run here: it runs on GPUs, not on cpu"),
-        ("gpu.py", ["tests", "speed"], "STEP must be one of tests, large, sanitizer, cold, timing, got speed"),
+        ("gpu.py", ["tests", "speed"], "STEP must be one of smoke, tuning, timing, tests, cold, large, sanitizer, got"),
+        ("gpu.py", ["--minutes", "0"], "--minutes must be above 0, got 0"),
+        ("tune.py", ["--dry-run", "--write"], "--write needs what was measured, and --dry-run measures nothing"),
+        ("tune.py", ["--budget", "0"], "--budget must be above 0, got 0"),
+        pytest.param("tune.py", [], "a GPU is needed, and torch finds none", marks=NO_GPU),
+        pytest.param("gpu_steps.py", ["smoke"], "a GPU is needed, and torch finds none", marks=NO_GPU),
         pytest.param("gpu.py", [], "a GPU is needed, and torch finds none", marks=NO_GPU),
         pytest.param("cold_start.py", [], "a GPU is needed, and torch finds none", marks=NO_GPU),
     ],
@@ -153,3 +158,49 @@ def test_wrong_arguments_of_the_scripts_are_named(name, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert not done.stdout
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_dry_run_goes_through_all_steps_for_a_gpu(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = script("gpu.py", "--dry-run", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {row["step"]: row["result"] for row in lines(tmp_path / "steps.jsonl")}
+    needs_gpu = {"cold": "needs a GPU", "sanitizer": "needs a GPU"}
+    assert results == dict.fromkeys(("smoke", "tuning", "timing", "tests", "large"), "passed") | needs_gpu
+    smoke = lines(tmp_path / "smoke.jsonl")
+    assert len(smoke) == 6
+    assert all(0 < row["error"] <= 1 for row in smoke)
+    tuning = lines(tmp_path / "tuning.jsonl")
+    assert {row["kernel"] for row in tuning} == {"forward", "row", "query", "key_value"}
+    assert all(row["seconds"] > 0 for row in tuning)
+    assert json.loads((tmp_path / "tuned.json").read_text()).keys() == {"0"}
+    twins = [row for row in lines(tmp_path / "timing.jsonl") if row["implementation"] == "twin"]
+    assert len(twins) == 8
+    assert all(row["seconds"] / row["own_seconds"] == pytest.approx(row["ratio"]) for row in twins)
+
+
+def test_a_step_that_takes_too_long_is_stopped_and_the_next_ones_are_left_out(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = script("gpu.py", "smoke", "tests", "--dry-run", "--minutes", 0.01, "--out", tmp_path)
+    assert done.returncode == 1
+    first, second = (row["result"] for row in lines(tmp_path / "steps.jsonl"))
+    assert (first, second) == ("stopped: over its budget", "no time left")
+
+
+def test_the_fastest_tile_gets_into_the_table_where_it_is_faster_than_the_default():
+    code = f"""
+import sys
+sys.path.append({str(FOLDER)!r})
+import tune
+def row(tile, seconds, kernel="forward"):
+    return {{"kernel": kernel, "dtype": "bfloat16", "width": 64, "tile": tile, "seconds": seconds}}
+rows = [row("default", 2.0), row((16, 16, 4, 1), 3.0), row((32, 16, 4, 1), 1.0), row((64, 16, 4, 1), None)]
+rows += [row("default", 2.0, "query"), row((16, 16, 4, 1), 3.0, "query")]
+print(tune.table(rows, 90))
+"""
+    done = run_code(code)
+    assert done.stdout.strip() == "{'90': {'forward': {'bfloat16': {'64': [32, 16, 4, 1]}}}}"

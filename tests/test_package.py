@@ -39,6 +39,18 @@ def test_all_names_are_listed_before_they_are_imported():
     assert {*expressive_attention.__all__, "__version__"} <= set(listed)
 
 
+def test_sources_that_are_not_installed_run():
+    code = """
+import importlib.metadata as metadata
+def missing(name):
+    raise metadata.PackageNotFoundError(name)
+metadata.version = missing
+import expressive_attention as package
+print(package.__version__)
+"""
+    assert fresh(code) == "0+unknown\n"
+
+
 def test_an_unknown_name_is_an_error():
     with pytest.raises(AttributeError, match="module 'expressive_attention' has no attribute 'softmax'"):
         expressive_attention.softmax  # noqa: B018

@@ -1,5 +1,6 @@
 """Expressive attention for PyTorch: weights proportional to z^2 / (1 + z^2) of the scaled dot product z."""
 
+from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate", "convert", "expressive_attention", "expressive_attention_varlen", "nn"]
 
-__version__ = _version("expressive-attention")
+try:
+    __version__ = _version("expressive-attention")
+except _NotInstalled:  # sources on the path: they run, without the kernels for the CPU
+    __version__ = "0+unknown"
 
 if not TYPE_CHECKING:
     # The names are imported when they are first asked for (PEP 562), so that `ea --help` starts without torch.

@@ -44,8 +44,8 @@ DTYPES = [torch.float32, *HALVES]
 def tiles(forward, backward):
     """Kernels with tiles of these sizes ``(rows, keys)``, inside of the block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_forward_tile", lambda *problem: Tile(*forward, 4, 1))
-        patch.setattr(launch, "_backward_tile", lambda *problem: Tile(*backward, 4, 1))
+        patch.setattr(launch, "_forward_tile", lambda inputs: Tile(*forward, 4, 1))
+        patch.setattr(launch.tuning, "choose", lambda *problem: Tile(*backward, 4, 1))
         yield
 
 
@@ -212,6 +212,58 @@ def test_decoding_against_a_cache_that_is_filled_in_part(lengths, slopes):
     with split_keys() as parts:
         judge(q, k, v, None, options)
     assert parts == [4]
+
+
+@pytest.mark.parametrize("capability", [0, 80, 86, 90, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_are_what_was_measured_or_else_the_default(dtype, capability, monkeypatch):
+    name = str(dtype).removeprefix("torch.")
+    table = {(90, "query", name, 64): Tile(16, 128, 8, 5)}
+    defaults = {kernel: launch.tuning.choose(kernel, dtype, 64, capability) for kernel in launch.tuning.KERNELS}
+    monkeypatch.setattr(launch.tuning, "measured", lambda: table)
+    found = {kernel: launch.tuning.choose(kernel, dtype, 64, capability) for kernel in launch.tuning.KERNELS}
+    assert found == (defaults | {"query": Tile(16, 128, 8, 5)} if capability == 90 else defaults)
+    assert launch.tuning.choose("query", dtype, 128, capability) != Tile(16, 128, 8, 5)
+
+
+def test_the_table_of_tiles_is_read_from_its_file(tmp_path, monkeypatch):
+    (tmp_path / "tuned.json").write_text('{"90": {"forward": {"bfloat16": {"64": [128, 64, 4, 3]}}}}')
+    monkeypatch.setattr(launch.tuning, "__file__", str(tmp_path / "tuning.py"))
+    launch.tuning.measured.cache_clear()
+    assert launch.tuning.measured() == {(90, "forward", "bfloat16", 64): Tile(128, 64, 4, 3)}
+    launch.tuning.measured.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**-8, 0.1, -0.5, 2.0**8, 2.0**20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_any_size_within_budget(dtype, scale):
+    """Between 2^-8 and 2^8 the weight is s^2 / (1 / scale^2 + s^2) of the product s, outside of it f(scale s)."""
+    q, k, v = tensors(dtype, *[(1, 1, 30, 16)] * 3, seed=3)
+    size = min(max(1 / abs(scale), 2.0**-6), 2.0**6) if dtype == torch.float16 else 1 / abs(scale)
+    judge((q * size).to(dtype), k, v, torch.randn(30, 30), {"scale": scale, "is_causal": True})
+
+
+@pytest.mark.parametrize("heads", [3, 17])
+def test_few_programs_find_all_rows_to_compute_once_more(heads, monkeypatch):
+    """Heads with lost rows among others without, and one with hidden NaN; more tiles than programs that look."""
+    monkeypatch.setattr(launch, "_FEW", 2)
+    q, k, v = tensors(torch.float32, *[(1, heads, 40, 8)] * 3, seed=4)
+    q[:, 1::2, ::3] *= 1e-18
+    mask = torch.ones(40, 40, dtype=torch.bool, device=DEVICE).tril()
+    mask[:, -1] = False
+    hidden = v.clone()
+    hidden[:, 2, -1] = torch.nan
+    results = []
+    for dtype, values, backend in ((torch.float32, hidden, "triton"), (torch.float64, v, "reference")):
+        with tiles((16, 16), (16, 16)):
+            monkeypatch.setattr(launch.tuning, "wide_tile", lambda width: Tile(16, 16, 4, 1))
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, values)]
+            output = expressive_attention(*leaves, mask, backend=backend)
+            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        for head in range(heads):
+            x, y = got[:, head].double(), want[:, head]
+            assert (x - y).abs().max() <= 2e-5 * y.abs().max()
 
 
 @pytest.mark.parametrize("programs", [1, 3, 16, 1000])
@@ -625,6 +677,23 @@ def test_tensors_beyond_32_bits(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("allowed", "precision"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")])
+def test_products_are_as_exact_as_torch_is_told(allowed, precision, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed)
+    found = {}
+    run = launch._run
+
+    def record(kernel, grid, tile, arguments, **more):
+        found.setdefault(arguments["query"].dtype, set()).add({**arguments, **more}["PRECISION"])
+        run(kernel, grid, tile, arguments, **more)
+
+    monkeypatch.setattr(launch, "_run", record)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tensors(dtype, (1, 1, 20, 16))[0].requires_grad_()
+        expressive_attention(x, x, x, backend="triton").float().square().sum().backward()
+    assert found == {torch.float32: {precision}, torch.bfloat16: {"tf32"}}
+
+
 def test_same_bits_twice():
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32, *[(2, 2, 40, 8)] * 3, seed=6))
     (bias,) = (x.requires_grad_() for x in tensors(torch.float32, (2, 40, 40), seed=7))
@@ -662,6 +731,22 @@ def test_it_is_not_there_without_a_recent_triton(monkeypatch):
     monkeypatch.setattr(triton, "_MISSING", triton._missing())
     for device in ("cuda", "mps"):
         assert "expressive-attention[gpu]" in str(triton.declines(call_on(device)))
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.6"}, "the interpreter of Triton 3.6.0 needs numpy below 2.4, got 2.4.6"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.1", "numpy": "2.4.0"}, None),
+    ],
+)
+def test_it_says_which_numpy_the_interpreter_takes(versions, reason, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
+    assert triton._unfit() == reason
+    monkeypatch.setattr(triton, "_UNFIT", reason)
+    monkeypatch.setattr(triton, "_interpreted", lambda: True)
+    assert triton.declines(call_on("cpu")) == reason
 
 
 def test_a_call_by_name_says_why_it_declines():
@@ -728,6 +813,7 @@ def test_a_cuda_graph_replays_a_training_step():
         return torch.autograd.grad(expressive_attention(*leaves, is_causal=True).float().square().sum(), leaves)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the leaves
     with torch.cuda.stream(stream):
         step()  # compiles
     torch.cuda.current_stream().wait_stream(stream)

@@ -26,6 +26,8 @@ def declines(call: Call) -> str | None:
     device = call.query.device.type
     if device != "cuda" and not (device == "cpu" and _interpreted()):
         return f"it runs on GPUs, not on {device}" + (f"; {_MISSING}" if _MISSING else "")
+    if device == "cpu" and _UNFIT:
+        return _UNFIT
     if call.query.dtype == torch.float64:
         return "float64 is not implemented"
     widest = max(call.query.shape[-1], call.value.shape[-1])
@@ -54,6 +56,21 @@ def _missing() -> str | None:
 
 
 _MISSING = _missing()  # found out with the package, so that a call, and what compiles it, need not
+
+
+def _unfit() -> str | None:
+    """The reason why Triton's interpreter would fail here; None: there is none."""
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    triton, numpy = (tuple(int(part) for part in versions[name].split(".")[:2]) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"the interpreter of Triton {versions['triton']} needs numpy below 2.4, got {versions['numpy']}"
+    return None
+
+
+_UNFIT = _unfit()
 
 
 def forward(call: Call) -> Result:

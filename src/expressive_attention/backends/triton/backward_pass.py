@@ -38,9 +38,9 @@ import triton.language as tl
 from .dropout import drop, streams
 from .tiles import (
     ALIBI,
-    EXPRESSIVE,
     FLOAT,
     NO_MASK,
+    SQUARED,
     add,
     any_of,
     biased,
@@ -53,7 +53,9 @@ from .tiles import (
     largest,
     load_mask,
     load_rows,
+    load_stats,
     mask_rows,
+    nothing_lost,
     product,
     quotient,
     rows_in,
@@ -66,6 +68,7 @@ from .tiles import (
     unit,
     visible_keys,
     weight_and_half_derivative,
+    weight_of,
     wide_parts,
     wide_weight_and_half_derivative,
 )
@@ -91,8 +94,7 @@ def _mean(
             value, j.to(tl.int64) * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, q.dtype
         )
         zero = tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32)
-        z = product(q, tl.trans(k), zero, PRECISION) * scale
-        weight, _ = weight_and_half_derivative(z, FORM, True)
+        weight = weight_of(product(q, tl.trans(k), zero, PRECISION), scale, FORM)
         visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
         tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
         pairs = seen(tile, visible, MASK)
@@ -113,23 +115,23 @@ def _has_all(top, normalizer):
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "plane",
-        "share", "threshold",
+        "mask_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "share",
+        "threshold",
     ]
 )  # fmt: skip
 def row_kernel(
     query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
-    grad_output, grad_normalizer, outputs, normalizers, stats,
+    grad_output, grad_normalizer, outputs, normalizers, stats, lost,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
-    share, threshold, grown,
+    scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Four planes of numbers per row: c for dv, c for ds, shift, dN N; all of them 0 where the row is lost.
+    """Four numbers for each row: c for dv, c for ds, shift, dN N; all of them 0 where the row is lost.
 
-    With `EXACT`, dO . o comes from the weights, not from the rounded output.
+    They lie side by side, so that one access reads all of them. `lost` learns which key heads have lost rows. With
+    `EXACT`, dO . o comes from the weights, not from the rounded output.
     """
     TYPE: tl.constexpr = query.dtype.element_ty
     program = tl.program_id(0)
@@ -189,10 +191,13 @@ def row_kernel(
     coefficient = tl.where(count > 1, inverse, 0.0)
     dn = tl.where(is_wide | (count == 0), 0.0, dn)
     shift = tl.where(is_wide | (count <= 1), 0.0, mean * coefficient) - dn
-    tl.store(stats + index, inverse, mask=exist)
-    tl.store(stats + plane + index, coefficient, mask=exist)
-    tl.store(stats + 2 * plane + index, shift, mask=exist)
-    tl.store(stats + 3 * plane + index, dn * normalizer, mask=exist)
+    stats += index * 4
+    tl.store(stats, inverse, mask=exist)
+    tl.store(stats + 1, coefficient, mask=exist)
+    tl.store(stats + 2, shift, mask=exist)
+    tl.store(stats + 3, dn * normalizer, mask=exist)
+    if any_of(is_wide):
+        tl.store(lost + program // tiles, 1)
 
 
 @triton.jit
@@ -223,8 +228,8 @@ def _query_tiles(
             u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
             f = scaled(u * u * r, 2 * c)
         else:
-            z = product(q, tl.trans(k), zero, PRECISION) * scale
-            f, derivative = weight_and_half_derivative(z, FORM, False)
+            s = product(q, tl.trans(k), zero, PRECISION)
+            f, derivative = weight_and_half_derivative(s, scale, FORM)
             weight = f
         masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
         if masked:
@@ -259,7 +264,7 @@ def _query_tiles(
             if masked:
                 weight, square, g = tl.where(pairs, weight, 0.0), tl.where(pairs, square, 0.0), tl.where(pairs, g, 0.0)
             top = tl.maximum(top, largest(weight, 1))
-            if FORM == EXPRESSIVE:
+            if FORM != SQUARED:
                 squares += add(square, 1)
                 radial += add(square * g, 1)
         if WIDE:
@@ -279,14 +284,14 @@ def _along(q, exponent, dq, wanted):
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "plane", "share", "threshold",
+        "programs", "share", "threshold",
     ]
 )  # fmt: skip
 def query_kernel(
     query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
     grad_output, stats, normalizers, lost, gradient,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, programs,
     share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
@@ -297,105 +302,110 @@ def query_kernel(
     It says in `lost` where a gradient is not finite, and in `stats` which rows turn out to have all weight on one key.
     """
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
-    program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
     if WIDE:
-        if tl.load(lost + program // tiles) == 0:
+        if nothing_lost(lost, programs // tiles):
             return
-    sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index = rows_of(
-        tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts, key_lengths,
-        GROUPS, CAUSAL, WINDOW, BLOCK_M,
-    )  # fmt: skip
-    if query_starts is not None:
-        if tile * BLOCK_M >= own_length * GROUPS:
-            return
-    q_exponent, row_exponent = position * 0, position * 0
-    if WIDE:
-        exist, row_exponent = lost_rows(stats, plane, index, exist)
-        if not any_of(exist):
-            return
-    coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
-    shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-    bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
-    if MASK >= FLOAT:
-        bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
+    # Without `WIDE` there is one program for each tile, and no loop, which would take registers.
+    rounds = (programs - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
+    for turn in (tl.range if WIDE else tl.static_range)(rounds if WIDE else 1):
+        program = tl.program_id(0) + turn * tl.num_programs(0)
+        tile = tiles - 1 - program % tiles
+        (
+            sequence, kv_head, batch, first_row, first_key, own_length, own_keys, band, position, head, exist, index,
+        ) = rows_of(
+            tile, program // tiles, length, keys, kv_heads, right, left, lower_right, query_starts, key_starts,
+            key_lengths, GROUPS, CAUSAL, WINDOW, BLOCK_M,
+        )  # fmt: skip
+        q_exponent, row_exponent = position * 0, position * 0
         if WIDE:
-            bias_max = tl.load(stats + 5 * plane + index, mask=exist, other=0.0)
-    rows = mask_rows(mask, mask_strides, sequence, head, position)
-    stream = None
-    if seeds is not None:
-        heads = kv_heads * GROUPS
-        stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
-        coefficient *= grown
-    offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
-    q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
-    if WIDE:
-        q, q_exponent = unit(q)
-    offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
-    do = load_rows(grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE)
+            exist, row_exponent = lost_rows(stats, index, exist & (tl.load(lost + program // tiles) != 0))
+        if WIDE or query_starts is not None:
+            own_keys = tl.where(any_of(exist), own_keys, 0)
+        inverse, coefficient, shift, dn_n = load_stats(stats, index, exist, WIDE)
+        bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
+        if MASK >= FLOAT:
+            bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
+            if WIDE:
+                bias_max = tl.load(stats + index * 8 + 5, mask=exist, other=0.0)
+        rows = mask_rows(mask, mask_strides, sequence, head, position)
+        stream = None
+        if seeds is not None:
+            heads = kv_heads * GROUPS
+            stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
+            coefficient *= grown
+        offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
+        q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, TYPE)
+        if WIDE:
+            q, q_exponent = unit(q)
+        offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
+        do = load_rows(
+            grad_output + batch * grad_strides[0], offset, exist, grad_strides[3], value_width, BLOCK_EV, TYPE
+        )
 
-    last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
-    first, whole, whole_last, last = key_ranges(
-        0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
-    )
-    dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
-    nothing = tl.full((BLOCK_M,), 0.0, tl.float32)
-    sums = (nothing, nothing, nothing)
-    key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
-    value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
-    if WINDOW:
+        last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
+        first, whole, whole_last, last = key_ranges(
+            0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
+        )
+        dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
+        nothing = tl.full((BLOCK_M,), 0.0, tl.float32)
+        sums = (nothing, nothing, nothing)
+        keys_of_head = key + batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
+        values_of_head = (
+            value + batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
+        )
+        if WINDOW:
+            dq, sums = _query_tiles(
+                dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position,
+                exist, key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band,
+                own_keys, width, value_width, first, whole,
+                CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
+            )  # fmt: skip
         dq, sums = _query_tiles(
-            dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
+            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position, exist,
             key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
-            width, value_width, first, whole,
+            width, value_width, whole, whole_last,
+            CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+        dq, sums = _query_tiles(
+            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position, exist,
+            key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
+            width, value_width, whole_last, last,
             CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
-    dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
-        width, value_width, whole, whole_last,
-        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
-    )  # fmt: skip
-    dq, sums = _query_tiles(
-        dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
-        key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
-        width, value_width, whole_last, last,
-        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
-    )  # fmt: skip
-    dq = dq * (2.0 * scale)
-    if WIDE:
-        dq = scaled(dq, (scale_exponent - row_exponent)[:, None])
-    if RADIAL:
-        squares, radial, top = sums
-        if not WIDE:
-            q, q_exponent = unit(cast(q, tl.float32))
-        inverse = tl.load(stats + index, mask=exist, other=0.0)
-        wanted = 2.0 * (tl.load(stats + 3 * plane + index, mask=exist, other=0.0) - radial)
-        is_small = (inverse > 0.0) & (squares * inverse < 0.5)
-        for _ in range(2):  # what the first correction takes away may be much larger than what is left
-            dq += tl.where(is_small[:, None], _along(q, q_exponent, dq, wanted), 0.0)
-    if not WIDE:
-        if any_of(exist & ~is_finite(dq)):
-            tl.store(lost + program // tiles, 2)
+        dq = dq * (2.0 * scale)
+        if WIDE:
+            dq = scaled(dq, (scale_exponent - row_exponent)[:, None])
         if RADIAL:
-            normalizer = tl.load(normalizers + index, mask=exist, other=0.0)
-            one_key = exist & (coefficient != 0.0) & _has_all(top, normalizer)
-            if any_of(one_key):
-                for part in range(4):
-                    tl.store(stats + part * plane + index, nothing, mask=one_key)
-    column = tl.arange(0, BLOCK_E)
-    tl.store(
-        gradient + index[:, None] * width + column[None, :],
-        cast(dq, gradient.dtype.element_ty),
-        mask=exist[:, None] & (column < width)[None, :],
-    )
+            squares, radial, top = sums
+            if not WIDE:
+                q, q_exponent = unit(cast(q, tl.float32))
+            along = 2.0 * (dn_n - radial)
+            is_small = (inverse > 0.0) & (squares * inverse < 0.5)
+            for _ in range(2):  # what the first correction takes away may be much larger than what is left
+                dq += tl.where(is_small[:, None], _along(q, q_exponent, dq, along), 0.0)
+        if not WIDE:
+            if any_of(exist & ~is_finite(dq)):
+                tl.atomic_max(lost + program // tiles, 2)
+            if RADIAL:
+                normalizer = tl.load(normalizers + index, mask=exist, other=0.0)
+                one_key = exist & (coefficient != 0.0) & _has_all(top, normalizer)
+                if any_of(one_key):
+                    tl.atomic_max(lost + program // tiles, 1)
+                    for part in range(4):
+                        tl.store(stats + index * 4 + part, nothing, mask=one_key)
+        column = tl.arange(0, BLOCK_E)
+        tl.store(
+            gradient + index[:, None] * width + column[None, :],
+            cast(dq, gradient.dtype.element_ty),
+            mask=exist[:, None] & (column < width)[None, :],
+        )
 
 
 @triton.jit
 def _key_value_tiles(
     dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
     query_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width, plane,
+    scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width,
     share, threshold, grown, start, first, last,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     BOUNDARY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
@@ -407,10 +417,8 @@ def _key_value_tiles(
             tile, batch, kv_head, kv_heads, first_row, own_length, length, GROUPS, BLOCK_M
         )
         if WIDE:
-            exist, row_exponent = lost_rows(stats, plane, index, exist)
-        inverse = tl.load(stats + index, mask=exist, other=0.0)
-        coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
-        shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
+            exist, row_exponent = lost_rows(stats, index, exist)
+        inverse, coefficient, shift, _ = load_stats(stats, index, exist, WIDE)
         offset = head * query_strides[1] + (first_row + position).to(tl.int64) * query_strides[2]
         q = load_rows(query + batch * query_strides[0], offset, exist, query_strides[3], width, BLOCK_E, k.dtype)
         offset = head * grad_strides[1] + (first_row + position).to(tl.int64) * grad_strides[2]
@@ -424,12 +432,12 @@ def _key_value_tiles(
             u, r, c = wide_parts(z, q_exponent[None, :] + k_exponent[:, None] + scale_exponent, FORM)
             q = scaled(q, (scale_exponent - row_exponent)[:, None])
         else:
-            z = product(k, tl.trans(q), zero, PRECISION) * scale
-            weight, derivative = weight_and_half_derivative(z, FORM, False)
+            s = product(k, tl.trans(q), zero, PRECISION)
+            weight, derivative = weight_and_half_derivative(s, scale, FORM)
         rows = mask_rows(mask, mask_strides, sequence, head, position)
         bias_max = tl.full((BLOCK_M,), 0.0, tl.float32)
         if MASK >= FLOAT:
-            bias_max = tl.load(stats + 5 * plane + index if WIDE else bias_maxima + index, mask=exist, other=0.0)
+            bias_max = tl.load(stats + index * 8 + 5 if WIDE else bias_maxima + index, mask=exist, other=0.0)
         masked: tl.constexpr = WIDE or BOUNDARY or (MASK != NO_MASK and not (MASK == ALIBI and GROUPS == 1))
         if masked:
             visible = exist[None, :] & (j < keys)[:, None]
@@ -474,14 +482,14 @@ def _key_value_tiles(
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "plane", "share", "threshold",
+        "programs", "share", "threshold",
     ]
 )  # fmt: skip
 def key_value_kernel(
     query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
     grad_output, stats, lost, grad_key, grad_value,
     query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
-    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, plane,
+    scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, programs,
     share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DS: tl.constexpr,
@@ -492,93 +500,96 @@ def key_value_kernel(
     It says in `lost` where a gradient is not finite.
     """
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
-    program = tl.program_id(0)
-    start = program % tiles * BLOCK_N  # with a causal mask, the longest first
     if WIDE:
-        state = tl.load(lost + program // tiles)
-        if state == 0:
+        if nothing_lost(lost, programs // tiles):
             return
-    sequence, kv_head = head_of(program // tiles, kv_heads)
-    batch, first_row, first_key, own_length, room, own_keys, band = sequence_of(
-        sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
-    )
-    if query_starts is not None:
-        if start >= room:
-            return
-    j = start + tl.arange(0, BLOCK_N)
-    inside = j < own_keys
-    row = (first_key + j).to(tl.int64)
-    k = load_rows(
-        key + batch * key_strides[0] + kv_head * key_strides[1],
-        row * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
-    )  # fmt: skip
-    v = load_rows(
-        value + batch * value_strides[0] + kv_head * value_strides[1],
-        row * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
-    )  # fmt: skip
+    # Without `WIDE` there is one program for each tile, and no loop, which would take registers.
+    rounds = (programs - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
+    for turn in (tl.range if WIDE else tl.static_range)(rounds if WIDE else 1):
+        program = tl.program_id(0) + turn * tl.num_programs(0)
+        start = program % tiles * BLOCK_N  # with a causal mask, the longest first
+        sequence, kv_head = head_of(program // tiles, kv_heads)
+        batch, first_row, first_key, own_length, room, own_keys, band = sequence_of(
+            sequence, length, keys, right, left, lower_right, query_starts, key_starts, key_lengths, CAUSAL, WINDOW
+        )
+        if WIDE:
+            state = tl.load(lost + program // tiles)
+            room = tl.where(state == 0, 0, room)
+            own_keys = tl.minimum(own_keys, room)
+        j = start + tl.arange(0, BLOCK_N)
+        inside = j < own_keys
+        row = (first_key + j).to(tl.int64)
+        k = load_rows(
+            key + batch * key_strides[0] + kv_head * key_strides[1],
+            row * key_strides[2], inside, key_strides[3], width, BLOCK_E, TYPE,
+        )  # fmt: skip
+        v = load_rows(
+            value + batch * value_strides[0] + kv_head * value_strides[1],
+            row * value_strides[2], inside, value_strides[3], value_width, BLOCK_EV, TYPE,
+        )  # fmt: skip
 
-    k_exponent = j * 0
-    if WIDE:
-        k, k_exponent = unit(k)
-    # Tiles of rows: the first that has a row that sees one of the keys, those whose rows see them all, and the last.
-    last = (own_length * GROUPS + BLOCK_M - 1) // BLOCK_M
-    if start >= own_keys:
-        last = last * 0
-    first, whole = last * 0, last * 0
-    end = start + BLOCK_N - 1
-    if CAUSAL:
-        first = tl.maximum(start - band[1], 0) * GROUPS // BLOCK_M
-        whole = (tl.maximum(end - band[1], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
-    if MASK == ALIBI:
-        whole = tl.maximum(whole, (tl.maximum(end - band[0], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
-    whole_last = last
-    if WINDOW:
-        whole_last = tl.minimum(last, tl.maximum(start - band[2] + 1, 0) * GROUPS // BLOCK_M)
-        last = tl.minimum(last, (tl.maximum(end - band[2] + 1, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
-    first = tl.minimum(first, last)
-    whole = tl.minimum(tl.maximum(first, whole), last)
-    whole_last = tl.maximum(whole, whole_last)
-    dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
-    dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
-    dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
-        own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-        length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start, first, whole,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
-        BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
-    )  # fmt: skip
-    dk, dv = _key_value_tiles(
-        dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
-        own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-        length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start, whole, whole_last,
-        GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS,
-        BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
-    )  # fmt: skip
-    if WINDOW:
+        k_exponent = j * 0
+        if WIDE:
+            k, k_exponent = unit(k)
+        # Tiles of rows: the first with a row that sees one of the keys, those whose rows see them all, and the last.
+        last = (own_length * GROUPS + BLOCK_M - 1) // BLOCK_M
+        if start >= own_keys:
+            last = last * 0
+        first, whole = last * 0, last * 0
+        end = start + BLOCK_N - 1
+        if CAUSAL:
+            first = tl.maximum(start - band[1], 0) * GROUPS // BLOCK_M
+            whole = (tl.maximum(end - band[1], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M
+        if MASK == ALIBI:
+            whole = tl.maximum(whole, (tl.maximum(end - band[0], 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
+        whole_last = last
+        if WINDOW:
+            whole_last = tl.minimum(last, tl.maximum(start - band[2] + 1, 0) * GROUPS // BLOCK_M)
+            last = tl.minimum(last, (tl.maximum(end - band[2] + 1, 0) * GROUPS + BLOCK_M - 1) // BLOCK_M)
+        first = tl.minimum(first, last)
+        whole = tl.minimum(tl.maximum(first, whole), last)
+        whole_last = tl.maximum(whole, whole_last)
+        dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
+        dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
         dk, dv = _key_value_tiles(
             dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
             own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-            length, own_length, kv_heads, width, value_width, plane, share, threshold, grown, start,
-            whole_last, last,
+            length, own_length, kv_heads, width, value_width, share, threshold, grown, start, first, whole,
             GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
             BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
-    dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
-    if seeds is not None:
-        dv *= grown
-    row += (batch * kv_heads + kv_head) * keys
-    column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
-    place = grad_key + row[:, None] * width + column[None, :]
-    value_place = grad_value + row[:, None] * value_width + value_column[None, :]
-    inside = j < room
-    mask_k = inside[:, None] & (column < width)[None, :]
-    mask_v = inside[:, None] & (value_column < value_width)[None, :]
-    if WIDE:
-        # Where all rows are computed once more, nothing of the first time is left.
-        stays = (state + j * 0 == 1)[:, None]
-        dk += cast(tl.load(place, mask=mask_k & stays, other=0.0), tl.float32)
-        dv += cast(tl.load(value_place, mask=mask_v & stays, other=0.0), tl.float32)
-    elif any_of(inside & ~(is_finite(dk) & is_finite(dv))):
-        tl.store(lost + program // tiles, 2)
-    tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
-    tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)
+        dk, dv = _key_value_tiles(
+            dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
+            own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
+            length, own_length, kv_heads, width, value_width, share, threshold, grown, start, whole, whole_last,
+            GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+            BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+        if WINDOW:
+            dk, dv = _key_value_tiles(
+                dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row,
+                kv_head, j, own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent,
+                k_exponent, band, length, own_length, kv_heads, width, value_width, share, threshold, grown, start,
+                whole_last, last,
+                GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+                BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+            )  # fmt: skip
+        dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)
+        if seeds is not None:
+            dv *= grown
+        row += (batch * kv_heads + kv_head) * keys
+        column, value_column = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_EV)
+        place = grad_key + row[:, None] * width + column[None, :]
+        value_place = grad_value + row[:, None] * value_width + value_column[None, :]
+        inside = j < room
+        mask_k = inside[:, None] & (column < width)[None, :]
+        mask_v = inside[:, None] & (value_column < value_width)[None, :]
+        if WIDE:
+            # Where all rows are computed once more, nothing of the first time is left.
+            stays = (state + j * 0 == 1)[:, None]
+            dk += cast(tl.load(place, mask=mask_k & stays, other=0.0), tl.float32)
+            dv += cast(tl.load(value_place, mask=mask_v & stays, other=0.0), tl.float32)
+        elif any_of(inside & ~(is_finite(dk) & is_finite(dv))):
+            tl.atomic_max(lost + program // tiles, 2)
+        tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
+        tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)

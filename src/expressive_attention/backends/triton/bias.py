@@ -21,14 +21,16 @@ from .tiles import (
     largest,
     load_mask,
     load_rows,
+    load_stats,
     mask_rows,
+    nothing_lost,
     product,
     rows_of,
     seen,
     sees,
     sequence_of,
     unit,
-    weight_and_half_derivative,
+    weight_of,
     wide_parts,
     wide_weight_and_half_derivative,
 )
@@ -79,7 +81,10 @@ def bias_max_kernel(
 @triton.jit(
     do_not_specialize=[
         "mask_strides",
-        "mask_shape",
+        "mask_batches",
+        "mask_heads",
+        "mask_queries",
+        "mask_keys",
         "scale_exponent",
         "right",
         "left",
@@ -88,15 +93,15 @@ def bias_max_kernel(
         "keys",
         "heads",
         "batches",
-        "plane",
         "share",
         "threshold",
     ]
 )
 def bias_gradient_kernel(
     query, key, value, mask, bias_maxima, key_lengths, seeds, grad_output, stats, lost, gradient,
-    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, mask_shape,
-    scale, scale_exponent, right, left, lower_right, length, keys, heads, batches, width, value_width, plane,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    mask_batches, mask_heads, mask_queries, mask_keys,
+    scale, scale_exponent, right, left, lower_right, length, keys, heads, batches, width, value_width,
     share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
@@ -108,13 +113,16 @@ def bias_gradient_kernel(
     (`ONE_ROW`) and keys (`ONE_KEY`) that share the tile, in order.
     """
     TYPE: tl.constexpr = tl.float32 if WIDE else query.dtype.element_ty
+    if WIDE:
+        if nothing_lost(lost, batches * (heads // GROUPS)):
+            return
     tile_m, tile_n = tl.program_id(1), tl.program_id(2)
-    mask_batch, mask_head = head_of(tl.program_id(0), mask_shape[1])
+    mask_batch, mask_head = head_of(tl.program_id(0), mask_heads)
     first_batch, last_batch = mask_batch, mask_batch + 1
-    if mask_shape[0] == 1:
+    if mask_batches == 1:
         last_batch = mask_batch + batches
     first_head, last_head = mask_head, mask_head + 1
-    if mask_shape[1] == 1:
+    if mask_heads == 1:
         last_head = mask_head + heads
     first_row, last_row = tile_m * BLOCK_M, tl.minimum((tile_m + 1) * BLOCK_M, length)
     if ONE_ROW:
@@ -138,10 +146,9 @@ def bias_gradient_kernel(
                 exist = position < length
                 index = (batch * heads + head) * length + position
                 if WIDE:
-                    exist, row_exponent = lost_rows(stats, plane, index, exist)
-                coefficient = tl.load(stats + plane + index, mask=exist, other=0.0)
-                shift = tl.load(stats + 2 * plane + index, mask=exist, other=0.0)
-                bias_max = tl.load(stats + 5 * plane + index if WIDE else bias_maxima + index, mask=exist, other=0.0)
+                    exist, row_exponent = lost_rows(stats, index, exist)
+                _inverse, coefficient, shift, _dn = load_stats(stats, index, exist, WIDE)
+                bias_max = tl.load(stats + index * 8 + 5 if WIDE else bias_maxima + index, mask=exist, other=0.0)
                 rows = mask_rows(mask, mask_strides, batch, head, position)
                 q = load_rows(
                     query + batch * query_strides[0] + head * query_strides[1],
@@ -174,8 +181,7 @@ def bias_gradient_kernel(
                         z = product(unit_q, tl.trans(unit_k), zero, PRECISION) * scale
                         u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
                     else:
-                        z = product(q, tl.trans(k), zero, PRECISION) * scale
-                        weight, _ = weight_and_half_derivative(z, FORM, False)
+                        weight = weight_of(product(q, tl.trans(k), zero, PRECISION), scale, FORM)
                     visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
                     tile = load_mask(rows[:, None], j[None, :], j[None, :], mask_stride, visible, FLOAT)
                     if WIDE:
@@ -196,9 +202,9 @@ def bias_gradient_kernel(
         sums = tl.broadcast_to(add(sums, 0)[None, :], (BLOCK_M, BLOCK_N))
     if ONE_KEY:
         sums = tl.broadcast_to(add(sums, 1)[:, None], (BLOCK_M, BLOCK_N))
-    inside = (place_m < mask_shape[2])[:, None] & (place_n < mask_shape[3])[None, :]
-    place = (mask_batch * mask_shape[1] + mask_head) * mask_shape[2] + place_m
-    place = gradient + place[:, None] * mask_shape[3] + place_n[None, :]
+    inside = (place_m < mask_queries)[:, None] & (place_n < mask_keys)[None, :]
+    place = (mask_batch * mask_heads + mask_head) * mask_queries + place_m
+    place = gradient + place[:, None] * mask_keys + place_n[None, :]
     if WIDE:
         sums += cast(tl.load(place, mask=inside, other=0.0), tl.float32)
     tl.store(place, cast(sums, gradient.dtype.element_ty), mask=inside)

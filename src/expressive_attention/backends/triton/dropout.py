@@ -17,9 +17,9 @@ def streams(seeds, share, threshold, batch, heads, head, row):
     """The arguments of the generator for rows of query heads: its key, its offset, and the row and head of each."""
     seeds += batch // share * 3
     seed, offset = tl.load(seeds), tl.load(seeds + 1)
-    first = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     rows = (row.to(tl.int64) + tl.load(seeds + 2)).to(tl.uint32)
-    return *first, (offset & 0xFFFFFFFF).to(tl.uint32), rows, (batch % share * heads + head).to(tl.uint32), threshold
+    return low, high, (offset & 0xFFFFFFFF).to(tl.uint32), rows, (batch % share * heads + head).to(tl.uint32), threshold
 
 
 @triton.jit

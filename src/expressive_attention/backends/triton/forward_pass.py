@@ -18,10 +18,12 @@ from .tiles import (
     FLOAT,
     NO_MASK,
     add,
+    any_of,
     biased,
     cast,
     decay,
     is_finite,
+    is_lost,
     key_ranges,
     load_mask,
     load_rows,
@@ -31,7 +33,7 @@ from .tiles import (
     rows_of,
     seen,
     sees,
-    weight_and_half_derivative,
+    weight_of,
 )
 
 __all__ = ["forward_kernel"]
@@ -50,8 +52,8 @@ def _add_keys(
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
-        z = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32), PRECISION) * scale
-        weight, _ = weight_and_half_derivative(z, FORM, True)
+        s = product(q, tl.trans(k), tl.full((q.shape[0], BLOCK_N), 0.0, tl.float32), PRECISION)
+        weight = weight_of(s, scale, FORM)
         if MASK == ALIBI and GROUPS == 1 and not BOUNDARY:
             by_row, by_key = decay(rows, position + band[0], j, bias_max, start + BLOCK_N - 1)
             weight = weight * by_row[:, None] * by_key[None, :]
@@ -72,14 +74,14 @@ def _add_keys(
 @triton.jit(
     do_not_specialize=[
         "mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "span", "plane",
-        "share", "threshold",
+        "share", "threshold", "lowest",
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers, lost,
     query_strides, key_strides, value_strides, mask_strides, mask_stride,
     scale, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, span, plane,
-    share, threshold, grown,
+    share, threshold, grown, lowest,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -88,7 +90,8 @@ def forward_kernel(
 
     With `SPLIT`, sums go to outputs ``(parts, B, Hq, L, Ev)`` and normalizers ``(parts, B, Hq, L)`` of float32, of
     which a part has `plane` rows. A row whose output is not finite has the normalizer NaN, so that `wide_kernel` has a
-    second look at it: it may not see what is not finite.
+    second look at it: it may not see what is not finite. Key heads with such rows, or with normalizers that float32
+    lost, are told in `lost`, where it is given.
     """
     program, part = tl.program_id(0), tl.program_id(1)
     tile = tiles - 1 - program % tiles  # with a causal mask, the longest first
@@ -156,3 +159,6 @@ def forward_kernel(
         mask=exist[:, None] & (column < value_width)[None, :],
     )
     tl.store(normalizers + index, total, mask=exist)
+    if lost is not None:
+        if any_of(exist & is_lost(total, lowest)):
+            tl.store(lost + program // tiles, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, empty_bias_max
 from ...masks import repeated_strides
 from ..dropout import keep_share, threshold
-from . import decode
+from . import decode, tuning
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
 from .bias import bias_gradient_kernel, bias_max_kernel
 from .forward_pass import forward_kernel
-from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, Tile, ceil_div, padded, shapes
+from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, RATIO, Tile, ceil_div, padded, shapes
 from .wide import wide_kernel
 
 __all__ = ["backward", "forward"]
@@ -31,35 +32,21 @@ _FLOAT16_FACTOR = 2.0**15
 # With it, the mean weight of a row of float16 has to be this large: its rounding error is then below 2^-11.
 _FLOAT16_MEAN = 2.0**-28
 
-# None of the sizes below was measured: they fit in the shared memory of every GPU since Ampere.
+# Scales between these have the form of weights that needs none: constants and derivatives stay well in float32's range.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-8, 2.0**8
+
+# Programs for each multiprocessor that look for rows to compute once more. Nearly always there are none.
+_FEW = 4
 
 
-def _forward_tile(dtype: torch.dtype, width: int, rows: int, biased: bool) -> Tile:
-    """The tile of the forward kernel for head dimensions up to `width`, of a key head with `rows` rows.
-
-    A bias is loaded in tiles, too.
-    """
-    if dtype == torch.float32:
-        tile = Tile(64, 32, 4, 2) if width <= 128 else Tile(32, 16, 4, 2)
-    elif width <= 64:
-        tile = Tile(128, 64, 4, 2 if biased else 3)
-    else:
-        tile = Tile(128, 32, 8, 3) if width <= 128 else Tile(64, 32, 4, 2)
-    return tile if rows > 16 else tile._replace(rows=16, keys=64 if width <= 64 else tile.keys, warps=4)
-
-
-def _backward_tile(dtype: torch.dtype, width: int) -> Tile:
-    """The tile of the kernels for dQ and for dK and dV."""
-    if dtype == torch.bfloat16 and width <= 128:
-        return Tile(64, 64, 4 if width <= 64 else 8, 2)
-    if dtype == torch.float32 and width > 128:
-        return Tile(16, 16, 4, 1)
-    return Tile(32, 32, 4, 2 if width <= 64 else 1)
-
-
-def _wide_tile(width: int) -> Tile:
-    """The tile of kernels with `WIDE`, whose numbers are float32."""
-    return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
+def _forward_tile(inputs: _Inputs) -> Tile:
+    """The tile of the forward kernel."""
+    tile = inputs.tile("forward")
+    if inputs.biased and inputs.dtype != torch.float32:  # a bias is loaded in tiles, too
+        tile = tile._replace(keys=min(tile.keys, 64), stages=min(tile.stages, 2 if inputs.widest <= 64 else 3))
+    if inputs.longest_query * inputs.groups > 16:
+        return tile
+    return tile._replace(rows=16, keys=64 if inputs.widest <= 64 else min(tile.keys, 32), warps=4)
 
 
 def forward(call: Call) -> Result:
@@ -84,16 +71,21 @@ def forward(call: Call) -> Result:
     elif query.dtype == torch.float16:
         weight = torch.float32  # these have no bound; in tf32, as exact as float16
     plane = normalizer.numel()
-    arguments = {**inputs.arguments, "query": query, "outputs": output, "normalizers": normalizer, "plane": plane}
+    arguments = {**inputs.arguments, "outputs": output, "normalizers": normalizer, "plane": plane, "lowest": lowest}
 
-    tile = _forward_tile(query.dtype, inputs.widest, inputs.longest_query * inputs.groups, inputs.biased)
+    tile = _forward_tile(inputs)
     tiles = inputs.tiles(tile)
     programs = tiles * inputs.programs
     span = inputs.longest_key
     if tiles == 1:
         span = decode.part_of_keys(programs, span, _processors(query.device))
     parts = ceil_div(inputs.longest_key, span) if span < inputs.longest_key else 1
-    narrow = {"PRECISION": inputs.precision, "WEIGHT": _TYPES[weight], "FACTOR": factor}
+    wide = tuning.wide_tile(inputs.widest)
+    # Few programs need no flag to look at their rows; with parts, nobody knows the sums before they are added.
+    lost = None
+    if parts == 1 and inputs.tiles(wide) * inputs.programs > inputs.few:
+        lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
+    narrow = {**inputs.narrow, "WEIGHT": _TYPES[weight], "FACTOR": factor, "lost": lost}
     narrow |= {"tiles": tiles, "span": span, "bias_maxima": normalizer if bias_max is None else bias_max}
     with inputs.on_device():
         inputs.find_bias_max(bias_max)
@@ -110,11 +102,9 @@ def forward(call: Call) -> Result:
                 decode.merge_kernel, (ceil_div(plane, few.rows),), few, merged,
                 rows=plane, parts=parts, value_width=value_width, BLOCK_EV=padded(value_width),
             )  # fmt: skip
-        wide = _wide_tile(inputs.widest)
-        tiles = inputs.tiles(wide)
-        _run(
-            wide_kernel, (tiles * inputs.programs,), wide, {**arguments, **inputs.wide}, tiles=tiles,
-            bias_maxima=narrow["bias_maxima"], lowest=lowest, BACKWARD=False, stats=None, wide_stats=None, lost=None,
+        inputs.run_again(
+            wide_kernel, wide, {**arguments, **inputs.wide}, tiles=inputs.tiles(wide), lost=lost,
+            bias_maxima=narrow["bias_maxima"], BACKWARD=False, stats=None, wide_stats=None,
             grad_output=None, grad_normalizer=None, grad_strides=(0, 0, 0, 0),
         )  # fmt: skip
     return Result(output, normalizer, bias_max)
@@ -134,9 +124,8 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dmask)
 
     bias_max = empty_bias_max(normalizer, call)
-    plane = normalizer.numel()
-    stats = new((4, plane), dtype=normalizer.dtype, device=query.device)
-    wide_stats = new((6, plane), dtype=normalizer.dtype, device=query.device)
+    stats = new((normalizer.numel(), 4), dtype=normalizer.dtype, device=query.device)
+    wide_stats = new((normalizer.numel(), 8), dtype=normalizer.dtype, device=query.device)
     lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
     arguments = {
         **inputs.arguments,
@@ -148,17 +137,16 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         "bias_maxima": normalizer if bias_max is None else bias_max,
         "lowest": _LOWEST,
         "lost": lost,
-        "plane": plane,
     }
-    tile, wide = _backward_tile(query.dtype, inputs.widest), _wide_tile(inputs.widest)
+    wide = tuning.wide_tile(inputs.widest)
     # Weights are at most 1 here; derivatives have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
     radial = form != "exponential"
     narrow = {
+        **inputs.narrow,
         "WIDE": False,
         "RADIAL": radial and (query.dtype == torch.float32 or query.shape[3] == 1),
         "stats": stats,
-        "PRECISION": inputs.precision,
         "WEIGHT": _TYPES[query.dtype],
         "FACTOR": _FLOAT16_FACTOR if half else 1.0,
         "DS": _TYPES[torch.float32 if half else query.dtype],
@@ -175,31 +163,32 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         inputs.find_bias_max(bias_max)
         # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
         exact = dmask is not None and query.dtype != torch.float32
+        tile = inputs.tile("row")
         tiles = inputs.tiles(tile)
         _run(row_kernel, (tiles * inputs.programs,), tile, {**arguments, **narrow}, tiles=tiles, EXACT=exact)
 
-        def query_key_value(size: Tile, given: dict[str, Any]) -> None:
-            tiles = inputs.tiles(size)
-            _run(query_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, gradient=dq)
-            tiles = ceil_div(inputs.longest_key, size.keys)
-            _run(key_value_kernel, (tiles * inputs.programs,), size, given, tiles=tiles, grad_key=dk, grad_value=dv)
+        def query_key_value(sizes: tuple[Tile, Tile], given: dict[str, Any], run: Callable[..., None]) -> None:
+            tiles = inputs.tiles(sizes[0])
+            run(query_kernel, sizes[0], given, tiles=tiles, gradient=dq)
+            tiles = ceil_div(inputs.longest_key, sizes[1].keys)
+            run(key_value_kernel, sizes[1], given, tiles=tiles, grad_key=dk, grad_value=dv)
 
         def bias(size: Tile, given: dict[str, Any]) -> None:
             if dmask is not None:
                 b, h, m, n = dmask.shape
                 grid = (b * h, ceil_div(m, size.rows), ceil_div(n, size.keys))
                 _run(
-                    bias_gradient_kernel, grid, size, given, gradient=dmask, mask_shape=(b, h, m, n),
+                    bias_gradient_kernel, grid, size, given, gradient=dmask,
+                    mask_batches=b, mask_heads=h, mask_queries=m, mask_keys=n,
                     heads=query.shape[1], batches=query.shape[0], ONE_ROW=m == 1, ONE_KEY=n == 1,
                 )  # fmt: skip
 
-        query_key_value(tile, {**arguments, **narrow})
-        tiles = inputs.tiles(wide)
+        query_key_value((inputs.tile("query"), inputs.tile("key_value")), {**arguments, **narrow}, inputs.run)
         given = {**arguments, **widened, "stats": stats, "wide_stats": wide_stats}
-        _run(wide_kernel, (tiles * inputs.programs,), wide, given, tiles=tiles, BACKWARD=True)
+        inputs.run_again(wide_kernel, wide, given, tiles=inputs.tiles(wide), BACKWARD=True)
         # After that, no row counts twice.
-        bias(tile, {**arguments, **narrow})
-        query_key_value(wide, {**arguments, **widened})
+        bias(inputs.tile("bias_gradient"), {**arguments, **narrow})
+        query_key_value((wide, wide), {**arguments, **widened}, inputs.run_again)
         bias(wide, {**arguments, **widened})
     return Gradients(dq, dk, dv, dmask)
 
@@ -209,7 +198,10 @@ class _Inputs:
 
     def __init__(self, call: Call) -> None:
         query, key, value, attn_mask, visibility, scale, form, dropout_p, seeds, *_ = call
-        self.device = query.device
+        self.device, self.dtype = query.device, query.dtype
+        self.drops = seeds is not None
+        self.capability = tuning.capability_of(query.device)
+        self.few = _FEW * _processors(query.device)
         self.groups = query.shape[1] // key.shape[1]
         sequences, self.longest_query, self.longest_key = query.shape[0], query.shape[2], key.shape[2]
         if visibility.query_starts is not None:
@@ -218,9 +210,14 @@ class _Inputs:
             self.longest_key = min(self.longest_key, visibility.longest_key)
         self.programs = sequences * key.shape[1]
         self.widest = max(padded(query.shape[3]), padded(value.shape[3]))
-        # Products of 16-bit numbers are exact in tf32.
-        tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
-        self.precision = "tf32" if tf32 and torch.version.hip is None else "ieee"
+        # Products of 16-bit numbers are exact in tf32. With "high", torch allows less than float32; three products of
+        # tf32 lose nearly nothing and run on the tensor cores.
+        self.precision = "tf32"
+        if torch.version.hip is not None:
+            self.precision = "ieee"
+        elif query.dtype == torch.float32:
+            allowed = torch.get_float32_matmul_precision()
+            self.precision = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[allowed]
         self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
         # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
         kind, weights, strides = NO_MASK, query, (0, 0, 0, 0)
@@ -257,7 +254,10 @@ class _Inputs:
         }
 
         mantissa, exponent = math.frexp(scale)
-        # Kernels that compute lost rows get other values of these arguments.
+        # Kernels that compute lost rows, and others, get other values of these arguments.
+        self.narrow: dict[str, Any] = {"PRECISION": self.precision}
+        if form == "expressive" and _SMALLEST_SCALE <= abs(scale) <= _LARGEST_SCALE:
+            self.narrow |= {"scale": scale**-2, "FORM": RATIO.value}
         self.wide = {
             "scale": mantissa, "scale_exponent": exponent, "PRECISION": self.precision, "WEIGHT": tl.float32,
         }  # fmt: skip
@@ -265,6 +265,21 @@ class _Inputs:
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel. Dropout draws for at most 64 keys at once."""
+        tile = tuning.choose(kernel, self.dtype, self.widest, self.capability)
+        return tile._replace(keys=min(tile.keys, 64)) if self.drops else tile
+
+    def run(self, kernel: Any, tile: Tile, arguments: dict[str, Any], *, tiles: int, **more: Any) -> None:
+        """Launch a program for each tile of each key head."""
+        programs = tiles * self.programs
+        _run(kernel, (programs,), tile, arguments, tiles=tiles, programs=programs, **more)
+
+    def run_again(self, kernel: Any, tile: Tile, arguments: dict[str, Any], *, tiles: int, **more: Any) -> None:
+        """Launch a few programs, which share the tiles of the key heads that have rows to compute once more."""
+        programs = tiles * self.programs
+        _run(kernel, (min(programs, self.few),), tile, arguments, tiles=tiles, programs=programs, **more)
 
     def tiles(self, tile: Tile) -> int:
         """How many tiles of rows the longest sequence has for each of its key heads."""

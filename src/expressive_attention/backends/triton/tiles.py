@@ -35,6 +35,7 @@ __all__ = [
     "FORMS",
     "INTERPRETED",
     "NO_MASK",
+    "RATIO",
     "SQUARED",
     "Tile",
     "add",
@@ -52,7 +53,9 @@ __all__ = [
     "largest",
     "load_mask",
     "load_rows",
+    "load_stats",
     "mask_rows",
+    "nothing_lost",
     "padded",
     "product",
     "quotient",
@@ -68,6 +71,7 @@ __all__ = [
     "unit",
     "visible_keys",
     "weight_and_half_derivative",
+    "weight_of",
     "wide_parts",
     "wide_weight_and_half_derivative",
 ]
@@ -77,9 +81,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PTX = tl.constexpr(torch.version.hip is None and not INTERPRETED.value)
 
 # Forms of the weight. The exponential is for the benchmark alone: what the rest of the kernel costs without f.
+# The ratio is the form expressive of the product s = q . k itself: f(scale s) = s^2 / (c + s^2) with c = 1 / scale^2,
+# passed in place of the scale. The gradients of q and k have the factor 2 c as those of the other forms have 2 scale.
 EXPRESSIVE = tl.constexpr(0)
 SQUARED = tl.constexpr(1)
 EXPONENTIAL = tl.constexpr(2)
+RATIO = tl.constexpr(3)
 FORMS = {"expressive": 0, "squared": 1, "exponential": 2}
 
 # Kinds of masks; from FLOAT on, weights are multiplied by exp(bias - bias_max).
@@ -200,22 +207,47 @@ def _clamped(z, limit, NAN: tl.constexpr):
 
 
 @triton.jit
-def weight_and_half_derivative(z, FORM: tl.constexpr, NAN: tl.constexpr):
-    """The weight f(z), and f'(z) / 2. With `NAN`, no score that is not a number gets lost."""
+def _score_and_offset(s, scale, FORM: tl.constexpr):
+    """The numbers z and c, where the form expressive is z^2 / (c + z^2)."""
+    z, offset = s, scale
     if FORM == EXPRESSIVE:
-        # Beyond this |z|, f is 1 and f' is 0 to the last bit, and z * z would end in inf * 0.
-        z = _clamped(z, 1e18, NAN)
-        s = z * z
-        r = _reciprocal(1.0 + s)
-        weight = s * r
+        z, offset = s * scale, scale * 0.0 + 1.0
+    return z, offset
+
+
+@triton.jit
+def weight_of(s, scale, FORM: tl.constexpr):
+    """The weight f(z) of a product s of query and key; NaN stays NaN."""
+    if FORM == EXPRESSIVE or FORM == RATIO:  # noqa: SIM109, not in Triton
+        z, offset = _score_and_offset(s, scale, FORM)
+        # Beyond this square, f is 1 to the last bit, and the ratio would end in inf * 0.
+        square = tl.minimum(z * z, 1e36, propagate_nan=tl.PropagateNan.ALL)
+        weight = square * _reciprocal(offset + square)
+    elif FORM == SQUARED:
+        z = s * scale
+        weight = z * z
+    else:
+        weight = tl.exp2(s * (scale * _LOG2_E))
+    return weight
+
+
+@triton.jit
+def weight_and_half_derivative(s, scale, FORM: tl.constexpr):
+    """The weight f(z) of a product s of query and key, and f'(z) / 2; for `RATIO`, the latter over c^(3/2).
+
+    Where |z| is above 1.8e19 in the form expressive, they may be NaN: what comes of it is computed once more.
+    """
+    if FORM == EXPRESSIVE or FORM == RATIO:  # noqa: SIM109, not in Triton
+        z, offset = _score_and_offset(s, scale, FORM)
+        square = z * z
+        r = _reciprocal(offset + square)
+        weight = square * r
         half_derivative = z * r * r
     elif FORM == SQUARED:
-        if not NAN:
-            z = _clamped(z, 1.8e19, NAN)
-        weight = z * z
-        half_derivative = z
+        half_derivative = _clamped(s * scale, 1.8e19, False)
+        weight = half_derivative * half_derivative
     else:
-        weight = tl.exp2(z * _LOG2_E)
+        weight = tl.exp2(s * (scale * _LOG2_E))
         half_derivative = 0.5 * weight
     return weight, half_derivative
 
@@ -396,6 +428,28 @@ def load_rows(base, offset, exist, stride, width, BLOCK: tl.constexpr, TYPE: tl.
         other=0.0,
     )
     return cast(x, TYPE)
+
+
+@triton.jit
+def load_stats(stats, index, exist, WIDE: tl.constexpr):
+    """The first four numbers of each row, which lie side by side, see `backward_pass.row_kernel`."""
+    width: tl.constexpr = 8 if WIDE else 4
+    place = stats + index[:, None] * width + tl.arange(0, 4)[None, :]
+    x = tl.load(place, mask=exist[:, None], other=0.0)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def nothing_lost(lost, count):
+    """Whether none of the heads has rows that are computed once more."""
+    found = tl.full((1024,), 0, tl.int32)
+    for start in range(0, count, 1024):
+        head = start + tl.arange(0, 1024)
+        found = tl.maximum(found, tl.load(lost + head, mask=head < count, other=0))
+    return largest(found, 0) == 0
 
 
 @triton.jit

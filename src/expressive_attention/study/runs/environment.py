@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ... import __version__
 from ..training.devices import CPU, device_name
 
 __all__ = ["environment"]
@@ -28,7 +29,7 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
 @lru_cache
 def _machine() -> dict[str, str]:
     return {
-        "expressive-attention": version("expressive-attention"),
+        "expressive-attention": __version__,
         **_revision(),
         "torch": torch.__version__,
         "numpy": version("numpy"),

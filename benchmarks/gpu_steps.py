@@ -1,0 +1,106 @@
+"""The steps `smoke` and `timing` of `gpu.py`, each in a process of its own.
+
+python benchmarks/gpu_steps.py smoke|timing [--out FOLDER] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.append(sys.path.pop(0))  # this folder has a file named like a module of the standard library
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from check import Judge
+from implementations import GPU_RIVALS, Implementation, ours, prepared
+from lines import write_line
+from problems import Problem, gpu_problems
+from timing import in_turn
+
+
+def smoke(dry_run: bool) -> Iterator[dict[str, Any]]:
+    """Errors of training steps, as a share of their budget."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (16,) if dry_run else (64, 128):
+            for causal in (False, True):
+                shape = (1, 2, 40 if dry_run else 1000, width)
+                device = "cpu" if dry_run else "cuda"
+                problem = Problem(
+                    "causal" if causal else "full", shape, causal=causal, backward=True, dtype=dtype, device=device
+                )
+                share = error_of(ours("triton", dtype, device), problem)
+                yield {"problem": str(problem), "dtype": str(dtype), "error": share, "right": share <= 1}
+
+
+def error_of(implementation: Implementation, problem: Problem) -> float:
+    """The error of an implementation, as a share of its budget."""
+    inputs, upstream = problem.inputs(), problem.upstream()
+    results = prepared(implementation.make(problem), problem, inputs, upstream)()
+    return Judge(inputs, upstream, problem.causal).error(results)
+
+
+def timing(dry_run: bool) -> Iterator[dict[str, Any]]:
+    """Seconds of the problems of length 4096, the rivals in turn with ours."""
+    problems = [problem for problem in gpu_problems() if problem.shape[2] == 4096]
+    if dry_run:
+        problems = [replace(problem, shape=(1, 1, 40, 16), device="cpu") for problem in problems]
+    for problem in problems:
+        own = ours("triton", problem.dtype, problem.device)
+        row = {"problem": str(problem), "dtype": str(problem.dtype)}
+        # A shorter problem of the same kind is judged: the judge keeps matrices of L x L in float64.
+        share = error_of(own, replace(problem, shape=(1, 1, min(1024, problem.shape[2]), problem.shape[3])))
+        inputs, upstream = problem.inputs(), problem.upstream()
+        yield {**row, "implementation": own.name, "error": share, "right": share <= 1}
+        if not share <= 1:
+            continue
+        mine = prepared(own.make(problem), problem, inputs, upstream)
+        for rival in GPU_RIVALS:
+            if dry_run and rival.name == "flex":
+                yield {**row, "implementation": rival.name, "note": "left out of a dry run: it compiles"}
+                continue
+            try:
+                theirs = prepared(rival.make(problem), problem, inputs, upstream)
+                times = in_turn([mine, theirs], 1 if dry_run else 5, 0.0 if dry_run else 0.05, problem.wait)
+            except Exception as error:
+                yield {**row, "implementation": rival.name, "note": f"{type(error).__name__}: {error}"[:200]}
+                continue
+            ratios = [b / a for a, b in zip(*times, strict=True)]
+            seconds, own_seconds = (statistics.median(x) for x in reversed(times))
+            yield {
+                **row, "implementation": rival.name, "seconds": seconds, "own_seconds": own_seconds,
+                "own_flops": problem.flops / own_seconds, "ratio": statistics.median(ratios),
+                "low": min(ratios), "high": max(ratios),
+            }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=("smoke", "timing"))
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="folder to write to")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("a GPU is needed, and torch finds none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    wrong = False
+    for row in {"smoke": smoke, "timing": timing}[options.step](options.dry_run):
+        write_line(options.out / f"{options.step}.jsonl", row)
+        wrong |= row.get("right") is False
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
