@@ -88,6 +88,15 @@ def median(function: Callable[[], object]) -> float:
     return statistics.median(seconds(function, 1) for _ in range(ROUNDS))
 
 
+def warm(tensors: Sequence[Tensor]) -> None:
+    """Take the memory that a call will, and free it.
+
+    The first use of a page costs more than the next, by far on virtual machines. A call that is timed once would pay.
+    """
+    copies = [torch.ones_like(x) for x in tensors]
+    del copies
+
+
 def inputs(heads: int, length: int, dim: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
     return [torch.randn(1, heads, length, dim, generator=generator) for _ in range(3)]
@@ -148,8 +157,9 @@ def operator_row(kind: str, length: int, heads: int, dim: int, rivals: Sequence[
     def call(function: Callable[..., Tensor]) -> Callable[[], object]:
         if kind == "forward":
             return lambda: function(*tensors)
-        return with_gradients(function, [x.clone().requires_grad_() for x in tensors], torch.ones_like(tensors[2]))
+        return with_gradients(function, [x.detach().requires_grad_() for x in tensors], torch.ones_like(tensors[2]))
 
+    warm(tensors)
     row.ours = median(call(linear))
     row.rivals = {name: median(call(RIVALS[name])) for name in RIVALS if name in rivals}
     return row

@@ -1,6 +1,6 @@
 """A model of Hugging Face transformers with expressive attention: convert, verify, generate, save and load.
 
-    pip install 'expressive-attention[huggingface]'
+    pip install '.[huggingface]'
     python examples/convert_huggingface.py
 
 The model is small and untrained, so nothing is downloaded; a model of `from_pretrained` works in the same way.

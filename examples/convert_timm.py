@@ -1,6 +1,6 @@
 """A vision transformer of timm with expressive attention.
 
-pip install 'expressive-attention[timm]'
+pip install '.[timm]'
 python examples/convert_timm.py
 """
 

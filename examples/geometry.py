@@ -1,6 +1,6 @@
 """Look into attention space: a small study, and all pictures of its models.
 
-    pip install 'expressive-attention[study]'
+    pip install '.[study]'
     python examples/geometry.py [--out DIR]
 
 The script trains EA and DPA on x_t = x_{t-1} + x_{t-3} mod 8 for a few seconds. It writes an interactive page, a table

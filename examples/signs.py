@@ -1,6 +1,6 @@
 """Does expressive attention use the sign? Matches of EA and DPA on one task, from the start of training to its end.
 
-    pip install 'expressive-attention[study]'
+    pip install '.[study]'
     python examples/signs.py [--seeds N] [--steps N]
 
 The task is the one of the ladder on which the mechanisms differ most: x_t = x_{t-1} + x_{t-5} mod 16, one layer, one
