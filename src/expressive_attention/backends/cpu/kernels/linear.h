@@ -22,8 +22,10 @@
 // Products that are formed at a time, where one component has no more: their part of the state stays in the first cache.
 #define LINEAR_PRODUCTS 128
 
-// Keys whose products are summed before the sum goes to one of double.
+// Keys whose products are summed before the sum goes to one of double, and keys whose products with values are summed
+// before the sum goes to the state.
 #define MOMENT_KEYS 16
+#define SUMMED_KEYS 32
 
 // The products of components first, ..., last - 1 with those from themselves on: `count` of them, from `begin` on.
 typedef struct {
@@ -163,7 +165,11 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
       int nr = (int)(panel_width(c, columns) / V);
       for (int64_t k = 0; k < block->count; k += MR) {
         int mr = (int)least(MR, block->count - k);
-        add(mr, nr, count, room->phi + k, ld, 1, values + c, columns, sums + k * columns + c, columns);
+        for (int64_t begin = 0; begin < count; begin += SUMMED_KEYS) {
+          int64_t n = least(SUMMED_KEYS, count - begin);
+          add(mr, nr, n, room->phi + begin * ld + k, ld, 1, values + begin * columns + c, columns,
+              sums + k * columns + c, columns);
+        }
       }
     }
   }
