@@ -40,7 +40,7 @@ GPU = Machine(operations=400e12, bandwidth=50e9, latency=10e-6)
 LENGTH = 1 << 20
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
-# Of the measurement.
+# The layer that two processes are timed on.
 SMALL = Layer(heads=4, kv_heads=4, width=32, itemsize=4)
 ROUNDS = 5
 

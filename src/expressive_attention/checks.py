@@ -156,14 +156,19 @@ def check_slopes(alibi_slopes: Tensor, query: Tensor, heads: int) -> None:
         raise ValueError(f"alibi_slopes must be at least 0, got {float(alibi_slopes.min())}")
 
 
+def _check_bias(name: str, bias: Tensor, query: Tensor) -> None:
+    """Biases that are no mask: dense, floating, on the device of query."""
+    check_types(**{name: bias})
+    check_dense(name, bias)
+    if bias.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {bias.dtype}")
+    if bias.device != query.device:
+        raise ValueError(f"{name} must be on the device of query, {query.device}, got {bias.device}")
+
+
 def check_log_decay(log_decay: Tensor, query: Tensor, scores: tuple[int, ...], kv_heads: int, is_causal: bool) -> None:
     """Log decays of the keys of a causal call, whose scores have the shape ``(..., Hq, L, S)``."""
-    check_types(log_decay=log_decay)
-    check_dense("log_decay", log_decay)
-    if log_decay.dtype not in _DTYPES:
-        raise ValueError(f"log_decay must be float16, bfloat16, float32 or float64, got {log_decay.dtype}")
-    if log_decay.device != query.device:
-        raise ValueError(f"log_decay must be on the device of query, {query.device}, got {log_decay.device}")
+    _check_bias("log_decay", log_decay, query)
     *batch, heads, _, keys = scores
     shape = tuple(log_decay.shape)
     wanted = (*(tuple(batch)[len(batch) - max(0, len(shape) - 2) :]), heads, keys)
@@ -184,12 +189,7 @@ def check_log_decay(log_decay: Tensor, query: Tensor, scores: tuple[int, ...], k
 
 def check_relative(relative_bias: Tensor, query: Tensor, scores: tuple[int, ...]) -> None:
     """Biases by distance, for scores of the shape ``(..., Hq, L, S)``."""
-    check_types(relative_bias=relative_bias)
-    check_dense("relative_bias", relative_bias)
-    if relative_bias.dtype not in _DTYPES:
-        raise ValueError(f"relative_bias must be float16, bfloat16, float32 or float64, got {relative_bias.dtype}")
-    if relative_bias.device != query.device:
-        raise ValueError(f"relative_bias must be on the device of query, {query.device}, got {relative_bias.device}")
+    _check_bias("relative_bias", relative_bias, query)
     *batch, heads, rows, keys = scores
     shape, least = tuple(relative_bias.shape), 2 * max(rows, keys, 1) - 1
     wanted = (*batch, heads)

@@ -31,7 +31,7 @@ def compiled(folder, capability, *arguments):
 
 
 def above(rows, limits):
-    """What takes more than its limit of registers, stack, shared memory or instructions of the loop, and how much."""
+    """The kernels that exceed a limit of registers, stack, shared memory or instructions, and by how much."""
     found = {}
     for row in rows:
         name = f"{row['case']} {row['kernel']}"

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 # Seconds that a rank waits for another in a case that is not about waiting.
 PATIENCE = 60.0
 
-# Of the test, for all cases together.
+# Seconds that all cases of a test take together at most.
 LIMIT = 300.0
 
 

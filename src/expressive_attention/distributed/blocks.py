@@ -41,7 +41,7 @@ class Problem(NamedTuple):
         scale: Factor on the dot product.
         form: The weight function.
         dropout_p: Probability with which weights are dropped.
-        seeds: Of dropout, ``(1, 3)``, or None.
+        seeds: The seeds of dropout, ``(1, 3)``, or None.
         backend: Name of the backend, or None.
     """
 
@@ -249,7 +249,7 @@ class Derivative(NamedTuple):
         per_total = factor / torch.where(total == 0, torch.inf, total)
         do = self.output[:, :, rows].to(total.dtype)
         change = own.output.to(total.dtype) - self.result.output[:, :, rows].to(total.dtype)
-        # Of a row that this block alone has, it is 0. A difference of roundings would be magnified by 1 / N.
+        # It is 0 for a row that this block alone has. A difference of roundings would be magnified by 1 / N.
         of_normalizer = torch.where(weight == total, 0.0, per_total * (do * change).sum(-1))
         if self.normalizer is not None:
             of_normalizer = of_normalizer + factor * self.normalizer[:, :, rows]

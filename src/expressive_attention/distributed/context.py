@@ -120,7 +120,8 @@ def context_parallel(
         mesh: A DeviceMesh of one dimension, such as ``mesh["cp"]``.
         attn_mask: The rows of this rank, and the keys of all ranks in the order of the sequence: broadcastable to
             ``(B, Hq, L_rank, L)``, bool or a bias of log weights. A mask of one row is the same on all ranks; its
-            gradient is that of what this rank computes. Of packed sequences, with the method ``"ring"`` only.
+            gradient is that of what this rank computes. Packed sequences take
+            a mask with the method ``"ring"`` only.
         dropout_p: Probability of dropping a weight, in [0, 1]. The generator of each rank decides; which weights are
             dropped depends on the method and on the number of ranks.
         is_causal: Query i sees keys up to its own place in its sequence.

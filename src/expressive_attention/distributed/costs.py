@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 
     @property
     def state_bytes(self) -> int:
-        """Of the states of all heads of keys: sums of float32, the moment and the decay of float64."""
+        """Bytes of the states of all heads of keys: sums in float32, the moment and the decay in float64."""
         one = _SUMS * self.products * self.width + 8 * self.width**2 + 8
         return self.batch * self.kv_heads * one
 
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     """The work of a rank for a layer.
 
     Attributes:
-        operations: Of its products of matrices.
+        operations: Floating-point operations of its products of matrices.
         sent: Bytes that it sends.
         rounds: How often it has to wait for others, one after the other.
         overlaps: Whether bytes travel while it computes.
@@ -62,7 +62,7 @@ def cost(method: str, layer: Layer, length: int, ranks: int, backward: bool = Fa
         layer: The layer.
         length: L, a multiple of 2 P.
         ranks: P.
-        backward: Of the backward pass, in place of the forward pass.
+        backward: Count the backward pass in place of the forward pass.
 
     Raises:
         ValueError: The method is another one.

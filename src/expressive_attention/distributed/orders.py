@@ -90,7 +90,7 @@ class Shards:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, ranks: int, order: str = "zigzag") -> Shards:
-        """Of packed sequences, by where each begins and the last ends: ``(B + 1,)`` of integers, from 0."""
+        """Shards of packed sequences, where `cu_seqlens` ``(B + 1,)`` says where each begins and the last ends."""
         starts = cu_seqlens.tolist()
         if len(starts) < 2 or starts[0] != 0:
             raise ValueError(f"cu_seqlens must have shape (B + 1,) for B >= 1 sequences and start at 0, got {starts}")

@@ -703,7 +703,7 @@ static void backward_thread(void *context, int64_t thread) {
   }
 }
 
-// Of a problem alone.
+// Add up the parts of each query of a problem that is not packed.
 static void merge_thread(void *context, int64_t thread) {
   (void)thread;
   backward_job *job = context;
