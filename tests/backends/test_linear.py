@@ -61,6 +61,19 @@ def test_random_problems_within_budget(part):
     check()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sums_of_keys_that_are_alike_within_budget(is_causal):
+    """Each term of a sum loses the same then, and nothing averages out."""
+    for number in range(40):
+        generator = torch.Generator().manual_seed(number)
+        size = 1 + number % 16
+        query = torch.randn(1, 1, 60, size, generator=generator)
+        key = torch.randn(1, 1, 1, size, generator=generator).expand(1, 1, 60 + 5 * number, size)
+        value = torch.randn(1, 1, key.shape[2], 2, generator=generator)
+        options = {"is_causal": is_causal, "causal_alignment": "lower_right", "form": "squared"}
+        assert_within_budget(Case(query, key, value, None, options), *LINEAR)
+
+
 @pytest.fixture(params=["linear torch", "linear"])
 def backend(request):
     with fused(request.param) as name:

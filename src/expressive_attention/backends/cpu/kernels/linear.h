@@ -22,8 +22,8 @@
 // Products that are formed at a time, where one component has no more: their part of the state stays in the first cache.
 #define LINEAR_PRODUCTS 128
 
-// Keys whose products are summed before the sum goes to one of double, and keys whose products with values are summed
-// before the sum goes to the state.
+// Where keys are alike, so is what each term of a sum loses. So few keys are summed before their sum goes to one of double,
+// and some more before it goes to one that is not.
 #define MOMENT_KEYS 16
 #define SUMMED_KEYS 32
 
@@ -38,13 +38,17 @@ typedef struct {
   int64_t groups;                               // query heads of a state
 } linear_plan;
 
+// V numbers of double.
+typedef double wide_vec __attribute__((vector_size(V * sizeof(double)), aligned(sizeof(double)), may_alias));
+
 // Memory of one thread.
 typedef struct {
   product_block *blocks;
-  REAL *sums, *moment;                             // the state
-  double *exact;                                   // its moment, before it is rounded
+  REAL *sums;                                      // the state
+  double *moment;                                  // and that of N
   REAL *query, *keys, *columns, *values, *decayed;  // of a chunk; `columns` are the keys, transposed
-  REAL *phi, *weights, *output, *totals, *total, *room;  // `totals`: a vector for each row
+  REAL *phi, *weights, *output, *total, *room;
+  double *totals;  // V for each row
   REAL *since, *until;  // of a chunk: exp(c_p - c_before) of rows, exp(c_last - c_j) of keys
   REAL trace;           // of the matrix sum_j k_j k_j^T of the state, a sum of squares
   int64_t any;          // the first key that is not 0
@@ -82,8 +86,7 @@ static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char
   *room = (linear_room){
       .blocks = take(&a, plan->blocks * sizeof(product_block)),
       .sums = take(&a, plan->products * plan->value_columns * sizeof(REAL)),
-      .moment = take(&a, (plan->products + V) * sizeof(REAL)),
-      .exact = take(&a, plan->products * sizeof(double)),
+      .moment = take(&a, (plan->products + V) * sizeof(double)),
       .query = take(&a, chunk * plan->ld * sizeof(REAL)),
       .keys = take(&a, chunk * plan->ld * sizeof(REAL)),
       .columns = take(&a, padded(chunk) * p->width * sizeof(REAL)),
@@ -92,7 +95,7 @@ static int64_t lay_out_linear(const ea_problem *p, const linear_plan *plan, char
       .phi = take(&a, chunk * leading(most_products) * sizeof(REAL)),
       .weights = take(&a, chunk * leading(padded(chunk)) * sizeof(REAL)),
       .output = take(&a, chunk * plan->value_columns * sizeof(REAL)),
-      .totals = take(&a, chunk * sizeof(vec)),
+      .totals = take(&a, chunk * V * sizeof(double)),
       .total = take(&a, chunk * sizeof(REAL)),
       .room = take(&a, V * round_up(p->width, V) * sizeof(REAL)),
       .since = take(&a, chunk * sizeof(REAL)),
@@ -116,7 +119,8 @@ INLINE void form_products(REAL *to, const product_block *block, const REAL *x, i
 static void read_state(const linear_plan *plan, linear_room *room, const ea_problem *p, const REAL *x, int64_t count) {
   int64_t columns = plan->value_columns, ld = leading(most(LINEAR_PRODUCTS, p->width) + V);
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
-    const REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
+    const REAL *sums = room->sums + block->begin * columns;
+    const double *moment = room->moment + block->begin;
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
       for (int i = 0; i < mr; i++) {
@@ -124,9 +128,12 @@ static void read_state(const linear_plan *plan, linear_room *room, const ea_prob
         form_products(phi, block, x + (r + i) * plan->ld, p->width, 2);
         // The numbers that other rows left behind the products must not count.
         store(phi + block->count, (vec){0});
-        vec total = load(room->totals + (r + i) * V);
-        for (int64_t k = 0; k < block->count; k += V) total += load(phi + k) * load(moment + k);
-        store(room->totals + (r + i) * V, total);
+        // In double, as products of keys that are alike add up what they lose; it is one column among those of values.
+        wide_vec total = *(wide_vec *)(room->totals + (r + i) * V);
+        for (int64_t k = 0; k < block->count; k += V) {
+          total += __builtin_convertvector(load(phi + k), wide_vec) * *(const wide_vec *)(moment + k);
+        }
+        *(wide_vec *)(room->totals + (r + i) * V) = total;
       }
       for (int64_t c = 0; c < columns; c += PANEL) {
         int nr = (int)(panel_width(c, columns) / V);
@@ -136,18 +143,25 @@ static void read_state(const linear_plan *plan, linear_room *room, const ea_prob
   }
 }
 
+// to += a^T b over `count` keys, the rows of a and b.
+static void add_keys(int mr, int nr, int64_t count, const REAL *a, int64_t lda, const REAL *b, int64_t ldb, REAL *to,
+                     int64_t ldc) {
+  for (int64_t begin = 0; begin < count; begin += SUMMED_KEYS) {
+    add(mr, nr, least(SUMMED_KEYS, count - begin), a + begin * lda, lda, 1, b + begin * ldb, ldb, to, ldc);
+  }
+}
+
 // Add `count` keys and values, which carry their decay until the end of the chunk, to the state.
 static void write_state(const linear_plan *plan, linear_room *room, const ea_problem *p, int64_t count, int decays) {
   int64_t columns = plan->value_columns;
   const REAL *values = decays ? room->decayed : room->values;
   for (const product_block *block = room->blocks; block < room->blocks + plan->blocks; block++) {
-    REAL *sums = room->sums + block->begin * columns, *moment = room->moment + block->begin;
-    double *exact = room->exact + block->begin;
+    REAL *sums = room->sums + block->begin * columns;
+    double *moment = room->moment + block->begin;
     int64_t ld = leading(round_up(block->count, V));
     for (int64_t j = 0; j < count; j++) {
       form_products(room->phi + j * ld, block, room->keys + j * plan->ld, p->width, 1);
     }
-    // Few keys at a time: all terms are of one sign where keys are alike, and so may be what their sum loses.
     for (int64_t k = 0; k < block->count; k += V) {
       int lanes = (int)least(V, block->count - k);
       for (int64_t begin = 0; begin < count; begin += MOMENT_KEYS) {
@@ -157,19 +171,14 @@ static void write_state(const linear_plan *plan, linear_room *room, const ea_pro
           vec x = load(room->phi + j * ld + k);
           sum += decays ? x * room->until[j] : x;
         }
-        for (int i = 0; i < lanes; i++) exact[k + i] += sum[i];
+        for (int i = 0; i < lanes; i++) moment[k + i] += sum[i];
       }
-      for (int i = 0; i < lanes; i++) moment[k + i] = (REAL)exact[k + i];
     }
     for (int64_t c = 0; c < columns; c += PANEL) {
       int nr = (int)(panel_width(c, columns) / V);
       for (int64_t k = 0; k < block->count; k += MR) {
         int mr = (int)least(MR, block->count - k);
-        for (int64_t begin = 0; begin < count; begin += SUMMED_KEYS) {
-          int64_t n = least(SUMMED_KEYS, count - begin);
-          add(mr, nr, n, room->phi + begin * ld + k, ld, 1, values + begin * columns + c, columns,
-              sums + k * columns + c, columns);
-        }
+        add_keys(mr, nr, count, room->phi + k, ld, values + c, columns, sums + k * columns + c, columns);
       }
     }
   }
@@ -190,7 +199,8 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
               room->columns + start * p->width, panel_width(start, n), &to, 0, 0);
     }
     for (int i = 0; i < mr; i++) {
-      REAL *w = room->weights + i * ldw, total = 0;
+      REAL *w = room->weights + i * ldw;
+      double total = 0;
       int64_t last = least(n, place + r + i + 1 - begin);
       if (c) {
         int64_t at = least(place + r + i, keys - 1);
@@ -200,7 +210,7 @@ static void add_pairs_of_chunk(const linear_plan *plan, linear_room *room, const
       }
       for (int64_t j = last; j < seen; j++) w[j] = 0;
       for (int64_t j = 0; j < last; j++) total += w[j];
-      room->total[r + i] += total;
+      room->total[r + i] += (REAL)total;
     }
     for (int64_t col = 0; col < columns; col += PANEL) {
       int nr = (int)(panel_width(col, columns) / V);
@@ -218,9 +228,13 @@ static void linear_rows(const linear_plan *plan, linear_room *room, const ea_pro
   clear(room->output, count * columns * (int64_t)sizeof(REAL));
   clear(room->total, count * (int64_t)sizeof(REAL));
   if (begin) {
-    clear(room->totals, count * (int64_t)sizeof(vec));
+    clear(room->totals, count * V * (int64_t)sizeof(double));
     read_state(plan, room, p, room->query, count);
-    for (int64_t r = 0; r < count; r++) room->total[r] = sum_of(load(room->totals + r * V));
+    for (int64_t r = 0; r < count; r++) {
+      double total = 0;
+      for (int lane = 0; lane < V; lane++) total += room->totals[r * V + lane];
+      room->total[r] = (REAL)total;
+    }
     if (c) {
       for (int64_t r = 0; r < count; r++) room->since[r] = (REAL)(c[least(place + r, keys - 1)] - c[begin - 1]);
       exponentials(room->since, count);
@@ -275,8 +289,7 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
   const double *c = decays_of(p, b, state);
   room->trace = 0, room->any = INT64_MAX, room->unsafe = 0;
   clear(room->sums, plan->products * plan->value_columns * (int64_t)sizeof(REAL));
-  clear(room->moment, (plan->products + V) * (int64_t)sizeof(REAL));
-  clear(room->exact, plan->products * (int64_t)sizeof(double));
+  clear(room->moment, (plan->products + V) * (int64_t)sizeof(double));
   for (int64_t begin = 0; begin < keys; begin += LINEAR_CHUNK) {
     int64_t n = least(LINEAR_CHUNK, keys - begin);
     pack_rows(room->keys, plan->ld, &p->key, p->dtype, b, kv_head, begin, n, p->width, 1);
@@ -296,7 +309,7 @@ static void linear_task(const linear_plan *plan, linear_room *room, const ea_pro
       REAL factor = begin ? exponential_of((REAL)(c[begin + n - 1] - c[begin - 1])) : 1;
       room->trace *= factor;
       scale_row(room->sums, plan->products * plan->value_columns, factor);
-      for (int64_t k = 0; k < plan->products; k++) room->exact[k] *= factor;
+      for (int64_t k = 0; k < plan->products; k++) room->moment[k] *= factor;
       for (int64_t j = 0; j < n; j++) room->until[j] = (REAL)(c[begin + n - 1] - c[begin + j]);
       exponentials(room->until, n);
       memcpy(room->decayed, room->values, (size_t)(n * plan->value_columns) * sizeof(REAL));

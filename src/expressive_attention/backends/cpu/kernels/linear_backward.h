@@ -117,8 +117,8 @@ static void add_to_state(const ea_problem *p, const linear_plan *plan, const lin
       int nr = (int)(panel_width(k, whole) / V);
       for (int64_t e = 0; e < p->value_width; e += MR) {
         int mr = (int)least(MR, p->value_width - e);
-        add(mr, nr, count, y + e, plan->value_columns, 1, room->phi + k, ld, state->sums + e * state->ld + room->at[i] + k,
-            state->ld);
+        add_keys(mr, nr, count, y + e, plan->value_columns, room->phi + k, ld,
+                 state->sums + e * state->ld + room->at[i] + k, state->ld);
       }
     }
   }
@@ -128,7 +128,7 @@ static void add_to_state(const ea_problem *p, const linear_plan *plan, const lin
     int nr = (int)(panel_width(c, columns) / V);
     for (int64_t e = 0; e < p->width; e += MR) {
       int mr = (int)least(MR, p->width - e);
-      add(mr, nr, count, room->scaled + e, plan->ld, 1, x + c, plan->ld, state->moment + e * plan->ld + c, plan->ld);
+      add_keys(mr, nr, count, room->scaled + e, plan->ld, x + c, plan->ld, state->moment + e * plan->ld + c, plan->ld);
     }
   }
 }
@@ -294,13 +294,12 @@ static int rows_backward(linear_backward_run *run, const linear_room *forward, l
     REAL *half = room->half + r * plan->ld, *moment = room->moment + r * plan->ld, *grad = room->grad + r * plan->ld;
     REAL *w = room->weights + r * ldw, *s = room->scores + r * ldw, *g = room->products + r * ldw;
     int64_t seen = at->n ? seen_of(at, r) : 0;
-    REAL total = 0, mean = 0, decay = at->c && at->begin ? room->since[r] : 1;
-    if (at->begin) {
-      for (int64_t e = 0; e < p->width; e++) total += q[e] * moment[e], mean += q[e] * half[e];
-      total *= decay, mean *= decay;
-    }
-    for (int64_t j = 0; j < seen; j++) total += w[j];
-    for (int64_t j = 0; j < seen; j++) mean += w[j] * g[j];
+    REAL decay = at->c && at->begin ? room->since[r] : 1;
+    double all = 0, weighted = 0;
+    for (int64_t e = 0; at->begin && e < p->width; e++) all += q[e] * moment[e], weighted += q[e] * half[e];
+    all *= decay, weighted *= decay;
+    for (int64_t j = 0; j < seen; j++) all += w[j], weighted += w[j] * g[j];
+    REAL total = (REAL)all, mean = (REAL)weighted;
     REAL of_normalizer = grad_normalizer_of(p, index + r), inverse = total == 0 ? 0 : 1 / total;
     REAL shift = mean * inverse - of_normalizer * total;
     int is_unsafe = is_unsafe_sum(p, q, total, trace * decay, room->any <= least(at->begin + at->n - 1, at->place + r));
