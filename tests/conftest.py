@@ -15,6 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
+
+# Hypothesis takes some of its numbers from the source of the modules that are imported, so that the random problems
+# of a test would depend on the tests before it. Old versions do not.
+if hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = providers.Constants
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
