@@ -3,8 +3,9 @@
     .venv/bin/python docs/findings.py [--write]
 
 A table stands between the lines `<!-- KIND: PRESET -->` and `<!-- end -->`. KIND is `comparisons` (a row per condition,
-EA against DPA), `accuracies` (a row per condition, a column per mechanism) or `verdicts` (a row per claim). Without
-`--write`, the exit status says whether the pages hold what results/ says.
+EA against DPA), `examples` (the same where all seeds share their data: on the test and on the validation examples),
+`accuracies` (a row per condition, a column per mechanism) or `verdicts` (a row per claim). Without `--write`, the exit
+status says whether the pages hold what results/ says.
 """
 
 from __future__ import annotations
@@ -80,6 +81,16 @@ def _comparisons(preset: str) -> str:
     return _table(head, rows)
 
 
+def _examples(preset: str) -> str:
+    head = ["condition", "on the test examples", "the same, were other test examples drawn", "on the validation examples"]
+    rows = []
+    for condition, found in by_condition(preset):
+        ea = found["expressive"]
+        drawn = f"{signed(ea['examples_low'])} to {signed(ea['examples_high'])}"
+        rows.append([condition, between(ea, "difference"), drawn, between(ea, "validation_difference")])
+    return _table(head, rows)
+
+
 def _accuracies(preset: str) -> str:
     conditions = by_condition(preset)
     mechanisms = list(conditions[0][1])
@@ -95,6 +106,7 @@ def _verdicts(preset: str) -> str:
 
 _KINDS: dict[str, Callable[[str], str]] = {
     "comparisons": _comparisons,
+    "examples": _examples,
     "accuracies": _accuracies,
     "verdicts": _verdicts,
 }
