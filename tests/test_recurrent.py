@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from expressive_attention import expressive_attention
+from expressive_attention.backends.cpu import library
 from expressive_attention.recurrent import SquaredState
+from tests.budget import LINEAR, fused, threads_of_torch
 
 
 def inputs(tokens: int = 300, dim: int = 20, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,3 +137,110 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- one token, in C ----
+
+TORCH, *BUILDS = LINEAR
+
+
+def steps(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, dtype: torch.dtype
+) -> tuple[SquaredState, Tensor]:
+    """The state after all tokens, one at a time, and the outputs at each."""
+    state = SquaredState(*key.shape[:2], key.shape[3], value.shape[3], dtype=dtype)
+    outputs = []
+    for t in range(key.shape[2]):
+        q, k, v, decay = (x[:, :, t : t + 1] for x in (query, key, value, log_decay))
+        if t % 3 == 0:
+            outputs.append(state.extend(q, k, v, decay))
+        elif t % 3 == 1:
+            outputs.append(state.update(k, v, decay).attend(q))
+        else:
+            outputs.append(state.extend(q, k, v))
+    return state, torch.cat(outputs, 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "width"),
+    [(3, 1, 64, 64), (2, 3, 5, 7), (1, 5, 16, 33), (2, 4, 33, 20), (2, 9, 1, 1), (1, 2, 20, 130)],
+)
+def test_every_build_is_at_least_as_exact_as_plain_torch(heads, groups, dim, width):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, 24, w) for h, w in ((heads * groups, dim), (heads, dim), (heads, width)))
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)  # as projections give it
+    given = query, key, value, -0.1 * torch.rand(2, heads, 24)
+    doubled = [x.double() for x in given]
+    with fused(TORCH):
+        plain, of_plain = steps(*given, torch.float32)
+        exact, of_exact = steps(*doubled, torch.float64)
+    for name in BUILDS:
+        with fused(name):
+            state, output = steps(*given, torch.float32)
+            double, of_double = steps(*doubled, torch.float64)
+        for found, other, want in ((state.sums, plain.sums, exact.sums), (output, of_plain, of_exact)):
+            error, budget = ((x - want).abs().max() for x in (found, other))
+            assert error <= 2 * budget + torch.finfo(torch.float32).eps * want.abs().max(), name
+        for found in (state, double):
+            torch.testing.assert_close(found.moment, exact.moment, rtol=0, atol=1e-12)
+        torch.testing.assert_close(double.sums, exact.sums, rtol=0, atol=1e-12)
+        torch.testing.assert_close(of_double, of_exact, rtol=0, atol=1e-8)  # where no more than a few keys were seen
+
+
+def test_threads_and_views_change_no_bit():
+    query, key, value = (x.float() for x in inputs(tokens=4, heads=8))
+    found = []
+    for threads in (1, 2):
+        with threads_of_torch(threads):
+            found.append(steps(query, key, value, torch.zeros(3, 8, 4), torch.float32)[1])
+    spread = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in (query, key, value)]
+    found.append(steps(*spread, torch.zeros(3, 8, 1).expand(3, 8, 4), torch.float32)[1])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_token_without_a_direction(name):
+    """A query of zeros, of no keys, and ones that are NaN or infinite."""
+    query, key, value = (x[:1, :1, :3].float() for x in inputs())
+    query[0, 0, 1, 3], query[0, 0, 2, 3] = torch.nan, torch.inf
+    with fused(name):
+        state = SquaredState(1, 1, 20, 7)
+        assert state.attend(query[:, :, :1]).abs().max() == 0
+        state.update(key[:, :, :1], value[:, :, :1])
+        assert state.attend(torch.zeros(1, 1, 1, 20)).abs().max() == 0
+        assert state.attend(query[:, :, 1:2]).isnan().all()
+        assert state.attend(query[:, :, 2:]).isnan().all()
+        torch.testing.assert_close(state.attend(query[:, :, :1]), value[:, :, :1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_gradients_of_a_token(name):
+    query, key, value = (x[:, :, :2] for x in inputs())
+    query.requires_grad_()
+    with fused(name):
+        state = SquaredState(3, 2, 20, 7, dtype=torch.float64)
+        with torch.no_grad():
+            state.extend(query[:, :, :1], key[:, :, :1], value[:, :, :1])
+        output = state.extend(query[:, :, 1:], key[:, :, 1:], value[:, :, 1:])
+        (gradient,) = torch.autograd.grad(output.sum(), query)
+        assert gradient[:, :, 1:].abs().max() > 0
+        output = state.attend(query[:, :, 1:])
+        with torch.no_grad():
+            state.update(key[:, :, 1:], value[:, :, 1:])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_tensors_that_have_no_memory_go_another_way():
+    with FakeTensorMode():
+        key = torch.randn(2, 1, 1, 8)
+        assert SquaredState(2, 1, 8).extend(torch.randn(2, 3, 1, 8), key, key).shape == (2, 3, 1, 8)
+    query, key = torch.randn(5, 2, 1, 1, 8), torch.randn(2, 1, 1, 8)
+    state = SquaredState(2, 1, 8, dtype=torch.float64).update(key, key)
+    mapped = torch.func.vmap(state.attend)(query)
+    torch.testing.assert_close(mapped, torch.stack([state.attend(q) for q in query]))
+    if library.MISSING is None:
+        state.sums.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="the memory of sums was freed or is too small"):
+            state.attend(query[0])

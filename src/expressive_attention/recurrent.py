@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .backends import cpu
+from .backends.cpu import library
 from .backends.linear.state import State
+from .call import differentiated_by_func
 from .functional import expressive_attention
 
 __all__ = ["SquaredState"]
@@ -87,6 +90,9 @@ class SquaredState:
             ValueError: A shape does not fit.
         """
         tokens = self._check_tokens(key, value, log_decay)
+        if tokens == 1 and self._in_c(key, value, log_decay):
+            self._step(key[:, :0], (key, value), log_decay)
+            return self
         with torch.no_grad():
             for start in range(0, tokens, _CHUNK):
                 part = slice(start, start + _CHUNK)
@@ -102,7 +108,7 @@ class SquaredState:
             weight = (since[..., -1:] - since).exp().to(self.sums.dtype).unsqueeze(-1)
             value = value * weight
         batch, heads, tokens, _ = key.shape
-        if tokens == 1:
+        if tokens == 1:  # faster than by blocks
             wide = self._products(key.double())
             products = wide.to(self.sums.dtype).flatten(0, 1)
             self.sums.view(batch * heads, *self.sums.shape[2:]).baddbmm_(products.mT, value.flatten(0, 1))
@@ -127,6 +133,8 @@ class SquaredState:
             ValueError: The shape does not fit.
         """
         self._check_query(query)
+        if query.shape[2] == 1 and self._in_c(query):
+            return self._step(query)
         found, total = self._read(_unit(query, self.sums.dtype))
         return (found / _divisor(total)).to(query.dtype)
 
@@ -151,7 +159,9 @@ class SquaredState:
         tokens = self._check_tokens(key, value, log_decay)
         if query.shape[2] != tokens:
             raise ValueError(f"query and key must be of the same tokens, got {query.shape[2]} and {tokens}")
-        if query.shape[2] == 1:
+        if tokens == 1 and self._in_c(query, key, value, log_decay):
+            return self._step(query, (key, value), log_decay)
+        if tokens == 1:
             return self.update(key, value, log_decay).attend(query)
         past = self._past(query, log_decay)
         self.update(key, value, log_decay)
@@ -165,6 +175,28 @@ class SquaredState:
         found, total = past
         weight = weight.unsqueeze(-1)
         return ((found + weight * own) / _divisor(total + weight)).to(query.dtype)
+
+    def _in_c(self, *tensors: Tensor | None) -> bool:
+        """Whether the C kernel takes one token: it gives no gradient, and reads the memory of plain tensors."""
+        own = (self.sums, self.moment, *(x for x in tensors if x is not None))
+        return (
+            library.MISSING is None
+            and not torch.compiler.is_compiling()
+            and not differentiated_by_func()
+            and not torch._C._are_functorch_transforms_active()
+            and all(type(x) is Tensor and x.is_cpu for x in own)
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in own))
+            and self.sums.is_contiguous()
+            and self.moment.is_contiguous()
+        )
+
+    def _step(
+        self, query: Tensor, pair: tuple[Tensor, Tensor] | None = None, log_decay: Tensor | None = None
+    ) -> Tensor:
+        """Add the key and value of one token, if there are any, and answer queries, by the C kernel."""
+        pair = None if pair is None else (pair[0].squeeze(2), pair[1].squeeze(2))
+        factor = None if log_decay is None else log_decay.to(torch.float64).exp()
+        return cpu.step(self.sums, self.moment, query.squeeze(2), pair, factor).unsqueeze(2).to(query.dtype)
 
     def _past(self, query: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The sums of `_read` for tokens ``(B, Hq, T, E)``, with their decay; None: there are no keys so far."""

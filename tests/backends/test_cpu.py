@@ -128,6 +128,7 @@ void *ea_forward(const char *name) { return (void *)run; }
 void *ea_backward(const char *name) { return (void *)run; }
 void *ea_linear(const char *name) { return (void *)run; }
 void *ea_linear_backward(const char *name) { return (void *)run; }
+void *ea_step(const char *name) { return (void *)run; }
 void ea_set_openmp(void *function) {}
 const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
 """
@@ -141,6 +142,7 @@ const char *ea_left_out(void) { return "x86-64-v4 x86-64-v4-bf16 "; }
         ("0 " + layout.LAYOUT.partition(" ")[2], False),
         (layout.LAYOUT.replace("rows:q keys:q", "keys:q rows:q"), False),
         (layout.LAYOUT.replace("scale:d", "scale:q"), False),
+        (layout.LAYOUT.replace("states:q groups:q", "groups:q states:q"), False),
     ],
 )
 def test_a_library_with_another_struct_is_refused(tmp_path, members, taken, monkeypatch):

@@ -16,9 +16,9 @@ from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, diffe
 from ...masks import repeated_strides
 from ..dropout import keep_share, threshold
 from . import library
-from .layout import BACKWARD, FORWARD
+from .layout import BACKWARD, FORWARD, TOKEN
 
-__all__ = ["backward", "declines", "forward", "linear_backward", "linear_forward", "warn_of_fallback"]
+__all__ = ["backward", "declines", "forward", "linear_backward", "linear_forward", "step", "warn_of_fallback"]
 
 # As in kernels/problem.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
@@ -177,6 +177,44 @@ def linear_backward(
     )
     _run(library.chosen().linear_backward, problem)
     return dq, dk, dv, ddecay
+
+
+def step(
+    sums: Tensor, moment: Tensor, query: Tensor, pair: tuple[Tensor, Tensor] | None, factor: Tensor | None
+) -> Tensor:
+    """Add one token to states of the squared form, in place, and then answer queries, by ``kernels/step.h``.
+
+    Args:
+        sums: ``(B, H, E (E + 1) / 2, Ev)``, contiguous, of float32 or float64.
+        moment: ``(B, H, E (E + 1) / 2)``, contiguous, of float64.
+        query: ``(B, Hq, E)``, Hq a multiple of H, or 0.
+        pair: Key ``(B, H, E)`` and value ``(B, H, Ev)`` of the token; None: none is added.
+        factor: ``(B, H)`` of float64, by which the states are multiplied before; None: they are not.
+
+    Returns:
+        The output ``(B, Hq, Ev)`` in the dtype of `sums`.
+    """
+    query = _contiguous("query", query.to(sums.dtype))
+    key, value = (None, None) if pair is None else (_contiguous("key", x.to(sums.dtype)) for x in pair)
+    factor = None if factor is None else factor.contiguous()
+    output = query.new_empty((*query.shape[:2], sums.shape[3]))
+    problem = TOKEN.pack(
+        torch.get_num_threads(),
+        sums.dtype == torch.float64,
+        sums.shape[0] * sums.shape[1],
+        query.shape[1] // sums.shape[1],
+        query.shape[2],
+        sums.shape[3],
+        _address("sums", sums),
+        _address("moment", moment),
+        *(0 if x is None else x.data_ptr() for x in (key, value, factor)),
+        query.data_ptr(),
+        output.data_ptr(),
+    )
+    _run(library.chosen().step, problem)
+    if key is not None:
+        torch.autograd.graph.increment_version([sums, moment])  # a graph that has saved them must know
+    return output
 
 
 def _empty_like(x: Tensor) -> Tensor:

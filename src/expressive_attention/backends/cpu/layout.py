@@ -1,4 +1,4 @@
-"""The struct that the C library is given, member by member; `library` compares it with the one that was compiled.
+"""The structs that the C library is given, member by member; `library` compares it with the one that was compiled.
 
 To add a member, enter it here and in ``kernels/problem.h``, and give its value where `cpu` packs the struct.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["BACKWARD", "FORWARD", "LAYOUT"]
+__all__ = ["BACKWARD", "FORWARD", "LAYOUT", "TOKEN"]
 
 # As EA_VERSION: what members mean, where their names do not say.
 _VERSION = 4
@@ -24,12 +24,18 @@ _BACKWARD = (
     "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q grad_decay:q mask_size:4q "
     "grad_relative:q grad_relative_stride:q "
 )
+# Of one token.
+_TOKEN = (
+    "threads:q in_double:q states:q groups:q width:q value_width:q sums:q moment:q "
+    "key:q value:q factor:q query:q output:q "
+)
 
 
 def _formats(members: str) -> str:
     return "".join(member.partition(":")[2] for member in members.split())
 
 
-LAYOUT = f"{_VERSION} {_FORWARD}{_BACKWARD}"  # as ea_layout() has it
+LAYOUT = f"{_VERSION} {_FORWARD}{_BACKWARD}; {_TOKEN}"  # as ea_layout() has it
 FORWARD = struct.Struct(f"{_formats(_FORWARD)}{struct.calcsize(_formats(_BACKWARD))}x")
 BACKWARD = struct.Struct(_formats(_FORWARD + _BACKWARD))
+TOKEN = struct.Struct(_formats(_TOKEN))

@@ -24,7 +24,7 @@ _FILE_VARIABLE = "EXPRESSIVE_ATTENTION_LIBRARY"
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels as compiled for one level of CPU features; each takes a packed ``ea_problem``.
+    """The kernels as compiled for one level of CPU features; each takes a packed ``ea_problem``, or ``ea_token``.
 
     Attributes:
         name: ``portable``, or on x86-64 also ``x86-64-v3`` (AVX2), ``x86-64-v4`` (AVX-512) and
@@ -33,6 +33,7 @@ class Build:
         backward: Likewise.
         linear: Likewise; the forward pass of the squared form in linear time.
         linear_backward: Likewise; its backward pass.
+        step: Likewise; one token, for states of the squared form.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Build:
     backward: Callable[[bytes], int]
     linear: Callable[[bytes], int]
     linear_backward: Callable[[bytes], int]
+    step: Callable[[bytes], int]
 
 
 def _load() -> tuple[dict[str, Build], tuple[str, ...], str | None]:
@@ -61,7 +63,8 @@ def _load() -> tuple[dict[str, Build], tuple[str, ...], str | None]:
     found = {}
     while name := library.ea_build_name(len(found)):
         entries = []
-        for function in (library.ea_forward, library.ea_backward, library.ea_linear, library.ea_linear_backward):
+        for entry in ("ea_forward", "ea_backward", "ea_linear", "ea_linear_backward", "ea_step"):
+            function = getattr(library, entry)
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_void_p
             entries.append(kernel(function(name)))
         found[name.decode()] = Build(name.decode(), *entries)

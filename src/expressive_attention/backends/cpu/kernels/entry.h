@@ -7,12 +7,14 @@ int ENTRY(ea_forward)(const ea_problem *p);
 int ENTRY(ea_backward)(const ea_problem *p);
 int ENTRY(ea_linear)(const ea_problem *p);
 int ENTRY(ea_linear_backward)(const ea_problem *p);
+int ENTRY(ea_step)(const ea_token *p);
 
 // In double arithmetic, whatever the dtype.
 int ENTRY(ea_forward_double)(const problem_list *list);
 int ENTRY(ea_backward_double)(const problem_list *list);
 int ENTRY(ea_linear_double)(const ea_problem *p);
 int ENTRY(ea_linear_backward_double)(const ea_problem *p);
+int ENTRY(ea_step_double)(const ea_token *p);
 
 // One of the states of the squared form in linear time, in double arithmetic.
 int ENTRY(ea_linear_state_double)(const ea_problem *p, int64_t task);

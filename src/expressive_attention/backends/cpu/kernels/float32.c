@@ -36,6 +36,8 @@ int ENTRY(ea_linear_backward)(const ea_problem *p) {
   return p->dtype == EA_FLOAT64 ? ENTRY(ea_linear_backward_double)(p) : run_linear_backward(p, 0, -1);
 }
 
+int ENTRY(ea_step)(const ea_token *p) { return p->in_double ? ENTRY(ea_step_double)(p) : run_step(p); }
+
 static int backward_in_double(const problem_list *list) { return ENTRY(ea_backward_double)(list); }
 
 int ENTRY(ea_backward)(const ea_problem *p) {

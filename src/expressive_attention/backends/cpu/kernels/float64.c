@@ -34,6 +34,8 @@ int ENTRY(ea_linear_double)(const ea_problem *p) { return run_linear(p, 0, -1); 
 
 int ENTRY(ea_linear_state_double)(const ea_problem *p, int64_t task) { return run_linear(p, task, task + 1); }
 
+int ENTRY(ea_step_double)(const ea_token *p) { return run_step(p); }
+
 int ENTRY(ea_linear_backward_double)(const ea_problem *p) { return run_linear_backward(p, 0, -1); }
 
 int ENTRY(ea_linear_backward_state_double)(const ea_problem *p, int64_t task) {

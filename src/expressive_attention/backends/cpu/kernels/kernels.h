@@ -20,6 +20,7 @@
 #include "forward.h"
 #include "one_row.h"
 #include "linear.h"
+#include "step.h"
 //
 #include "finite.h"
 #include "backward.h"

@@ -60,10 +60,25 @@ typedef struct {
   /* double, to which is added: rows of (head), those of batches or sequences so far apart; or NULL */ \
   M(q, double *, grad_relative, ) M(q, int64_t, grad_relative_stride, )
 
+// One token for states of the squared form, see step.h, likewise. All memory is contiguous; REAL is float or double.
+#define EA_TOKEN_MEMBERS(M)                                                                          \
+  M(q, int64_t, threads, )                                                                          \
+  M(q, int64_t, in_double, )             /* whether REAL is double */                               \
+  M(q, int64_t, states, ) M(q, int64_t, groups, ) /* queries of a state */                          \
+  M(q, int64_t, width, ) M(q, int64_t, value_width, )                                               \
+  M(q, void *, sums, )                   /* REAL (state, product, column of the value) */           \
+  M(q, double *, moment, )               /* (state, product) */                                     \
+  M(q, const void *, key, ) M(q, const void *, value, ) /* REAL (state, component), or NULL: none is added */ \
+  M(q, const double *, factor, )         /* (state), by which what came before is multiplied; or NULL */ \
+  M(q, const void *, query, ) M(q, void *, output, ) /* REAL (state, group, component) */
+
 #define EA_DECLARE(format, type, name, size) type name size;
 typedef struct {
   EA_MEMBERS(EA_DECLARE)
 } ea_problem;
+typedef struct {
+  EA_TOKEN_MEMBERS(EA_DECLARE)
+} ea_token;
 #undef EA_DECLARE
 
 #endif
