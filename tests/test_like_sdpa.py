@@ -26,18 +26,13 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize(
     ("backend", "compiler", "dynamic"),
-    [  # any two of their values meet
-        (None, "eager", None),
-        (None, "aot_eager", True),
-        ("reference", "eager", True),
-        ("reference", "aot_eager", None),
-    ],
+    [(None, "aot_eager", None), (None, "eager", True), ("reference", "eager", None)],
 )
 def test_a_scale_that_varies_is_compiled(backend, compiler, dynamic):
     q = Q.clone().requires_grad_()
     function = partial(expressive_attention, q, K, V, backend=backend)
     compiled = torch.compile(lambda s: function(scale=s), fullgraph=True, backend=compiler, dynamic=dynamic)
-    for scale in (0.1, 0.25, -0.5, 2):
+    for scale in (0.1, -0.5, 2):
         output, expected = compiled(scale), function(scale=scale)
         torch.testing.assert_close(output, expected)
         gradients = [torch.autograd.grad(x.square().sum(), q) for x in (output, expected)]
@@ -47,11 +42,8 @@ def test_a_scale_that_varies_is_compiled(backend, compiler, dynamic):
         compiled(float("nan"))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_a_dropout_that_varies_is_compiled(dynamic):
-    compiled = torch.compile(
-        lambda p: expressive_attention(Q, K, torch.ones_like(K), dropout_p=p), backend="aot_eager", dynamic=dynamic
-    )
+def test_a_dropout_that_varies_is_compiled():
+    compiled = torch.compile(lambda p: expressive_attention(Q, K, torch.ones_like(K), dropout_p=p), backend="aot_eager")
     zeros = []
     for p in (0.0, 0.3, 0.6, 1.0):
         torch.manual_seed(0)
