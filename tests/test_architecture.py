@@ -10,6 +10,7 @@ PUBLIC = {
     "functional.expressive_attention",
     "varlen.expressive_attention_varlen",
     "nested.nested_attention",
+    "near_far.near_far_attention",
     "distributed.context.context_parallel",
     "nn.attention.__init__",
     "nn.multihead.__init__",
