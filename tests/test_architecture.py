@@ -14,6 +14,7 @@ PUBLIC = {
     "distributed.context.context_parallel",
     "nn.attention.__init__",
     "nn.multihead.__init__",
+    "nn.near_far.__init__",
     "nn.multihead.forward",
     "nn.multihead.multi_head_attention_forward",  # as in torch
     "nn.transformer.__init__",

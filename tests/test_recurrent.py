@@ -246,6 +246,23 @@ def test_tensors_that_have_no_memory_go_another_way():
             state.attend(query[0])
 
 
+@pytest.mark.parametrize("return_normalizer", [False, True])
+def test_gradients_of_several_tokens(return_normalizer):
+    query, key, value = (x[:, :, :5] for x in inputs())
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    state = SquaredState(3, 2, 20, 7, dtype=torch.float64)
+    state.extend(*(x[:, :, :2] for x in leaves))
+    found = state.extend(*(x[:, :, 2:] for x in leaves), return_normalizer=return_normalizer)
+    output = found[0] if return_normalizer else found
+    options = {"is_causal": True, "enable_gqa": True, "form": "squared", "causal_alignment": "lower_right"}
+    earlier = [torch.cat([x[:, :, :2].detach(), x[:, :, 2:]], 2) for x in leaves[1:]]
+    expected = expressive_attention(query[:, :, 2:], *earlier, **options)
+    for own, want in zip(
+        torch.autograd.grad(output.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(own, want, rtol=1e-9, atol=1e-9)
+
+
 # ---- normalizers ----
 
 
@@ -298,8 +315,8 @@ def test_a_normalizer_of_no_number_or_none(name):
 
 
 def test_gradients_through_the_normalizer_of_a_state():
-    query, key, value = (x[:, :, :4] for x in inputs())
-    state = SquaredState(3, 2, 20, 7, dtype=torch.float64).update(key, value)
+    query, key, value = (x[:1, :, :4] for x in inputs(dim=5))
+    state = SquaredState(1, 2, 5, 7, dtype=torch.float64).update(key, value)
     for rows in (1, 3):
         own = query[:, :, :rows].clone().requires_grad_()
         torch.autograd.gradcheck(lambda q: state.attend(q, return_normalizer=True)[1], own)

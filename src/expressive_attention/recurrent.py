@@ -217,7 +217,8 @@ class SquaredState:
     def _extend(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and N of several tokens."""
         size, unit = _unit(query, self.sums.dtype)
-        past = self._past(unit, log_decay)
+        keeps_graph = torch.is_grad_enabled() and query.requires_grad  # the update must not change what it has saved
+        past = (self.copy() if keeps_graph else self)._past(unit, log_decay)
         self.update(key, value, log_decay)
         own, weight = expressive_attention(
             unit, key.to(unit.dtype), value.to(unit.dtype), is_causal=True, scale=1.0, enable_gqa=True, form="squared",
