@@ -156,9 +156,8 @@ def join(
         weight, other = weight * factor, other * factor
     total = own + weight
     total = torch.where(total == 0, 1.0, total)
-    shares = ((x / total).to(normalizer.dtype).unsqueeze(-1) for x in (own, weight))
-    joined = sum(share * x for share, x in zip(shares, (own_output, far_output), strict=True))
-    assert isinstance(joined, Tensor)
+    share, far_share = ((x / total).to(normalizer.dtype).unsqueeze(-1) for x in (own, weight))
+    joined = torch.addcmul(own_output * share, far_output.to(share.dtype), far_share)
     found = joined.to(output.dtype), (own + other).to(normalizer.dtype)
     if rows == normalizer.shape[-1]:
         return found
