@@ -4,7 +4,7 @@
 
 Causal attention in float32, ``(1, H, L, E)``, forward, with gradients, and one token after L others. Sampled rows are
 checked against the definition in float64 first; a wrong result gets no ratio. All kinds run in turn; ratios are of
-times of a round, ours the divisor. What takes over five seconds is timed once.
+times of a round, ours the divisor. Calls of more than five seconds are timed once.
 """
 
 from __future__ import annotations
