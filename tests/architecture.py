@@ -18,7 +18,7 @@ ROOMS = {
     "call": ("call", "forms", "masks"),
     "backends": ("backends",),
     "ops": ("ops", "schema", "flops", "sharding", "decomposition"),
-    "functional": ("functional", "varlen", "nested", "recurrent", "checks", "overrides", "call_log"),
+    "functional": ("functional", "varlen", "nested", "recurrent", "near_far", "checks", "overrides", "call_log"),
     "nn": ("nn",),
     "sparse": ("sparse",),
     "distributed": ("distributed",),

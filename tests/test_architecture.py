@@ -10,9 +10,11 @@ PUBLIC = {
     "functional.expressive_attention",
     "varlen.expressive_attention_varlen",
     "nested.nested_attention",
+    "near_far.near_far_attention",
     "distributed.context.context_parallel",
     "nn.attention.__init__",
     "nn.multihead.__init__",
+    "nn.near_far.__init__",
     "nn.multihead.forward",
     "nn.multihead.multi_head_attention_forward",  # as in torch
     "nn.transformer.__init__",

@@ -75,6 +75,33 @@ def test_the_benchmark_checks_and_writes(tmp_path):
     assert "memory beyond inputs and output at L = 700" in done.stdout
 
 
+def test_near_and_far_are_timed_and_measured(tmp_path):
+    file = tmp_path / "near_far.json"
+    script = ROOT / "benchmarks" / "near_far.py"
+    done = run_script(script, "--lengths", 300, "--heads", 1, "--dim", 16, "--window", 32, "--json", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert [row["kind"] for row in found["rows"]] == ["forward", "forward + backward", "one token"]
+    rivals = ["EA", "EA in a window", "squared", "softmax"]
+    for row in found["rows"]:
+        assert 0 < row["error"] <= 1
+        assert list(row["ratios"]) == rivals
+        assert all(0 < ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in row["ratios"].values())
+    assert list(found["memory"]) == ["near and far", *rivals]
+
+
+def test_models_are_trained_to_recall(tmp_path):
+    file = tmp_path / "recall.json"
+    sizes = ["--pairs", 8, "--vocab", 32, "--window", 4, "--steps", 200, "--tokens", 512, "--embed-dim", 32]
+    kinds = ["--kinds", "near and far", "EA in a window"]
+    done = run_script(ROOT / "benchmarks" / "recall.py", *sizes, *kinds, "--seeds", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["recalled"]
+    assert list(found) == ["near and far", "EA in a window"]
+    assert found["near and far"][0] > 0.9
+    assert found["EA in a window"][0] < 0.6  # it does not see most of the pairs
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--heads", 0], "--heads must be at least 1, got 0"), (["--lengths", 1], "--lengths must be at least 2, got 1")],

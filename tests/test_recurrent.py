@@ -244,3 +244,79 @@ def test_tensors_that_have_no_memory_go_another_way():
         state.sums.untyped_storage().resize_(0)
         with pytest.raises(ValueError, match="the memory of sums was freed or is too small"):
             state.attend(query[0])
+
+
+@pytest.mark.parametrize("return_normalizer", [False, True])
+def test_gradients_of_several_tokens(return_normalizer):
+    query, key, value = (x[:, :, :5] for x in inputs())
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    state = SquaredState(3, 2, 20, 7, dtype=torch.float64)
+    state.extend(*(x[:, :, :2] for x in leaves))
+    found = state.extend(*(x[:, :, 2:] for x in leaves), return_normalizer=return_normalizer)
+    output = found[0] if return_normalizer else found
+    options = {"is_causal": True, "enable_gqa": True, "form": "squared", "causal_alignment": "lower_right"}
+    earlier = [torch.cat([x[:, :, :2].detach(), x[:, :, 2:]], 2) for x in leaves[1:]]
+    expected = expressive_attention(query[:, :, 2:], *earlier, **options)
+    for own, want in zip(
+        torch.autograd.grad(output.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(own, want, rtol=1e-9, atol=1e-9)
+
+
+# ---- normalizers ----
+
+
+@pytest.mark.filterwarnings("ignore:expressive attention runs on the blockwise backend")
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [[1] * 6, [6], [2, 1, 3]])
+def test_a_state_gives_its_normalizer(name, dtype, sizes):
+    """N of the true size of the queries, of one token and several, with and without decay, of an empty state."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, 6, w, dtype=torch.float64) for h, w in ((4, 5), (2, 5), (2, 3)))
+    query = query * 10.0 ** torch.tensor([-30.0, 0, 3, 10, 30, 0]).unsqueeze(-1)  # squares that leave float32
+    decay = -0.3 * torch.rand(2, 2, 6, dtype=torch.float64)
+    options = {"is_causal": True, "enable_gqa": True, "form": "squared", "log_decay": decay, "scale": 1.0}
+    expected = expressive_attention(query, key, value, return_normalizer=True, backend="reference", **options)
+    with fused(name):
+        state = SquaredState(2, 2, 5, 3, dtype=dtype)
+        assert torch.equal(state.attend(query, return_normalizer=True)[1], torch.zeros(2, 4, 6, dtype=torch.float64))
+        parts = [
+            state.extend(
+                *(x.to(dtype) for x in (q, k, v)), d.to(dtype), return_normalizer=True
+            )
+            for q, k, v, d in zip(*(x.split(sizes, 2) for x in (query, key, value, decay)), strict=True)
+        ]  # fmt: skip
+        output, normalizer = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        again = [state.attend(q.to(dtype), return_normalizer=True) for q in (query[:, :, -1:], query[:, :, -2:])]
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    assert normalizer.dtype == torch.float64
+    torch.testing.assert_close(normalizer, expected[1], rtol=tolerance, atol=0)
+    torch.testing.assert_close(output.double(), expected[0], rtol=0, atol=50 * tolerance)
+    for found in again:
+        torch.testing.assert_close(found[0][:, :, -1], output[:, :, -1], rtol=0, atol=tolerance)
+        torch.testing.assert_close(found[1][:, :, -1], expected[1][:, :, -1], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_normalizer_of_no_number_or_none(name):
+    query, key, value = (x[:1, :1, :3].float() for x in inputs())
+    query[0, 0, 1, 3], query[0, 0, 2] = torch.nan, 0.0
+    with fused(name):
+        state = SquaredState(1, 1, 20, 7).update(key, value)
+        found = [state.attend(query[:, :, i : i + 1], return_normalizer=True)[1].item() for i in range(3)]
+        together = state.attend(query, return_normalizer=True)[1].flatten().tolist()
+    assert found[0] > 0
+    assert found[1] != found[1]
+    assert found[2] == 0
+    assert together[0] == pytest.approx(found[0], rel=1e-6)
+    assert together[1] != together[1]
+    assert together[2] == 0
+
+
+def test_gradients_through_the_normalizer_of_a_state():
+    query, key, value = (x[:1, :, :4] for x in inputs(dim=5))
+    state = SquaredState(1, 2, 5, 7, dtype=torch.float64).update(key, value)
+    for rows in (1, 3):
+        own = query[:, :, :rows].clone().requires_grad_()
+        torch.autograd.gradcheck(lambda q: state.attend(q, return_normalizer=True)[1], own)

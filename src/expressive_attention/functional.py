@@ -382,7 +382,7 @@ def with_learned_slopes(call: Call, backend: str | None) -> Call:
             rows, keys = min(rows, seen.longest_query), min(keys, seen.longest_key)
         reach = max(rows, keys, 1)
         distance = torch.arange(1 - reach, reach, device=slopes.device).abs()
-        relative = (-slopes.unsqueeze(-1) * distance).to(accumulation_dtype(call.query.dtype))
+        relative = -slopes.to(accumulation_dtype(call.query.dtype)).unsqueeze(-1) * distance
         if call.relative_bias is not None:
             more = call.relative_bias.shape[-1] // 2 + 1 - reach
             relative = call.relative_bias + torch.nn.functional.pad(relative, (more, more))

@@ -9,6 +9,7 @@ sum_j w_ij v_j = phi(q_i)^T sum_j phi(k_j) v_j^T, and a decoder has to keep no m
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -120,25 +121,64 @@ class SquaredState:
         rows, columns = self._pairs
         self.moment += state.moment[:, rows, columns].unflatten(0, (batch, heads))
 
-    def attend(self, query: Tensor) -> Tensor:
+    @overload
+    def attend(self, query: Tensor, *, return_normalizer: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def attend(self, query: Tensor, *, return_normalizer: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def attend(self, query: Tensor, *, return_normalizer: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The output of queries that see all keys so far: sum_j w_ij v_j / sum_j w_ij, 0 where no key has weight.
 
         Args:
             query: ``(B, Hq, L, E)``, Hq a multiple of H.
+            return_normalizer: Also return N = sum_j w_ij, of the weights above, whose scale is 1.
 
         Returns:
-            ``(B, Hq, L, Ev)`` in the dtype of `query`.
+            ``(B, Hq, L, Ev)`` in the dtype of `query`; with `return_normalizer` also N ``(B, Hq, L)`` in float64.
 
         Raises:
             ValueError: The shape does not fit.
         """
         self._check_query(query)
         if query.shape[2] == 1 and self._in_c(query):
-            return self._step(query)
-        found, total = self._read(_unit(query, self.sums.dtype))
-        return (found / _divisor(total)).to(query.dtype)
+            result = self._step(query)
+        else:
+            size, unit = _unit(query, self.sums.dtype)
+            result = _result(query, size, *self._read(unit))
+        return result if return_normalizer else result[0]
 
-    def extend(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None) -> Tensor:
+    @overload
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        return_normalizer: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        return_normalizer: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        return_normalizer: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Causal attention of T tokens that follow those so far, whose keys and values are then added.
 
         Token t sees all keys so far, and those of the T tokens up to its own.
@@ -148,9 +188,11 @@ class SquaredState:
             key: ``(B, H, T, E)``, dtype of `query`.
             value: ``(B, H, T, Ev)``, likewise.
             log_decay: ``(B, H, T)``, as in `update`.
+            return_normalizer: Also return N, as `attend` does.
 
         Returns:
-            ``(B, Hq, T, Ev)`` in the dtype of `query`. No gradient goes through the state to earlier tokens.
+            ``(B, Hq, T, Ev)`` in the dtype of `query`; with `return_normalizer` also N ``(B, Hq, T)`` in float64. No
+            gradient goes through the state to earlier tokens.
 
         Raises:
             ValueError: A shape or dtype does not fit.
@@ -160,21 +202,33 @@ class SquaredState:
         if query.shape[2] != tokens:
             raise ValueError(f"query and key must be of the same tokens, got {query.shape[2]} and {tokens}")
         if tokens == 1 and self._in_c(query, key, value, log_decay):
-            return self._step(query, (key, value), log_decay)
-        if tokens == 1:
-            return self.update(key, value, log_decay).attend(query)
-        past = self._past(query, log_decay)
+            result = self._step(query, (key, value), log_decay)
+        elif tokens == 1:
+            result = self.update(key, value, log_decay).attend(query, return_normalizer=True)
+        elif return_normalizer or self.moment.any():
+            result = self._extend(query, key, value, log_decay)
+        else:
+            self.update(key, value, log_decay)
+            return expressive_attention(
+                query, key, value, is_causal=True, enable_gqa=True, form="squared", log_decay=log_decay
+            )
+        return result if return_normalizer else result[0]
+
+    def _extend(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and N of several tokens."""
+        size, unit = _unit(query, self.sums.dtype)
+        keeps_graph = torch.is_grad_enabled() and query.requires_grad  # the update must not change what it has saved
+        past = (self.copy() if keeps_graph else self)._past(unit, log_decay)
         self.update(key, value, log_decay)
-        options = {"is_causal": True, "enable_gqa": True, "form": "squared", "log_decay": log_decay}
-        if past is None:
-            return expressive_attention(query, key, value, **options)
-        unit = _unit(query, self.sums.dtype)
         own, weight = expressive_attention(
-            unit, key.to(unit.dtype), value.to(unit.dtype), scale=1.0, return_normalizer=True, **options
-        )
+            unit, key.to(unit.dtype), value.to(unit.dtype), is_causal=True, scale=1.0, enable_gqa=True, form="squared",
+            log_decay=log_decay, return_normalizer=True,
+        )  # fmt: skip
+        weight = weight.unsqueeze(-1).to(torch.float64)
+        if past is None:
+            return own.to(query.dtype), _with_size(weight, size)
         found, total = past
-        weight = weight.unsqueeze(-1)
-        return ((found + weight * own) / _divisor(total + weight)).to(query.dtype)
+        return _result(query, size, found + weight.to(own.dtype) * own, total + weight)
 
     def _in_c(self, *tensors: Tensor | None) -> bool:
         """Whether the C kernel takes one token: it gives no gradient, and reads the memory of plain tensors."""
@@ -192,33 +246,34 @@ class SquaredState:
 
     def _step(
         self, query: Tensor, pair: tuple[Tensor, Tensor] | None = None, log_decay: Tensor | None = None
-    ) -> Tensor:
-        """Add the key and value of one token, if there are any, and answer queries, by the C kernel."""
+    ) -> tuple[Tensor, Tensor]:
+        """Add the key and value of one token, if there are any, and give output and N of queries, by the C kernel."""
         pair = None if pair is None else (pair[0].squeeze(2), pair[1].squeeze(2))
         factor = None if log_decay is None else log_decay.to(torch.float64).exp()
-        return cpu.step(self.sums, self.moment, query.squeeze(2), pair, factor).unsqueeze(2).to(query.dtype)
+        output, normalizer = cpu.step(self.sums, self.moment, query.squeeze(2), pair, factor)
+        return output.unsqueeze(2).to(query.dtype), normalizer.unsqueeze(2)
 
     def _past(self, query: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The sums of `_read` for tokens ``(B, Hq, T, E)``, with their decay; None: there are no keys so far."""
         if not self.moment.any():
             return None
-        found, total = self._read(_unit(query, self.sums.dtype))
+        found, total = self._read(query)
         if log_decay is not None:
             groups = query.shape[1] // self.sums.shape[1]
-            factor = log_decay.to(torch.float64).cumsum(-1).exp().to(self.sums.dtype)
+            factor = log_decay.to(torch.float64).cumsum(-1).exp()
             factor = factor.repeat_interleave(groups, 1).unsqueeze(-1)
-            found, total = found * factor, total * factor
+            found, total = found * factor.to(self.sums.dtype), total * factor
         return found, total
 
     def _read(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_j w_ij v_j ``(B, Hq, L, Ev)`` and sum_j w_ij ``(B, Hq, L, 1)``, in the dtype of the sums."""
+        """sum_j w_ij v_j ``(B, Hq, L, Ev)`` in the dtype of the sums, and sum_j w_ij ``(B, Hq, L, 1)`` in float64."""
         rows, columns = self._pairs
         twice = 2 - (rows == columns).long()  # of different components
         groups, heads = query.shape[1] // self.sums.shape[1], self.sums.shape[1]
         parts = []
         for own in query.split(_CHUNK, 2):
             wide = self._products(own.double().unflatten(1, (heads, groups)).flatten(2, 3)) * twice
-            total = (wide @ self.moment.unsqueeze(-1)).to(self.sums.dtype)
+            total = wide @ self.moment.unsqueeze(-1)
             found = wide.to(self.sums.dtype) @ self.sums
             parts.append([x.unflatten(2, (groups, -1)).flatten(1, 2) for x in (found, total)])
         found, total = (torch.cat(x, 2) for x in zip(*parts, strict=True))
@@ -328,14 +383,23 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def _unit(query: Tensor, dtype: torch.dtype) -> Tensor:
-    """Queries with a largest entry of 1. Their size cancels, and its square must not leave the range of the sums."""
+def _unit(query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest entries of queries, and the queries over them, whose squares do not leave the range of the sums."""
     size = query.detach().abs().amax(-1, keepdim=True).to(dtype)
-    return query.to(dtype) / torch.where(size == 0, 1.0, size)
+    size = torch.where(size == 0, 1.0, size)
+    return size, query.to(dtype) / size
 
 
-def _divisor(total: Tensor) -> Tensor:
-    return torch.where(total <= 0, torch.inf, total)
+def _result(query: Tensor, size: Tensor, found: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Output in the dtype of the query and N, of sums for a query over its size."""
+    divisor = total.to(found.dtype)
+    output = found / torch.where(divisor <= 0, torch.inf, divisor)
+    return output.to(query.dtype), _with_size(total, size)
+
+
+def _with_size(total: Tensor, size: Tensor) -> Tensor:
+    """N ``(B, Hq, L)`` of totals ``(B, Hq, L, 1)`` for queries over their size; rounding may take totals below 0."""
+    return (total.clamp(min=0) * size.to(torch.float64).square()).squeeze(-1)
 
 
 def _triangle(dim: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Modules: self-attention, torch's multi-head attention, position encodings and a small decoder-only transformer."""
 
 from .attention import HeadGain, SelfAttention
-from .cache import KeyValueCache, SquaredCache
+from .cache import KeyValueCache, NearFarCache, SquaredCache
 from .mechanisms import MECHANISMS, attend
 from .multihead import MultiheadAttention
+from .near_far import NearFarAttention
 from .positions import (
     POSITIONS,
     LearnedAlibi,
@@ -26,6 +27,8 @@ __all__ = [
     "LearnedAlibi",
     "LearnedPositions",
     "MultiheadAttention",
+    "NearFarAttention",
+    "NearFarCache",
     "RelativeBias",
     "RotaryPositions",
     "SelfAttention",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import expressive_attention
 from ..masks import join_masks
-from .cache import KeyValueCache, SquaredCache
+from .cache import Cache, KeyValueCache, NearFarCache, SquaredCache
 from .mechanisms import attend, check_mechanism
 from .positions import LearnedAlibi, RelativeBias, RotaryPositions, alibi_bias, alibi_slopes, position_codes
 
@@ -117,9 +117,7 @@ class SelfAttention(nn.Module):
             f"is_causal={self.is_causal}"
         )
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | SquaredCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``.
 
         Args:
@@ -130,9 +128,11 @@ class SelfAttention(nn.Module):
                 to it. Then S = ``cache.length`` + L; without one, S = L.
 
         Raises:
-            ValueError: A cache is given to attention that is not causal, or is full; or a `SquaredCache` to attention
-                that has no constant state, or with a mask, or while weights are dropped.
+            ValueError: A cache is given to attention that is not causal, or is full, or is a `NearFarCache`; or a
+                `SquaredCache` to attention that has no constant state, or with a mask, or while weights are dropped.
         """
+        if isinstance(cache, NearFarCache):
+            raise ValueError("cache must be a KeyValueCache or a SquaredCache, got a NearFarCache")
         if cache is not None and not self.is_causal:
             raise ValueError("cache must be None for attention that is not causal")
         past = 0 if cache is None else cache.length
@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
             )  # fmt: skip
         return self.out(y.transpose(-3, -2).flatten(-2))
 
-    def new_cache(self, capacity: int) -> KeyValueCache | SquaredCache:
+    def new_cache(self, capacity: int) -> Cache:
         """An empty cache for at most so many positions: the smaller one of those that it can have.
 
         A `SquaredCache` takes the mechanism ``"squared"``, causality, and no relative positions.

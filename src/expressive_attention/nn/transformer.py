@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SelfAttention, check_choice
-from .cache import KeyValueCache, SquaredCache
+from .cache import Cache
+from .near_far import NearFarAttention
 from .positions import LearnedPositions, SinusoidalPositions, position_codes
 
 __all__ = ["NORMS", "Transformer", "TransformerBlock"]
@@ -32,7 +33,9 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Width of the MLP over D.
         activation: ``"relu"`` or ``"gelu"``.
         bias: Bias of all projections but query, key and value.
-        **attention: Further arguments of `SelfAttention`.
+        window: The attention is a `NearFarAttention` of so many near keys, whose mechanism is ``"expressive"``; None:
+            a `SelfAttention`.
+        **attention: Further arguments of either.
 
     Raises:
         ValueError: A number or name does not fit.
@@ -49,21 +52,25 @@ class TransformerBlock(nn.Module):
         mlp_ratio: int = 4,
         activation: str = "gelu",
         bias: bool = True,
+        window: int | None = None,
         **attention: object,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, NORMS)
         check_choice("activation", activation, tuple(_ACTIVATIONS))
         self.norm = norm
-        self.attention = SelfAttention(embed_dim, num_heads, mechanism, bias=bias, **attention)  # pyright: ignore[reportArgumentType]
+        if window is None:
+            self.attention = SelfAttention(embed_dim, num_heads, mechanism, bias=bias, **attention)  # pyright: ignore[reportArgumentType]
+        else:
+            check_choice("mechanism", mechanism, ("expressive",))
+            attention.pop("max_length", None)  # of tables, which near and far keys have none of
+            self.attention = NearFarAttention(embed_dim, num_heads, window, bias=bias, **attention)  # pyright: ignore[reportArgumentType]
         self.up = nn.Linear(embed_dim, mlp_ratio * embed_dim, bias=bias)
         self.down = nn.Linear(mlp_ratio * embed_dim, embed_dim, bias=bias)
         self.activation = _ACTIVATIONS[activation]
         self.norms = nn.ModuleList(make_norm(embed_dim, norm, norm_affine) for _ in range(2))
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, cache: KeyValueCache | SquaredCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """X ``(..., L, D)`` to ``(..., L, D)``; `attn_mask` and `cache` as in `SelfAttention`."""
         first, second = self.norms
         if self.norm == "pre":
@@ -97,7 +104,9 @@ class Transformer(nn.Module):
             ``1 / sqrt(fan_in)``, biases with 0.
         embedding_shift: Added to the first coordinate of all embeddings at the start: a direction that they share.
         input_dim: The model reads vectors of this width, through a linear map, instead of tokens.
-        **attention: Further arguments of `SelfAttention`: ``gain``, ``qkv_bias``, ``rope_base``, ``is_causal``, ...
+        window: Blocks have `NearFarAttention` of so many near keys, and the mechanism is ``"expressive"``.
+        **attention: Further arguments of `SelfAttention`: ``gain``, ``qkv_bias``, ``rope_base``, ``is_causal``, ...; or
+            of `NearFarAttention`.
 
     Raises:
         ValueError: A number or name does not fit.
@@ -126,6 +135,7 @@ class Transformer(nn.Module):
         embedding_std: float = 0.5,
         embedding_shift: float = 0.0,
         input_dim: int | None = None,
+        window: int | None = None,
         **attention: object,
     ) -> None:
         super().__init__()
@@ -160,6 +170,7 @@ class Transformer(nn.Module):
                 mlp_ratio=mlp_ratio,
                 activation=activation,
                 bias=bias,
+                window=window,
                 position=position,
                 max_length=max_length,
                 **attention,
@@ -185,7 +196,7 @@ class Transformer(nn.Module):
             with torch.no_grad():
                 self.embedding.weight[:, 0] += self.embedding_shift
 
-    def forward(self, inputs: Tensor, caches: Sequence[KeyValueCache | SquaredCache] | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
         """Tokens ``(..., L)``, integers in [0, V), or vectors ``(..., L, input_dim)``, to logits ``(..., L, V)``.
 
         Args:
@@ -221,8 +232,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Continue tokens ``(..., L)`` to ``(..., L + steps)``. Each step computes its own position alone.
 
-        Blocks keep the caches that `SelfAttention.new_cache` makes. With the mechanism ``"squared"`` and many
-        positions, the time and the memory of a step do not grow with their number.
+        Blocks keep the caches that `SelfAttention.new_cache` makes. With the mechanism ``"squared"`` or a window, and
+        many positions, the time and the memory of a step do not grow with their number.
 
         Args:
             tokens: Integers in [0, V), at least one.

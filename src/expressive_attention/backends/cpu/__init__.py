@@ -181,7 +181,7 @@ def linear_backward(
 
 def step(
     sums: Tensor, moment: Tensor, query: Tensor, pair: tuple[Tensor, Tensor] | None, factor: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Add one token to states of the squared form, in place, and then answer queries, by ``kernels/step.h``.
 
     Args:
@@ -192,12 +192,13 @@ def step(
         factor: ``(B, H)`` of float64, by which the states are multiplied before; None: they are not.
 
     Returns:
-        The output ``(B, Hq, Ev)`` in the dtype of `sums`.
+        The output ``(B, Hq, Ev)`` in the dtype of `sums`, and N ``(B, Hq)`` of a scale of 1, in float64.
     """
     query = _contiguous("query", query.to(sums.dtype))
     key, value = (None, None) if pair is None else (_contiguous("key", x.to(sums.dtype)) for x in pair)
     factor = None if factor is None else factor.contiguous()
     output = query.new_empty((*query.shape[:2], sums.shape[3]))
+    normalizer = moment.new_empty(query.shape[:2])
     problem = TOKEN.pack(
         torch.get_num_threads(),
         sums.dtype == torch.float64,
@@ -210,11 +211,12 @@ def step(
         *(0 if x is None else x.data_ptr() for x in (key, value, factor)),
         query.data_ptr(),
         output.data_ptr(),
+        normalizer.data_ptr(),
     )
     _run(library.chosen().step, problem)
     if key is not None:
         torch.autograd.graph.increment_version([sums, moment])  # a graph that has saved them must know
-    return output
+    return output, normalizer
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _BACKWARD = (
 # Of one token.
 _TOKEN = (
     "threads:q in_double:q states:q groups:q width:q value_width:q sums:q moment:q "
-    "key:q value:q factor:q query:q output:q "
+    "key:q value:q factor:q query:q output:q normalizer:q "
 )
 
 

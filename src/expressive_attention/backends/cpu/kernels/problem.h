@@ -70,7 +70,8 @@ typedef struct {
   M(q, double *, moment, )               /* (state, product) */                                     \
   M(q, const void *, key, ) M(q, const void *, value, ) /* REAL (state, component), or NULL: none is added */ \
   M(q, const double *, factor, )         /* (state), by which what came before is multiplied; or NULL */ \
-  M(q, const void *, query, ) M(q, void *, output, ) /* REAL (state, group, component) */
+  M(q, const void *, query, ) M(q, void *, output, ) /* REAL (state, group, component) */               \
+  M(q, double *, normalizer, )           /* (state, group), of a scale of 1 */
 
 #define EA_DECLARE(format, type, name, size) type name size;
 typedef struct {

@@ -94,14 +94,16 @@ static void step_columns(int queries, const step_pass *s) {
   for (; column < s->value_width; column++) step_column(queries, s, column);
 }
 
-// A query over its largest component: its size cancels, and its square must not leave the range of the sums.
-static void scale_to_one(REAL *to, const REAL *query, int64_t width) {
+// A query over its largest component, which is returned: its size cancels, and its square must not leave the range of
+// the sums.
+static REAL scale_to_one(REAL *to, const REAL *query, int64_t width) {
   REAL size = 0;
   for (int64_t e = 0; e < width; e++) {
     REAL x = query[e] < 0 ? -query[e] : query[e];
     if (x > size) size = x;
   }
   for (int64_t e = 0; e < width; e++) to[e] = size == 0 ? query[e] : query[e] / size;
+  return size;
 }
 
 static void add_to_moment(double *moment, const REAL *key, int64_t width, double factor) {
@@ -138,8 +140,10 @@ static void step_task(const ea_token *p, REAL *room, int64_t state) {
     int queries = (int)(groups - first < STEP_QUERIES ? least(1, groups - first) : STEP_QUERIES);
     for (int q = 0; q < queries; q++) {
       int64_t index = state * groups + first + q;
-      scale_to_one(room + q * p->width, (const REAL *)p->query + index * p->width, p->width);
-      s.total[q] = (REAL)read_moment(moment, room + q * p->width, p->width);
+      double size = scale_to_one(room + q * p->width, (const REAL *)p->query + index * p->width, p->width);
+      double total = read_moment(moment, room + q * p->width, p->width);
+      s.total[q] = (REAL)total;
+      p->normalizer[index] = total > 0 ? total * size * size : total * 0;
     }
     if (queries) s.output = (REAL *)p->output + (state * groups + first) * p->value_width;
     step_columns(queries, &s);
