@@ -12,6 +12,7 @@
 #include "pack.h"
 #include "share.h"
 #include "tile.h"
+#include "blocks.h"
 #include "visible.h"
 #include "dropout.h"
 //
