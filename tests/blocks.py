@@ -42,7 +42,8 @@ def seen(block_mask: BlockMask, batch: int, heads: int, rows: int, keys: int) ->
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
     )
     for full, (counts, indices) in enumerate(lists):
-        assert counts is not None and indices is not None
+        assert counts is not None
+        assert indices is not None
         counts, indices = (x.cpu().expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
         for b, h, row in ((b, h, row) for b in range(batch) for h in range(heads) for row in range(counts.shape[2])):
             for column in indices[b, h, row, : counts[b, h, row]].tolist():

@@ -1,4 +1,4 @@
-"""Blocks of keys chosen with a certificate: bounds that hold, choices that are the fewest, and an error that is bounded."""
+"""Blocks of keys chosen with a certificate: bounds that hold, the fewest blocks, and an error that is bounded."""
 
 import math
 from functools import partial
@@ -167,7 +167,7 @@ def test_one_needle_is_one_block():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.01])
 def test_one_query_has_the_fewest_blocks(form, tolerance):
-    """The fewest that would do with all weights known; in the form "expressive", bounds of large scores cost some."""
+    """The fewest that would do with all weights known; in the form "expressive", within a tenth."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(1, 20, 1, 8, generator=generator)
     key = torch.randn(1, 20, 640, 8, generator=generator) * torch.rand(1, 20, 640, 1, generator=generator) ** 8
@@ -178,7 +178,10 @@ def test_one_query_has_the_fewest_blocks(form, tolerance):
     fewest = 1 + (left > tolerance * (1 - 1e-5)).sum(-1)
     kept = (found.block_mask.kv_num_blocks + found.block_mask.full_kv_num_blocks).squeeze(2)
     assert fewest.float().mean() < 36
-    assert torch.equal(kept, fewest.int())
+    if form == "squared":
+        assert torch.equal(kept, fewest.int())
+    else:
+        assert ((kept >= fewest) & (0.9 * kept <= fewest)).all()
 
 
 def test_exact_sums_keep_fewer_blocks_than_bounds_alone():
@@ -199,7 +202,8 @@ def test_blocks_with_numbers_that_are_not_finite_are_kept(form):
     key[0, 0, 319] = torch.nan  # which the last query alone sees
     output = expressive_attention(query, key, value, form=form, tolerance=0.01, **LOWER_RIGHT)
     assert output[:, :, 2].isnan().all()
-    assert output[:, :, :2].isfinite().all() and clean.isfinite().all()
+    assert output[:, :, :2].isfinite().all()
+    assert clean.isfinite().all()
     query[0, 0, 1, 3] = torch.inf
     found = select(query, key, tolerance=0.01, form=form, **LOWER_RIGHT)
     assert found.kept == 1

@@ -1,7 +1,8 @@
 """Blocks of keys that blocks of queries see: from a `BlockMask` of torch to a list, and from a list to a mask.
 
-A list has the shape ``(B | 1, Hq | 1, blocks of queries, blocks of keys)`` and is of int32: 0 for a block that is hidden,
-1 for one that is seen, and 2 + n for one of which tile n, ``(block_rows, block_keys)`` of bool, says which pairs are seen.
+A list has the shape ``(B | 1, Hq | 1, blocks of queries, blocks of keys)`` and is of int32: 0 for a block that is
+hidden, 1 for one that is seen, and 2 + n for one of which tile n, ``(block_rows, block_keys)`` of bool, says which
+pairs are seen.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def is_block_mask(x: Any) -> bool:
 
 
 def list_blocks(block_mask: BlockMask, rows: int, keys: int) -> tuple[Tensor, Tensor | None]:
-    """The list and the tiles of a BlockMask for so many queries and keys; its `mask_mod` is run for blocks seen in part.
+    """The list and the tiles of a BlockMask for so many queries and keys.
 
+    Its `mask_mod` is run for the blocks that are seen in part, with index 0 in a dimension of one.
     Where the number of such blocks is not known, since torch.compile traces the call, every block has a tile.
     """
     block_rows, block_keys = block_mask.BLOCK_SIZE
@@ -41,8 +43,8 @@ def list_blocks(block_mask: BlockMask, rows: int, keys: int) -> tuple[Tensor, Te
         places = part.new_ones(part.shape) if torch.compiler.is_compiling() else part
         batch, head, row, column = _indices(places)
         if len(batch):
-            tiles = _tiles(block_mask.mask_mod, batch, head, row * block_rows, column * block_keys, block_rows, block_keys,
-                           rows, keys)  # fmt: skip
+            first = (batch, head, row * block_rows, column * block_keys)
+            tiles = _tiles(block_mask.mask_mod, first, (block_rows, block_keys), (rows, keys))
         numbers = (places.flatten().cumsum(0, dtype=torch.int32) + (TILED - 1)).view(part.shape)
         listed = torch.where(part, numbers, HIDDEN)
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
@@ -51,7 +53,7 @@ def list_blocks(block_mask: BlockMask, rows: int, keys: int) -> tuple[Tensor, Te
 
 
 def _marked(counts: Tensor, indices: Tensor) -> Tensor:
-    """Which blocks are among the first of the indices, as many as the counts say, ``(B, H, blocks, blocks)`` of bool."""
+    """Which blocks are among the first indices, as many as the counts say, ``(B, H, blocks, blocks)`` of bool."""
     blocks = indices.shape[-1]
     counted = torch.arange(blocks, device=indices.device) < counts.unsqueeze(-1)
     marked = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
@@ -67,18 +69,25 @@ def _indices(places: Tensor) -> tuple[Tensor, ...]:
     return torch.unravel_index(torch.arange(count, device=places.device), places.shape)
 
 
-def _tiles(
-    mask_mod: Any, batch: Tensor, head: Tensor, row: Tensor, column: Tensor, block_rows: int, block_keys: int,
-    rows: int, keys: int,
-) -> Tensor:  # fmt: skip
-    """What `mask_mod` says of blocks that begin at those places, ``(n, block_rows, block_keys)``."""
+def _tiles(mask_mod: Any, first: tuple[Tensor, ...], size: tuple[int, int], length: tuple[int, int]) -> Tensor:
+    """What `mask_mod` says of blocks of a size, ``(n, block_rows, block_keys)``.
+
+    Args:
+        mask_mod: As torch has it.
+        first: Batch, head, query and key where each of the blocks begins.
+        size: Queries and keys of a block.
+        length: How many queries and keys there are.
+    """
     from torch.nn.attention.flex_attention import create_mask
+
+    batch, head, row, column = first
+    rows, keys = length
 
     def of_tile(n: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
         # Beyond the last query or key, a mask_mod may have no number.
         return mask_mod(batch[n], head[n], (row[n] + i).clamp(max=rows - 1), (column[n] + j).clamp(max=keys - 1))
 
-    mask = create_mask(of_tile, len(batch), 1, block_rows, block_keys, device=batch.device)
+    mask = create_mask(of_tile, len(batch), 1, *size, device=str(batch.device))
     return mask.squeeze(1).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Sparse attention with a certificate: blocks of keys are left out where a bound proves that their weight does not count.
+"""Sparse attention with a certificate: blocks of keys are left out where a bound proves that they do not count.
 
 Weights have no maximum to be divided by, so they add up, and f(z) <= z^2 bounds the n keys of a block by one quadratic
 form. With Q = scale^2 q^T (sum_j k_j k_j^T) q and m = scale^2 |q|^2 max_j |k_j|^2 (Gros, arXiv 2407.18601, has f):
@@ -148,7 +148,8 @@ def select(
     """Choose the blocks of keys that attention has to read, if it may leave out a share of the weights.
 
     The blocks of a block of queries are taken in the order of their bounds, until for each of the queries the weight of
-    the others is proved to be at most `tolerance` of the whole. Blocks with NaN or infinities are always taken.
+    the others is proved to be at most `tolerance` of the whole. Where that may save more than a tenth of them, the
+    weights of what is taken are added up. Blocks with NaN or infinities are always taken.
 
     Args:
         query: ``(B, Hq, L, E)``, floating.
@@ -310,7 +311,7 @@ class _Rows:
         self, query: Tensor, key: Tensor, of_keys: Moments, counts: Tensor, exist: Tensor, scale: float, form: str
     ) -> None:
         self.form, self.scale, self.key, self.block_keys = form, scale, key, of_keys.block_keys
-        batch, heads, rows, dim = query.shape
+        heads, dim = query.shape[1], query.shape[3]
         blocks = of_keys.sizes.shape[2]
         self.groups = heads // key.shape[1]
         self.query = query.detach().double()
@@ -352,18 +353,20 @@ class _Rows:
     def _quadratic_forms(self, of_keys: Moments, size: Tensor) -> tuple[Tensor, Tensor]:
         """q^T M q of unit vectors q and the matrices M of blocks, and the traces of these."""
         matrices = of_keys.matrices
-        batch, heads, rows, dim = self.query.shape
-        kv_heads, blocks = matrices.shape[1:3]
+        batch, kv_heads, blocks, dim, _ = matrices.shape
         unit = (self.query / torch.where(size > 0, size, 1.0).unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0)
-        unit = unit.to(matrices.dtype).reshape(batch, kv_heads, self.groups * rows, dim)
+        unit = unit.to(matrices.dtype).reshape(batch, kv_heads, -1, dim)
         products = matrices.reshape(batch, kv_heads, blocks * dim, dim) @ unit.mT
-        products = products.unflatten(2, (blocks, dim)) * unit.mT.unsqueeze(2)
-        forms = products.sum(3).double().mT.reshape(batch, heads, rows, blocks)
+        products = products.unflatten(2, (blocks, dim))
+        # As a product of matrices, if it is one: sums of few adjacent numbers are slow.
+        of_one = unit.shape[2] == 1
+        forms = products.squeeze(-1) @ unit.mT if of_one else (products * unit.mT.unsqueeze(2)).sum(3)
+        forms = forms.double().mT.reshape(*self.query.shape[:3], blocks)
         trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).double()
         return forms, trace.repeat_interleave(self.groups, 1).unsqueeze(2)
 
     def choose(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """The blocks that are kept, ``(B, Hq, blocks)``, and the bound of the share that is left out, ``(B, Hq, R)``."""
+        """The blocks that are kept, ``(B, Hq, blocks)``, and the bound of the share left out, ``(B, Hq, R)``."""
         ratio = tolerance / (1 - tolerance) * (1 - _SLACK)
         total = self.lower.sum(-1, keepdim=True)
         importance = torch.where(self.upper > 0, self.upper / total.clamp(min=_LEAST), 0.0).amax(2)
@@ -376,7 +379,7 @@ class _Rows:
         enough = _first(left, best, ratio)
         least = _first(left, _from_first(upper), ratio)
         for start, end in _doubling(int(enough.amax())):
-            if not bool((least < enough).any()):
+            if not bool((least < _WORTH * enough).any()):
                 break
             exact = self._sums(order[..., start:end]) - self._rounding(sorted_order[..., start:end])
             lower[..., start:end] = lower[..., start:end].maximum(exact.clamp(min=0.0))
@@ -434,6 +437,9 @@ def _norms(x: Tensor) -> Tensor:
     largest = x.abs().amax(-1)
     return largest * (x / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)).square().sum(-1).sqrt()
 
+
+# Exact sums are computed where they may leave no more than this share of the blocks that bounds alone would keep.
+_WORTH = 0.9
 
 _BLOCKS_AT_A_TIME = 64  # are copied as float64
 

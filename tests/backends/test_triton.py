@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-
 from torch.nn.attention.flex_attention import BlockMask
 
 from expressive_attention import checks, expressive_attention, expressive_attention_varlen

@@ -47,6 +47,21 @@ static void listed_range(const ea_problem *p, int64_t batch, int64_t head, int64
   *end = last * p->listed_keys;
 }
 
+// The share of the blocks of the list that are not hidden.
+static double listed_share(const ea_problem *p) {
+  if (!has_blocks(p) || p->batch * p->heads * p->rows * p->keys == 0) return 1;
+  int64_t listed = 0, all = 0, blocks = (p->keys + p->listed_keys - 1) / p->listed_keys;
+  for (int64_t b = 0; b < (p->blocks.stride[0] ? p->batch : 1); b++) {
+    for (int64_t h = 0; h < (p->blocks.stride[1] ? p->heads : 1); h++) {
+      for (int64_t i = 0; i < p->rows; i += p->listed_rows, all += blocks) {
+        const int32_t *entries = blocks_of(p, b, h, i);
+        for (int64_t j = 0; j < blocks; j++) listed += entries[j] != BLOCK_HIDDEN;
+      }
+    }
+  }
+  return (double)listed / (double)all;
+}
+
 // Rows or keys that are computed together, at most `limit` of them, of blocks of `size`: the same block has all of them,
 // but where blocks are very small.
 static int64_t fitting(int64_t size, int64_t limit) {

@@ -10,9 +10,9 @@
 #include "sequences.h"
 #include "entry.h"
 #include "pack.h"
+#include "blocks.h"
 #include "share.h"
 #include "tile.h"
-#include "blocks.h"
 #include "visible.h"
 #include "dropout.h"
 //
