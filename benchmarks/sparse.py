@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass
 class Row:
-    """What came out for an input and a tolerance, see the head of this file."""
+    """The result for an input and a tolerance, see the head of this file."""
 
     name: str
     queries: int
@@ -79,7 +79,7 @@ def cache(name: str, keys: int) -> Problem:
     query = torch.randn(1, HEADS, 1, DIM, generator=generator)
     key, value = torch.randn(2, 1, HEADS, keys, DIM, generator=generator)
     if name != "noise":
-        key *= 1e-3 if name == "sharp needles" else 0.05
+        key *= 1e-4 if name == "sharp needles" else 0.05
         places = torch.randint(keys, (HEADS, 4), generator=generator)
         for head in range(HEADS if name == "sharp needles" else HEADS // 2):
             key[0, head, places[head]] = 8 * query[0, head, 0]

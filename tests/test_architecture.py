@@ -10,6 +10,7 @@ PUBLIC = {
     "functional.expressive_attention",
     "varlen.expressive_attention_varlen",
     "nested.nested_attention",
+    "sparse.select",
     "distributed.context.context_parallel",
     "nn.attention.__init__",
     "nn.multihead.__init__",

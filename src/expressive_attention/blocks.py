@@ -70,7 +70,7 @@ def _indices(places: Tensor) -> tuple[Tensor, ...]:
 
 
 def _tiles(mask_mod: Any, first: tuple[Tensor, ...], size: tuple[int, int], length: tuple[int, int]) -> Tensor:
-    """What `mask_mod` says of blocks of a size, ``(n, block_rows, block_keys)``.
+    """The pairs that `mask_mod` lets through in blocks of a size, ``(n, block_rows, block_keys)``.
 
     Args:
         mask_mod: As torch has it.

@@ -305,8 +305,9 @@ def _within_tolerance(call: Call, tolerance: float) -> Call:
                 f"tolerance must be None beside {name}: it bounds the weights of is_causal and key_lengths"
             )
     block_rows, block_keys = sparse.BLOCK_SIZE
-    keys = sparse.Seen(call.query.shape[2], call.key.shape[2], seen.right == 0, seen.lower_right, seen.key_lengths)
-    chosen = sparse.choose_blocks(call.query, call.key, keys, tolerance, call.scale, call.form, sparse.BLOCK_SIZE)
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    pattern = sparse.Seen(rows, keys, seen.right == 0, seen.lower_right, seen.key_lengths, call.scale, call.form)
+    chosen = sparse.choose_blocks(call.query, call.key, pattern, tolerance, sparse.BLOCK_SIZE)
     return call.but(visibility=seen.but(listed=chosen.listed, block_rows=block_rows, block_keys=block_keys))
 
 

@@ -58,16 +58,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class Moments:
-    """What blocks of keys amount to: sum_j k_j k_j^T of each, as `moments` makes it.
+    """The sum of k k^T over each block of keys, as `moments` makes it.
 
     Attributes:
         matrices: ``(B, Hkv, blocks, E, E)``, of keys over `sizes`.
+        traces: The traces of the matrices, ``(B, Hkv, blocks)`` of float64.
         sizes: The largest norm of a key of each block, ``(B, Hkv, blocks)`` of float64; NaN or infinite where keys are.
         block_keys: Keys of a block.
         keys: S, of which the last block may have fewer.
     """
 
     matrices: Tensor
+    traces: Tensor
     sizes: Tensor
     block_keys: int
     keys: int
@@ -90,6 +92,7 @@ class Moments:
         new = moments(key[:, :, whole * self.block_keys :], self.block_keys)
         return Moments(
             torch.cat([self.matrices[:, :, :whole], new.matrices], 2),
+            torch.cat([self.traces[:, :, :whole], new.traces], 2),
             torch.cat([self.sizes[:, :, :whole], new.sizes], 2),
             self.block_keys,
             key.shape[2],
@@ -117,18 +120,20 @@ def moments(key: Tensor, block_keys: int = BLOCK_SIZE[1], *, key_lengths: Tensor
         exists = torch.arange(keys, device=key.device) < key_lengths.view(-1, 1)
         key = torch.where(exists[:, None, :, None], key, 0.0)
     key = torch.nn.functional.pad(key, (0, 0, 0, -keys % block_keys))
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for some in key.unflatten(2, (-1, block_keys)).split(_BLOCKS_AT_A_TIME, 2):
         part = some.double()
         size = _norms(part).amax(-1)
         part = part / torch.where(size > 0, size, 1.0)[..., None, None]
         part = part.nan_to_num(0.0, 0.0, 0.0)  # of which the size tells
-        parts.append(((part.mT @ part).to(_dtype()), size))
+        parts.append(((part.mT @ part).to(_dtype()), part.square().sum((-2, -1)), size))
     if not parts:
         shape = (*key.shape[:2], 0)
-        parts = [(key.new_empty((*shape, key.shape[3], key.shape[3]), dtype=_dtype()), key.new_empty(shape).double())]
-    matrices, sizes = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return Moments(matrices, sizes, block_keys, keys)
+        parts = [
+            (key.new_empty((*shape, key.shape[3], key.shape[3]), dtype=_dtype()), *2 * [key.new_empty(shape).double()])
+        ]
+    matrices, traces, sizes = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return Moments(matrices, traces, sizes, block_keys, keys)
 
 
 def select(
@@ -163,7 +168,7 @@ def select(
         enable_gqa: Let Hq be a multiple of Hkv.
         block_size: Of queries and of keys, or one number for both. Few queries in a block share few blocks of keys; the
             bound of few keys is closer to the truth, but more of it has to be computed.
-        moments: Those of `key`, by `sparse.moments` with the `key_lengths` of this call and the keys of `block_size`;
+        moments: The moments of `key`, by `sparse.moments` with the `key_lengths` of this call and the keys of `block_size`;
             None: they are computed, which takes longer than to attend to the keys with a few queries.
 
     Returns:
@@ -175,7 +180,7 @@ def select(
         NotImplementedError: Within torch.compile, as the choice depends on numbers.
 
     Example:
-        >>> query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 4096, 16) / 100
+        >>> query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 4096, 16) / 1000
         >>> key[:, :, 1234] = 8 * query[:, :, 0]
         >>> found = select(query, key, tolerance=0.01)
         >>> found.kept < 0.1, bool((found.bound <= 0.01).all())
@@ -216,19 +221,21 @@ def select(
         )
     scale = 1 / math.sqrt(dim) if scale is None else scale
     lower_right = causal_alignment == "lower_right"
-    seen = Seen(rows, keys, is_causal, lower_right, key_lengths)
-    chosen = choose_blocks(query, key, seen, tolerance, scale, form, block, moments)
+    seen = Seen(rows, keys, is_causal, lower_right, key_lengths, scale, form)
+    chosen = choose_blocks(query, key, seen, tolerance, block, moments)
     return Selection(_block_mask(chosen, seen, block, query.device), chosen.bound, chosen.kept)
 
 
 class Seen(NamedTuple):
-    """Which keys the queries see."""
+    """Which keys the queries see, and what makes weights of their scores."""
 
     rows: int
     keys: int
     is_causal: bool
     lower_right: bool
     key_lengths: Tensor | None
+    scale: float
+    form: str
 
     def counts(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many keys each query sees, which are the first ones, ``(B | 1, L)``; how many exist, ``(B | 1, 1)``."""
@@ -274,8 +281,6 @@ def choose_blocks(
     key: Tensor,
     seen: Seen,
     tolerance: float,
-    scale: float,
-    form: str,
     block_size: tuple[int, int],
     of_keys: Moments | None = None,
 ) -> Chosen:
@@ -292,7 +297,7 @@ def choose_blocks(
     if blocks and batch and heads:
         for i, some in enumerate(query.split(block_size[0], 2)):
             at = slice(i * block_size[0], i * block_size[0] + some.shape[2])
-            rows_of = _Rows(some, key, of_keys, counts[:, at], exist, scale, form)
+            rows_of = _Rows(some, key, of_keys, counts[:, at], exist, seen.scale, seen.form)
             keep, bound[:, :, at] = rows_of.choose(tolerance)
             listed[:, :, i] = torch.where(keep, WHOLE, HIDDEN).to(torch.int32)
             kept += int(keep.sum())
@@ -362,8 +367,7 @@ class _Rows:
         of_one = unit.shape[2] == 1
         forms = products.squeeze(-1) @ unit.mT if of_one else (products * unit.mT.unsqueeze(2)).sum(3)
         forms = forms.double().mT.reshape(*self.query.shape[:3], blocks)
-        trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).double()
-        return forms, trace.repeat_interleave(self.groups, 1).unsqueeze(2)
+        return forms, of_keys.traces.repeat_interleave(self.groups, 1).unsqueeze(2)
 
     def choose(self, tolerance: float) -> tuple[Tensor, Tensor]:
         """The blocks that are kept, ``(B, Hq, blocks)``, and the bound of the share left out, ``(B, Hq, R)``."""
@@ -373,7 +377,7 @@ class _Rows:
         order = importance.argsort(dim=-1, descending=True, stable=True)
         sorted_order = order.unsqueeze(2).expand(*self.upper.shape)
         upper, lower = (x.gather(-1, sorted_order) for x in (self.upper, self.lower))
-        # What is left out if the first 0, 1, ... blocks are kept.
+        # The weight that is left out if the first 0, 1, ... blocks are kept.
         left = torch.nn.functional.pad(upper.flip(-1).cumsum(-1).flip(-1), (0, 1))
         best = _from_first(lower)
         enough = _first(left, best, ratio)

@@ -1,7 +1,7 @@
-// Blocks of keys that blocks of queries see, as a list of them has it. What is not listed is not read.
+// Blocks of keys that blocks of queries see, as a list of them has it. No other blocks are read.
 
-// What the list has for a block of queries and one of keys. From BLOCK_TILES on, it is the number of a tile: a byte for
-// each pair says whether it is seen.
+// An entry of the list, for a block of queries and one of keys. From BLOCK_TILES on, it is the number of a tile, in which
+// a byte for each pair says whether it is seen.
 enum { BLOCK_HIDDEN, BLOCK_WHOLE, BLOCK_TILES };
 
 INLINE int has_blocks(const ea_problem *p) { return p->blocks.data != NULL; }

@@ -238,7 +238,7 @@ INLINE visible_range range_of(const row_span *rows, int64_t count) {
   return range;
 }
 
-// What the list has for n keys from `key` on: BLOCK_WHOLE if each row sees each, BLOCK_HIDDEN if no row sees one.
+// The entry of the list for n keys from `key` on: BLOCK_WHOLE if each row sees each, BLOCK_HIDDEN if no row sees one.
 static int listed_keys(const ea_problem *p, const row_span *rows, int64_t count, int64_t key, int64_t n) {
   int whole = 1, hidden = 1;
   if (!has_blocks(p)) return BLOCK_WHOLE;
