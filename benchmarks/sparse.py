@@ -149,8 +149,8 @@ def measure(problem: Problem, tolerance: float, pairs: int) -> Row:
         return expressive_attention(query, key, value, block_mask=choose().block_mask, **options)
 
     def share_left(block_mask: BlockMask) -> float:
-        exact = [x.double() for x in (query, key, value)]
-        _, part = expressive_attention(*exact, block_mask=block_mask, return_normalizer=True, **options)
+        q, k, v = (x.double() for x in (query, key, value))
+        _, part = expressive_attention(q, k, v, block_mask=block_mask, return_normalizer=True, **options)
         return float((1 - part / total).max())
 
     _, total = expressive_attention(query.double(), key.double(), value.double(), return_normalizer=True, **options)
