@@ -82,7 +82,12 @@ def _comparisons(preset: str) -> str:
 
 
 def _examples(preset: str) -> str:
-    head = ["condition", "on the test examples", "the same, were other test examples drawn", "on the validation examples"]
+    head = [
+        "condition",
+        "on the test examples",
+        "the same, were other test examples drawn",
+        "on the validation examples",
+    ]
     rows = []
     for condition, found in by_condition(preset):
         ea = found["expressive"]

@@ -15,12 +15,21 @@ PAGE = ROOT / "ARCHITECTURE.md"
 
 # A room imports rooms further up, and none further down.
 ROOMS = {
-    "call": ("call", "forms", "masks"),
+    "call": ("call", "blocks", "forms", "masks"),
     "backends": ("backends",),
     "ops": ("ops", "schema", "flops", "sharding", "decomposition"),
-    "functional": ("functional", "varlen", "nested", "recurrent", "near_far", "checks", "overrides", "call_log"),
+    "functional": (
+        "functional",
+        "varlen",
+        "nested",
+        "recurrent",
+        "near_far",
+        "sparse",
+        "checks",
+        "overrides",
+        "call_log",
+    ),  # fmt: skip
     "nn": ("nn",),
-    "sparse": ("sparse",),
     "distributed": ("distributed",),
     "integrations": ("integrations",),
     "geometry": ("geometry",),

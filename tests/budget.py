@@ -17,6 +17,7 @@ from expressive_attention import expressive_attention
 from expressive_attention.backends import BACKENDS, dropout
 from expressive_attention.backends.cpu import library
 from expressive_attention.call import Call, Visibility, accumulation_dtype
+from tests.blocks import seen
 from tests.poison import Poison, placed
 
 # What is judged: every fused backend, the C kernels in each of their builds that runs here.
@@ -128,6 +129,7 @@ class Case:
         """
         relative = self.settings.get("relative_bias") if relative is None else relative
         left, right = self.settings.get("window_size", (-1, -1))
+        block_mask = self.settings.get("block_mask")
         lengths, slopes = self.settings.get("key_lengths"), self.settings.get("alibi_slopes")
         decay = self.log_decay
         (batch, heads, rows), keys = self.query.shape[:3], self.key.shape[2]
@@ -157,6 +159,8 @@ class Case:
                 table = relative if relative.ndim == 2 else relative[b]
                 factor[b] += self.by_distance(b, table.double())
             factor[b].masked_fill_(hidden, -torch.inf)
+        if block_mask is not None:
+            factor.masked_fill_(~seen(block_mask, *factor.shape).to(factor.device), -torch.inf)
         return factor
 
     def bias(self) -> Tensor:
@@ -204,7 +208,7 @@ class Case:
         relative = None if settings.get("relative_bias") is None else leaf(settings["relative_bias"])
         if relative is not None:
             settings["relative_bias"] = relative
-        named = ("window_size", "key_lengths", "alibi_slopes", "relative_bias")
+        named = ("window_size", "key_lengths", "alibi_slopes", "relative_bias", "block_mask")
         if decay is None and explicit and any(name in settings for name in named):
             settings = {name: x for name, x in settings.items() if name in ("enable_gqa", "form", "scale", "dropout_p")}
             whole_mask = self.visibility_bias(relative).to(accumulation_dtype(tensors[0].dtype))

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from tests.blocks import random_block_mask
 from tests.budget import Case
 from tests.poison import Poison, replaced
 
@@ -70,6 +71,11 @@ def problems(draw, largest=40, drops=False, batches=3, kv_heads=3):
         options["relative_bias"] = torch.randn(*shape, 2 * reach - 1, generator=generator) * draw(
             st.sampled_from([1, 40])
         )
+    if draw(st.integers(0, 3)) == 0 and batch and length and keys:
+        block_size = draw(st.sampled_from([(1, 16), (16, 32), (64, 64), (128, 128), (5, 7), (3, 1), (40, 24)]))
+        shape = [draw(st.sampled_from([1, n])) for n in (batch, heads)]
+        masked = draw(st.booleans())
+        options["block_mask"] = random_block_mask(*shape, length, keys, block_size, generator, masked)
     if drops:
         options["dropout_p"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
     relative = options.get("relative_bias")

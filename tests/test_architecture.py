@@ -11,6 +11,7 @@ PUBLIC = {
     "varlen.expressive_attention_varlen",
     "nested.nested_attention",
     "near_far.near_far_attention",
+    "sparse.select",
     "distributed.context.context_parallel",
     "nn.attention.__init__",
     "nn.multihead.__init__",

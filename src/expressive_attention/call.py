@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
+from .blocks import mask_of_blocks
 from .masks import join_masks
 
 __all__ = [
@@ -61,6 +62,12 @@ class Visibility(NamedTuple):
         key_starts: The same of keys.
         longest_query: With `query_starts`, a bound on L.
         longest_key: With `query_starts`, a bound on S.
+        listed: For each block of `block_rows` queries and of `block_keys` keys whether it is seen, as far as it goes:
+            ``(B | 1, Hq | 1, blocks of queries, blocks of keys)`` of int32, with 0 for a block that is hidden, 1 for
+            one that is seen, and 2 + n for one of which tile n says which pairs are; None: all are seen.
+        tiles: ``(n, block_rows, block_keys)`` of bool; None: there are none.
+        block_rows: With `listed`, queries of a block.
+        block_keys: With `listed`, keys of a block.
     """
 
     left: int | None = None
@@ -72,6 +79,10 @@ class Visibility(NamedTuple):
     key_starts: Tensor | None = None
     longest_query: int = 0
     longest_key: int = 0
+    listed: Tensor | None = None
+    tiles: Tensor | None = None
+    block_rows: int = 0
+    block_keys: int = 0
 
     def but(self, **members: Any) -> Visibility:
         """The visibility with other `members`; the torch.compile of torch 2.6 does not trace `_replace`."""
@@ -79,7 +90,13 @@ class Visibility(NamedTuple):
 
     def is_diagonal(self) -> bool:
         """Whether all that it says is how far right a query sees: every backend knows that much."""
-        return self.left is None and self.slopes is None and self.key_lengths is None and self.query_starts is None
+        return (
+            self.left is None
+            and self.slopes is None
+            and self.key_lengths is None
+            and self.query_starts is None
+            and self.listed is None
+        )
 
     def as_mask(self, attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Visibility]:
         """The visibility joined to a mask, as large as ``(B | 1, Hq | 1, L, S)``, and the diagonal that is left of it.
@@ -106,6 +123,8 @@ class Visibility(NamedTuple):
             keep = keep & (column <= place + self.right)
         if self.left is not None:
             keep = keep & (column >= place - self.left)
+        if self.listed is not None:
+            keep = keep & mask_of_blocks(self.listed, self.tiles, self.block_rows, self.block_keys, rows, key.shape[2])
         if slopes is None:
             return keep.expand(-1, -1, len(rows), -1)
         bias = -slopes.to(accumulation_dtype(query.dtype)) * (place - column).abs()

@@ -77,5 +77,6 @@ def describe(call: Call) -> str:
     parts += ["slopes"] * (seen.slopes is not None) + ["decays"] * (call.log_decay is not None)
     parts += ["biases by distance"] * (call.relative_bias is not None)
     parts += ["key lengths"] * (seen.key_lengths is not None)
+    parts += ["blocks of keys"] * (seen.listed is not None)
     parts += ["packed"] * (seen.query_starts is not None) + [f"dropout {call.dropout_p:g}"] * bool(call.dropout_p)
     return ", ".join(parts) + ("" if call.form == "expressive" else f", {call.form}")

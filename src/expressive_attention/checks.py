@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .blocks import is_block_mask
 from .forms import check_form
 
 __all__ = [
     "ALIGNMENTS",
+    "check_blocks",
     "check_dense",
     "check_lengths",
     "check_log_decay",
@@ -122,6 +125,37 @@ def check_mask(attn_mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Non
     )
     if not fits:
         raise ValueError(f"attn_mask must be broadcastable to (..., Hq, L, S) = {scores}, got shape {shape}")
+
+
+def check_blocks(block_mask: Any, query: Tensor, scores: tuple[int, ...]) -> None:
+    """A BlockMask of torch, for scores of the shape ``(..., Hq, L, S)``."""
+    if not is_block_mask(block_mask):
+        raise TypeError(
+            f"block_mask must be a torch.nn.attention.flex_attention.BlockMask or None, got {type(block_mask).__name__}"
+        )
+    counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+    if indices.device != query.device:
+        raise ValueError(f"block_mask must be on the device of query, {query.device}, got {indices.device}")
+    *batch, heads, rows, keys = scores
+    block_rows, block_keys = block_mask.BLOCK_SIZE
+    of_blocks = (-(-rows // block_rows), -(-keys // block_keys))
+    shape = tuple(indices.shape)
+    fits = len(shape) == 4 and shape[0] in (1, math.prod(batch)) and shape[1] in (1, heads) and shape[2:] == of_blocks
+    if not fits or tuple(counts.shape) != shape[:3]:
+        raise ValueError(
+            f"block_mask must have kv_indices of shape (B | 1, Hq | 1, blocks of queries, blocks of keys) with "
+            f"{of_blocks[0]} x {of_blocks[1]} blocks of {block_rows} x {block_keys} for {math.prod(batch)} x {heads} "
+            f"heads of {rows} queries and {keys} keys, got {shape}"
+        )
+    lists = [(counts, indices), (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)]
+    for number, listed in lists:
+        if number is None or listed is None or not (_is_readable(number) and _is_readable(listed)):
+            continue
+        counted = torch.arange(shape[3]) < number.unsqueeze(-1)
+        if bool(
+            (number < 0).any() | (number > shape[3]).any() | (((listed < 0) | (listed >= shape[3])) & counted).any()
+        ):
+            raise ValueError(f"block_mask must list blocks of keys from 0 to {shape[3] - 1}, got others")
 
 
 def check_window(window_size: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .blocks import pairs_of_blocks
 from .call import Call
 from .schema import unflatten
 
@@ -48,9 +49,13 @@ def _backward(*arguments: Any, **_: Any) -> int:
 
 
 def _pairs(call: Call) -> int:
-    """The pairs of a query and a key of all heads, hidden ones too."""
+    """The pairs of a query and a key of all heads, hidden ones too, but for those of blocks that are not listed."""
     batch, heads, rows, _ = call.query.shape
     seen = call.visibility
+    listed = seen.listed
+    if listed is not None and type(listed) is Tensor and not listed.is_meta:
+        pairs = pairs_of_blocks(listed, seen.block_rows, seen.block_keys, rows, call.key.shape[2])
+        return int(pairs) * batch // listed.shape[0] * heads // listed.shape[1]
     starts, key_starts = seen.query_starts, seen.key_starts
     if starts is None or key_starts is None:
         return batch * heads * rows * call.key.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch.overrides import has_torch_function_variadic
 
 from . import call_log, ops, sharding
 from .backends import AUTOMATIC, BACKENDS, cpu, dropout, linear
+from .blocks import list_blocks
 from .call import Call, Result, Visibility, accumulation_dtype, lower_whole, outline, reason_to_decline
 from .checks import (
     ALIGNMENTS,
+    check_blocks,
     check_lengths,
     check_log_decay,
     check_mask,
@@ -27,6 +29,9 @@ from .checks import (
     check_window,
 )
 from .overrides import as_causality, listening, takers, tell
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["choose", "expressive_attention", "match_heads", "may_need_gradient", "run", "with_learned_slopes"]
 
@@ -65,6 +70,8 @@ def expressive_attention(
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    tolerance: float | None = None,
     return_normalizer: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -88,6 +95,8 @@ def expressive_attention(
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    tolerance: float | None = None,
     return_normalizer: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -110,6 +119,8 @@ def expressive_attention(
     key_lengths: Tensor | None = None,
     log_decay: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    tolerance: float | None = None,
     return_normalizer: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -157,6 +168,13 @@ def expressive_attention(
             multiplied by ``exp(relative_bias[..., h, p_i - j + M - 1])``. ``(Hq, 2 M - 1)``, or broadcastable to
             ``(..., Hq, 2 M - 1)``, with M at least L and S, floating, differentiable. Except in the C kernels, it is a
             float mask of L x S.
+        block_mask: A `torch.nn.attention.flex_attention.BlockMask`: queries see the keys of the blocks that it lists
+            for them, in those listed in part as far as its `mask_mod` says. The C kernels read no other blocks. Of
+            tensors with dimensions ``(..., H, L, E)``, its B is 1 or the product of the leading ones. May be combined
+            with all of the above; a key then has to pass everything.
+        tolerance: Leave blocks of keys out whose weights together are, by proof, at most this share of N in each row;
+            in (0, 1). The output changes by at most ``2 * tolerance * max |v|``, see `expressive_attention.sparse`.
+            Not together with weights that a mask, a bias, a window or dropout changes.
         return_normalizer: Also return N. Partial results over different keys merge exactly:
             ``o = (N1 * o1 + N2 * o2) / (N1 + N2)``.
         backend: Name of the backend; None picks the first that supports the call. One asked for by name is
@@ -184,14 +202,15 @@ def expressive_attention(
                 expressive_attention, told, query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa, form=form, causal_alignment=causal_alignment, window_size=window_size,
                 alibi_slopes=alibi_slopes, key_lengths=key_lengths, log_decay=log_decay, relative_bias=relative_bias,
-                return_normalizer=return_normalizer, backend=backend,
+                block_mask=block_mask, tolerance=tolerance, return_normalizer=return_normalizer, backend=backend,
             )  # fmt: skip
     check_tracing()
     check_types(query=query, key=key, value=value)
     if torch.jagged in (query.layout, key.layout, value.layout):
         from .nested import nested_attention  # which needs this module
 
-        for name, x in (("log_decay", log_decay), ("relative_bias", relative_bias)):
+        of_dense = {"log_decay": log_decay, "relative_bias": relative_bias, "block_mask": block_mask}
+        for name, x in {**of_dense, "tolerance": tolerance}.items():
             if x is not None:
                 raise ValueError(f"{name} must be None for nested tensors")
 
@@ -244,6 +263,14 @@ def expressive_attention(
     if relative_bias is not None:
         check_relative(relative_bias, query, (*batch, heads, rows, keys))
         call = call.but(relative_bias=_fold_relative(relative_bias, batch, heads, query.dtype))
+    if block_mask is not None:
+        check_blocks(block_mask, query, (*batch, heads, rows, keys))
+        listed, tiles = list_blocks(block_mask, rows, keys)
+        block_rows, block_keys = block_mask.BLOCK_SIZE
+        visibility = visibility.but(listed=listed, tiles=tiles, block_rows=block_rows, block_keys=block_keys)
+        call = call.but(visibility=visibility)
+    if tolerance is not None:
+        call = _within_tolerance(call, tolerance)
     if visibility.slopes is not None and may_need_gradient(visibility.slopes):
         call = with_learned_slopes(call, backend)
 
@@ -255,6 +282,33 @@ def expressive_attention(
     if dims != 4:
         output = output.reshape(*shape, value.shape[-1])
     return (output, normalizer_of(result).reshape(shape)) if return_normalizer else output
+
+
+def _within_tolerance(call: Call, tolerance: float) -> Call:
+    """The call with the blocks of keys that prove to be enough."""
+    from . import sparse  # which is not needed otherwise
+
+    sparse.check_tolerance(tolerance)
+    seen = call.visibility
+    others = {
+        "attn_mask": call.attn_mask,
+        "block_mask": seen.listed,
+        "alibi_slopes": seen.slopes,
+        "log_decay": call.log_decay,
+        "relative_bias": call.relative_bias,
+        "window_size": None if seen.left is None and seen.right in (0, None) else seen,
+        "dropout_p": call.dropout_p or None,
+    }
+    for name, x in others.items():
+        if x is not None:
+            raise ValueError(
+                f"tolerance must be None beside {name}: it bounds the weights of is_causal and key_lengths"
+            )
+    block_rows, block_keys = sparse.BLOCK_SIZE
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    pattern = sparse.Seen(rows, keys, seen.right == 0, seen.lower_right, seen.key_lengths, call.scale, call.form)
+    chosen = sparse.choose_blocks(call.query, call.key, pattern, tolerance, sparse.BLOCK_SIZE)
+    return call.but(visibility=seen.but(listed=chosen.listed, block_rows=block_rows, block_keys=block_keys))
 
 
 def run(call: Call, backend: str | None) -> Result:

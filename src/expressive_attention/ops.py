@@ -15,7 +15,17 @@ from . import call as calls
 from . import flops, sharding
 from .backends import BACKENDS, reference
 from .call import Call, Result, Upstream, Visibility, accumulation_dtype
-from .schema import ATTENTION, BACKWARD, RELATIVE, SEEDS, flatten, flatten_backward, unflatten, unflatten_backward
+from .schema import (
+    ATTENTION,
+    BACKWARD,
+    RELATIVE,
+    SEEDS,
+    TILES,
+    flatten,
+    flatten_backward,
+    unflatten,
+    unflatten_backward,
+)
 
 __all__ = ["attention", "autocast_inputs", "reference_forward"]
 
@@ -145,7 +155,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     seen = arguments[4]
     # The tensors of the visibility and the seeds, too: then torch says if one of them was changed in place.
-    of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts)
+    of_visibility = (seen.slopes, seen.key_lengths, seen.query_starts, seen.key_starts, seen.listed, seen.tiles)
     ctx.save_for_backward(
         *arguments[:4], output[0], output[1], arguments[9], *of_visibility, arguments[8], arguments[10]
     )
@@ -282,6 +292,10 @@ def _fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[l
     if unflatten(args)[0].visibility.query_starts is not None:
         raise NotImplementedError("torch.vmap over sequences of variable length is not implemented")
     fronts = {i: _to_front(x, in_dims[i], size) for i, x in enumerate(args) if isinstance(x, Tensor)}
+    if TILES in fronts:  # which are of no sequence, but of blocks of any of them
+        if in_dims[TILES] is not None:
+            raise NotImplementedError("torch.vmap over the mask_mod of a block mask is not implemented")
+        del fronts[TILES]
     batch = max(x.shape[1] for i, x in fronts.items() if i != SEEDS)
     folded = list(args)
     for i, x in fronts.items():

@@ -17,6 +17,7 @@ __all__ = [
     "BACKWARD",
     "RELATIVE",
     "SEEDS",
+    "TILES",
     "Backward",
     "flatten",
     "flatten_backward",
@@ -31,11 +32,13 @@ BACKWARD = "expressive_attention::attention_backward"
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "SymInt? left, SymInt? right, bool lower_right, Tensor? slopes, Tensor? key_lengths, Tensor? query_starts, "
-    "Tensor? key_starts, SymInt longest_query, SymInt longest_key, float scale, str form, float dropout_p, "
+    "Tensor? key_starts, SymInt longest_query, SymInt longest_key, Tensor? listed, Tensor? tiles, SymInt block_rows, "
+    "SymInt block_keys, float scale, str form, float dropout_p, "
     "Tensor? dropout_seeds, Tensor? log_decay, Tensor? relative_bias, str backend"
 )
 _INPUTS = Call._fields.index("visibility")
 _SETTINGS = _INPUTS + len(Visibility._fields)
+TILES = _INPUTS + Visibility._fields.index("tiles")
 SEEDS = _SETTINGS + 3  # the place of the seeds of dropout
 RELATIVE = SEEDS + 2  # that of biases by distance
 _SIZE = SEEDS + 4

@@ -87,7 +87,8 @@ def _ways(call: Call) -> list[Call]:
         members: dict[str, Any] = dict.fromkeys(Visibility._fields)
         members["slopes"] = of(seen.slopes, dim)
         members["key_lengths"] = None if seen.key_lengths is None else Shard(0) if dim == 0 else Replicate()
-        for name in ("query_starts", "key_starts"):
+        members["listed"] = of(seen.listed, dim)
+        for name in ("query_starts", "key_starts", "tiles"):
             members[name] = None if getattr(seen, name) is None else Replicate()
         rows: Any = Replicate() if dim < 0 else Shard(dim)
         seeds = None if call.dropout_seeds is None else Replicate()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask
 
 from expressive_attention import checks, expressive_attention, expressive_attention_varlen
 from expressive_attention.backends import triton
@@ -70,7 +71,9 @@ def split_keys(shortest=16):
 def on_device(case):
     moved = {name: getattr(case, name).to(DEVICE) for name in ("query", "key", "value")}
     mask = None if case.mask is None else case.mask.to(DEVICE)
-    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.settings.items()}
+    options = {
+        name: x.to(DEVICE) if isinstance(x, torch.Tensor | BlockMask) else x for name, x in case.settings.items()
+    }
     return replace(case, **moved, mask=mask, settings=options)
 
 

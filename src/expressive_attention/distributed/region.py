@@ -132,6 +132,9 @@ class ContextParallel(AbstractContextManager["ContextParallel"]):
             raise ValueError("key_lengths are those of ContextParallel in its region, got some in a call")
         if options.pop("relative_bias") is not None:
             raise ValueError("relative_bias must be None in a region of ContextParallel; give a float mask")
+        for name in ("block_mask", "tolerance"):
+            if options.pop(name) is not None:
+                raise ValueError(f"{name} must be None in a region of ContextParallel")
         options.pop("causal_alignment")  # as many queries as keys
         method = self._method
         if method is None:

@@ -26,6 +26,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _NO_MASK = 5
 _NOTHING = (0, 0, 0, 0, 0)
 _NO_MEMORY = 1
+_DROPPED_TOGETHER = 64  # keys, as KEPT_KEYS in kernels/dropout.h
 
 _warned = False
 
@@ -40,6 +41,8 @@ def declines(call: Call) -> str | None:
         return "decays must be in a mask"
     if call.visibility.query_starts is not None and call.attn_mask is not None:
         return "packed sequences have no mask"
+    if call.dropout_p and call.visibility.listed is not None and call.visibility.block_keys % _DROPPED_TOGETHER:
+        return f"beside dropout, blocks must have a multiple of {_DROPPED_TOGETHER} keys"
     return library.MISSING
 
 
@@ -224,7 +227,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 class _Numbers(NamedTuple):
-    """Starts of packed sequences, lengths of keys, slopes, seeds and biases by distance as the library reads them."""
+    """Starts of packed sequences, lengths, slopes, seeds, biases by distance and blocks as the library reads them."""
 
     starts: Tensor | None
     key_starts: Tensor | None
@@ -232,12 +235,14 @@ class _Numbers(NamedTuple):
     slopes: Tensor | None
     seeds: Tensor | None
     relative: Tensor | None
+    listed: Tensor | None
+    tiles: Tensor | None
 
 
 def _inputs(call: Call, kept: _Numbers, decays: Tensor | None = None) -> tuple[float, ...]:
     """The members of ``ea_problem`` from the first to the decays; the caller keeps the tensors beside the call."""
     query, key, value, mask, visibility, scale, form, dropout_p, *_ = call
-    starts, key_starts, lengths, slopes, seeds, relative = kept
+    starts, key_starts, lengths, slopes, seeds, relative, listed, tiles = kept
     left, right, lower_right, *_ = visibility
     batch, heads, rows, width = query.shape
     _, kv_heads, keys, value_width = value.shape
@@ -264,6 +269,10 @@ def _inputs(call: Call, kept: _Numbers, decays: Tensor | None = None) -> tuple[f
         *((0, 0) if slopes is None else (slopes.data_ptr(), 0 if slopes.shape[0] == 1 else heads)),
         *((*_NOTHING, 0) if relative is None else _by_distance(relative)),
         *((0, 1.0, 0, 0) if seeds is None else _dropout(dropout_p, seeds, batch)),
+        *(_NOTHING if listed is None else (listed.data_ptr(), *repeated_strides(listed))),
+        visibility.block_rows,
+        visibility.block_keys,
+        0 if tiles is None else tiles.data_ptr(),
         _address("query", query),
         *query.stride(),
         _address("key", key),
@@ -309,6 +318,8 @@ def _numbers(call: Call) -> _Numbers:
         None if seeds is None else _contiguous("dropout_seeds", seeds),
         # From keys far before a query to those far after it, as it reads them.
         None if call.relative_bias is None else call.relative_bias.flip(-1).contiguous(),
+        None if seen.listed is None else _contiguous("block_mask", seen.listed),
+        None if seen.tiles is None else _contiguous("block_mask", seen.tiles),
     )
 
 

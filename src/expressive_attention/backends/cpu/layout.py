@@ -10,14 +10,15 @@ import struct
 __all__ = ["BACKWARD", "FORWARD", "LAYOUT", "TOKEN"]
 
 # As EA_VERSION: what members mean, where their names do not say.
-_VERSION = 4
+_VERSION = 5
 
 # A tensor is its address and four strides.
 _FORWARD = (
     "threads:q dtype:q mask_dtype:q squared:q causal:q right:q window:q left:q lower_right:q batch:q heads:q "
     "kv_heads:q rows:q keys:q width:q value_width:q scale:d sequences:q query_starts:q key_starts:q key_lengths:q "
     "slopes:q slopes_stride:q relative:5q reach:q "
-    "dropout_threshold:q keep:d dropout_seeds:q dropout_batches:q query:5q key:5q value:5q mask:5q "
+    "dropout_threshold:q keep:d dropout_seeds:q dropout_batches:q "
+    "blocks:5q listed_rows:q listed_keys:q tiles:q query:5q key:5q value:5q mask:5q "
     "decay_heads:q decay:5q output:q normalizer:q bias_max:q "
 )
 _BACKWARD = (

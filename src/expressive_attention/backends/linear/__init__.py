@@ -45,6 +45,8 @@ def declines(call: Call) -> str | None:
         return "windows have no linear form"
     if (seen.slopes is not None or call.log_decay is not None) and seen.right != 0:
         return "weights decay under causality only"
+    if seen.listed is not None:
+        return "blocks have no linear form"
     if seen.query_starts is not None:
         return "sequences must be in a batch"
     if seen.key_lengths is not None and not call.query.is_cpu:

@@ -23,6 +23,7 @@
 
 typedef struct {
   int64_t block_rows, block_keys, row_blocks, key_blocks;
+  int64_t key_step;                  // from one block of keys to the next, at most block_keys
   int64_t columns, value_columns;    // padded
   int64_t mask_batches, mask_heads;  // key heads that share no element of the gradient of the mask
   int64_t parts;                     // shares of the key blocks of a head
@@ -84,9 +85,14 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   backward_plan plan = {.columns = padded(p->width), .value_columns = padded(p->value_width)};
   plan.block_keys = wide > 256 ? BACKWARD_KEYS / 4 : wide > 128 ? BACKWARD_KEYS / 2 : BACKWARD_KEYS;
   plan.block_keys = least(plan.block_keys, padded(p->keys));
-  plan.key_blocks = (p->keys + plan.block_keys - 1) / plan.block_keys;
+  plan.key_step = has_blocks(p) ? fitting(least(p->listed_keys, p->keys), plan.block_keys) : plan.block_keys;
+  plan.key_blocks = (p->keys + plan.key_step - 1) / plan.key_step;
   plan.row_blocks = (rows + BACKWARD_ROWS - 1) / BACKWARD_ROWS;
   plan.block_rows = least(rows, round_up((rows + plan.row_blocks - 1) / plan.row_blocks, MR));
+  if (has_blocks(p)) {
+    plan.block_rows = least(rows, fitting(p->listed_rows, BACKWARD_ROWS));
+    plan.row_blocks = (rows + plan.block_rows - 1) / plan.block_rows;
+  }
   int shared = p->grad_mask != NULL;
   plan.mask_batches = shared && p->mask_size[0] == 1 ? 1 : p->batch;
   plan.mask_heads = shared && p->mask_size[1] == 1 ? 1 : p->kv_heads;
@@ -193,7 +199,7 @@ static void backward_weights(const ea_problem *p, const backward_plan *plan, bac
   for (int64_t r = 0; r < count; r += MR) {
     int mr = (int)least(MR, count - r);
     visible_range seen = range_of(room->rows + r, mr);
-    if (is_plain(p, seen, key, n)) continue;
+    if (is_plain(p, &room->mask, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
       const row_span *row = room->rows + r + i;
       int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
@@ -242,6 +248,16 @@ static void pack_key_rows(const ea_problem *p, const backward_plan *plan, backwa
   }
 #endif
   pack_rows(room->keys, plan->columns, &p->key, p->dtype, b, kv_head, key, n, p->width, (REAL)(2 * p->scale));
+}
+
+// The keys in both ways; those that are not finite are 0.
+static void pack_keys(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t b, int64_t kv_head,
+                      int64_t key, int64_t n) {
+  pack_key_block(p, plan, room, b, kv_head, key, n);
+  pack_key_rows(p, plan, room, b, kv_head, key, n);
+  for (int64_t j = 0; room->bad.any_key && j < n; j++) {
+    if (room->bad.keys[j] != 0) memset(room->keys + j * plan->columns, 0, (size_t)plan->columns * sizeof(REAL));
+  }
 }
 
 static void pack_row_block(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
@@ -326,8 +342,7 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
     run->numbers.normalizer[index] = run->numbers.mean[index] = 0;
   }
   pack_row_block(p, plan, room, count, NULL);
-  for (int64_t key = begin; key < end; key += plan->block_keys) {
-    int64_t n = least(plan->block_keys, end - key);
+  for (int64_t key = begin, n; (n = next_keys(p, room->rows, count, &key, end, plan->block_keys, &room->mask)); key += n) {
     pack_key_block(p, plan, room, b, kv_head, key, n);
     backward_weights(p, plan, room, count, key, n);
     read_block_kept(p, plan, room, count, key, n);
@@ -631,7 +646,7 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
     for (int64_t r = 0; r < p->rows; r++) sums[row_place(p, b, h, r)] = (row_sums){0, 0};
   }
   for (int64_t block = part; block < plan->key_blocks; block += plan->parts) {
-    int64_t key = block * plan->block_keys, n = least(plan->block_keys, p->keys - key), size = dtype_size(p->dtype);
+    int64_t key = block * plan->key_step, n = least(plan->key_step, p->keys - key), size = dtype_size(p->dtype);
     int64_t exist = most(0, least(n, keys - key));
     char *to_keys = (char *)p->grad_key + key_place(p, b, kv_head, key) * p->width * size;
     char *to_values = (char *)p->grad_value + key_place(p, b, kv_head, key) * p->value_width * size;
@@ -640,11 +655,7 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
       clear(to_values + j * key_step * p->value_width * size, p->value_width * size);
     }
     if ((n = exist) == 0) continue;
-    pack_key_block(p, plan, room, b, kv_head, key, n);
-    pack_key_rows(p, plan, room, b, kv_head, key, n);
-    for (int64_t j = 0; room->bad.any_key && j < n; j++) {
-      if (room->bad.keys[j] != 0) memset(room->keys + j * columns, 0, (size_t)columns * sizeof(REAL));
-    }
+    int are_packed = 0;  // not before some row sees the keys
     memset(room->grad_key, 0, (size_t)(n * columns) * sizeof(REAL));
     memset(room->grad_value, 0, (size_t)(n * plan->value_columns) * sizeof(REAL));
     for (int64_t first = 0; first < head_rows; first += plan->block_rows) {
@@ -652,6 +663,11 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
       locate_rows(p, b, kv_head, first, count, room->rows);
       visible_range seen = range_of(room->rows, count);
       if (seen.end <= key || seen.begin >= key + n) continue;
+      int listed = listed_keys(p, room->rows, count, key, n);
+      if (listed == BLOCK_HIDDEN) continue;
+      room->mask.all_listed = listed == BLOCK_WHOLE;
+      if (!are_packed) pack_keys(p, plan, room, b, kv_head, key, n);
+      are_packed = 1;
       if (has_bias(p)) {
         for (int64_t r = 0; r < count; r++) room->rows[r].bias_max = run->numbers.bias_max[index_of(p, room->rows + r)];
       }

@@ -34,6 +34,10 @@ static forward_plan plan_forward(const ea_problem *p) {
   int64_t block_rows = wide > 256 ? BLOCK_ROWS / 2 : BLOCK_ROWS;
   plan.row_blocks = (rows + block_rows - 1) / block_rows;
   plan.block_rows = least(rows, round_up((rows + plan.row_blocks - 1) / plan.row_blocks, MR));
+  if (has_blocks(p)) {
+    plan.block_rows = least(rows, fitting(p->listed_rows, block_rows));
+    plan.row_blocks = (rows + plan.block_rows - 1) / most(1, plan.block_rows);
+  }
   plan.value_columns = padded(p->value_width);
   plan.few_rows = rows <= FEW_ROWS && can_read(p, &p->key, p->width) && can_read(p, &p->value, p->value_width);
   if (plan.few_rows) plan.block_keys = FEW_ROWS_KEYS;
@@ -69,10 +73,10 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
   return a.used;
 }
 
-// Whether rows that see `seen` need no mask on the n keys from `key` on. (In double, numbers may be infinite:
+// Whether rows that see `seen` need no mask on the n keys from `key` on, which are those at hand of `mask`. (In double, numbers may be infinite:
 // then what lies past the last key in its vector is not 0.)
-INLINE int is_plain(const ea_problem *p, visible_range seen, int64_t key, int64_t n) {
-  return p->mask_dtype == EA_NONE && !has_distances(p) && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
+INLINE int is_plain(const ea_problem *p, const mask_room *mask, visible_range seen, int64_t key, int64_t n) {
+  return p->mask_dtype == EA_NONE && !has_distances(p) && mask->all_listed && seen.all_begin <= key && seen.all_end >= key + n && !(REAL_IS_DOUBLE && n % V);
 }
 
 // Apply the mask to the weights w of row r over n keys from `key`, and add them to its sum; then drop some of them.
@@ -109,7 +113,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
         prefetch_rows(&p->value, p->dtype, b, kv_head, key + n + ahead, rows, p->value_width);
         ahead += rows;
       }
-      int plain = !p->dropout_seeds && is_plain(p, seen, key, n);
+      int plain = !p->dropout_seeds && is_plain(p, &room->mask, seen, key, n);
       to.weights = (plain || !plan->pairs ? room->weights : room->wide_weights) + r * ldw;
       to.sums = plain ? room->sums + r * V : NULL;
       to.column = start;
@@ -121,7 +125,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
     int mr = (int)least(MR, count - r);
     visible_range seen = range_of(room->rows + r, mr);
     int64_t columns = least(n, seen.end - key);
-    if (columns <= 0 || (!p->dropout_seeds && is_plain(p, seen, key, n))) continue;
+    if (columns <= 0 || (!p->dropout_seeds && is_plain(p, &room->mask, seen, key, n))) continue;
     for (int i = 0; i < mr; i++) {
       REAL *w = (plan->pairs ? room->wide_weights : room->weights) + (r + i) * ldw;
       mask_and_sum(p, plan, room, r + i, key, columns, w);
@@ -173,8 +177,7 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
   // Values in their place, where panels of them can be read from there.
   int in_place = p->dtype == REAL_DTYPE && p->value.stride[3] == 1 && p->value_width == value_columns &&
                  p->value.stride[2] == value_columns;
-  for (int64_t key = begin; key < end; key += plan->block_keys) {
-    int64_t n = least(plan->block_keys, end - key);
+  for (int64_t key = begin, n; (n = next_keys(p, room->rows, count, &key, end, plan->block_keys, &room->mask)); key += n) {
     if (p->dropout_seeds) read_kept(p, room->rows, count, key, n, room->kept, kept_words(0, plan->block_keys));
     if (plan->few_rows) {
       few_rows_block(p, plan, room, b, kv_head, count, key, n);
@@ -191,7 +194,8 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
     } else {
       pack_rows(room->values, value_columns, &p->value, p->dtype, b, kv_head, key, n, p->value_width, 1);
     }
-    forward_block(p, plan, room, b, kv_head, count, key, n, least(plan->block_keys, end - key - n), values);
+    int64_t next = has_blocks(p) ? 0 : least(plan->block_keys, end - key - n);
+    forward_block(p, plan, room, b, kv_head, count, key, n, next, values);
   }
 }
 

@@ -10,6 +10,7 @@
 #include "sequences.h"
 #include "entry.h"
 #include "pack.h"
+#include "blocks.h"
 #include "share.h"
 #include "tile.h"
 #include "visible.h"

@@ -15,7 +15,7 @@ typedef struct {
 } ea_tensor;
 
 // To be raised when a member changes its meaning, or an enum above its order, but no name does.
-#define EA_VERSION "4"
+#define EA_VERSION "5"
 
 // The members, each with its format in Python's `struct`: backends/cpu/layout.py has the same list, and a library that
 // was compiled from another one is refused. All are 8 bytes wide or arrays of such.
@@ -44,6 +44,10 @@ typedef struct {
   /* Dropout, see dropout.h: p 2^24; 1 - p (1 where p = 1); seed, offset and first row of so many batches each, or NULL */ \
   M(q, int64_t, dropout_threshold, ) M(d, double, keep, )                                           \
   M(q, const int64_t *, dropout_seeds, ) M(q, int64_t, dropout_batches, )                            \
+  /* Blocks of keys that blocks of so many queries see, see blocks.h: int32 (batch, head, block of queries, block of */ \
+  /* keys), adjacent in the last; or no data. Tiles of bytes (queries, keys) for blocks that are seen in part. */ \
+  M(5q, ea_tensor, blocks, ) M(q, int64_t, listed_rows, ) M(q, int64_t, listed_keys, )              \
+  M(q, const uint8_t *, tiles, )                                                                    \
   M(5q, ea_tensor, query, ) M(5q, ea_tensor, key, ) M(5q, ea_tensor, value, ) M(5q, ea_tensor, mask, ) \
   /* In linear time: cumulative log decays of keys (batch, head, key), of double, of so many heads; or no data */ \
   M(q, int64_t, decay_heads, )                                                                      \

@@ -7,7 +7,7 @@
 #define LEAST_CHUNK 500000
 
 static double operations(const ea_problem *p) {
-  return 2.0 * p->batch * p->heads * p->rows * p->keys * (p->width + p->value_width);
+  return 2.0 * p->batch * p->heads * p->rows * p->keys * (p->width + p->value_width) * listed_share(p);
 }
 
 static int64_t useful_threads(int64_t threads, double work, int64_t tasks) {

@@ -1,4 +1,4 @@
-// Which keys a row sees, and with what factor: causality, windows, lengths and masks. A hidden key has no influence on
+// Which keys a row sees, and with what factor: causality, windows, lengths, blocks and masks. A hidden key has no influence on
 // the row, whatever numbers it holds.
 
 // A row of queries of one key head: rows run over the query heads that share it, and over the queries of each.
@@ -20,6 +20,7 @@ INLINE int has_distances(const ea_problem *p) { return p->slopes || p->relative.
 
 // Room for the factors of a row over a block of keys, kept for rows that share them.
 typedef struct {
+  int all_listed;  // of the keys at hand, every row sees each, as far as the list of blocks goes
   REAL *factor;
   const void *from;
   REAL bias_max;
@@ -33,7 +34,7 @@ typedef struct {
 } mask_room;
 
 INLINE mask_room empty_mask_room(REAL *factor, REAL *table, int64_t size) {
-  return (mask_room){.factor = factor, .table = table, .size = size, .head = -1};
+  return (mask_room){.all_listed = 1, .factor = factor, .table = table, .size = size, .head = -1};
 }
 
 static mask_room take_mask_room(const ea_problem *p, arena *a, int64_t rows, int64_t keys) {
@@ -53,8 +54,9 @@ INLINE REAL relative_bias(const ea_problem *p, const row_span *row, int64_t j) {
   return read_number(row_of(&p->relative, sums_dtype(p), row->batch, row->head, 0), sums_dtype(p), j - row->place + p->reach - 1);
 }
 
-// The bias of key j, which the row sees but for a bool mask.
+// The bias of key j, which the row sees but for a bool mask and blocks.
 INLINE REAL bias_of(const ea_problem *p, const row_span *row, int64_t j) {
+  if (!is_listed(p, row->batch, row->head, row->query, j)) return (REAL)-INFINITY;
   const char *mask = p->mask_dtype == EA_NONE ? NULL : row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   REAL bias = 0;
   if (has_float_mask(p)) {
@@ -84,7 +86,7 @@ static void add_distances(const ea_problem *p, const row_span *row, int64_t firs
 
 // Where the biases of a row over n keys from `key` on are, if they can be used in their place.
 INLINE const REAL *biases_in_place(const ea_problem *p, const row_span *row, int64_t key) {
-  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || has_distances(p)) return NULL;
+  if (p->mask_dtype != REAL_DTYPE || p->mask.stride[3] != 1 || has_distances(p) || has_blocks(p)) return NULL;
   return (const REAL *)row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query) + key;
 }
 
@@ -105,12 +107,12 @@ static void read_biases(const ea_problem *p, const row_span *row, int64_t key, i
 
 static bias_range read_range(const ea_problem *p, const row_span *row, REAL *room, int64_t room_size) {
   int64_t start = row->start, end = row->limit;
-  if (p->mask_dtype == EA_NONE && !p->relative.data && start < end) {  // slopes alone
+  if (p->mask_dtype == EA_NONE && !p->relative.data && !has_blocks(p) && start < end) {  // slopes alone
     int64_t nearest = least(most(row->place, start), end - 1);
     REAL first = bias_of(p, row, start), last = bias_of(p, row, end - 1);
     return (bias_range){bias_of(p, row, nearest), first < last ? first : last};
   }
-  if (!has_distances(p) && p->mask.stride[3] == 0) end = least(end, start + 1);
+  if (!has_distances(p) && !has_blocks(p) && p->mask.stride[3] == 0) end = least(end, start + 1);
   vec largest = splat((REAL)-INFINITY), smallest = splat((REAL)INFINITY);
   for (int64_t j = start; j < end; j += room_size) {
     int64_t n = least(room_size, end - j), whole = 0;
@@ -120,6 +122,7 @@ static bias_range read_range(const ea_problem *p, const row_span *row, REAL *roo
       for (int64_t i = whole; i < n; i++) room[i] = from[i];
     } else {
       read_biases(p, row, j, n, room);
+      if (has_blocks(p)) hide_unlisted(p, row->batch, row->head, row->query, j, n, room, (REAL)-INFINITY);
     }
     for (int64_t i = n; i < round_up(n, V); i++) room[i] = (REAL)-INFINITY;
     for (int64_t i = 0; i < n; i += V) {
@@ -178,10 +181,15 @@ static void locate_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int
                         row_span *rows) {
   int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
   int64_t keys = key_count(p, batch);
-  int64_t corner = p->lower_right ? keys - p->rows : 0;
+  int64_t corner = p->lower_right ? keys - p->rows : 0, begin = 0, end = keys;
   for (int64_t r = 0; r < count; r++) {
     int64_t limit = p->causal ? most(0, least(keys, query + corner + p->right + 1)) : keys;
     int64_t start = p->window ? most(0, least(limit, query + corner - p->left)) : 0;
+    if (has_blocks(p)) {
+      if (r == 0 || query % p->listed_rows == 0) listed_range(p, batch, head, query, &begin, &end);
+      limit = least(limit, end);
+      start = least(limit, most(start, begin));
+    }
     REAL slope = p->slopes ? p->slopes[batch * p->slopes_stride + head] : 0;
     rows[r] = (row_span){batch, head, query, start, limit, query + corner, slope, 0};
     if (++query == p->rows) head++, query = 0;
@@ -197,7 +205,7 @@ static void place_rows(const ea_problem *p, int64_t batch, int64_t kv_head, int6
   for (int64_t r = 0; r < count; r++) {
     const row_span *before = rows + r - 1;
     if (r == 0 || before->start != rows[r].start || before->limit != rows[r].limit || before->head != rows[r].head ||
-        has_distances(p) || p->mask.stride[2] != 0) {
+        has_distances(p) || has_blocks(p) || p->mask.stride[2] != 0) {
       range = read_range(p, rows + r, room, room_size);
     }
     rows[r].bias_max = bias_max_of(p, rows + r, &range, room);
@@ -228,6 +236,36 @@ INLINE visible_range range_of(const row_span *rows, int64_t count) {
     range.all_end = least(range.all_end, rows[r].limit);
   }
   return range;
+}
+
+// The entry of the list for n keys from `key` on: BLOCK_WHOLE if each row sees each, BLOCK_HIDDEN if no row sees one.
+static int listed_keys(const ea_problem *p, const row_span *rows, int64_t count, int64_t key, int64_t n) {
+  int whole = 1, hidden = 1;
+  if (!has_blocks(p)) return BLOCK_WHOLE;
+  for (int64_t r = 0; r < count; r++) {
+    if (r > 0 && rows[r].query % p->listed_rows != 0) continue;  // as the row before it
+    const int32_t *entries = blocks_of(p, rows[r].batch, rows[r].head, rows[r].query);
+    for (int64_t block = key / p->listed_keys; block * p->listed_keys < key + n; block++) {
+      whole &= entries[block] == BLOCK_WHOLE;
+      hidden &= entries[block] == BLOCK_HIDDEN;
+    }
+  }
+  return whole ? BLOCK_WHOLE : hidden ? BLOCK_HIDDEN : BLOCK_TILES;
+}
+
+// The next keys from *key on and before `end` that some row has in the list, as many as are alike, but at most `size`; *key
+// is where they begin. Return their number; 0: there are no more.
+static int64_t next_keys(const ea_problem *p, const row_span *rows, int64_t count, int64_t *key, int64_t end, int64_t size,
+                         mask_room *mask) {
+  if (!has_blocks(p)) return most(0, least(size, end - *key));
+  int64_t block = p->listed_keys;
+  while (*key < end && listed_keys(p, rows, count, *key, 1) == BLOCK_HIDDEN) *key = (*key / block + 1) * block;
+  if (*key >= end) return 0;
+  int listed = listed_keys(p, rows, count, *key, 1);
+  int64_t stop = (*key / block + 1) * block;
+  while (stop < end && stop - *key < size && listed_keys(p, rows, count, stop, 1) == listed) stop += block;
+  mask->all_listed = listed == BLOCK_WHOLE;
+  return least(size, least(stop, end) - *key);
 }
 
 // The factors of the weights of `n` keys from `key`, exp(bias - bias_max).
@@ -271,7 +309,7 @@ static const REAL *read_bias(const ea_problem *p, const row_span *row, int64_t k
   return room->factor;
 }
 
-// Apply mask, causality and window to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
+// Apply mask, causality, window and blocks to `n` numbers x of the keys from `key` on: hidden ones become 0, the others are
 // multiplied by exp(bias - bias_max). A number that is not finite stays so where that factor is 0: -inf may be the bias, or
 // a finite one, which hides nothing. With `clear` it becomes 0 there.
 static void apply_mask(const ea_problem *p, const row_span *row, int64_t key, int64_t n, REAL *x, mask_room *room,
@@ -296,7 +334,8 @@ static void apply_mask(const ea_problem *p, const row_span *row, int64_t key, in
       for (int64_t j = 0; j < visible; j++) x[j] = keep[j * stride] ? x[j] : 0;
     }
   }
-  // At last: what a mask makes of keys before the window may not be finite.
+  // At last: what a mask makes of keys that are hidden otherwise may not be finite.
+  if (has_blocks(p)) hide_unlisted(p, row->batch, row->head, row->query, key, visible, x, 0);
   int64_t hidden = most(0, least(n, row->start - key));
   for (int64_t j = 0; j < hidden; j++) x[j] = 0;
 }
@@ -307,7 +346,8 @@ static void read_seen(const ea_problem *p, const row_span *row, int64_t key, int
   if (p->mask_dtype != EA_NONE) mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = 0; j < n; j++) {
     int64_t at = (key + j) * p->mask.stride[3];
-    seen[j] = key + j >= row->start && key + j < row->limit && relative_bias(p, row, key + j) != (REAL)-INFINITY &&
+    seen[j] = key + j >= row->start && key + j < row->limit && is_listed(p, row->batch, row->head, row->query, key + j) &&
+              relative_bias(p, row, key + j) != (REAL)-INFINITY &&
               (!mask || (has_float_mask(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : mask[at] != 0));
   }
 }
@@ -319,9 +359,11 @@ static int may_have_weight(const ea_problem *p, const row_span *row) {
   int zero = 1;
   for (int64_t e = 0; e < p->width && zero; e++) zero = read_number(query, p->dtype, e * p->query.stride[3]) == 0;
   if (zero) return 0;
-  if (p->mask_dtype == EA_NONE) return row->limit > row->start;
-  const char *mask = row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
+  if (p->mask_dtype == EA_NONE && !has_blocks(p)) return row->limit > row->start;
+  const char *mask = p->mask_dtype == EA_NONE ? NULL : row_of(&p->mask, p->mask_dtype, row->batch, row->head, row->query);
   for (int64_t j = row->start; j < row->limit; j++) {
+    if (!is_listed(p, row->batch, row->head, row->query, j)) continue;
+    if (!mask) return 1;
     int64_t at = j * p->mask.stride[3];
     if (has_float_mask(p) ? read_number(mask, p->mask_dtype, at) != (REAL)-INFINITY : ((const uint8_t *)mask)[at]) return 1;
   }
