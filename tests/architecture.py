@@ -28,7 +28,7 @@ ROOMS = {
         "checks",
         "overrides",
         "call_log",
-    ),  # fmt: skip
+    ),
     "nn": ("nn",),
     "distributed": ("distributed",),
     "integrations": ("integrations",),

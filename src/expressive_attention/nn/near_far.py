@@ -36,6 +36,7 @@ class NearFarAttention(SelfAttention):
         ValueError: A number or name does not fit, or positions are ``"relative"``, which have no linear form.
 
     Example:
+        >>> import torch
         >>> attention = NearFarAttention(16, 2, window=4, position="rope")
         >>> attention(torch.randn(3, 7, 16)).shape
         torch.Size([3, 7, 16])
