@@ -13,12 +13,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # not in processes of their own, which would import torch
     os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of tests that ask for more do not spin on the others' cores
 
+import hypothesis.internal.conjecture.engine
 import pytest
 import torch
-from hypothesis.internal.conjecture import providers
 
 # Hypothesis takes some of its numbers from the source of the modules that are imported, so that the random problems
 # of a test would depend on the tests before it. Old versions do not.
+providers = getattr(hypothesis.internal.conjecture, "providers", None)
 if hasattr(providers, "_get_local_constants"):
     providers._get_local_constants = providers.Constants
 
