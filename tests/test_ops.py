@@ -31,7 +31,7 @@ def tensors(dtype=torch.float32):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-# What is checked is the registration, which backends share.
+# opcheck checks the registration, which backends share.
 CHECKED = [*(("cpu", name) for name in CASES), ("blockwise", "visibility"), ("blockwise", "bias and window")]
 
 

@@ -166,8 +166,8 @@ def select(
         form: ``"expressive"`` or ``"squared"``.
         key_lengths: How many of the keys of each sequence exist, broadcastable to ``(B,)``.
         enable_gqa: Let Hq be a multiple of Hkv.
-        block_size: Of queries and of keys, or one number for both. Few queries in a block share few blocks of keys; the
-            bound of few keys is closer to the truth, but more of it has to be computed.
+        block_size: Queries and keys of a block, or one number for both. Few queries in a block share few blocks of
+            keys; the bound of few keys is closer to the truth, but more of it has to be computed.
         moments: The moments of `key`, by `sparse.moments` with the `key_lengths` of this call and the keys of
             `block_size`; None: they are computed, which takes longer than to attend to the keys with a few queries.
 

@@ -25,7 +25,7 @@ _BACKWARD = (
     "grad_output:5q grad_normalizer:q grad_query:q grad_key:q grad_value:q grad_mask:q grad_decay:q mask_size:4q "
     "grad_relative:q grad_relative_stride:q "
 )
-# Of one token.
+# The members of `ea_token`.
 _TOKEN = (
     "threads:q in_double:q states:q groups:q width:q value_width:q sums:q moment:q "
     "key:q value:q factor:q query:q output:q normalizer:q "
