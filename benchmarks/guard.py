@@ -95,10 +95,12 @@ def run() -> None:
             dump("nothing", process)
             for _ in range(count):
                 function(argument)
-            dump(f"{name}|{count}", process)
+            dump(f"{name}@{count}", process)
 
 
 def dump(name: str, process: str) -> None:
+    """Write the instructions since the last dump under ``name``, which callgrind_control gives to a shell."""
+    name = name.replace(" ", "_")
     subprocess.run(["callgrind_control", f"-d={name}", process], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -113,9 +115,9 @@ def main() -> None:
         totals: dict[str, dict[int, int]] = {}
         for file in Path(folder).glob("callgrind.out.*"):
             text = file.read_text()
-            name, total = re.search(r"desc: Trigger: (.*)\|(\d+)", text), re.search(r"totals: (\d+)", text)
+            name, total = re.search(r"desc: Trigger: .* (\S+)@(\d+)", text), re.search(r"totals: (\d+)", text)
             if name and total:
-                totals.setdefault(name[1], {})[int(name[2])] = int(total[1])
+                totals.setdefault(name[1].replace("_", " "), {})[int(name[2])] = int(total[1])
     for name in sorted(totals):
         (few, first), (many, last) = sorted(totals[name].items())
         print(f"{name:40} {(last - first) / (many - few):12,.0f} instructions")
