@@ -30,10 +30,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many workers ``-n auto`` starts. Each takes about 1 GB of memory, and beyond eight they gain little."""
+    """How many workers ``-n auto`` starts: more than cores, as some tests wait for a browser or for other processes.
+
+    Each takes about 1 GB of memory, and beyond eight they gain little.
+    """
     from expressive_attention.study.training.devices import available_cores
 
-    return min(available_cores(), 8)
+    return min(-(-3 * available_cores() // 2), 8)
 
 
 @pytest.fixture(autouse=True)

@@ -31,11 +31,27 @@ with pytest.MonkeyPatch.context() as patch:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the reference to be deterministic
     from expressive_attention.backends.triton import decode, launch
     from expressive_attention.backends.triton.tiles import Tile
+    from tests.backends import interpreter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),  # the largest of NaN alone
 ]
+
+
+@pytest.fixture
+def integers_checked():
+    """Integers are checked for overflow in a test that asks for this; others have small ones alone."""
+
+
+@pytest.fixture(autouse=True)
+def _quick(request):
+    if DEVICE == "cuda":
+        yield
+        return
+    with interpreter.quick(checks_overflow="integers_checked" in request.fixturenames):
+        yield
+
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -344,6 +360,7 @@ def test_the_band_that_a_row_sees_ends_anywhere_in_a_tile_of_keys(right):
         judge(q, k, v, None, {"window_size": (16 - right, right)})
 
 
+@pytest.mark.usefixtures("integers_checked")
 @pytest.mark.parametrize("size", [2**28, 2**30 - 1, 2**31 - 1, 2**62])
 @pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
 def test_windows_that_are_wider_than_everything(size, alignment):
@@ -373,6 +390,7 @@ def test_lengths_and_starts_lie_in_memory_in_any_way():
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
 
 
+@pytest.mark.usefixtures("integers_checked")
 @pytest.mark.parametrize(
     ("starts", "longest"),
     [([-8, 10, 30], 30), ([0, 40, 30], 40), ([0, 2**40, 30], 30), ([0, 10, 30], 7), ([5, 3, 2], 9)],
@@ -663,6 +681,7 @@ def test_nothing_is_read_beside_the_tensors(dtype, kind):
         assert torch.equal(got, want)
 
 
+@pytest.mark.usefixtures("integers_checked")
 def test_tensors_beyond_32_bits(tmp_path):
     """Offsets of keys and of heads above 2^31 elements, in a file that is nearly all holes."""
     if DEVICE == "cuda":
@@ -783,7 +802,9 @@ def test_opcheck(name):
         output, normalizer, _ = operators.attention(*inputs, "triton")
     upstream = torch.randn_like(output), torch.randn_like(normalizer), name == "bias", False
     arguments = (*inputs, "triton", output, normalizer, *upstream)
-    torch.library.opcheck(operators.attention_backward.default, arguments)
+    # tests/test_ops.py has the trace of its derivative, which is not of a backend.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operators.attention_backward.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
