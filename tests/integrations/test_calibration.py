@@ -285,7 +285,7 @@ def test_gains_that_a_norm_would_undo_are_not_merged():
     conversion = convert(model)
     calibrate(conversion, [x])
     before = model(x)
-    with pytest.raises(ConversionError, match=r"blocks\.0\.attn \(ExpressiveAttention\) has gains, and no query proj"):
+    with pytest.raises(ConversionError, match=r"blocks\.0\.attn \(Attention\) has gains, and no query proj"):
         merge_gains(conversion)
     assert torch.equal(model(x), before)
 

@@ -183,8 +183,12 @@ def test_the_name_works_wherever_transformers_takes_one(form):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("Gemma2ForCausalLM", LLAMA, r"Gemma2Attention asks for a soft cap of the scores \(softcap\)"),
-        ("GptOssForCausalLM", {**LLAMA, "num_local_experts": 4}, r"GptOssAttention asks for attention sinks \(s_aux\)"),
+        ("Gemma2ForCausalLM", LLAMA, r"^Gemma2Attention asks for a soft cap of the scores \(softcap\)"),
+        (
+            "GptOssForCausalLM",
+            {**LLAMA, "num_local_experts": 4},
+            r"^GptOssAttention asks for attention sinks \(s_aux\)",
+        ),
     ],
 )
 def test_what_expressive_attention_does_not_define_is_an_error(name, options, words):
@@ -197,7 +201,7 @@ def test_what_expressive_attention_does_not_define_is_an_error(name, options, wo
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask"])
 def test_what_a_layer_is_given_beyond_the_definition_is_named(name):
     layer, qkv = build("llama").model.layers[0].self_attn, torch.randn(3, 3, 4, 9, 4)
-    with pytest.raises(NotImplementedError, match=rf"LlamaAttention asks for .* \({name}\), which EA does not define"):
+    with pytest.raises(NotImplementedError, match=rf"^LlamaAttention asks for .* \({name}\), which EA does not define"):
         huggingface._attention("expressive", layer, *qkv, None, **{name: torch.ones(1)})
 
 

@@ -159,7 +159,7 @@ def test_masks_that_hide_more_than_padding_are_refused(kind):
 def test_layers_that_change_or_ask_for_more_are_refused():
     model, (ids, _) = squared("llama"), padded()
     with torch.no_grad():
-        with pytest.raises(NotImplementedError, match="LlamaAttention asks for weights of attention, which a state"):
+        with pytest.raises(NotImplementedError, match=r"^LlamaAttention asks for weights of attention"):
             model(ids, past_key_values=squared_cache(model), output_attentions=True)
         cache = squared_cache(model)
         model(ids, past_key_values=cache)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Subclassed", "give_class", "set_attributes"]
+__all__ = ["Subclassed", "give_class", "original_class", "set_attributes"]
 
 
 class Subclassed:
@@ -33,6 +33,11 @@ def give_class(module: nn.Module, mixin: type[Subclassed], **attributes: Any) ->
         undo_attributes()
 
     return undo
+
+
+def original_class(module: nn.Module) -> type:
+    """The class of a module as its library wrote it, whether `give_class` has given it another or not."""
+    return getattr(type(module), "_original", type(module))
 
 
 def set_attributes(target: Any, **attributes: Any) -> Callable[[], None]:

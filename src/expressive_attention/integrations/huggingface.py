@@ -30,7 +30,7 @@ from ..distributed import region
 from ..functional import expressive_attention
 from ..masks import join_masks
 from ..varlen import expressive_attention_varlen
-from .classes import give_class, set_attributes
+from .classes import give_class, original_class, set_attributes
 from .conversion import (
     ConversionError,
     Found,
@@ -117,7 +117,9 @@ def _attention(
     note_expressive()
     for name, what in _UNDEFINED.items():
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} asks for {what} ({name}), which EA does not define")
+            raise NotImplementedError(
+                f"{original_class(module).__name__} asks for {what} ({name}), which EA does not define"
+            )
     if kwargs.get("cache") is not None:
         # Where its sequences start, and causality, tell all that a mask would.
         key, value, kwargs = gathered(module, key, value, kwargs)
@@ -175,7 +177,7 @@ def _check_region(module: Any, kwargs: dict[str, Any], wants_weights: Any) -> No
 
     There is no mask in a region: which keys a token sees is causality, a window, and the sequences of the region.
     """
-    name = type(module).__name__
+    name = original_class(module).__name__
     if wants_weights:
         raise NotImplementedError(f"{name} asks for weights of attention, of which each rank has a part")
     kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
@@ -209,7 +211,7 @@ _NOT_OF_A_STATE = {
 
 def _check_state(module: nn.Module, form: str, is_causal: bool, asked: dict[str, Any]) -> None:
     """Raise an error for a layer that asks for more than a state of constant size tells."""
-    name = type(module).__name__
+    name = original_class(module).__name__
     if form != "squared":
         raise ConversionError(f"{name} has a state of the form 'squared' and computes {form!r}; make the cache anew")
     found = [what for argument, what in _NOT_OF_A_STATE.items() if asked.get(argument) is not None]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..backends import linear
 from ..call import Call
 from ..nn import MultiheadAttention, SelfAttention
-from .classes import set_attributes
+from .classes import original_class, set_attributes
 from .conversion import Conversion, Found, Verification, attention_layers, record_choice, run_and_count
 from .errors import ConversionError
 from .guard import GUARD, guard
@@ -241,7 +241,7 @@ def _measure(
     for name, module in layers.items():
         beyond, pairs = counts[name]
         share = beyond / pairs.clamp(min=1)
-        kind = type(module).__name__
+        kind = original_class(module).__name__
         found.append(HeadScores(name, kind, largest[name], share, bool((beyond == 0).all()), reasons[name]))
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .classes import original_class
 from .conversion import Conversion, has_gain, record_choice
 from .errors import ConversionError
 from .inspection import names_used
@@ -61,8 +62,8 @@ def merge_gains(conversion: Conversion | nn.Module) -> list[str]:
         found = _merge_of(layer, layer) or (_merge_of(around, layer) if type(around) is not type(layer) else None)
         if found is None:
             raise ConversionError(
-                f"{name or 'the model'} ({type(layer).__name__}) has gains, and no query projection that queries are "
-                "known to be linear in"
+                f"{name or 'the model'} ({original_class(layer).__name__}) has gains, and no query projection that "
+                "queries are known to be linear in"
             )
         merges.append(found)
     with torch.no_grad():

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .classes import original_class
+
 __all__ = ["allow", "gathered"]
 
 
@@ -23,7 +25,9 @@ def gathered(module: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) ->
     """
     cache, kwargs = kwargs["cache"], {name: given for name, given in kwargs.items() if name != "cache"}
     if "read_index" not in kwargs:
-        raise NotImplementedError(f"{type(module).__name__} has a cache that expressive attention does not know")
+        raise NotImplementedError(
+            f"{original_class(module).__name__} has a cache that expressive attention does not know"
+        )
     given = inspect.signature(cache.update).parameters.get("kwargs")
     if given is not None and given.kind is not given.VAR_KEYWORD:  # it chooses from the arguments what the layer needs
         key, value = cache.update(key, value, module.layer_idx, kwargs=kwargs)
