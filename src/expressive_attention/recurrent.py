@@ -51,6 +51,16 @@ class SquaredState:
 
     Raises:
         ValueError: A size is not positive, or `dtype` is another one.
+
+    Example:
+        >>> from expressive_attention import expressive_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 6, 8)
+        >>> state = SquaredState(batch=1, heads=2, dim=8)
+        >>> _ = state.update(k[:, :, :5], v[:, :, :5])
+        >>> last = state.extend(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:])
+        >>> whole = expressive_attention(q, k, v, is_causal=True, form="squared")
+        >>> torch.allclose(last, whole[:, :, 5:], atol=1e-4)
+        True
     """
 
     def __init__(

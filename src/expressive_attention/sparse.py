@@ -109,6 +109,12 @@ def moments(key: Tensor, block_keys: int = BLOCK_SIZE[1], *, key_lengths: Tensor
 
     Raises:
         ValueError: A shape or number does not fit.
+
+    Example:
+        >>> q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1000, 16)
+        >>> of_keys = moments(k)  # once, for all queries of a cache
+        >>> bool((select(q, k, tolerance=0.01, moments=of_keys).bound <= 0.01).all())
+        True
     """
     if key.ndim != 4:
         raise ValueError(f"key must be (B, Hkv, S, E), got shape {tuple(key.shape)}")

@@ -29,6 +29,13 @@ class KeyValueCache:
 
     Raises:
         ValueError: `capacity` is below 1; from ``append``, for more positions than that.
+
+    Example:
+        >>> cache = KeyValueCache(capacity=100)
+        >>> keys, values = cache.append(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+        >>> keys, values = cache.append(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
+        >>> keys.shape, cache.length
+        (torch.Size([1, 2, 6, 8]), 6)
     """
 
     def __init__(self, capacity: int) -> None:
@@ -68,6 +75,13 @@ class SquaredCache:
     Attributes:
         length: Number of positions seen.
         state: Its `SquaredState` ``(B, H)``, with all leading dimensions in B; None before the first use.
+
+    Example:
+        >>> cache = SquaredCache()
+        >>> for length in (5, 1):  # a prompt, then a token
+        ...     output = cache.attend(*torch.randn(3, 1, 2, length, 8))
+        >>> output.shape, cache.length
+        (torch.Size([1, 2, 1, 8]), 6)
     """
 
     def __init__(self) -> None:

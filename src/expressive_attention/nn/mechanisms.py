@@ -119,6 +119,11 @@ def attend(
 
     Raises:
         ValueError: There is no mechanism of that name.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8)
+        >>> [attend(mechanism, q, k, v, is_causal=True).shape for mechanism in ("expressive", "dot_product")]
+        [torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 5, 8])]
     """
     if mechanism == "expressive":
         return expressive_attention(query, key, value, attn_mask, dropout_p, is_causal)

@@ -38,6 +38,10 @@ def position_codes(position: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: One of them is not known, is there twice, or is ``"none"`` beside another.
+
+    Example:
+        >>> position_codes("relative+rope")
+        ('rope', 'relative')
     """
     codes = position.split("+")
     for code in codes:
@@ -66,6 +70,10 @@ class LearnedPositions(nn.Module):
 
     Raises:
         ValueError: From ``forward``, for a sequence longer than `max_length`.
+
+    Example:
+        >>> LearnedPositions(max_length=32, embed_dim=16)(torch.randn(3, 7, 16)).shape
+        torch.Size([3, 7, 16])
     """
 
     def __init__(self, max_length: int, embed_dim: int) -> None:
@@ -92,6 +100,10 @@ class SinusoidalPositions(nn.Module):
 
     Raises:
         ValueError: For an odd `embed_dim` or a `base` that is not positive.
+
+    Example:
+        >>> SinusoidalPositions(embed_dim=4)(torch.zeros(1, 4))  # position 0
+        tensor([[0., 1., 0., 1.]])
     """
 
     def __init__(self, embed_dim: int, base: float = 10_000.0) -> None:
@@ -119,6 +131,13 @@ class RotaryPositions(nn.Module):
 
     Raises:
         ValueError: For an odd `head_dim` or a `base` that is not positive.
+
+    Example:
+        >>> rope = RotaryPositions(head_dim=8)
+        >>> q, k = torch.randn(2, 1, 8)
+        >>> near, far = (rope(q, start) @ rope(k, start + 3).T for start in (0, 90))
+        >>> torch.allclose(near, far, atol=1e-5)  # the distance alone counts
+        True
     """
 
     def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
@@ -188,6 +207,10 @@ class RelativeBias(nn.Module):
 
     Raises:
         ValueError: From ``forward``, for a sequence longer than `max_length`.
+
+    Example:
+        >>> RelativeBias(num_heads=2, max_length=32)(queries=3, keys=5).shape
+        torch.Size([2, 3, 5])
     """
 
     def __init__(self, num_heads: int, max_length: int) -> None:
@@ -220,7 +243,12 @@ def _check_keys(keys: int, max_length: int) -> None:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """Slopes ``(H,)`` of ALiBi: 2^(-8 (h + 1) / H) (Press et al., arXiv 2108.12409)."""
+    """Slopes ``(H,)`` of ALiBi: 2^(-8 (h + 1) / H) (Press et al., arXiv 2108.12409).
+
+    Example:
+        >>> alibi_slopes(4)
+        tensor([0.2500, 0.0625, 0.0156, 0.0039])
+    """
     return torch.exp2(-8.0 * torch.arange(1, num_heads + 1, dtype=torch.float64) / num_heads).float()
 
 
@@ -243,6 +271,11 @@ def alibi_bias(
         device: Of the mask.
         is_causal: The attention is causal. Then -slope * (i - j) does as well, in which -slope * i is common to a row
             and cancels: the mask is ``(H, 1, S)``, and nothing of the size of L x S is made. To be kept in float32.
+
+    Example:
+        >>> alibi_bias(1, queries=2, keys=3) / alibi_slopes(1)
+        tensor([[[-1., -0., -1.],
+                 [-2., -1., -0.]]])
     """
     return distance_bias(alibi_slopes(num_heads).to(device), queries, keys, is_causal=is_causal)
 
@@ -267,6 +300,10 @@ class LearnedAlibi(nn.Module):
 
     Args:
         num_heads: H.
+
+    Example:
+        >>> LearnedAlibi(num_heads=2)(queries=3, keys=5).shape
+        torch.Size([2, 3, 5])
     """
 
     def __init__(self, num_heads: int) -> None:

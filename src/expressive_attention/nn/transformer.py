@@ -39,6 +39,10 @@ class TransformerBlock(nn.Module):
 
     Raises:
         ValueError: A number or name does not fit.
+
+    Example:
+        >>> TransformerBlock(16, 2, mechanism="expressive", position="rope")(torch.randn(3, 7, 16)).shape
+        torch.Size([3, 7, 16])
     """
 
     def __init__(
