@@ -110,7 +110,7 @@ def test_random_problems_within_budget(drops):
     """Up to two batches and key heads: the interpreter takes milliseconds for each tile."""
 
     @settings(
-        max_examples=20 if drops else 30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=14 if drops else 24, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
     @given(problems(largest=16, drops=drops, batches=2, kv_heads=2), SIZES, SIZES)
     def check(case, forward, backward):
@@ -130,7 +130,7 @@ def test_random_problems_of_more_heads_within_budget(case, forward, backward):
         assert_within_budget(on_device(case), "triton")
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(packed_problems(largest=14), SIZES, SIZES)
 def test_random_packed_sequences_within_budget(packed, forward, backward):
     assume(packed.cases[0].query.dtype != torch.float64)
@@ -294,7 +294,10 @@ def test_parts_cover_the_keys(programs, keys):
     assert programs < 256 or part == keys
 
 
-@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 2), (1, 19), (1, 21))))
+# Half of all shapes, among which each three dimensions take all of their sizes.
+@pytest.mark.parametrize(
+    "shape", [s for s in itertools.product((1, 2), (1, 2), (1, 19), (1, 21)) if s.count(1) % 2 == 0]
+)
 def test_gradients_of_masks_of_all_shapes(shape):
     q, k, v = tensors(torch.bfloat16, (2, 2, 19, 8), (2, 1, 21, 8), (2, 1, 21, 8))
     with tiles((32, 32), (16, 16)):
