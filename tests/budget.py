@@ -32,7 +32,7 @@ ON_CPU = tuple(name for name in BACKENDS if name not in ("triton", "linear"))
 
 NAMES = ("output", "normalizer", "query", "key", "value")
 
-# A sanitizer watches the C kernels run; what they give is judged in runs without it, in a fifth of the time.
+# A sanitizer watches the C kernels run. What they give is judged in runs without it: judging takes most of the time.
 RUN_ONLY = "EXPRESSIVE_ATTENTION_SANITIZED" in os.environ
 
 

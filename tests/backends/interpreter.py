@@ -1,4 +1,4 @@
-"""Triton's interpreter in less time: half of it goes into work that changes no result of these tests."""
+"""Triton's interpreter in less time: two fifths of it go into work that changes no result of these tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
