@@ -21,7 +21,7 @@ from expressive_attention.call import Call, Visibility, accumulation_dtype
 from tests.blocks import seen
 from tests.poison import Poison, placed
 
-# What is judged: every fused backend, the C kernels in each of their builds that runs here.
+# Every fused backend is judged, the C kernels in each of their builds that runs here.
 FUSED = ("blockwise", *(f"cpu {build}" for build in library.BUILDS))
 
 # The squared form in linear time, in C and in torch.
@@ -32,7 +32,7 @@ ON_CPU = tuple(name for name in BACKENDS if name not in ("triton", "linear"))
 
 NAMES = ("output", "normalizer", "query", "key", "value")
 
-# A sanitizer watches the C kernels run. What they give is judged in runs without it: judging takes most of the time.
+# A sanitizer watches the C kernels run. Runs without it judge their results, which takes most of the time.
 RUN_ONLY = "EXPRESSIVE_ATTENTION_SANITIZED" in os.environ
 
 
