@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -35,25 +37,22 @@ def random_block_mask(
 
 def seen(block_mask: BlockMask, batch: int, heads: int, rows: int, keys: int) -> Tensor:
     """Which pairs ``(batch, heads, rows, keys)`` it lets through, by its definition; what it has one of is shared."""
-    found = torch.zeros(batch, heads, rows, keys, dtype=torch.bool)
-    (high, wide), place = block_mask.BLOCK_SIZE, [torch.arange(n) for n in (rows, keys)]
-    lists = (
+    high, wide = block_mask.BLOCK_SIZE
+    found = []
+    for counts, indices in (
         (block_mask.kv_num_blocks, block_mask.kv_indices),
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
-    )
-    for full, (counts, indices) in enumerate(lists):
+    ):
         assert counts is not None
         assert indices is not None
         counts, indices = (x.cpu().expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
-        for b, h, row in ((b, h, row) for b in range(batch) for h in range(heads) for row in range(counts.shape[2])):
-            for column in indices[b, h, row, : counts[b, h, row]].tolist():
-                i, j = (
-                    place[0][row * high : (row + 1) * high, None],
-                    place[1][None, column * wide : (column + 1) * wide],
-                )
-                of_block = torch.ones(len(i), j.shape[1], dtype=torch.bool)
-                if not full:
-                    own = (torch.tensor(b % block_mask.shape[0]), torch.tensor(h % block_mask.shape[1]))
-                    of_block = block_mask.mask_mod(*own, i, j) & of_block
-                found[b, h, i, j] = of_block
-    return found
+        counted = torch.arange(indices.shape[3]) < counts.unsqueeze(-1)
+        blocks = torch.zeros(batch, heads, -(-rows // high), -(-keys // wide) + 1, dtype=torch.bool)  # the last: none
+        blocks.scatter_(3, indices.long().where(counted, blocks.shape[3] - 1), value=True)
+        found.append(blocks[..., :-1].repeat_interleave(high, 2).repeat_interleave(wide, 3)[..., :rows, :keys])
+    in_part, whole = found
+    i, j = torch.arange(rows)[:, None], torch.arange(keys)[None, :]
+    for b, h in itertools.product(range(batch), range(heads)):
+        own = (torch.tensor(b % block_mask.shape[0]), torch.tensor(h % block_mask.shape[1]))
+        in_part[b, h] &= block_mask.mask_mod(*own, i, j)
+    return in_part | whole

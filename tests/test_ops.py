@@ -33,20 +33,17 @@ def tensors(dtype=torch.float32):
 
 # opcheck checks the registration, which backends share.
 CHECKED = [*(("cpu", name) for name in CASES), ("blockwise", "visibility"), ("blockwise", "bias and window")]
-# A trace of an operator and its derivative takes seconds. It depends on which tensors there are, not on their shapes.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+# A trace takes seconds. That of an operator depends on which tensors there are, not on their shapes, and goes through
+# its derivative; that of the derivative alone is in `test_opcheck_with_biases_by_distance`.
 TRACED = [("cpu", "visibility"), ("cpu", "bias and window"), ("blockwise", "bias and window")]
-
-
-def checks_of(backend, name):
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    return (*checks, "test_aot_dispatch_dynamic") if (backend, name) in TRACED else checks
 
 
 @pytest.mark.parametrize(("backend", "name"), CHECKED)
 def test_opcheck(backend, name):
     mask, visibility, form = CASES[name]
     arguments = (*tensors(), mask, *visibility, 0.5, form, 0.0, None, None, None, backend)
-    checks = checks_of(backend, name)
+    checks = (*CHECKS, "test_aot_dispatch_dynamic") if (backend, name) in TRACED else CHECKS
     torch.library.opcheck(torch.ops.expressive_attention.attention.default, arguments, test_utils=checks)
 
 
@@ -112,8 +109,7 @@ def test_opcheck_of_the_backward(backend, name):
     bias = mask is not None and mask.requires_grad
     upstream = torch.randn_like(output), torch.randn_like(normalizer), bias, False
     arguments = (*inputs, output, normalizer, *upstream)
-    checks = checks_of(backend, name)
-    torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.expressive_attention.attention_backward.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.processes import forking
 
 # Seconds that a rank waits for another in a case that is not about waiting.
 PATIENCE = 60.0
@@ -34,8 +35,7 @@ def run(cases: Cases, ranks: int, folder: Path) -> dict[str, str]:
 
     A case is called with the meshes by number of ranks: ``meshes[4]``, ``meshes[2]``. After an error all ranks stop.
     """
-    processes = mp.get_context("spawn")
-    started = [processes.Process(target=_worker, args=(cases, rank, ranks, folder)) for rank in range(ranks)]
+    started = [forking().Process(target=_worker, args=(cases, rank, ranks, folder)) for rank in range(ranks)]
     for process in started:
         process.start()
     end = time.monotonic() + LIMIT
