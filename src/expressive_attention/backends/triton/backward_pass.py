@@ -54,6 +54,7 @@ from .tiles import (
     load_mask,
     load_rows,
     load_stats,
+    mark,
     mask_rows,
     nothing_lost,
     product,
@@ -384,15 +385,13 @@ def query_kernel(
             for _ in range(2):  # what the first correction takes away may be much larger than what is left
                 dq += tl.where(is_small[:, None], _along(q, q_exponent, dq, along), 0.0)
         if not WIDE:
-            if any_of(exist & ~is_finite(dq)):
-                tl.atomic_max(lost + program // tiles, 2)
+            mark(lost + program // tiles, exist & ~is_finite(dq), 2)
             if RADIAL:
                 normalizer = tl.load(normalizers + index, mask=exist, other=0.0)
                 one_key = exist & (coefficient != 0.0) & _has_all(top, normalizer)
-                if any_of(one_key):
-                    tl.atomic_max(lost + program // tiles, 1)
-                    for part in range(4):
-                        tl.store(stats + index * 4 + part, nothing, mask=one_key)
+                mark(lost + program // tiles, one_key, 1)
+                for part in range(4):
+                    tl.store(stats + index * 4 + part, nothing, mask=one_key)
         column = tl.arange(0, BLOCK_E)
         tl.store(
             gradient + index[:, None] * width + column[None, :],
@@ -589,7 +588,7 @@ def key_value_kernel(
             stays = (state + j * 0 == 1)[:, None]
             dk += cast(tl.load(place, mask=mask_k & stays, other=0.0), tl.float32)
             dv += cast(tl.load(value_place, mask=mask_v & stays, other=0.0), tl.float32)
-        elif any_of(inside & ~(is_finite(dk) & is_finite(dv))):
-            tl.atomic_max(lost + program // tiles, 2)
+        else:
+            mark(lost + program // tiles, inside & ~(is_finite(dk) & is_finite(dv)), 2)
         tl.store(place, cast(dk, grad_key.dtype.element_ty), mask=mask_k)
         tl.store(value_place, cast(dv, grad_value.dtype.element_ty), mask=mask_v)

@@ -54,6 +54,7 @@ __all__ = [
     "load_mask",
     "load_rows",
     "load_stats",
+    "mark",
     "mask_rows",
     "nothing_lost",
     "padded",
@@ -158,6 +159,15 @@ def largest(x, axis: tl.constexpr):
 def any_of(flags):
     """Whether one of a vector of flags is set."""
     return largest(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def mark(place, flags, value):
+    """Raise a number in memory to `value` if one of a vector of flags is set.
+
+    Not by `any_of`: where flags depend on a product, Triton 3.7 does not compile that for compute capability 10.
+    """
+    tl.atomic_max(place + tl.zeros_like(flags).to(tl.int32), value, mask=flags)
 
 
 @triton.jit
