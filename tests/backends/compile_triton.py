@@ -205,6 +205,7 @@ OTHERS: dict[str, Callable[[], None]] = {
     "blocks, decoding": lambda: attend(
         BF16, 64, visibility=Visibility(**{**BLOCKS, "listed": BLOCKS["listed"][:, :, :1]}), length=1
     ),
+    "dropout, blocks": lambda: attend(BF16, 64, visibility=Visibility(right=0, **BLOCKS), seeds=SEEDS),
     "dropout, decoding": lambda: attend(FP16, 256, visibility=Visibility(), length=1, seeds=SEEDS),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from expressive_attention import checks, expressive_attention, expressive_attention_varlen, sparse
 from expressive_attention.backends import triton
@@ -813,21 +813,40 @@ def test_blocks_that_are_not_listed_are_not_read(monkeypatch):
 def test_rows_of_blocks_that_leave_the_range_of_float32():
     q, k, v = tensors(torch.float32, (1, 1, 18, 8), (1, 1, 40, 8), (1, 1, 40, 8))
     q[:, :, ::3] *= 1e-18
-    judge(q, k, v, None, {"block_mask": blocks(1, 18, 40, (16, 16)), "window_size": (30, 12)})
+    mask = create_block_mask(
+        lambda b, h, i, j: (7 * i + 3 * j) % 5 > 1, None, None, 18, 40, device="cpu", BLOCK_SIZE=16
+    )
+    judge(q, k, v, None, {"block_mask": mask, "window_size": (30, 12)})
 
 
-@pytest.mark.parametrize("size", [(16, 32), (3, 16), (48, 48)])
+def test_rows_of_blocks_that_see_one_key_have_no_gradient():
+    """In bfloat16, where nothing but their number tells of it."""
+    q, k, v = (x.requires_grad_() for x in tensors(torch.bfloat16, *[(1, 1, 20, 8)] * 3))
+    own = create_block_mask(lambda b, h, i, j: i == j, None, None, 20, 20, device=DEVICE, BLOCK_SIZE=16)
+    output = expressive_attention(q, k, v, block_mask=own, backend="triton")
+    torch.testing.assert_close(output, v, rtol=0.01, atol=0)
+    dq, dk, _ = torch.autograd.grad(output, (q, k, v), torch.randn_like(output))
+    assert not dq.any()
+    assert not dk.any()
+
+
+@pytest.mark.parametrize("size", [(16, 32), (2, 16), (48, 48)])
 @pytest.mark.parametrize("pattern", [{}, {"right": 0, "lower_right": True}, {"left": 20, "right": 7}])
 def test_kinds_of_blocks_are_those_of_their_pairs(size, pattern):
     """A block is skipped only if it has no pair that is seen, and has no mask only if all pairs are."""
     length, keys, groups = 70, 100, 3
-    listed = torch.randint(3, (1, 6, -(-length // size[0]), -(-keys // size[1])), dtype=torch.int32)
-    tiles = torch.rand(1, *size) < 0.5
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 6, -(-length // size[0]), -(-keys // size[1]))
+    listed = torch.tensor([0, 2] + 8 * [1], dtype=torch.int32)[torch.randint(10, shape, generator=generator)]
+    tiles = torch.rand(1, *size, generator=generator) < 0.5
     tiles[:, :, 0] = False
     seen = Visibility(**pattern, listed=listed, tiles=tiles, block_rows=size[0], block_keys=size[1])
     seen = seen.but(key_lengths=torch.tensor([100, 61]))
     q, k = torch.empty(2, 6, length, 8), torch.empty(2, 2, keys, 8)
     lists = Blocks(Call(q, k, k, None, seen, 1.0, "expressive"))
+    tile = lists.fitted(Tile(64, 64, 8, 2))
+    assert min(tile[:2]) >= 16
+    assert lists.unit % tile.rows == size[1] % tile.keys == 0
     mask = seen.mask_of(torch.arange(length), q, k)
     mask = mask.unflatten(1, (2, groups)).transpose(2, 3).flatten(2, 3)  # rows of a key head, in the kernels' order
     for unit, kinds in enumerate(lists.kinds.unbind(2)):
@@ -841,7 +860,8 @@ def test_kinds_of_blocks_are_those_of_their_pairs(size, pattern):
     order = lists.arguments()["blocks"][2]
     assert torch.equal(order[..., 0], (lists.kinds == 0).sum(-1))
     assert torch.equal(order[..., 1], (lists.kinds < 2).sum(-1))
-    assert torch.equal(lists.kinds.gather(-1, order[..., 2:].long()), lists.kinds.sort(-1).values)
+    numbers = order[..., 2 : 2 + lists.kinds.shape[-1]].long()
+    assert torch.equal(lists.kinds.gather(-1, numbers), lists.kinds.sort(-1).values)
 
 
 def test_blocks_have_the_same_bits_twice():

@@ -50,13 +50,13 @@ class Blocks:
     def __init__(self, call: Call) -> None:
         seen = call.visibility
         assert seen.listed is not None
-        self.listed = seen.listed.contiguous()
+        self.listed = _in_lines(seen.listed)
         # Without tiles, there is no entry that asks for one, and any pointer will do.
         self.tiles = self.listed if seen.tiles is None else seen.tiles.contiguous().view(torch.uint8)
         self.rows, self.keys = seen.block_rows, seen.block_keys
         own = self.rows * (call.query.shape[1] // call.key.shape[1])
         self.unit = _LEAST if own % _LEAST else own
-        self.kinds = _kinds(call, self.listed, self.unit)
+        self.kinds = _kinds(call, seen.listed, self.unit)
 
     def fitted(self, tile: Tile) -> Tile:
         """A tile that divides blocks of keys and units of rows."""
@@ -68,12 +68,17 @@ class Blocks:
         kinds = self.kinds.mT if of_keys else self.kinds
         # How many are seen in part, how many in all, and their numbers, in the order of their kinds.
         counts = torch.stack([(kinds == _IN_PART).sum(-1), (kinds != _NOT_SEEN).sum(-1)], -1)
-        order = torch.cat([counts, kinds.argsort(dim=-1, stable=True)], -1).to(torch.int32)
+        order = _in_lines(torch.cat([counts, kinds.argsort(dim=-1, stable=True)], -1).to(torch.int32))
         return {
             "blocks": (self.listed, self.tiles, order),
             "block_strides": (*repeated_strides(self.listed)[:3], *repeated_strides(order)[:3]),
             "LISTED": (self.rows, self.keys, self.unit),
         }
+
+
+def _in_lines(x: Tensor) -> Tensor:
+    """The tensor with rows of a multiple of 16 numbers: Triton compiles a kernel anew for strides that are no such."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)).contiguous()
 
 
 _IN_PART, _AS_A_WHOLE, _NOT_SEEN = 0, 1, 2
