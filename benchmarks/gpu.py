@@ -6,14 +6,15 @@ smoke       errors of short training steps in three dtypes, as a share of their 
 tuning      the fastest tiles, see `tune.py`; the package reads them from then on
 timing      seconds of 8 problems at length 4096, against FlashAttention, cuDNN, FlexAttention and the twin
 tests       the tests of the kernels, on the device, in parallel where pytest-xdist is installed
+blocks      errors and seconds of a block mask, against all pairs and FlexAttention
 cold        seconds of a first call
 large       errors of problems up to 65536 keys, in three dtypes
 sanitizer   out-of-bounds accesses, uninitialized reads and races, at small sizes, by NVIDIA's compute-sanitizer
 
 Each step has a budget, and none runs after M minutes (default: 9). Every result is at once a line of a file in FOLDER:
-smoke.jsonl, tuning.jsonl, timing.jsonl; steps.jsonl says how each step ended; STEP.log has the output of the step. With
---dry-run, every step that needs no GPU runs on the CPU, by Triton's interpreter, at tiny sizes. Exit status: 0 if all
-steps passed that ran.
+smoke.jsonl, tuning.jsonl, timing.jsonl, blocks.jsonl; steps.jsonl says how each step ended; STEP.log has the output of
+the step. With --dry-run, every step that needs no GPU runs on the CPU, by Triton's interpreter, at tiny sizes. Exit
+status: 0 if all steps passed that ran.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def steps(folder: Path, dry_run: bool) -> dict[str, Step]:
         ),
         "timing": Step(150, [[python, str(HERE / "gpu_steps.py"), "timing", "--out", str(folder), *dry]]),
         "tests": Step(150, [tests]),
+        "blocks": Step(60, [[python, str(HERE / "gpu_steps.py"), "blocks", "--out", str(folder), *dry]]),
         "cold": Step(60, [[python, str(HERE / "cold_start.py"), "--pairs", "1"]], dry=False),
         "large": Step(60, [[python, str(HERE / "large.py"), *large]]),
         "sanitizer": Step(120, sanitizer, dry=False),

@@ -1,6 +1,6 @@
-"""The steps `smoke` and `timing` of `gpu.py`, each in a process of its own.
+"""The steps `smoke`, `timing` and `blocks` of `gpu.py`, each in a process of its own.
 
-python benchmarks/gpu_steps.py smoke|timing [--out FOLDER] [--dry-run]
+python benchmarks/gpu_steps.py smoke|timing|blocks [--out FOLDER] [--dry-run]
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from check import Judge
-from implementations import GPU_RIVALS, Implementation, ours, prepared
+from check import Judge, Settings
+from expressive_attention import expressive_attention
+from implementations import GPU_RIVALS, Implementation, flex, ours, prepared, run
 from lines import write_line
 from problems import Problem, gpu_problems
-from timing import in_turn
+from timing import Ratio, in_turn
 
 
 def smoke(dry_run: bool) -> Iterator[dict[str, Any]]:
@@ -81,9 +84,57 @@ def timing(dry_run: bool) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def blocks(dry_run: bool) -> Iterator[dict[str, Any]]:
+    """Errors of seven documents one after the other, as a block mask; and seconds, others in turn with ours."""
+    device, size = ("cpu", 16) if dry_run else ("cuda", 128)
+    for dtype in (torch.bfloat16,) if dry_run else (torch.bfloat16, torch.float32):
+        for backward in (False, True):
+            problem = Problem(
+                "documents", (1, 8, 4096, 64), backward=backward, backward_alone=backward, dtype=dtype, device=device
+            )
+            short = replace(problem, shape=(1, 1, 30, 16) if dry_run else (1, 1, 1000, 64), backward_alone=False)
+            same, block_mask = documents(short, size)
+            hidden = torch.zeros(1, 1, *same.shape, dtype=torch.float64, device=device).masked_fill_(~same, -torch.inf)
+            inputs, upstream = short.inputs(), short.upstream()
+            results = run(partial(expressive_attention, block_mask=block_mask, backend="triton"), inputs, upstream)
+            share = Judge(inputs, upstream, False, Settings(hidden)).error(results)
+            row = {"problem": str(problem), "dtype": str(dtype), "backward": backward}
+            yield {**row, "error": share, "right": share <= 1}
+            if not share <= 1:
+                continue
+            problem = short if dry_run else problem
+            same, block_mask = documents(problem, size)
+            attention = partial(expressive_attention, backend="triton")
+            others = (
+                {"all pairs": attention} if dry_run else {"all pairs": attention, "flex": flex(problem, block_mask)}
+            )
+            inputs, upstream = problem.inputs(), problem.upstream()
+            mine = prepared(partial(attention, block_mask=block_mask), problem, inputs, upstream)
+            for name, other in others.items():
+                theirs = prepared(other, problem, inputs, upstream)
+                times = in_turn([mine, theirs], 1 if dry_run else 5, 0.0 if dry_run else 0.05, problem.wait)
+                ratio = Ratio.of(*times)
+                yield {
+                    **row, "implementation": name, "seen": float(same.double().mean()), "seconds": ratio.rival,
+                    "own_seconds": ratio.ours, "ratio": ratio.median, "low": ratio.low, "high": ratio.high,
+                }  # fmt: skip
+
+
+def documents(problem: Problem, size: int) -> tuple[torch.Tensor, BlockMask]:
+    """Which pairs are of one of seven documents, ``(L, L)``, and the same as a block mask."""
+    length = problem.shape[2]
+    document = torch.arange(length, device=problem.device) * 7 // length
+
+    def of_one(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return document[i] == document[j]
+
+    block_mask = create_block_mask(of_one, None, None, length, length, device=problem.device, BLOCK_SIZE=size)
+    return document == document.view(-1, 1), block_mask
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("smoke", "timing"))
+    parser.add_argument("step", choices=tuple(STEPS))
     parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="FOLDER", help="folder to write to")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args()
@@ -93,10 +144,13 @@ def main() -> None:
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     wrong = False
-    for row in {"smoke": smoke, "timing": timing}[options.step](options.dry_run):
+    for row in STEPS[options.step](options.dry_run):
         write_line(options.out / f"{options.step}.jsonl", row)
         wrong |= row.get("right") is False
     sys.exit(wrong)
+
+
+STEPS = {"smoke": smoke, "timing": timing, "blocks": blocks}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import onnx_runtime as onnx
 from expressive_attention import expressive_attention, expressive_attention_varlen
@@ -176,8 +176,8 @@ def _twin(problem: Problem) -> Attention:
     return Twin.apply
 
 
-def _flex(problem: Problem) -> Attention:
-    """FlexAttention: the softmax of log f(z) is f(z) over its sum."""
+def flex(problem: Problem, block_mask: BlockMask | None = None) -> Attention:
+    """FlexAttention: the softmax of log f(z) is f(z) over its sum. The blocks of a causal problem are its own."""
     functorch_config.donated_buffer = not problem.backward_alone  # repeated backward needs the buffers
     torch.compiler.reset()  # compile one static function per problem
 
@@ -189,7 +189,6 @@ def _flex(problem: Problem) -> Attention:
         return i >= j
 
     length = problem.shape[2]
-    block_mask = None
     if problem.causal:
         block_mask = create_block_mask(visible, None, None, length, length, device=problem.device)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -219,7 +218,7 @@ SDPA = Implementation("sdpa", _sdpa, expressive=False)
 RIVALS = (
     SDPA,
     Implementation("padded", _sdpa_padded, expressive=False, fits=lambda problem: bool(problem.lengths)),
-    Implementation("flex", _flex, fits=lambda problem: problem.is_plain),
+    Implementation("flex", flex, fits=lambda problem: problem.is_plain),
     Implementation("formula", _formula, fits=lambda problem: problem.is_plain),
     Implementation("onnx", onnx.attention, expressive=False, softmax=True, fits=onnx.fits),
     # Ours: what dropout, a bias and 16 bits cost.
@@ -234,6 +233,6 @@ RIVALS = (
 GPU_RIVALS = (
     Implementation("flash", _forced(SDPBackend.FLASH_ATTENTION), expressive=False),
     Implementation("cudnn", _forced(SDPBackend.CUDNN_ATTENTION), expressive=False),
-    Implementation("flex", _flex),
+    Implementation("flex", flex),
     Implementation("twin", _twin, expressive=False),
 )

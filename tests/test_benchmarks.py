@@ -143,7 +143,11 @@ def test_errors_of_long_problems():
     [
         ("large.py", ["--lengths", "1"], "--lengths must be at least 2, got 1"),
         ("large.py", ["--device", "cpu"], "--backend triton does not run here: it runs on GPUs, not on cpu"),
-        ("gpu.py", ["tests", "speed"], "STEP must be one of smoke, tuning, timing, tests, cold, large, sanitizer, got"),
+        (
+            "gpu.py",
+            ["tests", "speed"],
+            "STEP must be one of smoke, tuning, timing, tests, blocks, cold, large, sanitizer, got",
+        ),
         ("gpu.py", ["--minutes", "0"], "--minutes must be above 0, got 0"),
         ("tune.py", ["--dry-run", "--write"], "--write needs what was measured, and --dry-run measures nothing"),
         ("tune.py", ["--budget", "0"], "--budget must be above 0, got 0"),
@@ -170,7 +174,7 @@ def test_a_dry_run_goes_through_all_steps_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = {row["step"]: row["result"] for row in lines(tmp_path / "steps.jsonl")}
     needs_gpu = {"cold": "needs a GPU", "sanitizer": "needs a GPU"}
-    assert results == dict.fromkeys(("smoke", "tuning", "timing", "tests", "large"), "passed") | needs_gpu
+    assert results == dict.fromkeys(("smoke", "tuning", "timing", "tests", "blocks", "large"), "passed") | needs_gpu
     smoke = lines(tmp_path / "smoke.jsonl")
     assert len(smoke) == 6
     assert all(0 < row["error"] <= 1 for row in smoke)
@@ -181,6 +185,10 @@ def test_a_dry_run_goes_through_all_steps_for_a_gpu(tmp_path):
     twins = [row for row in lines(tmp_path / "timing.jsonl") if row["implementation"] == "twin"]
     assert len(twins) == 8
     assert all(row["seconds"] / row["own_seconds"] == pytest.approx(row["ratio"]) for row in twins)
+    blocks = lines(tmp_path / "blocks.jsonl")
+    assert [row.get("implementation", "error") for row in blocks] == 2 * ["error", "all pairs"]
+    assert all(0 < row["error"] <= 1 for row in blocks[::2])
+    assert all(0.1 < row["seen"] < 0.2 for row in blocks[1::2])
 
 
 def test_a_step_that_takes_too_long_is_stopped_and_the_next_ones_are_left_out(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from expressive_attention import expressive_attention
+from expressive_attention.call import float32_precision
 from expressive_attention.sparse import moments, select
 from tests.blocks import seen
 
@@ -237,6 +238,19 @@ def test_the_bound_does_not_rest_on_products_of_fewer_digits(precision):
     finally:
         torch.set_float32_matmul_precision(before)
     assert made.matrices.dtype == (torch.float32 if precision == "highest" else torch.float64)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one for all")
+def test_the_precision_of_products_is_that_of_the_device():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = {device: float32_precision(torch.device(device)) for device in ("cuda", "cpu")}
+        made = moments(torch.randn(1, 1, 100, 8))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert found == {"cuda": "high", "cpu": "highest"}
+    assert made.matrices.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

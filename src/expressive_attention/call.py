@@ -31,6 +31,7 @@ __all__ = [
     "backward",
     "differentiated_by_func",
     "empty_bias_max",
+    "float32_precision",
     "forward",
     "lower",
     "lower_whole",
@@ -42,6 +43,17 @@ __all__ = [
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of scores, weights and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def float32_precision(device: torch.device) -> str:
+    """How exact products of float32 have to be on a device, as `torch.get_float32_matmul_precision` names it."""
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for one kind of device, which torch does not name so
+        allowed = "highest"
+    of_matmul = getattr(torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn, "matmul", None)
+    of_device = getattr(of_matmul, "fp32_precision", "none")
+    return "high" if allowed == "highest" and of_device not in ("ieee", "none") else allowed
 
 
 class Visibility(NamedTuple):

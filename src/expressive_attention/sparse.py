@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .blocks import HIDDEN, WHOLE
+from .call import float32_precision
 from .checks import ALIGNMENTS, check_dense, check_lengths
 from .forms import check_form, weight
 
@@ -132,12 +133,11 @@ def moments(key: Tensor, block_keys: int = BLOCK_SIZE[1], *, key_lengths: Tensor
         size = _norms(part).amax(-1)
         part = part / torch.where(size > 0, size, 1.0)[..., None, None]
         part = part.nan_to_num(0.0, 0.0, 0.0)  # of which the size tells
-        parts.append(((part.mT @ part).to(_dtype()), part.square().sum((-2, -1)), size))
+        parts.append(((part.mT @ part).to(_dtype(key.device)), part.square().sum((-2, -1)), size))
     if not parts:
         shape = (*key.shape[:2], 0)
-        parts = [
-            (key.new_empty((*shape, key.shape[3], key.shape[3]), dtype=_dtype()), *2 * [key.new_empty(shape).double()])
-        ]
+        empty = key.new_empty((*shape, key.shape[3], key.shape[3]), dtype=_dtype(key.device))
+        parts = [(empty, *2 * [key.new_empty(shape).double()])]
     matrices, traces, sizes = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return Moments(matrices, traces, sizes, block_keys, keys)
 
@@ -454,12 +454,9 @@ _WORTH = 0.9
 _BLOCKS_AT_A_TIME = 64  # are copied as float64
 
 
-def _dtype() -> torch.dtype:
+def _dtype(device: torch.device) -> torch.dtype:
     """The dtype of the matrices: float32, unless products of float32 may be rounded to fewer digits."""
-    of_matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    precision = getattr(of_matmul, "fp32_precision", "ieee")
-    is_whole = torch.get_float32_matmul_precision() == "highest" and precision in ("ieee", "none")
-    return torch.float32 if is_whole else torch.float64
+    return torch.float32 if float32_precision(device) == "highest" else torch.float64
 
 
 def _block_mask(chosen: Chosen, seen: Seen, block_size: tuple[int, int], device: torch.device) -> BlockMask:

@@ -151,6 +151,12 @@ STARTS = torch.tensor([0, 200, 512], dtype=torch.int32)
 PACKED = {"query_starts": STARTS, "key_starts": STARTS, "longest_query": 312, "longest_key": 312}
 LENGTHS = torch.tensor([300])
 SEEDS = torch.zeros(1, 3, dtype=torch.int64)
+BLOCKS = {
+    "listed": torch.tensor([[1, 0, 0, 0], [2, 1, 0, 0], [0, 3, 1, 0], [1, 1, 0, 2]], dtype=torch.int32)[None, None],
+    "tiles": torch.ones(2, 128, 128, dtype=torch.bool),
+    "block_rows": 128,
+    "block_keys": 128,
+}
 
 # The plain problems, of which limits are stored.
 MAIN: dict[str, Callable[[], None]] = {
@@ -191,6 +197,15 @@ OTHERS: dict[str, Callable[[], None]] = {
     "dropout, window, slopes": lambda: attend(
         FP32, 64, visibility=Visibility(left=128, right=0, slopes=SLOPES), seeds=SEEDS
     ),
+    "blocks": lambda: attend(BF16, 64, visibility=Visibility(**BLOCKS), groups=1),
+    "blocks, causal, groups, float32": lambda: attend(FP32, 64, visibility=Visibility(right=0, **BLOCKS)),
+    "blocks, bool mask, dropout": lambda: attend(
+        FP16, 128, BIAS > 0, Visibility(left=128, key_lengths=LENGTHS, **BLOCKS), seeds=SEEDS
+    ),
+    "blocks, decoding": lambda: attend(
+        BF16, 64, visibility=Visibility(**{**BLOCKS, "listed": BLOCKS["listed"][:, :, :1]}), length=1
+    ),
+    "dropout, blocks": lambda: attend(BF16, 64, visibility=Visibility(right=0, **BLOCKS), seeds=SEEDS),
     "dropout, decoding": lambda: attend(FP16, 256, visibility=Visibility(), length=1, seeds=SEEDS),
 }
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from expressive_attention import checks, expressive_attention, expressive_attention_varlen
+from expressive_attention import checks, expressive_attention, expressive_attention_varlen, sparse
 from expressive_attention.backends import triton
 from expressive_attention.call import Call, Upstream, Visibility
+from tests.blocks import random_block_mask
 from tests.budget import Case, assert_within_budget
 from tests.packed import packed_problems
 from tests.problems import problems
@@ -30,6 +31,7 @@ with pytest.MonkeyPatch.context() as patch:
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the reference to be deterministic
     from expressive_attention.backends.triton import decode, launch
+    from expressive_attention.backends.triton.blocks import Blocks
     from expressive_attention.backends.triton.tiles import Tile
     from tests.backends import interpreter
 
@@ -733,6 +735,155 @@ def test_same_bits_twice():
         return [y, *torch.autograd.grad(y.square().sum(), (q, k, v, bias))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+# ---- blocks of keys ----
+
+
+def blocks(heads, rows, keys, size, masked=True):
+    return random_block_mask(1, heads, rows, keys, size, torch.Generator().manual_seed(rows + keys), masked)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "dtype"),
+    [
+        ((16, 32), {"is_causal": True, "causal_alignment": "lower_right"}, torch.float32),
+        ((24, 48), {"window_size": (20, 10)}, torch.bfloat16),
+        ((32, 32), {"dropout_p": 0.4}, torch.float16),
+        ((5, 16), {"key_lengths": torch.tensor([40]), "form": "squared"}, torch.float32),
+    ],
+)
+def test_blocks_of_heads_that_share_keys_within_budget(size, options, dtype):
+    """Several tiles in a block, blocks that are no multiple of a tile, and queries of several blocks in a tile."""
+    q, k, v = tensors(dtype, (1, 2, 33, 8), (1, 1, 60, 8), (1, 1, 60, 8))
+    with tiles((32, 32), (16, 16)):
+        judge(q, k, v, None, {**options, "block_mask": blocks(2, 33, 60, size), "enable_gqa": True})
+
+
+def test_blocks_beside_a_mask_of_padding():
+    q, k, v = tensors(torch.float32, (2, 1, 12, 8), (2, 1, 30, 8), (2, 1, 30, 8))
+    padding = torch.arange(30) < torch.tensor([30, 20]).view(2, 1, 1, 1)
+    judge(q, k, v, padding, {"block_mask": blocks(1, 12, 30, (16, 16), masked=False)})
+
+
+@pytest.mark.parametrize(
+    ("keys", "more", "reason"),
+    [
+        (48, {}, None),
+        (24, {}, "blocks must have a multiple of 16 keys, got 24"),
+        (16, {"slopes": torch.ones(1, 1)}, "blocks of keys beside a bias must be in a mask"),
+    ],
+)
+def test_it_says_which_blocks_it_declines(keys, more, reason):
+    listed = torch.ones(1, 1, 1, 1, dtype=torch.int32)
+    call = call_on("cuda").but(visibility=Visibility(listed=listed, block_rows=3, block_keys=keys, **more))
+    assert triton.declines(call) == reason
+
+
+def test_decoding_divides_what_is_listed():
+    """Heads with lists of different lengths; the parts of a head are as long as each other."""
+    q, k, v = tensors(torch.float32, (1, 4, 1, 8), (1, 2, 99, 8), (1, 2, 99, 8))
+    with split_keys() as parts:
+        judge(q, k, v, None, {"block_mask": blocks(4, 1, 99, (16, 16)), "enable_gqa": True})
+    assert parts == [4]
+
+
+def test_blocks_that_are_not_listed_are_not_read(monkeypatch):
+    """Nothing is computed once more here: NaN that is read would stay in the results."""
+    monkeypatch.setattr(launch._Inputs, "run_again", lambda *given, **more: None)
+    listed = torch.tensor([[1, 0, 0], [0, 0, 2], [0, 0, 0], [3, 0, 1]], dtype=torch.int32, device=DEVICE)
+    lists = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.6
+    visibility = Visibility(listed=listed[None, None], tiles=lists, block_rows=16, block_keys=16)
+    q, k, v, do = tensors(torch.float32, (1, 1, 64, 8), (1, 1, 48, 8), (1, 1, 48, 8), (1, 1, 64, 8))
+    dense = Call(q, k, v, visibility.as_mask(None, q, k)[0], Visibility(), 0.3, "expressive")
+    results = []
+    for call in (dense, Call(q.clone(), k.clone(), v.clone(), None, visibility, 0.3, "expressive")):
+        if call is not dense:
+            for x in call[1:3]:
+                x[:, :, 16:32] = torch.nan  # of no list
+            call.query[:, :, 32:48] = torch.nan  # without a list
+            do[:, :, 32:48] = torch.nan
+        result = triton.forward(call)
+        results.append([*result[:2], *triton.backward(call, result, Upstream(do, None, False))[:3]])
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want)
+    assert (results[1][3][:, :, 16:32] == 0).all()
+
+
+def test_rows_of_blocks_that_leave_the_range_of_float32():
+    q, k, v = tensors(torch.float32, (1, 1, 18, 8), (1, 1, 40, 8), (1, 1, 40, 8))
+    q[:, :, ::3] *= 1e-18
+    mask = create_block_mask(
+        lambda b, h, i, j: (7 * i + 3 * j) % 5 > 1, None, None, 18, 40, device="cpu", BLOCK_SIZE=16
+    )
+    judge(q, k, v, None, {"block_mask": mask, "window_size": (30, 12)})
+
+
+def test_rows_of_blocks_that_see_one_key_have_no_gradient():
+    """In bfloat16, where nothing but their number tells of it."""
+    q, k, v = (x.requires_grad_() for x in tensors(torch.bfloat16, *[(1, 1, 20, 8)] * 3))
+    own = create_block_mask(lambda b, h, i, j: i == j, None, None, 20, 20, device=DEVICE, BLOCK_SIZE=16)
+    output = expressive_attention(q, k, v, block_mask=own, backend="triton")
+    torch.testing.assert_close(output, v, rtol=0.01, atol=0)
+    dq, dk, _ = torch.autograd.grad(output, (q, k, v), torch.randn_like(output))
+    assert not dq.any()
+    assert not dk.any()
+
+
+@pytest.mark.parametrize("size", [(16, 32), (2, 16), (48, 48)])
+@pytest.mark.parametrize("pattern", [{}, {"right": 0, "lower_right": True}, {"left": 20, "right": 7}])
+def test_kinds_of_blocks_are_those_of_their_pairs(size, pattern):
+    """A block is skipped only if it has no pair that is seen, and has no mask only if all pairs are."""
+    length, keys, groups = 70, 100, 3
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 6, -(-length // size[0]), -(-keys // size[1]))
+    listed = torch.tensor([0, 2] + 8 * [1], dtype=torch.int32)[torch.randint(10, shape, generator=generator)]
+    tiles = torch.rand(1, *size, generator=generator) < 0.5
+    tiles[:, :, 0] = False
+    seen = Visibility(**pattern, listed=listed, tiles=tiles, block_rows=size[0], block_keys=size[1])
+    seen = seen.but(key_lengths=torch.tensor([100, 61]))
+    q, k = torch.empty(2, 6, length, 8), torch.empty(2, 2, keys, 8)
+    lists = Blocks(Call(q, k, k, None, seen, 1.0, "expressive"))
+    tile = lists.fitted(Tile(64, 64, 8, 2))
+    assert min(tile[:2]) >= 16
+    assert lists.unit % tile.rows == size[1] % tile.keys == 0
+    mask = seen.mask_of(torch.arange(length), q, k)
+    mask = mask.unflatten(1, (2, groups)).transpose(2, 3).flatten(2, 3)  # rows of a key head, in the kernels' order
+    for unit, kinds in enumerate(lists.kinds.unbind(2)):
+        of_rows = mask[:, :, unit * lists.unit : (unit + 1) * lists.unit]
+        for block, kind in enumerate(kinds.unbind(2)):
+            pairs = of_rows[..., block * size[1] : (block + 1) * size[1]]
+            whole = pairs.all((2, 3)) & (pairs.shape[3] == size[1])
+            assert not pairs[kind == 2].any()
+            assert whole[kind == 1].all()
+            assert lists.unit == 16 or torch.equal(kind == 1, whole)
+    order = lists.arguments()["blocks"][2]
+    assert torch.equal(order[..., 0], (lists.kinds == 0).sum(-1))
+    assert torch.equal(order[..., 1], (lists.kinds < 2).sum(-1))
+    numbers = order[..., 2 : 2 + lists.kinds.shape[-1]].long()
+    assert torch.equal(lists.kinds.gather(-1, numbers), lists.kinds.sort(-1).values)
+
+
+def test_blocks_have_the_same_bits_twice():
+    q, k, v = (x.requires_grad_() for x in tensors(torch.float32, *[(1, 1, 20, 8)] * 3))
+    mask = blocks(1, 20, 20, (16, 16)).to(DEVICE)
+
+    def run():
+        y = expressive_attention(q, k, v, block_mask=mask, backend="triton")
+        return [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_a_tolerance_is_kept_by_the_kernels(monkeypatch):
+    """The blocks that are chosen are those that the kernels read; the others hold NaN."""
+    monkeypatch.setattr(sparse, "BLOCK_SIZE", (16, 16))
+    q, k, v = tensors(torch.float32, *[(1, 1, 64, 8)] * 3)
+    k[:, :, 16:48] *= 1e-4
+    expected = expressive_attention(q, k, v, is_causal=True, backend="reference")
+    v[:, :, 16:32] = torch.nan
+    output = expressive_attention(q, k, v, is_causal=True, tolerance=1e-3, backend="triton")
+    assert (output - expected).abs()[:, :, 48:].max() <= 2e-3 * v.nan_to_num().abs().max()
 
 
 # ---- with the rest of the library, and of torch ----

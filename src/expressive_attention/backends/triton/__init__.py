@@ -35,8 +35,10 @@ def declines(call: Call) -> str | None:
         return f"head dimensions above {_WIDEST} are not implemented, got {widest}"
     if call.log_decay is not None or call.relative_bias is not None:
         return "decays and biases by distance must be in a mask"
-    if call.visibility.listed is not None:
-        return "blocks of keys must be in a mask"
+    if call.visibility.listed is not None and call.has_bias:
+        return "blocks of keys beside a bias must be in a mask"
+    if call.visibility.listed is not None and call.visibility.block_keys % 16:
+        return f"blocks must have a multiple of 16 keys, got {call.visibility.block_keys}"
     if call.attn_mask is not None and call.visibility.slopes is not None:
         return "slopes beside a mask must be in it"
     if differentiated_by_func():

@@ -35,6 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .blocks import entries_of, is_listed, list_of, list_ranges, listed_of, place_of, visible_listed_keys
 from .dropout import drop, streams
 from .tiles import (
     ALIBI,
@@ -116,17 +117,17 @@ def _has_all(top, normalizer):
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "share",
-        "threshold",
+        "mask_strides", "block_strides", "lowest", "right", "left", "lower_right", "length", "keys", "kv_heads",
+        "tiles", "share", "threshold",
     ]
 )  # fmt: skip
 def row_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, blocks,
     grad_output, grad_normalizer, outputs, normalizers, stats, lost,
-    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, block_strides,
     scale, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Four numbers for each row: c for dv, c for ds, shift, dN N; all of them 0 where the row is lost.
@@ -159,7 +160,15 @@ def row_kernel(
         dn = tl.load(grad_normalizer + index, mask=exist, other=0.0)
 
     normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-    count = visible_keys(position, rows, exist, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
+    if blocks is not None:
+        listed = listed_of(blocks, block_strides, sequence, kv_head, head, position, tile * BLOCK_M, LISTED)
+        first, whole, last = list_ranges(listed[0], own_keys, 0, 1, LISTED[1], BLOCK_N)
+        count = visible_listed_keys(
+            listed, position, rows, exist, mask_stride, own_keys, band, first, whole, last,
+            CAUSAL, WINDOW, MASK, LISTED, BLOCK_N,
+        )  # fmt: skip
+    else:
+        count = visible_keys(position, rows, exist, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
     is_wide = exist & is_lost(normalizer, lowest) & (count > 0)
     if EXACT:
         q = load_rows(query, offset, exist, query_strides[3], width, BLOCK_E, TYPE)
@@ -203,19 +212,22 @@ def row_kernel(
 
 @triton.jit
 def _query_tiles(
-    dq, sums, q, do, key, value, rows, bias_max, stream, coefficient, shift, position, exist,
+    dq, sums, q, do, key, value, rows, bias_max, stream, listed, coefficient, shift, position, exist,
     key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, keys,
     width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    GROUPS: tl.constexpr, WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    LISTED: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr,
+    DS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `first` to `last`, as `forward_pass._add_keys`.
 
     With `RADIAL`, `sums` are those of w f and of w f (c dO . v - shift), and the largest w.
     """
     squares, radial, top = sums
-    for start in range(first, last, BLOCK_N):
+    for step in range(first, last, BLOCK_N):
+        start = step
+        if listed is not None:
+            start = place_of(listed[0], step, LISTED[1])
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
@@ -237,6 +249,8 @@ def _query_tiles(
             visible = exist[:, None] & inside[None, :]
             if WIDE or BOUNDARY:
                 visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
+                if listed is not None:
+                    visible = visible & is_listed(listed, exist, start, LISTED, BLOCK_N, 1)
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             pairs = seen(tile, visible, MASK)
             if WIDE:
@@ -284,18 +298,18 @@ def _along(q, exponent, dq, wanted):
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "programs", "share", "threshold",
+        "mask_strides", "block_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads",
+        "tiles", "programs", "share", "threshold",
     ]
 )  # fmt: skip
 def query_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, blocks,
     grad_output, stats, normalizers, lost, gradient,
-    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, block_strides,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, programs,
     share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, RADIAL: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
+    WIDE: tl.constexpr, RADIAL: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the query ``(B, Hq, L, E)``: one program per tile of rows, key head and sequence.
@@ -347,6 +361,11 @@ def query_kernel(
         first, whole, whole_last, last = key_ranges(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
+        listed = None
+        if blocks is not None:
+            listed = listed_of(blocks, block_strides, sequence, kv_head, head, position, tile * BLOCK_M, LISTED)
+            first, whole, last = list_ranges(listed[0], own_keys, 0, 1, LISTED[1], BLOCK_N)
+            whole_last = last
         dq = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
         nothing = tl.full((BLOCK_M,), 0.0, tl.float32)
         sums = (nothing, nothing, nothing)
@@ -354,24 +373,25 @@ def query_kernel(
         values_of_head = (
             value + batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
         )
-        if WINDOW:
+        if WINDOW or blocks is not None:
             dq, sums = _query_tiles(
-                dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position,
-                exist, key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band,
-                own_keys, width, value_width, first, whole,
-                CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
+                dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, listed, coefficient, shift,
+                position, exist, key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent,
+                row_exponent, band, own_keys, width, value_width, first, whole,
+                CAUSAL, WINDOW, FORM, MASK, True, LISTED, GROUPS, WIDE, RADIAL, PRECISION, DS,
+                BLOCK_N, BLOCK_E, BLOCK_EV,
             )  # fmt: skip
         dq, sums = _query_tiles(
-            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position, exist,
-            key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
-            width, value_width, whole, whole_last,
-            CAUSAL, WINDOW, FORM, MASK, False, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
+            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, listed, coefficient, shift, position,
+            exist, key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band,
+            own_keys, width, value_width, whole, whole_last,
+            CAUSAL, WINDOW, FORM, MASK, False, LISTED, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         dq, sums = _query_tiles(
-            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, coefficient, shift, position, exist,
-            key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band, own_keys,
-            width, value_width, whole_last, last,
-            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
+            dq, sums, q, do, keys_of_head, values_of_head, rows, bias_max, stream, listed, coefficient, shift, position,
+            exist, key_strides, value_strides, mask_stride, scale, scale_exponent, q_exponent, row_exponent, band,
+            own_keys, width, value_width, whole_last, last,
+            CAUSAL, WINDOW, FORM, MASK, True, LISTED, GROUPS, WIDE, RADIAL, PRECISION, DS, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         dq = dq * (2.0 * scale)
         if WIDE:
@@ -402,16 +422,23 @@ def query_kernel(
 
 @triton.jit
 def _key_value_tiles(
-    dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j, keys,
-    query_strides, grad_strides, mask_strides, mask_stride,
+    dk, dv, k, v, query, mask, bias_maxima, seeds, listed, grad_output, stats, sequence, batch, first_row, kv_head, j,
+    keys, query_strides, grad_strides, mask_strides, mask_stride,
     scale, scale_exponent, k_exponent, band, length, own_length, kv_heads, width, value_width,
     share, threshold, grown, start, first, last,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    BOUNDARY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
-    DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    BOUNDARY: tl.constexpr, WIDE: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr, DS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys."""
-    for tile in range(first, last):
+    """Add the tiles of rows from `first` to `last`; at a `BOUNDARY` not all of their rows see all keys.
+
+    With `listed` units of rows, these are steps through them.
+    """
+    for step in range(first, last):
+        tile = step
+        if listed is not None:
+            tile = place_of(listed[0], step, LISTED[2] // BLOCK_M)
         position, head, exist, index = rows_in(
             tile, batch, kv_head, kv_heads, first_row, own_length, length, GROUPS, BLOCK_M
         )
@@ -442,6 +469,9 @@ def _key_value_tiles(
             visible = exist[None, :] & (j < keys)[:, None]
             if WIDE or BOUNDARY:
                 visible = sees(j[:, None], position[None, :], exist[None, :], keys, band, CAUSAL, WINDOW)
+                if listed is not None:
+                    of_rows = entries_of(listed, sequence, head, position, LISTED)
+                    visible = visible & is_listed(of_rows, exist, start, LISTED, BLOCK_N, 0)
             bias = load_mask(rows[None, :], position[None, :] + band[0], j[:, None], mask_stride, visible, MASK)
             pairs = seen(bias, visible, MASK)
             if WIDE:
@@ -480,19 +510,19 @@ def _key_value_tiles(
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles",
-        "programs", "share", "threshold",
+        "mask_strides", "block_strides", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads",
+        "tiles", "programs", "share", "threshold",
     ]
 )  # fmt: skip
 def key_value_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, blocks,
     grad_output, stats, lost, grad_key, grad_value,
-    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, block_strides,
     scale, scale_exponent, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, programs,
     share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, DS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    WIDE: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """The gradients of key and value: one program per tile of keys, key head and sequence, over all of its rows.
 
@@ -548,29 +578,36 @@ def key_value_kernel(
         first = tl.minimum(first, last)
         whole = tl.minimum(tl.maximum(first, whole), last)
         whole_last = tl.maximum(whole, whole_last)
+        listed = None
+        if blocks is not None:
+            listed = list_of(blocks, block_strides, sequence, kv_head, start // LISTED[1])
+            first, whole, last = list_ranges(listed[0], tl.maximum(own_keys - start, 0), 0, 1, LISTED[2] // BLOCK_M, 1)
+            whole_last = last
         dk = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
         dv = tl.full((BLOCK_N, BLOCK_EV), 0.0, tl.float32)
         dk, dv = _key_value_tiles(
-            dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
-            own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-            length, own_length, kv_heads, width, value_width, share, threshold, grown, start, first, whole,
-            GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+            dk, dv, k, v, query, mask, bias_maxima, seeds, listed, grad_output, stats, sequence, batch, first_row,
+            kv_head, j, own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent,
+            k_exponent, band, length, own_length, kv_heads, width, value_width, share, threshold, grown, start,
+            first, whole,
+            GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, LISTED, PRECISION, WEIGHT, FACTOR, DS,
             BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         dk, dv = _key_value_tiles(
-            dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row, kv_head, j,
-            own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent, k_exponent, band,
-            length, own_length, kv_heads, width, value_width, share, threshold, grown, start, whole, whole_last,
-            GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+            dk, dv, k, v, query, mask, bias_maxima, seeds, listed, grad_output, stats, sequence, batch, first_row,
+            kv_head, j, own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent,
+            k_exponent, band, length, own_length, kv_heads, width, value_width, share, threshold, grown, start,
+            whole, whole_last,
+            GROUPS, CAUSAL, WINDOW, FORM, MASK, False, WIDE, LISTED, PRECISION, WEIGHT, FACTOR, DS,
             BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
         if WINDOW:
             dk, dv = _key_value_tiles(
-                dk, dv, k, v, query, mask, bias_maxima, seeds, grad_output, stats, sequence, batch, first_row,
+                dk, dv, k, v, query, mask, bias_maxima, seeds, listed, grad_output, stats, sequence, batch, first_row,
                 kv_head, j, own_keys, query_strides, grad_strides, mask_strides, mask_stride, scale, scale_exponent,
                 k_exponent, band, length, own_length, kv_heads, width, value_width, share, threshold, grown, start,
                 whole_last, last,
-                GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, PRECISION, WEIGHT, FACTOR, DS,
+                GROUPS, CAUSAL, WINDOW, FORM, MASK, True, WIDE, LISTED, PRECISION, WEIGHT, FACTOR, DS,
                 BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
             )  # fmt: skip
         dk, dv = dk * (2.0 * scale), dv * (1.0 / FACTOR)

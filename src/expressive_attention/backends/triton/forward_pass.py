@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .blocks import is_listed, list_ranges, listed_of, place_of
 from .dropout import drop, streams
 from .tiles import (
     ALIBI,
@@ -41,14 +42,20 @@ __all__ = ["forward_kernel"]
 
 @triton.jit
 def _add_keys(
-    output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides, mask_stride,
-    scale, band, keys, width, value_width, first, last,
+    output, total, q, key, value, rows, bias_max, stream, listed, position, exist, key_strides, value_strides,
+    mask_stride, scale, band, keys, width, value_width, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr, BOUNDARY: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    LISTED: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from `first` to `last` to the sums; at a `BOUNDARY` the rows do not see all of a tile."""
-    for start in range(first, last, BLOCK_N):
+    """Add the keys from `first` to `last` to the sums; at a `BOUNDARY` the rows do not see all of a tile.
+
+    With `listed` blocks, these are steps through them.
+    """
+    for step in range(first, last, BLOCK_N):
+        start = step
+        if listed is not None:
+            start = place_of(listed[0], step, LISTED[1])
         j = start + tl.arange(0, BLOCK_N)
         inside = j < keys
         k = load_rows(key, j.to(tl.int64) * key_strides[2], inside, key_strides[3], width, BLOCK_E, q.dtype)
@@ -61,6 +68,8 @@ def _add_keys(
             visible = exist[:, None] & inside[None, :]
             if BOUNDARY:
                 visible = sees(j[None, :], position[:, None], exist[:, None], keys, band, CAUSAL, WINDOW)
+                if listed is not None:
+                    visible = visible & is_listed(listed, exist, start, LISTED, BLOCK_N, 1)
             tile = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             weight = tl.where(seen(tile, visible, MASK), biased(weight, tile, bias_max[:, None], MASK), 0.0)
         total += add(weight, 1)
@@ -73,17 +82,17 @@ def _add_keys(
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "span", "plane",
-        "share", "threshold", "lowest",
+        "mask_strides", "block_strides", "right", "left", "lower_right", "length", "keys", "kv_heads", "tiles", "span",
+        "plane", "share", "threshold", "lowest",
     ]
 )  # fmt: skip
 def forward_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers, lost,
-    query_strides, key_strides, value_strides, mask_strides, mask_stride,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, blocks, outputs, normalizers,
+    lost, query_strides, key_strides, value_strides, mask_strides, mask_stride, block_strides,
     scale, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles, span, plane,
     share, threshold, grown, lowest,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows, key head, sequence and, with `SPLIT`, range of `span` keys.
@@ -118,31 +127,38 @@ def forward_kernel(
         stream = streams(seeds, share, threshold, batch, heads, head, first_row + position)
 
     start = part * span
-    own_keys = tl.minimum(start + span, own_keys)
+    if blocks is None:
+        own_keys = tl.minimum(start + span, own_keys)
     last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUPS, own_length - 1)
     first, whole, whole_last, last = key_ranges(
         start, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
     )
+    listed = None
+    if blocks is not None:
+        listed = listed_of(blocks, block_strides, sequence, kv_head, head, position, tile * BLOCK_M, LISTED)
+        first, whole, last = list_ranges(listed[0], own_keys, part, tl.num_programs(1), LISTED[1], BLOCK_N)
+        whole_last = last
     output = tl.full((BLOCK_M, BLOCK_EV), 0.0, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     key += batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
     value += batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
-    if WINDOW:
+    if WINDOW or blocks is not None:
         output, total = _add_keys(
-            output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
+            output, total, q, key, value, rows, bias_max, stream, listed, position, exist, key_strides, value_strides,
             mask_stride, scale, band, own_keys, width, value_width, first, whole,
-            CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+            CAUSAL, WINDOW, FORM, MASK, True, LISTED, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     output, total = _add_keys(
-        output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
+        output, total, q, key, value, rows, bias_max, stream, listed, position, exist, key_strides, value_strides,
         mask_stride, scale, band, own_keys, width, value_width, whole, whole_last,
-        CAUSAL, WINDOW, FORM, MASK, False, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+        CAUSAL, WINDOW, FORM, MASK, False, LISTED, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
     )  # fmt: skip
-    output, total = _add_keys(
-        output, total, q, key, value, rows, bias_max, stream, position, exist, key_strides, value_strides,
-        mask_stride, scale, band, own_keys, width, value_width, whole_last, last,
-        CAUSAL, WINDOW, FORM, MASK, True, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
-    )  # fmt: skip
+    if blocks is None:
+        output, total = _add_keys(
+            output, total, q, key, value, rows, bias_max, stream, listed, position, exist, key_strides, value_strides,
+            mask_stride, scale, band, own_keys, width, value_width, whole_last, last,
+            CAUSAL, WINDOW, FORM, MASK, True, LISTED, GROUPS, PRECISION, WEIGHT, FACTOR, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
 
     total = tl.where(is_finite(output), total, float("nan"))
     if seeds is not None:

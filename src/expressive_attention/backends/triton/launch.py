@@ -11,12 +11,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, empty_bias_max
+from ...call import Call, Gradients, Result, Upstream, accumulation_dtype, empty_bias_max, float32_precision
 from ...masks import repeated_strides
 from ..dropout import keep_share, threshold
 from . import decode, tuning
 from .backward_pass import key_value_kernel, query_kernel, row_kernel
 from .bias import bias_gradient_kernel, bias_max_kernel
+from .blocks import NO_BLOCKS, Blocks
 from .forward_pass import forward_kernel
 from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, RATIO, Tile, ceil_div, padded, shapes
 from .wide import wide_kernel
@@ -73,14 +74,14 @@ def forward(call: Call) -> Result:
     plane = normalizer.numel()
     arguments = {**inputs.arguments, "outputs": output, "normalizers": normalizer, "plane": plane, "lowest": lowest}
 
-    tile = _forward_tile(inputs)
+    tile = inputs.fitted(_forward_tile(inputs))
     tiles = inputs.tiles(tile)
     programs = tiles * inputs.programs
     span = inputs.longest_key
     if tiles == 1:
         span = decode.part_of_keys(programs, span, _processors(query.device))
     parts = ceil_div(inputs.longest_key, span) if span < inputs.longest_key else 1
-    wide = tuning.wide_tile(inputs.widest)
+    wide = inputs.fitted(tuning.wide_tile(inputs.widest))
     # Few programs need no flag to look at their rows; with parts, nobody knows the sums before they are added.
     lost = None
     if parts == 1 and inputs.tiles(wide) * inputs.programs > inputs.few:
@@ -138,7 +139,8 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         "lowest": _LOWEST,
         "lost": lost,
     }
-    wide = tuning.wide_tile(inputs.widest)
+    wide = inputs.fitted(tuning.wide_tile(inputs.widest))
+    of_keys = NO_BLOCKS if inputs.blocks is None else inputs.blocks.arguments(of_keys=True)
     # Weights are at most 1 here; derivatives have no bound, and float16 would not hold them.
     half = query.dtype == torch.float16
     radial = form != "exponential"
@@ -171,7 +173,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
             tiles = inputs.tiles(sizes[0])
             run(query_kernel, sizes[0], given, tiles=tiles, gradient=dq)
             tiles = ceil_div(inputs.longest_key, sizes[1].keys)
-            run(key_value_kernel, sizes[1], given, tiles=tiles, grad_key=dk, grad_value=dv)
+            run(key_value_kernel, sizes[1], {**given, **of_keys}, tiles=tiles, grad_key=dk, grad_value=dv)
 
         def bias(size: Tile, given: dict[str, Any]) -> None:
             if dmask is not None:
@@ -216,8 +218,8 @@ class _Inputs:
         if torch.version.hip is not None:
             self.precision = "ieee"
         elif query.dtype == torch.float32:
-            allowed = torch.get_float32_matmul_precision()
-            self.precision = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[allowed]
+            exactness = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+            self.precision = exactness[float32_precision(query.device)]
         self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
         # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
         kind, weights, strides = NO_MASK, query, (0, 0, 0, 0)
@@ -226,8 +228,10 @@ class _Inputs:
         elif attn_mask is not None:
             kind, strides = FLOAT if self.biased else BOOL, repeated_strides(attn_mask)
             weights = attn_mask if self.biased else attn_mask.view(torch.uint8)
+        self.blocks = None if visibility.listed is None else Blocks(call)
         self.arguments: dict[str, Any] = {
             **shapes(query, key, value),
+            **(NO_BLOCKS if self.blocks is None else self.blocks.arguments()),
             "query": query,
             "key": key,
             "value": value,
@@ -269,7 +273,11 @@ class _Inputs:
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel. Dropout draws for at most 64 keys at once."""
         tile = tuning.choose(kernel, self.dtype, self.widest, self.capability)
-        return tile._replace(keys=min(tile.keys, 64)) if self.drops else tile
+        return self.fitted(tile._replace(keys=min(tile.keys, 64)) if self.drops else tile)
+
+    def fitted(self, tile: Tile) -> Tile:
+        """A tile that no block of the call ends inside of."""
+        return tile if self.blocks is None else self.blocks.fitted(tile)
 
     def run(self, kernel: Any, tile: Tile, arguments: dict[str, Any], *, tiles: int, **more: Any) -> None:
         """Launch a program for each tile of each key head."""

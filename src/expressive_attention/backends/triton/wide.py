@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .blocks import is_listed, list_ranges, listed_of, place_of, visible_listed_keys
 from .dropout import drop, streams
 from .tiles import (
     FLOAT,
@@ -61,18 +62,18 @@ def lost_rows(stats, index, exist):
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "lowest", "scale_exponent", "right", "left", "lower_right", "length", "keys", "kv_heads",
-        "tiles", "programs", "share", "threshold",
+        "mask_strides", "block_strides", "lowest", "scale_exponent", "right", "left", "lower_right", "length", "keys",
+        "kv_heads", "tiles", "programs", "share", "threshold",
     ]
 )  # fmt: skip
 def wide_kernel(
-    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, outputs, normalizers,
-    grad_output, grad_normalizer, stats, wide_stats, lost,
-    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride,
+    query, key, value, mask, bias_maxima, query_starts, key_starts, key_lengths, seeds, blocks, outputs,
+    normalizers, grad_output, grad_normalizer, stats, wide_stats, lost,
+    query_strides, key_strides, value_strides, grad_strides, mask_strides, mask_stride, block_strides,
     scale, scale_exponent, lowest, right, left, lower_right, length, keys, kv_heads, width, value_width, tiles,
     programs, share, threshold, grown,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FORM: tl.constexpr, MASK: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Output, normalizer and bias_max of the lost rows; with `BACKWARD`, their numbers, as of `row_kernel`.
@@ -114,7 +115,16 @@ def wide_kernel(
             bias_max = tl.load(bias_maxima + index, mask=exist, other=0.0)
         # A normalizer of 0 is exact where the row sees no key, or the query is 0.
         normalizer = tl.load(normalizers + index, mask=exist, other=1.0)
-        count = visible_keys(position, rows, store, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
+        listed = None
+        if blocks is not None:
+            listed = listed_of(blocks, block_strides, sequence, kv_head, head, position, tile * BLOCK_M, LISTED)
+            first, whole, last = list_ranges(listed[0], own_keys, 0, 1, LISTED[1], BLOCK_N)
+            count = visible_listed_keys(
+                listed, position, rows, store, mask_stride, own_keys, band, first, whole, last,
+                CAUSAL, WINDOW, MASK, LISTED, BLOCK_N,
+            )  # fmt: skip
+        else:
+            count = visible_keys(position, rows, store, mask_stride, own_keys, band, bias_max, CAUSAL, WINDOW, MASK)
         has_weights = (count > 0) & ~(largest(tl.abs(q), 1) == 0.0)
         has_weights = everything | (normalizer != 0.0) | has_weights
         if MASK >= FLOAT and not BACKWARD:
@@ -127,6 +137,8 @@ def wide_kernel(
         first, _whole, _end, last = key_ranges(
             0, own_keys, tile * BLOCK_M // GROUPS, last_position, band, CAUSAL, WINDOW, MASK, BLOCK_N
         )
+        if blocks is not None:
+            first, _whole, last = list_ranges(listed[0], own_keys, 0, 1, LISTED[1], BLOCK_N)
         keys_of_head = key + batch * key_strides[0] + kv_head * key_strides[1] + first_key.to(tl.int64) * key_strides[2]
         values_of_head = (
             value + batch * value_strides[0] + kv_head * value_strides[1] + first_key.to(tl.int64) * value_strides[2]
@@ -136,7 +148,10 @@ def wide_kernel(
         # The largest weight of each row, as a logarithm and but for a factor of 4, and the exponent of its score.
         best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_exponent = position * 0
-        for start in range(first, last, BLOCK_N):
+        for step in range(first, last, BLOCK_N):
+            start = step
+            if listed is not None:
+                start = place_of(listed[0], step, LISTED[1])
             j = start + tl.arange(0, BLOCK_N)
             inside = j < own_keys
             k = load_rows(
@@ -152,6 +167,8 @@ def wide_kernel(
             z = product(q, tl.trans(k), zero, PRECISION) * scale
             _, _, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
             visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
+            if listed is not None:
+                visible = visible & is_listed(listed, exist, start, LISTED, BLOCK_N, 1)
             bias = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             size = 2.0 * _LOG_2 * c.to(tl.float32)
             if MASK >= FLOAT:
@@ -185,7 +202,10 @@ def wide_kernel(
         total = tl.full((BLOCK_M,), 0.0, tl.float32)
         top = tl.full((BLOCK_M,), 0.0, tl.float32)
         mean = tl.full((BLOCK_M,), 0.0, tl.float32)
-        for start in range(first, last, BLOCK_N):
+        for step in range(first, last, BLOCK_N):
+            start = step
+            if listed is not None:
+                start = place_of(listed[0], step, LISTED[1])
             j = start + tl.arange(0, BLOCK_N)
             inside = j < own_keys
             k = load_rows(
@@ -210,6 +230,8 @@ def wide_kernel(
             z = product(q, tl.trans(k), zero, PRECISION) * scale
             u, r, c = wide_parts(z, q_exponent[:, None] + k_exponent[None, :] + scale_exponent, FORM)
             visible = sees(j[None, :], position[:, None], exist[:, None], own_keys, band, CAUSAL, WINDOW)
+            if listed is not None:
+                visible = visible & is_listed(listed, exist, start, LISTED, BLOCK_N, 1)
             bias = load_mask(rows[:, None], position[:, None] + band[0], j[None, :], mask_stride, visible, MASK)
             weight, _ = wide_weight_and_half_derivative(
                 u, r, c, bias, row_exponent[:, None], row_bias_max[:, None], MASK
