@@ -167,7 +167,7 @@ def mark(place, flags, value):
 
     Not by `any_of`: where flags depend on a product, Triton 3.7 does not compile that for compute capability 10.
     """
-    tl.atomic_max(place + tl.zeros_like(flags).to(tl.int32), value, mask=flags)
+    tl.atomic_max(place + flags.to(tl.int32) * 0, value, mask=flags)
 
 
 @triton.jit
