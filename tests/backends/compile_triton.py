@@ -26,12 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expressive_attention.backends.triton import launch
+from expressive_attention.backends.triton import launch, linear
 from expressive_attention.call import Call, Upstream, Visibility
 
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -83,6 +83,8 @@ def compile_for(
         if not wanted(name):
             return
         given = {**arguments, **more, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+        if "normalizers" in given:
+            given["normalizers"].zero_()  # what nobody wrote may be NaN, which has others computed
         signature, constants, attributes = described(kernel, given)
         key = (kernel.fn.__name__, tuple(tile), str(signature), str(constants))
         if key in done:
@@ -144,6 +146,17 @@ def attend(dtype, width, mask=None, visibility=None, length=512, form="expressiv
     launch.backward(call, result, Upstream(result.output, result.normalizer, has_bias))
 
 
+def attend_in_linear_time(dtype, width, visibility=None, decay_heads=None, groups=1):
+    """Forward and backward of the squared form, for four chunks of keys and as many of rows; causal by default."""
+    length = 4 * launch.tuning.linear_chunk(width)
+    query = torch.empty(1, 2 * groups, length, width, dtype=dtype)
+    key = value = torch.empty(1, 2, length, width, dtype=dtype)
+    decays = None if decay_heads is None else torch.zeros(1, decay_heads, length, dtype=torch.float64)
+    call = Call(query, key, value, None, Visibility(right=0) if visibility is None else visibility, 0.125, "squared")
+    output, normalizer = linear.forward(call, decays)
+    linear.backward(call, decays, Upstream(output, normalizer, False))
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BIAS = torch.zeros(1, 2, 512, 512)
 SLOPES = torch.ones(1, 2)
@@ -157,6 +170,11 @@ MAIN: dict[str, Callable[[], None]] = {
     f"{name}-{width}": lambda dtype=dtype, width=width: attend(dtype, width, groups=1)
     for name, dtype in (("bfloat16", BF16), ("float16", FP16), ("float32", FP32))
     for width in (64, 128, 256)
+}
+MAIN |= {
+    f"linear, {name}-{width}": lambda dtype=dtype, width=width: attend_in_linear_time(dtype, width)
+    for name, dtype in (("bfloat16", BF16), ("float32", FP32))
+    for width in (64, 128)
 }
 
 
@@ -191,6 +209,9 @@ OTHERS: dict[str, Callable[[], None]] = {
     "dropout, window, slopes": lambda: attend(
         FP32, 64, visibility=Visibility(left=128, right=0, slopes=SLOPES), seeds=SEEDS
     ),
+    "linear, full, float16": lambda: attend_in_linear_time(FP16, 32, Visibility(), groups=2),
+    "linear, decays": lambda: attend_in_linear_time(BF16, 64, decay_heads=2, groups=2),
+    "linear, decays of queries": lambda: attend_in_linear_time(FP32, 64, decay_heads=4, groups=2),
     "dropout, decoding": lambda: attend(FP16, 256, visibility=Visibility(), length=1, seeds=SEEDS),
 }
 

@@ -1,0 +1,192 @@
+"""The squared form in linear time by kernels in Triton: on a GPU, else under Triton's interpreter on the CPU."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from expressive_attention import expressive_attention
+from expressive_attention.backends import linear, triton
+from expressive_attention.backends.linear import chunks
+from expressive_attention.call import Call, Upstream, Visibility
+from tests.backends.test_triton import DEVICE, DTYPES, _quick, on_device, pytestmark, tensors  # noqa: F401
+from tests.budget import Case, assert_within_budget, fused
+from tests.problems import strided
+
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    from expressive_attention.backends.triton import linear as kernels
+    from expressive_attention.backends.triton.tiles import Tile
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks():
+    """Chunks of 16 keys, so that there are several of them, and tiles that are as large."""
+    with small_chunks():
+        yield
+
+
+@contextmanager
+def small_chunks(rows=16):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.tuning, "linear_chunk", lambda width: 16)
+        patch.setattr(kernels.tuning, "linear_tile", lambda *problem: Tile(rows, 16, 4, 1))
+        yield
+
+
+@st.composite
+def problems(draw):
+    """Calls that the kernels take, of up to four chunks of keys. The interpreter takes milliseconds for each tile."""
+    e, ev = draw(st.sampled_from([1, 2, 3, 5, 17])), draw(st.sampled_from([1, 3, 18]))
+    heads_of_batches = [(1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 2, 1), (2, 1, 1)]
+    batch, kv_heads, groups = draw(st.sampled_from(heads_of_batches[:2] if e == 17 else heads_of_batches))
+    length, keys = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    keys = draw(st.sampled_from([keys, keys, length]))
+    dtype, heads = draw(st.sampled_from(DTYPES)), kv_heads * groups
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layouts = st.sampled_from(["contiguous", "transposed", "gaps", "columns first", "repeated"])
+    query = strided((batch, heads, length, e), dtype, draw(layouts), generator)
+    key = strided((batch, kv_heads, keys, e), dtype, draw(layouts), generator)
+    value = strided((batch, kv_heads, keys, ev), dtype, draw(layouts), generator)
+    options = {
+        "is_causal": draw(st.integers(0, 3)) > 0,
+        "causal_alignment": draw(st.sampled_from(["upper_left", "lower_right"])),
+        "enable_gqa": True,
+        "form": "squared",
+        "scale": draw(st.sampled_from([None, 0.03, -2.5])),
+    }
+    decays = draw(st.sampled_from(["none", "slopes", "queries", "keys"])) if options["is_causal"] else "none"
+    size = draw(st.sampled_from([0.01, 1.0, 10.0]))
+    if decays == "slopes":
+        options["alibi_slopes"] = size * torch.rand((batch, heads), generator=generator)
+    elif decays != "none":
+        shape = (batch, heads if decays == "queries" else kv_heads, keys)
+        options["log_decay"] = -size * torch.rand(shape, generator=generator)
+    return Case(query, key, value, None, options, draw(st.booleans()))
+
+
+def check(case):
+    assert_within_budget(on_device(case), "linear triton")
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems())
+def test_random_problems_within_budget(case):
+    check(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(), st.sampled_from([1, 2]))
+def test_more_random_problems_within_budget(case, chunks_of_rows):
+    with small_chunks(16 * chunks_of_rows) if chunks_of_rows == 1 else small_chunks():
+        check(case)
+
+
+def call_of(dtype, *shapes, visibility=None, seed=0, scale=0.5):
+    query, key, value = tensors(dtype, *shapes, seed=seed)
+    return Call(query, key, value, None, Visibility(right=0) if visibility is None else visibility, scale, "squared")
+
+
+def test_rows_that_float32_does_not_hold_are_told():
+    """As plain torch tells them, in chunks of the same size; also where a row sees no key but zeros."""
+    call = call_of(torch.float32, (1, 2, 40, 6), (1, 1, 40, 6), (1, 1, 40, 3))
+    call.key[..., 3:] = 0
+    call.key[:, :, :5] = 0
+    call.query[:, :, 7::4, :3] *= 1e-4
+    call.query[:, :, 10] = 0
+    call.query[:, :, 38] *= 1e-25
+    call.query[:, 1, 39] *= 1e25
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_CHUNK", 16)
+        output, normalizer = chunks._forward(chunks._Problem.of(call, None, torch.float32))
+    got, total = kernels.forward(call, None)
+    is_lost = normalizer.view(total.shape).isnan()
+    assert torch.equal(total.isnan(), is_lost)
+    assert is_lost[:, :, 19::4].all()
+    assert not is_lost[:, :, :19].any()  # pairs of a chunk lose nothing
+    assert kernels.backward(call, None, Upstream(got, total, False)) is None
+    torch.testing.assert_close(got[~is_lost], output.view(got.shape)[~is_lost], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+def test_queries_that_are_nearly_orthogonal_to_all_keys(size):
+    """A state of float64 holds the first; pairs are multiplied for the second."""
+    q, k, v = tensors(torch.float32, (1, 1, 40, 8), (1, 1, 40, 8), (1, 1, 40, 3))
+    q[..., :4], k[..., 4:] = 0, 0
+    q[:, :, ::8, 0] = size
+    q[:, :, 1::8] = q[:, :, 2::8] = k[:, :, :5]
+    results = []
+    with fused("linear triton") as backend:
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+            options = {"is_causal": True, "form": "squared", "return_normalizer": True, "backend": name}
+            output, normalizer = expressive_attention(*leaves, **options)
+            results.append([output, normalizer, *torch.autograd.grad(output.square().sum(), leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4 * float(y.detach().abs().max()))
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_scores_of_any_size(exponent):
+    q, k, v = tensors(torch.float32, (1, 1, 40, 4), (1, 1, 40, 4), (1, 1, 40, 3))
+    q[:, :, ::3] *= 10.0**exponent
+    options = {"is_causal": True, "form": "squared"}
+    with fused("linear triton") as backend:
+        got = expressive_attention(q, k, v, **options, backend=backend)
+    want = expressive_attention(*(x.double() for x in (q, k, v)), **options, backend="reference")
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_of_any_size():
+    """Each weight is that of the query's own place, or decays as nothing."""
+    q, k, v = tensors(torch.float32, (1, 2, 40, 4), (1, 2, 40, 4), (1, 2, 40, 3))
+    options = {"is_causal": True, "form": "squared", "alibi_slopes": torch.tensor([3e38, 1e-30]).to(DEVICE)}
+    with fused("linear triton") as backend:
+        got = expressive_attention(q, k, v, **options, backend=backend)
+    torch.testing.assert_close(got[:, 0], v[:, 0])
+    torch.testing.assert_close(got, expressive_attention(q, k, v, **options, backend="reference"))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sums_of_keys_that_are_alike_within_budget(is_causal):
+    """Each term of a sum loses the same then, and nothing averages out."""
+    query, key, value = tensors(torch.float32, (1, 1, 20, 3), (1, 1, 1, 3), (1, 1, 150, 2))
+    options = {"is_causal": is_causal, "causal_alignment": "lower_right", "form": "squared"}
+    check(Case(query, key.expand(1, 1, 150, 3), value, None, options))
+
+
+def test_same_bits_twice():
+    call = call_of(torch.bfloat16, (1, 2, 34, 2), (1, 1, 34, 2), (1, 1, 34, 3))
+    decays = -torch.rand(1, 1, 34, dtype=torch.float64, device=DEVICE).cumsum(-1)
+    results = []
+    for _ in range(2):
+        output, normalizer = kernels.forward(call, decays)
+        gradients = kernels.backward(call, decays, Upstream(output, normalizer, False))
+        assert gradients is not None
+        results.append([output, normalizer, *gradients])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_plain_torch_takes_what_the_kernels_do_not(monkeypatch):
+    """And only that."""
+    taken = []
+    plain = chunks.forward
+    monkeypatch.setattr(chunks, "forward", lambda *arguments: taken.append(1) or plain(*arguments))
+    lengths = Visibility(key_lengths=torch.tensor([7], device=DEVICE))
+    with fused("linear triton"):
+        for reason, call in (
+            (None, call_of(torch.float32, (1, 1, 20, 3), (1, 1, 20, 3), (1, 1, 20, 3))),
+            ("float64 is not", call_of(torch.float64, (1, 1, 20, 3), (1, 1, 20, 3), (1, 1, 20, 3))),
+            ("above 128", call_of(torch.float32, (1, 1, 4, 129), (1, 1, 4, 129), (1, 1, 4, 3))),
+            ("key_lengths", call_of(torch.float32, (1, 1, 9, 3), (1, 1, 9, 3), (1, 1, 9, 3), visibility=lengths)),
+        ):
+            found = triton.linear_declines(call)
+            assert found == reason or reason in found
+            taken.clear()
+            linear.forward(call)
+            assert len(taken) >= (reason is not None)
+            assert bool(taken) == (reason is not None)
