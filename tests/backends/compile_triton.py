@@ -1,11 +1,11 @@
 """Compile the kernels in Triton for a GPU that need not be there, and say what each of them takes there.
 
-    python tests/backends/compile_triton.py CAPABILITY [CASE ...] [--kernel NAME] [--store]
+    python tests/backends/compile_triton.py CAPABILITY [CASE ...] [--kernel NAME ...] [--store]
 
 Prints a line of JSON for each kernel of the cases (default: all): registers and stack of a thread (bytes; what does not
 fit in registers lies there), shared memory of a program (bytes), and instructions: all of them, and those of the
-innermost loop over whole tiles, by kind. With --kernel, one kernel of each case is compiled. With --store, it is the
-main kernels of the plain problems, and their numbers become the limits in `triton_limits.json` for this version of
+innermost loop over whole tiles, by kind. With --kernel, kernels of these names are compiled alone. With --store, it is
+the main kernels of the plain problems, and their numbers become the limits in `triton_limits.json` for this version of
 Triton.
 """
 
@@ -117,7 +117,10 @@ def read(cubin: bytes) -> dict[str, Any]:
 
 
 def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
-    """Count the instructions of the shortest loop with weights and products: the one whose tiles need no masks."""
+    """Count the instructions of the shortest loop with weights and products: the one whose tiles need no masks.
+
+    Without weights in a loop, it is the shortest with products: the one that reads a state.
+    """
     loops = []
     for place, name, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -130,9 +133,9 @@ def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
         body = [name for place, name, _ in lines if first <= place <= last and name != "NOP"]
         kinds = {kind: sum(name.startswith(starts) for name in body) for kind, starts in KINDS.items()}
         products = kinds["tensor"] or not any(name.startswith(KINDS["tensor"]) for _, name, _ in lines)
-        if products and kinds["mufu"]:
+        if products:
             counts.append({"all": len(body), **kinds})
-    return min(counts, key=lambda count: count["all"], default=None)
+    return min(counts, key=lambda count: (not count["mufu"], count["all"]), default=None)
 
 
 def attend(dtype, width, mask=None, visibility=None, length=512, form="expressive", groups=2, seeds=None):
@@ -232,7 +235,10 @@ def numbers(row: dict[str, Any]) -> list[int]:
 def store(capability: str, rows: list[dict[str, Any]]) -> None:
     """Replace the limits of this version of Triton for a GPU."""
     table = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
-    found = {f"{row['case']} {row['kernel']}": numbers(row) for row in rows}
+    found: dict[str, list[int]] = {}
+    for row in rows:  # a case may compile a kernel more than once
+        name = f"{row['case']} {row['kernel']}"
+        found[name] = [max(pair) for pair in zip(numbers(row), found.get(name, [0] * 4), strict=True)]
     table.setdefault(version(), {})[capability] = found
     text = json.dumps({name: dict(sorted(table[name].items())) for name in sorted(table)}, indent=1)
     LIMITS.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
@@ -249,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("capability", type=int)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--kernel", metavar="NAME")
+    parser.add_argument("--kernel", metavar="NAME", action="append")
     parser.add_argument("--store", action="store_true")
     options = parser.parse_args()
     if unknown := {*options.cases} - {*cases}:
@@ -257,7 +263,7 @@ def main() -> None:
     capability = options.capability
 
     def wanted(name: str) -> bool:
-        return (is_main(name) or not options.store) and options.kernel in (None, name)
+        return (is_main(name) or not options.store) and (not options.kernel or name in options.kernel)
 
     case = ""
 

@@ -100,7 +100,7 @@ def linear_declines(call: Call) -> str | None:
     if reason is not None:
         return reason
     if call.visibility.key_lengths is not None:
-        return "key_lengths have no linear form on GPUs"
+        return "key_lengths are not implemented"
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST_LINEAR:
         return f"states of head dimensions above {_WIDEST_LINEAR} are not implemented, got {widest}"

@@ -92,7 +92,7 @@ def linear_tile(kernel: str, dtype: torch.dtype, width: int, capability: int) ->
     if dtype == torch.float32:
         if width <= 64:
             return Tile(32, 32, 8 if kernel == "rows" else 4, 1)
-        return Tile(32 if roomy else 16, 32, 8, 1)
+        return Tile(32, 32, 8, 1) if roomy else Tile(16, 16, 8, 1)
     if width <= 64:
         return Tile(128 if kernel == "rows" else 32, 64, 8, 2)
     return Tile(64 if roomy or kernel != "rows" else 32, 32, 8, 1)
