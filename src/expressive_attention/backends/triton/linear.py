@@ -74,7 +74,7 @@ class _Problem:
 
     def __init__(self, call: Call, decays: Tensor | None) -> None:
         query, key, value = call[:3]
-        self.call, self.decays = call, decays
+        self.call, self.decays = call, None if decays is None else decays.contiguous()
         batch, query_heads, self.length, width = query.shape
         _, kv_heads, self.keys, value_width = value.shape
         self.heads = kv_heads if decays is None else decays.shape[1]
@@ -118,8 +118,8 @@ class _Problem:
             "key_decays": None,
             "since": None,
         }
-        if decays is not None:
-            self._find_decays(decays)
+        if self.decays is not None:
+            self._find_decays(self.decays)
 
     def _find_decays(self, decays: Tensor) -> None:
         """Decays of rows since the last key before their chunk, and of rows and keys since the first of it."""
@@ -128,7 +128,7 @@ class _Problem:
         at, first = place.clamp(0, self.keys - 1), (chunk * self.chunk).clamp(max=self.keys - 1)
         of_rows = decays[..., at]
         key = torch.arange(self.keys, device=decays.device)
-        self.arguments["since"] = (of_rows - decays[..., self.ends(chunk)]).exp().float()
+        self.arguments["since"] = _factor(of_rows - decays[..., self.ends(chunk)])
         self.arguments["row_decays"] = _in_two_parts(of_rows - decays[..., first])
         self.arguments["key_decays"] = _in_two_parts(decays - decays[..., key // self.chunk * self.chunk])
 
@@ -138,14 +138,14 @@ class _Problem:
 
     def until(self, chunk: Tensor) -> Tensor | None:
         """The decays of keys until the last key before chunks ``(S,)`` of theirs, ``(B, H, S)`` of float32."""
-        return None if self.decays is None else (self.decays[..., self.ends(chunk)] - self.decays).exp().float()
+        return None if self.decays is None else _factor(self.decays[..., self.ends(chunk)] - self.decays)
 
     def factors(self, first: int, count: int) -> Tensor | None:
         """The decays of chunks, from the last key before each to its own last one."""
         if self.decays is None:
             return None
         chunk = torch.arange(first, first + count, device=self.decays.device)
-        return (self.decays[..., self.ends(chunk + 1)] - self.decays[..., self.ends(chunk)]).exp().float().contiguous()
+        return _factor(self.decays[..., self.ends(chunk + 1)] - self.decays[..., self.ends(chunk)])
 
     def states_of_keys(self) -> dict[str, Any]:
         """For each chunk that is read, what all keys up to its end amount to."""
@@ -173,7 +173,7 @@ class _Problem:
     def _states(self, given: dict[str, Any], factors: Tensor | None, *, reverse: bool) -> dict[str, Any]:
         count, device = given["chunks"], self.call.query.device
         width, columns, rows = (self.arguments[name] for name in ("width", "BLOCK_EV", "BLOCK_E"))
-        sums = torch.empty((self.states, count, width, columns, rows), device=device)
+        sums = torch.empty((self.states, count, width, columns, rows), device=device, dtype=torch.float32)
         moments = torch.empty((self.states, count, width, rows), device=device, dtype=torch.float64)
         if count:
             more = {"sums": sums, "moments": moments}
@@ -197,10 +197,14 @@ class _Problem:
             launch._run(kernel, (self.states * tiles,), tile, {**self.arguments, **arguments}, tiles=tiles)
 
 
+def _factor(exponent: Tensor) -> Tensor:
+    return exponent.exp().to(torch.float32).contiguous()
+
+
 def _in_two_parts(x: Tensor) -> Tensor:
     """Numbers of float64 as sums of two of float32, ``(..., 2)``."""
-    high = x.float()
-    return torch.stack([high, (x - high).float()], -1)
+    high = x.to(torch.float32)
+    return torch.stack([high, (x - high).to(torch.float32)], -1)
 
 
 def _forward(problem: _Problem, states: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -228,7 +232,7 @@ def _query_gradient(problem: _Problem, states: dict[str, Any], rows: dict[str, A
 
 def _key_value_gradients(problem: _Problem, rows: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     key, value = problem.call.key, problem.call.value
-    first = max(1, problem.first_chunk)  # no key is before the first chunk
+    first = max(1, problem.first_chunk)  # no key is before chunk 0
     states = problem.states_of_rows(first, rows)
     shape, dtype = (key.shape[0], problem.heads, problem.keys), key.dtype
     own = dtype if problem.heads == key.shape[1] else torch.float32
