@@ -5,6 +5,7 @@
 smoke       errors of short training steps in three dtypes, as a share of their budget
 tuning      the fastest tiles, see `tune.py`; the package reads them from then on
 timing      seconds of 8 problems at length 4096, against FlashAttention, cuDNN, FlexAttention and the twin
+linear      the squared form in linear time: errors of sampled rows, seconds against all pairs and softmax
 tests       the tests of the kernels, on the device, in parallel where pytest-xdist is installed
 blocks      errors and seconds of a block mask, against all pairs and FlexAttention
 cold        seconds of a first call
@@ -12,9 +13,9 @@ large       errors of problems up to 65536 keys, in three dtypes
 sanitizer   out-of-bounds accesses, uninitialized reads and races, at small sizes, by NVIDIA's compute-sanitizer
 
 Each step has a budget, and none runs after M minutes (default: 9). Every result is at once a line of a file in FOLDER:
-smoke.jsonl, tuning.jsonl, timing.jsonl, blocks.jsonl; steps.jsonl says how each step ended; STEP.log has the output of
-the step. With --dry-run, every step that needs no GPU runs on the CPU, by Triton's interpreter, at tiny sizes. Exit
-status: 0 if all steps passed that ran.
+smoke.jsonl, tuning.jsonl, timing.jsonl, linear.jsonl, blocks.jsonl; steps.jsonl says how each step ended; STEP.log has
+the output of the step. With --dry-run, every step that needs no GPU runs on the CPU, by Triton's interpreter, at tiny
+sizes. Exit status: 0 if all steps passed that ran.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lines import write_line
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
-KERNELS = str(TESTS / "backends" / "test_triton.py")
+KERNELS = [str(TESTS / "backends" / name) for name in ("test_triton.py", "test_triton_linear.py")]
 SMALL = ["-x", "-k", "tiles_of_users or packed or filled or slopes_in or masks_of_all_shapes"]
 
 
@@ -57,10 +58,10 @@ def steps(folder: Path, dry_run: bool) -> dict[str, Step]:
     python, dry = sys.executable, ["--dry-run"] * dry_run
     pytest = [python, "-m", "pytest", "-q", "-o", "timeout=0"]  # compilation is slow
     parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    tests = [*pytest, KERNELS, "-k", "test_same_bits_twice"] if dry_run else [*pytest, *parallel, KERNELS]
+    tests = [*pytest, *KERNELS, "-k", "test_same_bits_twice"] if dry_run else [*pytest, *parallel, *KERNELS]
     large = ["--device", "cpu", "--lengths", "40"] if dry_run else []
     sanitizer = [
-        ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *pytest, KERNELS, *SMALL]
+        ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *pytest, KERNELS[0], *SMALL]
         for tool in ("memcheck", "initcheck", "racecheck")
     ]
     return {
@@ -70,6 +71,7 @@ def steps(folder: Path, dry_run: bool) -> dict[str, Step]:
             [[python, str(HERE / "tune.py"), "--out", str(folder), *(dry or ["--budget", "140", "--write"])]],
         ),
         "timing": Step(150, [[python, str(HERE / "gpu_steps.py"), "timing", "--out", str(folder), *dry]]),
+        "linear": Step(120, [[python, str(HERE / "gpu_steps.py"), "linear", "--out", str(folder), *dry]]),
         "tests": Step(150, [tests]),
         "blocks": Step(60, [[python, str(HERE / "gpu_steps.py"), "blocks", "--out", str(folder), *dry]]),
         "cold": Step(60, [[python, str(HERE / "cold_start.py"), "--pairs", "1"]], dry=False),

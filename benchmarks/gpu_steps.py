@@ -1,6 +1,6 @@
-"""The steps `smoke`, `timing` and `blocks` of `gpu.py`, each in a process of its own.
+"""The steps `smoke`, `timing`, `linear` and `blocks` of `gpu.py`, each in a process of its own.
 
-python benchmarks/gpu_steps.py smoke|timing|blocks [--out FOLDER] [--dry-run]
+python benchmarks/gpu_steps.py smoke|timing|linear|blocks [--out FOLDER] [--dry-run]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 sys.path.append(sys.path.pop(0))  # this folder has a file named like a module of the standard library
 
 import argparse
+import itertools
 import os
 import statistics
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+import long
 from check import Judge, Settings
 from expressive_attention import expressive_attention
+from expressive_attention.backends.cpu import library
 from implementations import GPU_RIVALS, Implementation, flex, ours, prepared, run
 from lines import write_line
 from problems import Problem, gpu_problems
@@ -132,6 +135,43 @@ def documents(problem: Problem, size: int) -> tuple[torch.Tensor, BlockMask]:
     return document == document.view(-1, 1), block_mask
 
 
+def linear(dry_run: bool) -> Iterator[dict[str, Any]]:
+    """The squared form in linear time: errors of sampled rows, and seconds, all pairs and softmax in turn with it."""
+    if dry_run:
+        library.MISSING = "a dry run"  # or the kernels in C would be taken
+    device, heads = ("cpu", 1) if dry_run else ("cuda", 16)
+    rivals = {"all pairs": all_pairs, "softmax": long.softmax}
+    widths, lengths, dtypes = (64, 128), (4096, 16_384, 65_536), (torch.bfloat16, torch.float32)
+    if dry_run:
+        widths, lengths, dtypes = (4,), (130,), (torch.bfloat16,)
+    for dtype, width, length in itertools.product(dtypes, widths, lengths):
+        generator = torch.Generator(device).manual_seed(length)
+        shape = (1, heads, length, width)
+        leaves = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for _ in range(3)]
+        tensors = [x.detach() for x in leaves]
+        row = {"problem": f"causal, {shape}", "dtype": str(dtype)}
+        share = long.sampled(long.linear(*tensors), *tensors)
+        yield {**row, "implementation": "linear", "error": share, "right": share <= 1}
+        if not share <= 1:
+            continue
+        for (name, rival), gradients in itertools.product(rivals.items(), (False, True)):
+            functions = [partial(function, *tensors) for function in (long.linear, rival)]
+            if gradients:
+                functions = [long.with_gradients(f, leaves, torch.ones_like(leaves[2])) for f in (long.linear, rival)]
+            wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+            own, theirs = in_turn(functions, 1 if dry_run else 3, 0.0 if dry_run else 0.05, wait)
+            seconds, own_seconds = statistics.median(theirs), statistics.median(own)
+            kind = "forward + backward" if gradients else "forward"
+            yield {
+                **row, "kind": kind, "implementation": name, "seconds": seconds, "own_seconds": own_seconds,
+                "ratio": seconds / own_seconds,
+            }  # fmt: skip
+
+
+def all_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return expressive_attention(q, k, v, is_causal=True, form="squared", backend="triton")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=tuple(STEPS))
@@ -150,7 +190,7 @@ def main() -> None:
     sys.exit(wrong)
 
 
-STEPS = {"smoke": smoke, "timing": timing, "blocks": blocks}
+STEPS = {"smoke": smoke, "timing": timing, "linear": linear, "blocks": blocks}
 
 
 if __name__ == "__main__":

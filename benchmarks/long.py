@@ -119,6 +119,7 @@ RIVALS = {"all pairs": all_pairs, "softmax": softmax}
 
 def error_of(outputs: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> float:
     """The largest error of rows that see all keys, over twice that of the reference plus one rounding."""
+    own = parts[0][0].dtype
     exact, plain = (
         torch.stack(
             [
@@ -128,9 +129,9 @@ def error_of(outputs: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> fl
                 for q, k, v in parts
             ]
         )
-        for dtype in (torch.float64, torch.float32)
+        for dtype in (torch.float64, own)
     )
-    budget = 2 * (plain - exact).abs().amax() + torch.finfo(torch.float32).eps * exact.abs()
+    budget = 2 * (plain - exact).abs().amax() + torch.finfo(own).eps * exact.abs()
     return float(((torch.stack(list(outputs)).double() - exact).abs() / budget).max())
 
 

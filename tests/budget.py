@@ -44,6 +44,8 @@ def fused(name: str) -> Iterator[str]:
         if build == "torch":
             patch.setattr(library, "MISSING", "a test")
             patch.setattr(BACKENDS["triton"], "declines", lambda call: "a test")  # which an interpreter may run here
+        elif build == "triton":
+            patch.setattr(library, "MISSING", "a test")
         elif build:
             patch.setattr(library, "chosen", lambda: library.BUILDS[build])
         yield backend

@@ -146,7 +146,7 @@ def test_errors_of_long_problems():
         (
             "gpu.py",
             ["tests", "speed"],
-            "STEP must be one of smoke, tuning, timing, tests, blocks, cold, large, sanitizer, got",
+            "STEP must be one of smoke, tuning, timing, linear, tests, blocks, cold, large, sanitizer, got",
         ),
         ("gpu.py", ["--minutes", "0"], "--minutes must be above 0, got 0"),
         ("tune.py", ["--dry-run", "--write"], "--write needs what was measured, and --dry-run measures nothing"),
@@ -174,7 +174,8 @@ def test_a_dry_run_goes_through_all_steps_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = {row["step"]: row["result"] for row in lines(tmp_path / "steps.jsonl")}
     needs_gpu = {"cold": "needs a GPU", "sanitizer": "needs a GPU"}
-    assert results == dict.fromkeys(("smoke", "tuning", "timing", "tests", "blocks", "large"), "passed") | needs_gpu
+    passed = ("smoke", "tuning", "timing", "linear", "tests", "blocks", "large")
+    assert results == dict.fromkeys(passed, "passed") | needs_gpu
     smoke = lines(tmp_path / "smoke.jsonl")
     assert len(smoke) == 6
     assert all(0 < row["error"] <= 1 for row in smoke)
@@ -182,6 +183,9 @@ def test_a_dry_run_goes_through_all_steps_for_a_gpu(tmp_path):
     assert {row["kernel"] for row in tuning} == {"forward", "row", "query", "key_value"}
     assert all(row["seconds"] > 0 for row in tuning)
     assert json.loads((tmp_path / "tuned.json").read_text()).keys() == {"0"}
+    linear = lines(tmp_path / "linear.jsonl")
+    assert all(0 < row["error"] <= 1 for row in linear if row["implementation"] == "linear")
+    assert [row["implementation"] for row in linear] == ["linear", *["all pairs"] * 2, *["softmax"] * 2]
     twins = [row for row in lines(tmp_path / "timing.jsonl") if row["implementation"] == "twin"]
     assert len(twins) == 8
     assert all(row["seconds"] / row["own_seconds"] == pytest.approx(row["ratio"]) for row in twins)

@@ -1,11 +1,11 @@
 """Compile the kernels in Triton for a GPU that need not be there, and say what each of them takes there.
 
-    python tests/backends/compile_triton.py CAPABILITY [CASE ...] [--kernel NAME] [--store]
+    python tests/backends/compile_triton.py CAPABILITY [CASE ...] [--kernel NAME ...] [--store]
 
 Prints a line of JSON for each kernel of the cases (default: all): registers and stack of a thread (bytes; what does not
 fit in registers lies there), shared memory of a program (bytes), and instructions: all of them, and those of the
-innermost loop over whole tiles, by kind. With --kernel, one kernel of each case is compiled. With --store, it is the
-main kernels of the plain problems, and their numbers become the limits in `triton_limits.json` for this version of
+innermost loop over whole tiles, by kind. With --kernel, kernels of these names are compiled alone. With --store, it is
+the main kernels of the plain problems, and their numbers become the limits in `triton_limits.json` for this version of
 Triton.
 """
 
@@ -26,12 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expressive_attention.backends.triton import launch
+from expressive_attention.backends.triton import launch, linear
 from expressive_attention.call import Call, Upstream, Visibility
 
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -83,6 +83,8 @@ def compile_for(
         if not wanted(name):
             return
         given = {**arguments, **more, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+        if "normalizers" in given:
+            given["normalizers"].zero_()  # what nobody wrote may be NaN, which has others computed
         signature, constants, attributes = described(kernel, given)
         key = (kernel.fn.__name__, tuple(tile), str(signature), str(constants))
         if key in done:
@@ -115,7 +117,10 @@ def read(cubin: bytes) -> dict[str, Any]:
 
 
 def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
-    """Count the instructions of the shortest loop with weights and products: the one whose tiles need no masks."""
+    """Count the instructions of the shortest loop with weights and products: the one whose tiles need no masks.
+
+    Without weights in a loop, it is the shortest with products: the one that reads a state.
+    """
     loops = []
     for place, name, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -128,9 +133,9 @@ def innermost(lines: list[tuple[int, str, str]]) -> dict[str, int] | None:
         body = [name for place, name, _ in lines if first <= place <= last and name != "NOP"]
         kinds = {kind: sum(name.startswith(starts) for name in body) for kind, starts in KINDS.items()}
         products = kinds["tensor"] or not any(name.startswith(KINDS["tensor"]) for _, name, _ in lines)
-        if products and kinds["mufu"]:
+        if products:
             counts.append({"all": len(body), **kinds})
-    return min(counts, key=lambda count: count["all"], default=None)
+    return min(counts, key=lambda count: (not count["mufu"], count["all"]), default=None)
 
 
 def attend(dtype, width, mask=None, visibility=None, length=512, form="expressive", groups=2, seeds=None):
@@ -142,6 +147,17 @@ def attend(dtype, width, mask=None, visibility=None, length=512, form="expressiv
     result = launch.forward(call)
     has_bias = mask is not None and mask.dtype != torch.bool
     launch.backward(call, result, Upstream(result.output, result.normalizer, has_bias))
+
+
+def attend_in_linear_time(dtype, width, visibility=None, decay_heads=None, groups=1):
+    """Forward and backward of the squared form, for four chunks of keys and as many of rows; causal by default."""
+    length = 4 * launch.tuning.linear_chunk(width)
+    query = torch.empty(1, 2 * groups, length, width, dtype=dtype)
+    key = value = torch.empty(1, 2, length, width, dtype=dtype)
+    decays = None if decay_heads is None else torch.zeros(1, decay_heads, length, dtype=torch.float64)
+    call = Call(query, key, value, None, Visibility(right=0) if visibility is None else visibility, 0.125, "squared")
+    output, normalizer = linear.forward(call, decays)
+    linear.backward(call, decays, Upstream(output, normalizer, False))
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -163,6 +179,11 @@ MAIN: dict[str, Callable[[], None]] = {
     f"{name}-{width}": lambda dtype=dtype, width=width: attend(dtype, width, groups=1)
     for name, dtype in (("bfloat16", BF16), ("float16", FP16), ("float32", FP32))
     for width in (64, 128, 256)
+}
+MAIN |= {
+    f"linear, {name}-{width}": lambda dtype=dtype, width=width: attend_in_linear_time(dtype, width)
+    for name, dtype in (("bfloat16", BF16), ("float32", FP32))
+    for width in (64, 128)
 }
 
 
@@ -206,6 +227,9 @@ OTHERS: dict[str, Callable[[], None]] = {
         BF16, 64, visibility=Visibility(**{**BLOCKS, "listed": BLOCKS["listed"][:, :, :1]}), length=1
     ),
     "dropout, blocks": lambda: attend(BF16, 64, visibility=Visibility(right=0, **BLOCKS), seeds=SEEDS),
+    "linear, full, float16": lambda: attend_in_linear_time(FP16, 32, Visibility(), groups=2),
+    "linear, decays": lambda: attend_in_linear_time(BF16, 64, decay_heads=2, groups=2),
+    "linear, decays of queries": lambda: attend_in_linear_time(FP32, 64, decay_heads=4, groups=2),
     "dropout, decoding": lambda: attend(FP16, 256, visibility=Visibility(), length=1, seeds=SEEDS),
 }
 
@@ -226,7 +250,10 @@ def numbers(row: dict[str, Any]) -> list[int]:
 def store(capability: str, rows: list[dict[str, Any]]) -> None:
     """Replace the limits of this version of Triton for a GPU."""
     table = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
-    found = {f"{row['case']} {row['kernel']}": numbers(row) for row in rows}
+    found: dict[str, list[int]] = {}
+    for row in rows:  # a case may compile a kernel more than once
+        name = f"{row['case']} {row['kernel']}"
+        found[name] = [max(pair) for pair in zip(numbers(row), found.get(name, [0] * 4), strict=True)]
     table.setdefault(version(), {})[capability] = found
     text = json.dumps({name: dict(sorted(table[name].items())) for name in sorted(table)}, indent=1)
     LIMITS.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
@@ -243,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("capability", type=int)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--kernel", metavar="NAME")
+    parser.add_argument("--kernel", metavar="NAME", action="append")
     parser.add_argument("--store", action="store_true")
     options = parser.parse_args()
     if unknown := {*options.cases} - {*cases}:
@@ -251,7 +278,7 @@ def main() -> None:
     capability = options.capability
 
     def wanted(name: str) -> bool:
-        return (is_main(name) or not options.store) and options.kernel in (None, name)
+        return (is_main(name) or not options.store) and (not options.kernel or name in options.kernel)
 
     case = ""
 

@@ -64,13 +64,15 @@ def test_kernels_compile_and_stay_within_their_limits(capability, tmp_path):
     assert above(rows, limits) == {}
 
 
-def test_the_forward_kernel_of_an_h100_stays_within_its_limits(tmp_path):
-    """One of all kernels, in seconds, and with dropout and blocks, whose code the interpreter takes in more forms."""
+def test_the_forward_kernels_of_an_h100_stay_within_their_limits(tmp_path):
+    """Two of all kernels, in seconds, and with dropout and blocks, whose code the interpreter takes in more forms."""
     limits = limits_of(90)
     if not limits:
         pytest.skip("no limits are stored for this version of Triton")
-    rows = compiled(tmp_path, 90, "bfloat16-64", "dropout, blocks", "--kernel", "forward_kernel")
-    assert [row["case"] for row in rows] == ["bfloat16-64", "dropout, blocks"]
+    cases = ["bfloat16-64", "linear, bfloat16-64", "dropout, blocks"]
+    rows = compiled(tmp_path, 90, *cases, "--kernel", "forward_kernel", "--kernel", "linear_forward_kernel")
+    assert sorted({row["case"] for row in rows}) == sorted(cases)
     assert above(rows, limits) == {}
     lower = {name: [number - 20 for number in limit] for name, limit in limits.items()}
-    assert above(rows, lower).keys() == {"bfloat16-64 forward_kernel"}
+    main = {"bfloat16-64 forward_kernel", "linear, bfloat16-64 linear_forward_kernel"} & limits.keys()
+    assert above(rows, lower).keys() == main

@@ -1,8 +1,8 @@
 """The squared form in linear time: f(z) = z^2 factorizes, (q . k)^2 = phi(q) . phi(k).
 
 phi has the E (E + 1) / 2 distinct products of components, so sum_j w_ij v_j is a product of phi(q_i) and of a state,
-the sum_j phi(k_j) v_j^T of the keys so far. ``kernels/linear.h`` of the backend `cpu` has it in C; `chunks` is plain
-torch, on any device.
+the sum_j phi(k_j) v_j^T of the keys so far. ``kernels/linear.h`` of the backend `cpu` has it in C, and ``linear.py`` of
+`triton` in kernels for GPUs; `chunks` is plain torch, on any device.
 
 The normalizer is read from the state as q^T (sum_j k_j k_j^T) q. Where q is nearly orthogonal to all keys, terms cancel
 there that are |q|^2 |k|^2 / z^2 times as large as what is left. A state that some row cannot be read from accurately,
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import call as calls
 from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
-from .. import blockwise, cpu
+from .. import blockwise, cpu, triton
 from ..cpu import library
 from . import chunks, rows
 
@@ -30,6 +30,8 @@ _COST_OF_PRODUCTS = 8
 _HALF_A_CHUNK = 48
 # With gradients, linear time costs up to a fifth more beside all pairs than without.
 _MARGIN = 1.2
+# Its exponential is 0, and differences of its multiples are in float32's range.
+_LARGEST_SLOPE = 1e4
 
 
 def declines(call: Call) -> str | None:
@@ -94,7 +96,7 @@ def forward(call: Call) -> Result:
         return calls.forward(_all_pairs(call), call)
     own, broken = found
     decays = _decays(call)
-    output, normalizer = cpu.linear_forward(own, decays) if _in_c(call) else chunks.forward(own, decays)
+    output, normalizer = _from_state(own, decays)
     left = normalizer.isnan() | broken
     if left.any():
         if not rows.are_few(left):
@@ -116,7 +118,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         others = Upstream(zeros[0], zeros[1], False)
     else:
         others = upstream
-    gradients = cpu.linear_backward(own, decays, others) if _in_c(call) else chunks.backward(own, decays, others)
+    gradients = _gradients_from_state(own, decays, others)
     left = gradients[0].isnan().any(-1) | broken
     if left.any():
         if not rows.are_few(left):
@@ -127,6 +129,30 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     dq, dk, dv, by_key = gradients
     of_decay = None if call.log_decay is None or by_key is None else _of_log_decay(call, by_key, result, upstream)
     return Gradients(dq, dk, dv, None, of_decay)
+
+
+def _from_state(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and normalizer, in C, in Triton or in plain torch; N is NaN where no state holds a row."""
+    if _in_c(call):
+        return cpu.linear_forward(call, decays)
+    if triton.linear_declines(call) is not None:
+        return chunks.forward(call, decays)
+    output, normalizer = triton.linear_forward(call, decays)
+    if normalizer.isnan().any():
+        return chunks.forward(call, decays, torch.float64)
+    return output, normalizer
+
+
+def _gradients_from_state(
+    call: Call, decays: Tensor | None, upstream: Upstream
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of query, key, value and decays, as keys have them; NaN for queries that no state holds."""
+    if _in_c(call):
+        return cpu.linear_backward(call, decays, upstream)
+    if triton.linear_declines(call) is not None:
+        return chunks.backward(call, decays, upstream)
+    found = triton.linear_backward(call, decays, upstream)
+    return chunks.backward(call, decays, upstream, torch.float64) if found is None else found
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +172,9 @@ def _decays(call: Call) -> Tensor | None:
     if slopes is None:
         return total
     keys = torch.arange(call.key.shape[2], device=slopes.device, dtype=torch.float64)
-    of_slopes = (-slopes.to(torch.float64).unsqueeze(-1) * keys).expand(call.query.shape[0], -1, -1)
+    of_slopes = (-slopes.to(torch.float64).clamp(max=_LARGEST_SLOPE).unsqueeze(-1) * keys).expand(
+        call.query.shape[0], -1, -1
+    )
     if total is None:
         return of_slopes
     return of_slopes + total.repeat_interleave(slopes.shape[1] // total.shape[1], 1)

@@ -135,7 +135,7 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(call: Call, decays: Tensor | None, first: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Output and normalizer of a call that `backends.linear` does not decline.
 
     N is NaN where float64 does not hold a row.
@@ -143,11 +143,12 @@ def forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
     Args:
         call: The call.
         decays: Cumulative log decays ``(B, Hq | Hkv, S)`` of float64, or None.
+        first: The dtype that is tried first; None: that of the device.
     """
     if call.visibility.key_lengths is not None:
-        outputs, normalizers = zip(*[forward(*own) for own in _one_by_one(call, decays)], strict=True)
+        outputs, normalizers = zip(*[forward(*own, first) for own in _one_by_one(call, decays)], strict=True)
         return torch.cat(outputs), torch.cat(normalizers)
-    found = _forward_of(call, decays)[1]
+    found = _forward_of(call, decays, first)[1]
     output, normalizer = (x.view(*call.query.shape[:2], *x.shape[2:]) for x in found)
     return output.to(call.query.dtype), normalizer.to(accumulation_dtype(call.query.dtype))
 
@@ -160,9 +161,9 @@ def _first_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.is_cpu else accumulation_dtype(query.dtype)
 
 
-def _forward_of(call: Call, decays: Tensor | None) -> tuple[_Problem, tuple[Tensor, Tensor]]:
+def _forward_of(call: Call, decays: Tensor | None, first: torch.dtype | None) -> tuple[_Problem, tuple[Tensor, Tensor]]:
     """The problem in a dtype that holds all rows, or else in float64, and its output and normalizer."""
-    problem = _Problem.of(call, decays, _first_dtype(call.query))
+    problem = _Problem.of(call, decays, _first_dtype(call.query) if first is None else first)
     found = _forward(problem)
     if problem.dtype != torch.float64 and found[1].isnan().any():
         problem = _Problem.of(call, decays, torch.float64)
@@ -228,7 +229,9 @@ def _remember(state: State, problem: _Problem, key: Tensor, value: Tensor, colum
     state.add_(k, _times(problem.keys_of(value, columns), decay), decay)
 
 
-def backward(call: Call, decays: Tensor | None, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(
+    call: Call, decays: Tensor | None, upstream: Upstream, first: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and decays, as keys have them.
 
     Rows that float64 does not hold have NaN for the gradient of their query, and give nothing to those of keys.
@@ -240,14 +243,14 @@ def backward(call: Call, decays: Tensor | None, upstream: Upstream) -> tuple[Ten
         for b, own in enumerate(_one_by_one(call, decays)):
             one = slice(b, b + 1)
             n = own[0].key.shape[2]
-            found = backward(*own, Upstream(do[one], None if dn is None else dn[one], False))
+            found = backward(*own, Upstream(do[one], None if dn is None else dn[one], False), first)
             dq[one], dk[one, :, :n], dv[one, :, :n], of_decays = found
             if dc is not None and of_decays is not None:
                 dc[one, :, :n] = of_decays
         return dq, dk, dv, dc
     if call.key.shape[2] == 0:
         return torch.zeros_like(call.query), torch.zeros_like(call.key), torch.zeros_like(call.value), decays
-    problem, (output, normalizer) = _forward_of(call, decays)
+    problem, (output, normalizer) = _forward_of(call, decays, first)
     dtype = problem.dtype
     heads = problem.key.shape[0] // call.key.shape[0]
     unsafe = normalizer.isnan()

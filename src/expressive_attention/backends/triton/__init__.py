@@ -12,12 +12,14 @@ import os
 import sys
 
 import torch
+from torch import Tensor
 
 from ...call import Call, Gradients, Result, Upstream, differentiated_by_func
 
-__all__ = ["backward", "declines", "forward"]
+__all__ = ["backward", "declines", "forward", "linear_backward", "linear_declines", "linear_forward"]
 
 _WIDEST = 256
+_WIDEST_LINEAR = 128
 _OLDEST = (3, 4)  # Triton
 
 
@@ -89,6 +91,43 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
     from . import launch
 
     return launch.backward(call, result, upstream)
+
+
+# ---- the squared form in linear time ----
+
+
+def linear_declines(call: Call) -> str | None:
+    """The reason why a call that `backends.linear` does not decline has no kernels here; None: it has."""
+    reason = declines(call.but(log_decay=None))
+    if reason is not None:
+        return reason
+    if call.visibility.key_lengths is not None:
+        return "key_lengths are not implemented"
+    widest = max(call.query.shape[-1], call.value.shape[-1])
+    if widest > _WIDEST_LINEAR:
+        return f"states of head dimensions above {_WIDEST_LINEAR} are not implemented, got {widest}"
+    return None
+
+
+def linear_forward(call: Call, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and normalizer of the squared form; N is NaN where float32 does not hold a row.
+
+    Args:
+        call: A call that `linear_declines` does not decline.
+        decays: Cumulative log decays ``(B, Hq | Hkv, S)`` of float64, or None.
+    """
+    from . import linear
+
+    return linear.forward(call, decays)
+
+
+def linear_backward(
+    call: Call, decays: Tensor | None, upstream: Upstream
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Gradients of query, key, value and decays, as keys have them; None: float32 does not hold all rows."""
+    from . import linear
+
+    return linear.backward(call, decays, upstream)
 
 
 def _interpreted() -> bool:

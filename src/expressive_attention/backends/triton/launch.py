@@ -22,7 +22,7 @@ from .forward_pass import forward_kernel
 from .tiles import ALIBI, BOOL, FLOAT, FORMS, INTERPRETED, NO_MASK, RATIO, Tile, ceil_div, padded, shapes
 from .wide import wide_kernel
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "on_device", "precision_of"]
 
 # A float32 normalizer above this lost no weight that counts to underflow.
 _LOWEST = 2.0**-80
@@ -88,7 +88,7 @@ def forward(call: Call) -> Result:
         lost = torch.zeros(inputs.programs, dtype=torch.int32, device=query.device)
     narrow = {**inputs.narrow, "WEIGHT": _TYPES[weight], "FACTOR": factor, "lost": lost}
     narrow |= {"tiles": tiles, "span": span, "bias_maxima": normalizer if bias_max is None else bias_max}
-    with inputs.on_device():
+    with on_device(inputs.device):
         inputs.find_bias_max(bias_max)
         if parts == 1:
             _run(forward_kernel, (programs, 1), tile, arguments, SPLIT=False, **narrow)
@@ -161,7 +161,7 @@ def backward(call: Call, result: Result, upstream: Upstream) -> Gradients:
         "FACTOR": 1.0,
         "DS": tl.float32,
     }
-    with inputs.on_device():
+    with on_device(inputs.device):
         inputs.find_bias_max(bias_max)
         # A gradient of the mask may be the small sum of many terms, which a rounded output would drown.
         exact = dmask is not None and query.dtype != torch.float32
@@ -212,14 +212,7 @@ class _Inputs:
             self.longest_key = min(self.longest_key, visibility.longest_key)
         self.programs = sequences * key.shape[1]
         self.widest = max(padded(query.shape[3]), padded(value.shape[3]))
-        # Products of 16-bit numbers are exact in tf32. With "high", torch allows less than float32; three products of
-        # tf32 lose nearly nothing and run on the tensor cores.
-        self.precision = "tf32"
-        if torch.version.hip is not None:
-            self.precision = "ieee"
-        elif query.dtype == torch.float32:
-            exactness = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-            self.precision = exactness[float32_precision(query.device)]
+        self.precision = precision_of(query)
         self.biased = attn_mask is not None and attn_mask.dtype != torch.bool
         # Slopes are read as a mask (B | 1, Hq, 1, 1). Without a mask, any pointer will do.
         kind, weights, strides = NO_MASK, query, (0, 0, 0, 0)
@@ -266,10 +259,6 @@ class _Inputs:
             "scale": mantissa, "scale_exponent": exponent, "PRECISION": self.precision, "WEIGHT": tl.float32,
         }  # fmt: skip
 
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel. Dropout draws for at most 64 keys at once."""
         tile = tuning.choose(kernel, self.dtype, self.widest, self.capability)
@@ -299,6 +288,24 @@ class _Inputs:
             tile = Tile(16, 64, 4, 2)
             tiles = self.tiles(tile)
             _run(bias_max_kernel, (tiles * self.programs,), tile, self.arguments, tiles=tiles, bias_maxima=bias_max)
+
+
+def precision_of(x: Tensor) -> str:
+    """The precision of products of tiles of a tensor.
+
+    Products of 16-bit numbers are exact in tf32. With "high", torch allows less than float32; three products of tf32
+    lose nearly nothing and run on the tensor cores.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    if x.dtype != torch.float32:
+        return "tf32"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[float32_precision(x.device)]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _dropout(dropout_p: float, seeds: Tensor | None, batch: int) -> dict[str, Any]:

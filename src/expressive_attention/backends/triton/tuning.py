@@ -15,7 +15,7 @@ import torch
 
 from .tiles import Tile
 
-__all__ = ["KERNELS", "capability_of", "choose", "measured", "wide_tile"]
+__all__ = ["KERNELS", "capability_of", "choose", "linear_chunk", "linear_tile", "measured", "wide_tile"]
 
 KERNELS = ("forward", "row", "query", "key_value", "bias_gradient")
 
@@ -76,3 +76,23 @@ def _default(kernel: str, dtype: torch.dtype, width: int, roomy: bool) -> Tile:
 def wide_tile(width: int) -> Tile:
     """The tile of kernels with `WIDE`, whose numbers are float32."""
     return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
+
+
+def linear_chunk(width: int) -> int:
+    """Keys of a chunk that has a state: the larger the fewer states are in memory, and the more pairs are multiplied.
+
+    States are then twice as large as values in float32, and the pairs of a row take half the products of its state.
+    """
+    return max(128, width * width // 2)
+
+
+def linear_tile(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Tile:
+    """The tile of a kernel of the squared form in linear time, "sum", "rows" or "key_value"; it is of float32."""
+    roomy = capability in _ROOMY
+    if dtype == torch.float32:
+        if width <= 64:
+            return Tile(32, 32, 8 if kernel == "rows" else 4, 1)
+        return Tile(32, 32, 8, 1) if roomy else Tile(16, 16, 8, 1)
+    if width <= 64:
+        return Tile(128 if kernel == "rows" else 32, 64, 8, 2)
+    return Tile(64 if roomy or kernel != "rows" else 32, 32, 8, 1)
