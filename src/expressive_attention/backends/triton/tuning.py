@@ -87,7 +87,7 @@ def linear_chunk(width: int) -> int:
 
 
 def linear_tile(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Tile:
-    """The tile of a kernel of the squared form in linear time, "sum", "rows" or "key_value"; it is of float32."""
+    """The tile of a kernel in linear time: "sum", "rows" or "key_value". Its numbers are float32."""
     roomy = capability in _ROOMY
     if dtype == torch.float32:
         if width <= 64:
