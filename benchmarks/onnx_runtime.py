@@ -47,6 +47,8 @@ def attention(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # Otherwise its threads spin for a while after a run, on the cores of whoever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     given: dict[tuple[int, ...], dict[str, object]] = {}
 
