@@ -34,8 +34,8 @@ def tensors(dtype=torch.float32):
 # opcheck checks the registration, which backends share.
 CHECKED = [*(("cpu", name) for name in CASES), ("blockwise", "visibility"), ("blockwise", "bias and window")]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-# A trace takes seconds. That of an operator depends on which tensors there are, not on their shapes, and goes through
-# its derivative; that of the derivative alone is in `test_opcheck_with_biases_by_distance`.
+# A trace of an operator takes seconds. It depends on which tensors there are, not on their shapes, and goes through the
+# derivative. `test_opcheck_with_biases_by_distance` traces a derivative alone.
 TRACED = [("cpu", "visibility"), ("cpu", "bias and window"), ("blockwise", "bias and window")]
 
 

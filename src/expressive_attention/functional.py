@@ -170,7 +170,7 @@ def expressive_attention(
             float mask of L x S.
         block_mask: A `torch.nn.attention.flex_attention.BlockMask`: queries see the keys of the blocks that it lists
             for them, in those listed in part as far as its `mask_mod` says. The kernels in C and in Triton read no
-            other blocks. Of tensors with dimensions ``(..., H, L, E)``, its B is 1 or the product of the leading ones.
+            other blocks. For tensors ``(..., H, L, E)``, its B is 1 or the product of the leading dimensions.
             May be combined with all of the above; a key then has to pass everything.
         tolerance: Leave blocks of keys out whose weights together are, by proof, at most this share of N in each row;
             in (0, 1). The output changes by at most ``2 * tolerance * max |v|``, see `expressive_attention.sparse`.

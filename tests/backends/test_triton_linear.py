@@ -166,7 +166,7 @@ def test_numbers_of_any_size(of_queries, of_values):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("length", [34, 44])
 def test_decays_of_several_chunks(heads, length):
-    """In float32 all along. Of keys before a certain one nothing is left, and those after it keep their digits."""
+    """In float32 all along. Nothing is left of keys before a certain one, and those after it keep their digits."""
     q, k, v, do = tensors(torch.float32, *((1, h, n, 3) for h, n in ((2, length), (1, 40), (1, 40), (2, length))))
     log_decay = -0.1 * torch.rand(1, heads, 40, device=DEVICE)
     log_decay[..., 19] = -1e4

@@ -148,7 +148,7 @@ def listed_of(blocks, strides, batch, kv_head, head, position, first_row, LISTED
 
 @triton.jit
 def list_ranges(own, keys, part, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the steps through a list, with `SIZE` for each block: the first, the first without a mask, and the last.
+    """The first step through a list, with `SIZE` for each block, the first one without a mask, and the last.
 
     They are those of a part, in whole tiles of `BLOCK` steps; none, if there are no `keys`.
     """

@@ -65,7 +65,7 @@ class _Problem:
     """A call in chunks of keys, with a state for each head of keys, or, with other decays, of queries.
 
     Attributes:
-        chunks: Of keys.
+        chunks: The number of chunks of keys.
         read: How many of them are read from a state, by rows in later chunks.
         diagonal: The place of the first query; of one that sees all keys, after the last chunk.
         first_chunk: The first with rows.
