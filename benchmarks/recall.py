@@ -9,10 +9,10 @@ two: to learn which token came before takes longer than all the rest, and is not
 grows to `--pairs` in the first half of the training, for all kinds alike. Printed is the share of values that are
 recalled, on examples of the full number of pairs that were not trained on, for each seed.
 
-The defaults take some three minutes of a core. For many pairs, in some hours:
+The defaults take some three minutes of a core. More pairs take ten minutes, and an hour, for one seed:
 
-    python benchmarks/recall.py --pairs 256 --vocab 1024 --steps 4000 --embed-dim 128
-    python benchmarks/recall.py --pairs 1024 --vocab 4096 --steps 10000 --embed-dim 256 --tokens 8192
+    python benchmarks/recall.py --pairs 256 --vocab 1024 --steps 1000 --tokens 4096 --embed-dim 128 --seeds 1
+    python benchmarks/recall.py --pairs 1024 --vocab 4096 --steps 1000 --tokens 8192 --embed-dim 128 --seeds 1
 """
 
 from __future__ import annotations
@@ -23,52 +23,37 @@ import sys
 sys.path.append(sys.path.pop(0))
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from expressive_attention import expressive_attention
-from expressive_attention.nn import SelfAttention, Transformer
+from expressive_attention.nn import Transformer
 from expressive_attention.study.tasks.base import IGNORED
 from expressive_attention.study.tasks.recall.mqar import MQARTask
+from kinds import KINDS, model_of, train
 
-KINDS = ("EA", "EA in a window", "squared", "near and far", "softmax")
 _TESTED = 256  # examples, from their own stream
 
 
-class Windowed(SelfAttention):
-    """EA of the last `window` keys alone."""
+class TokenAndEarlier(nn.Module):
+    """The sum of a vector of the token and one of the token before it, as from a convolution of width two."""
 
-    window: int
+    def __init__(self, token: nn.Embedding) -> None:
+        super().__init__()
+        self.token, self.earlier = token, copy.deepcopy(token)
+        nn.init.normal_(self.earlier.weight, std=float(token.weight.detach().std()))
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        q, k, v = self.heads(x)
-        y = expressive_attention(q, k, v, is_causal=True, window_size=(self.window - 1, -1))
-        return self.out(y.transpose(-3, -2).flatten(-2))
-
-
-def model_of(kind: str, seed: int, arguments: argparse.Namespace) -> Transformer:
-    """The model of one kind; those of a seed start with the same parameters."""
-    torch.manual_seed(seed)
-    mechanism = {"squared": "squared", "softmax": "dot_product"}.get(kind, "expressive")
-    window = arguments.window if kind == "near and far" else None
-    model = Transformer(
-        arguments.vocab, 4 * arguments.pairs, arguments.embed_dim, arguments.layers, arguments.heads, mechanism,
-        position="none", gain=True, window=window, mlp_ratio=2, input_dim=2 * arguments.vocab,
-    )  # fmt: skip
-    if kind == "EA in a window":
-        for module in model.modules():
-            if isinstance(module, SelfAttention):
-                module.__class__ = Windowed
-                module.window = arguments.window
-    return model
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token(tokens) + self.earlier(F.pad(tokens[..., :-1], (1, 0)))  # 0 comes before the first
 
 
 def examples(pairs: int, count: int, arguments: argparse.Namespace, stream: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -76,12 +61,6 @@ def examples(pairs: int, count: int, arguments: argparse.Namespace, stream: Sequ
     task = MQARTask(pairs=pairs, vocab=arguments.vocab)
     drawn = task.draw(np.random.Philox(np.random.SeedSequence(list(stream))), count)
     return torch.from_numpy(drawn.inputs), torch.from_numpy(drawn.targets)
-
-
-def with_earlier(inputs: Tensor, vocab: int) -> Tensor:
-    """Tokens ``(count, L)`` and those before them, as vectors ``(count, L, 2 vocab)``; 0 comes before the first."""
-    both = torch.stack([inputs, F.pad(inputs[:, :-1], (1, 0))], -1)
-    return F.one_hot(both, vocab).flatten(-2).float()
 
 
 def pairs_at(step: int, arguments: argparse.Namespace) -> int:
@@ -95,32 +74,29 @@ def recalled(model: Transformer, arguments: argparse.Namespace) -> float:
     """The share of asked values that are the most likely token."""
     inputs, targets = examples(arguments.pairs, _TESTED, arguments, (1, 0))
     with torch.no_grad():
-        found = torch.cat([model(with_earlier(part, arguments.vocab)).argmax(-1) for part in inputs.split(64)])
+        found = torch.cat([model(part).argmax(-1) for part in inputs.split(max(1, 16384 // inputs.shape[1]))])
     asked = targets != IGNORED
     return float((found == targets)[asked].float().mean())
 
 
-def train(kind: str, seed: int, arguments: argparse.Namespace) -> tuple[float, float]:
-    """The share that is recalled after training, and the seconds that it took."""
-    model = model_of(kind, seed, arguments)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.0)
-    warm = max(1, arguments.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1, (n + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * n / arguments.steps))
-    )
-    start = time.perf_counter()
-    for step in range(arguments.steps):
+def trained(kind: str, seed: int, arguments: argparse.Namespace) -> Transformer:
+    """A model of one kind; models of a seed see the same examples."""
+    model = model_of(
+        kind, seed, arguments.window, vocab_size=arguments.vocab, max_length=4 * arguments.pairs,
+        embed_dim=arguments.embed_dim, num_layers=arguments.layers, num_heads=arguments.heads, position="none",
+        gain=True, mlp_ratio=2, embedding_std=0.05,
+    )  # fmt: skip
+    model.embedding = cast(nn.Embedding, TokenAndEarlier(cast(nn.Embedding, model.embedding)))
+
+    def loss_at(step: int) -> Tensor:
         pairs = pairs_at(step, arguments)
         count = max(1, arguments.tokens // (4 * pairs))  # of the same number of tokens at any length
         inputs, targets = examples(pairs, count, arguments, (0, seed, step))
         asked = targets != IGNORED
-        loss = F.cross_entropy(model(with_earlier(inputs, arguments.vocab))[asked], targets[asked])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return recalled(model, arguments), time.perf_counter() - start
+        return F.cross_entropy(model(inputs)[asked], targets[asked])
+
+    train(model, arguments.steps, arguments.rate, loss_at)
+    return model.eval()
 
 
 def main() -> None:
@@ -151,9 +127,10 @@ def main() -> None:
     found: dict[str, list[float]] = {kind: [] for kind in arguments.kinds}
     for seed in range(arguments.seeds):  # all kinds of a seed, so that a run that is stopped has pairs
         for kind in arguments.kinds:
-            share, taken = train(kind, seed, arguments)
+            start = time.perf_counter()
+            share = recalled(trained(kind, seed, arguments), arguments)
             found[kind].append(share)
-            print(f"seed {seed}  {kind:15} {share:6.1%}  {taken:5.0f} s", flush=True)
+            print(f"seed {seed}  {kind:15} {share:6.1%}  {time.perf_counter() - start:5.0f} s", flush=True)
     for kind, shares in found.items():
         print(f"{kind:15} mean {np.mean(shares):6.1%}  " + "  ".join(f"{share:6.1%}" for share in shares))
     if arguments.json:

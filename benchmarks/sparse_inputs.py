@@ -16,6 +16,7 @@ from torch import Tensor
 from expressive_attention.call import Call
 from expressive_attention.functional import call_hooks
 from expressive_attention.nn import Transformer
+from sources import sources, spread
 
 HEADS, DIM = 8, 64
 TWINS = Path(__file__).parents[1] / "docs" / "notebooks" / "twins"
@@ -93,12 +94,7 @@ def twin_sequences(length: int) -> Tensor:
 
 def text_model(lengths: list[int], steps: int) -> Iterator[Problem]:
     """A small language model of Python's sources, trained here: each layer, after so many held-out bytes."""
-    files = sorted(Path(argparse.__file__).parent.glob("*.py"))
-    held_out = files[::10]
-    training, test = (
-        torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in part)), dtype=torch.uint8).long()
-        for part in (sorted(set(files) - set(held_out)), held_out)
-    )
+    training, test = sources()
     torch.manual_seed(0)
     model = Transformer(256, _CONTEXT, embed_dim=128, num_layers=2, num_heads=2, position="rope")
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
@@ -112,9 +108,8 @@ def text_model(lengths: list[int], steps: int) -> Iterator[Problem]:
         schedule.step()
     model.eval()
     for length in lengths:
-        places = torch.arange(4).view(-1, 1) * (len(test) - length) // 4  # of four texts
         with calls_inside() as calls:
-            model(test[places + torch.arange(length)])
+            model(spread(test, 4, length))
         for number, call in enumerate(calls, 1):
             yield as_heads(f"text, layer {number}", call, (1, 128), last=True)
 

@@ -169,6 +169,32 @@ def test_slopes_are_trained_in_16_bits_as_well(position):
 
 
 @pytest.mark.parametrize("mechanism", ["expressive", "squared"])
+@pytest.mark.parametrize("position", ["alibi", "rope+learned_alibi", "alibi+learned_alibi"])
+def test_decay_is_a_slope_and_no_mask(mechanism, position, monkeypatch):
+    """Of all queries, and of those that continue a cache."""
+    torch.manual_seed(7)
+    module = SelfAttention(8, 2, mechanism, position=position)
+    x = torch.randn(1, 7, 8)
+    calls = []
+    monkeypatch.setattr(functional, "call_hooks", [calls.append])
+    whole = module(x)
+    assert calls[0].attn_mask is None
+    masked = module.out(
+        attend(mechanism, *module.heads(x), module.position_bias(x), is_causal=True).transpose(-3, -2).flatten(-2)
+    )
+    torch.testing.assert_close(whole, masked)
+    if module.alibi is not None:
+        slopes = module.alibi.log_slopes
+        found, expected = (torch.autograd.grad(y.square().sum(), slopes)[0] for y in (whole, masked))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    cache = KeyValueCache(7)
+    parts = [module(part, cache=cache) for part in x.split([3, 1, 3], 1)]
+    assert all(call.attn_mask is None for call in calls)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("mechanism", ["expressive", "squared"])
 def test_relative_positions_are_a_table_and_no_mask(mechanism, monkeypatch):
     """Of all queries, and of those that continue a cache."""
     module = SelfAttention(8, 2, mechanism, position="relative", max_length=7)

@@ -143,21 +143,13 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x, past)
         if cache is not None:
             k, v = cache.append(k, v)
-        relative = None
-        if self.mechanism in ("expressive", "squared") and isinstance(self.relative, RelativeBias):
-            relative = self.relative.by_distance(k.shape[-2])
-        for bias in (self._position_bias(x, past, relative is None), self._causal(past, x)):
-            if bias is not None:
-                attn_mask = bias if attn_mask is None else join_masks(attn_mask, bias)
         dropout_p = self.dropout_p if self.training else 0.0
-        is_causal = self.is_causal and past == 0
-        if relative is None:
-            y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, is_causal)
-        else:  # queries are the last of all positions
-            y = expressive_attention(
-                q, k, v, attn_mask, dropout_p, is_causal, form=self.mechanism, causal_alignment="lower_right",
-                relative_bias=relative,
-            )  # fmt: skip
+        if self.mechanism in ("expressive", "squared") and self._takes_slopes(q):
+            y = self._expressive(q, k, v, attn_mask, dropout_p)
+        else:
+            for bias in (self.position_bias(x, past), self._causal(past, x)):
+                attn_mask = _joined(attn_mask, bias)
+            y = attend(self.mechanism, q, k, v, attn_mask, dropout_p, self.is_causal and past == 0)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
     def new_cache(self, capacity: int) -> Cache:
@@ -190,12 +182,33 @@ class SelfAttention(nn.Module):
 
     def _log_decay(self) -> Tensor | None:
         """The log decay ``(H,)`` of weights from one position to the next; None: they do not decay."""
+        slopes = self._slopes()
+        return None if slopes is None else -slopes
+
+    def _slopes(self) -> Tensor | None:
+        """The sum of the slopes ``(H,)`` of ALiBi, fixed and learned; None without either."""
         slopes = []
         if "alibi" in position_codes(self.position):
             slopes.append(alibi_slopes(self.num_heads).to(self.qkv.weight.device))
         if self.alibi is not None:
-            slopes.append(self.alibi.log_slopes.exp())
-        return -sum(slopes[1:], slopes[0]) if slopes else None
+            slopes.append(self.alibi.slopes())
+        return sum(slopes[1:], slopes[0]) if slopes else None
+
+    def _takes_slopes(self, q: Tensor) -> bool:
+        """Whether slopes serve as they are: they are float32, and GPUs spread learned ones out to L x S."""
+        return q.dtype != torch.float64 and (self.alibi is None or q.device.type == "cpu")
+
+    def _expressive(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
+        """Expressive attention, which takes positions as they are: no mask of them is spread out, where it can be."""
+        slopes, relative = self._slopes(), None
+        if isinstance(self.relative, RelativeBias):
+            relative = self.relative.by_distance(k.shape[-2])
+        elif self.relative is not None:  # one table for each member of an ensemble
+            attn_mask = _joined(attn_mask, self.relative(q.shape[-2], k.shape[-2]))
+        return expressive_attention(
+            q, k, v, attn_mask, dropout_p, self.is_causal, form=self.mechanism, causal_alignment="lower_right",
+            alibi_slopes=None if slopes is None else slopes.float(), relative_bias=relative,
+        )  # fmt: skip
 
     def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value ``(..., H, L, E)`` of X ``(..., L, D)``: normalized, turned and with the gain.
@@ -220,16 +233,13 @@ class SelfAttention(nn.Module):
             x: Input ``(..., L, D)``.
             past: Number of keys before it: S = `past` + L.
         """
-        return self._position_bias(x, past, True)
-
-    def _position_bias(self, x: Tensor, past: int, with_relative: bool) -> Tensor | None:
         queries, wide = x.shape[-2], x.dtype.itemsize >= 4  # less than float32 is too coarse for large numbers
         keys, is_causal, biases = past + queries, self.is_causal and wide, []
         if "alibi" in position_codes(self.position):
             biases.append(alibi_bias(self.num_heads, queries, keys, x.device, is_causal=is_causal).to(x.dtype))
         if self.alibi is not None:
             biases.append(self.alibi(queries, keys, is_causal=is_causal))
-        if self.relative is not None and with_relative:
+        if self.relative is not None:
             biases.append(self.relative(queries, keys))
         return sum(biases[1:], biases[0]) if biases else None
 
@@ -240,3 +250,9 @@ class SelfAttention(nn.Module):
         if past == 0 or queries == 1:
             return None
         return torch.ones(queries, past + queries, dtype=torch.bool, device=x.device).tril(past)
+
+
+def _joined(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return join_masks(mask, bias)

@@ -312,4 +312,8 @@ class LearnedAlibi(nn.Module):
 
     def forward(self, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
         """Float mask ``(H, L, S)``, or ``(H, 1, S)`` for causal attention, as `alibi_bias`."""
-        return distance_bias(self.log_slopes.exp(), queries, keys, is_causal=is_causal)
+        return distance_bias(self.slopes(), queries, keys, is_causal=is_causal)
+
+    def slopes(self) -> Tensor:
+        """The slopes ``(H,)``, positive."""
+        return self.log_slopes.exp()

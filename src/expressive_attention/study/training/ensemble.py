@@ -97,14 +97,17 @@ class _RelativeBias(nn.Module):
 
 
 class _LearnedAlibi(nn.Module):
-    """`LearnedAlibi` per member: ``(R, 1, H, L, S)``, or ``(R, 1, H, 1, S)``."""
+    """`LearnedAlibi` per member: slopes ``(R, 1, H)``, masks ``(R, 1, H, L, S)`` or ``(R, 1, H, 1, S)``."""
 
     def __init__(self, members: Sequence[LearnedAlibi]) -> None:
         super().__init__()
         self.log_slopes = _stacked([m.log_slopes for m in members])
 
     def forward(self, queries: int, keys: int, *, is_causal: bool = False) -> Tensor:
-        return distance_bias(self.log_slopes.exp().unsqueeze(1), queries, keys, is_causal=is_causal)
+        return distance_bias(self.slopes(), queries, keys, is_causal=is_causal)
+
+    def slopes(self) -> Tensor:
+        return self.log_slopes.exp().unsqueeze(1)
 
 
 _STACKED = {
