@@ -102,6 +102,19 @@ def test_models_are_trained_to_recall(tmp_path):
     assert found["EA in a window"][0] < 0.6  # it does not see most of the pairs
 
 
+def test_models_are_trained_on_text(tmp_path):
+    file = tmp_path / "text.json"
+    sizes = ["--context", 32, "--window", 4, "--steps", 60, "--batch", 8, "--embed-dim", 32]
+    kinds = ["--kinds", "near and far", "EA in a window"]
+    done = run_script(ROOT / "benchmarks" / "text.py", *sizes, *kinds, "--seeds", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["bits"]
+    assert list(found) == ["near and far", "EA in a window"]
+    for ((whole, last),) in found.values():
+        assert 2 < whole < 6  # of 8 without training
+        assert 2 < last < 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--heads", 0], "--heads must be at least 1, got 0"), (["--lengths", 1], "--lengths must be at least 2, got 1")],
