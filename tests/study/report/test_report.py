@@ -462,6 +462,16 @@ def test_the_page_follows_the_theme_and_its_switch(browser, emulate, quick):
     }
 
 
+@pytest.mark.browser
+def test_text_on_bright_cells_is_black_in_the_dark(browser, emulate, quick):
+    emulate(scheme="dark")
+    visit(browser, quick[1], 1200)
+    fills = browser.execute_script(
+        "return [...document.querySelectorAll('.heatmap-label text')].map(text => getComputedStyle(text).fill)"
+    )
+    assert set(fills) == {"rgb(255, 255, 255)", "rgb(17, 17, 17)"}
+
+
 def test_what_lies_behind_text_is_dark_on_a_dark_page(quick):
     _, path = quick
     backgrounds = set(re.findall(r'"bgcolor":"(.*?)"', path.read_text(encoding="utf-8")))
