@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from expressive_attention.study.cli.app import app, study
 from tests.axe import problems
 
 pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
@@ -68,6 +70,29 @@ def test_a_page_in_a_browser(browser, site, page):
             background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
             assert (background == "rgb(255, 255, 255)") == (scheme == "light")
             assert problems(browser, *RULES) == []
+
+
+@pytest.mark.browser
+def test_names_in_tables_break_at_their_joints(browser, site):
+    visit(browser, f"{site}errors/", 390)
+    broken = browser.execute_script(
+        "return [...document.querySelectorAll('td code')].filter(code => code.getClientRects().length > 1)"
+        ".map(code => code.textContent)"
+    )
+    assert broken
+    assert all(re.search(r"[._(= -]", name) for name in broken)
+    rights = "return [...document.querySelectorAll('.md-content table')].map(t => t.getBoundingClientRect().right)"
+    assert max(browser.execute_script(rights)) < 390
+
+
+@pytest.mark.browser
+def test_the_command_line_has_a_section_for_each_command(browser, site):
+    visit(browser, f"{site}commands/", 1280)
+    found = "return [...document.querySelectorAll(arguments[0])].map(each => each.textContent.replace('¶', ''))"
+    commands = [each.name or each.callback.__name__ for group in (app, study) for each in group.registered_commands]
+    assert sorted(heading.split()[-1] for heading in browser.execute_script(found, "h2")) == sorted(commands)
+    names = browser.execute_script(found, "td:first-child code:first-child")
+    assert {"--sample N", "--workers N", "PRESET_OR_FILE"} <= {*names}
 
 
 @pytest.mark.browser

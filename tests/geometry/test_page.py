@@ -293,6 +293,12 @@ def test_the_switch_turns_the_page_dark(browser, tmp_path):
     browser.execute_script("$('theme').click()")
     wait(browser)
     assert browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = browser.execute_script(look)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    wait(browser)
+    assert printed[:2] == ["rgb(255, 255, 255)", "#222222"]
+    assert browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"]
 
 
 @pytest.mark.browser

@@ -16,7 +16,7 @@ from expressive_attention.study.analysis.claims import verdicts
 from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.findings import findings
 from expressive_attention.study.analysis.wording import mechanism_name
-from expressive_attention.study.report.drawing.theme import styles
+from expressive_attention.study.report.drawing.theme import DARK, styles
 from expressive_attention.study.report.export import summary_table
 from expressive_attention.study.report.page import write_report
 
@@ -460,6 +460,23 @@ def test_the_page_follows_the_theme_and_its_switch(browser, emulate, quick):
         False: [["rgb(255, 255, 255)", "#222222"]] * 2,
         True: [["rgb(23, 25, 28)", "#e8e8e6"]] * 2,
     }
+
+
+@pytest.mark.browser
+def test_text_on_bright_cells_is_black_in_the_dark(browser, emulate, quick):
+    emulate(scheme="dark")
+    visit(browser, quick[1], 1200)
+    fills = browser.execute_script(
+        "return [...document.querySelectorAll('.heatmap-label text')].map(text => getComputedStyle(text).fill)"
+    )
+    assert set(fills) == {"rgb(255, 255, 255)", "rgb(17, 17, 17)"}
+
+
+def test_what_lies_behind_text_is_dark_on_a_dark_page(quick):
+    _, path = quick
+    backgrounds = set(re.findall(r'"bgcolor":"(.*?)"', path.read_text(encoding="utf-8")))
+    assert len(backgrounds) == 2  # of labels at the pointer, and of texts on lines
+    assert all(color in DARK for color in backgrounds)
 
 
 @pytest.mark.browser

@@ -2,8 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const value = id => $(id).selectedIndex;
-const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
+const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)"), paper = matchMedia("print");
+const isDark = () => !paper.matches && (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
 const SIDES = data.models.length > 1 ? [0, 1] : [0];
 const SHARED = ["layer", "head", "example", "query", "measure"], MODELS = SIDES.map(side => `model-${side}`);
 const SIGNED = {
@@ -105,9 +105,10 @@ function drawAngles() {
       {x: middle, y: found[side].mass, name: "attention", mode: "lines", line: {shape: "hvh", color: COLORS[layer(side).form][Number(isDark())], width: 2}},
     ];
     if (layer(side).random) traces.push({x: middle, y: layer(side).random, name: "random directions", mode: "lines", line: {dash: "dot", color: color("ink"), width: 1.5}});
+    // Above the curves there is room for the legend.
     plot(`angles-${side}`, `Angles of query and key of ${model(side).name}`, traces, {
       bargap: 0, showlegend: true, legend: {x: 0, y: 1, bgcolor: "rgba(0,0,0,0)"},
-      xaxis: {title: {text: "cos of query and key"}, range: [-1, 1]}, yaxis: {title: {text: "share"}, range: [0, 1.05 * top]},
+      xaxis: {title: {text: "cos of query and key"}, range: [-1, 1]}, yaxis: {title: {text: "share"}, range: [0, 1.3 * top]},
     });
   }
 }
@@ -176,7 +177,7 @@ async function drawThumbs() {
   press();
   for (const side of SIDES) {
     for (const [at, each] of model(side).layers.entries()) {
-      await new Promise(requestAnimationFrame);
+      if (!paper.matches) await new Promise(requestAnimationFrame);  // printing waits for no frame
       if (mine !== round) return;  // another choice came first
       [...$(`thumbs-${side}`).children[at].querySelectorAll("canvas")].forEach((canvas, i) => {
         const shares = relative(scored(each, Math.min(value("example"), each.query.shape[0] - 1), i, MOST));
@@ -238,7 +239,7 @@ choices();
 $("query").selectedIndex = $("query").options.length - 1;
 readAddress();
 $("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; themed(); });
-system.addEventListener("change", themed);
+for (const media of [system, paper]) media.addEventListener("change", themed);
 themed();
 plotly.then(found => {
   library = found;

@@ -19,7 +19,7 @@ from .figures import FIGURES
 
 __all__ = ["archive_link", "drawings_of", "save_figures"]
 
-_EMBEDDED = 1_000_000  # bytes of the largest archive that the page holds itself
+_EMBEDDED = 300_000  # bytes of the largest archive that the page holds itself
 _NO_TIME = (1980, 1, 1, 0, 0, 0)  # the same study, the same bytes
 
 
@@ -59,7 +59,7 @@ def save_figures(drawings: Mapping[str, Drawing], material: Material, directory:
 def archive_link(drawings: Mapping[str, Drawing], material: Material, directory: Path) -> str:
     """The address of a zip file of the study's tables and of the numbers of its figures.
 
-    The address holds the file itself; one above a megabyte is written to `directory` as ``tables.zip``.
+    The address holds the file itself; a larger one than 300 kB is written to `directory` as ``tables.zip``.
 
     Args:
         drawings: As for `save_figures`, which has written their numbers.

@@ -28,6 +28,7 @@ __all__ = [
     "PREDICTORS",
     "SEED",
     "SHARE",
+    "VEIL",
     "Style",
     "crowding",
     "css_color",
@@ -47,6 +48,7 @@ MUTED = "#666666"
 GRID = "#dddddd"
 EMPTY = "#e6e6e6"  # of a map where there is no number
 SHARE = "#1a6e52"  # of shares and weights, on white
+VEIL = "rgba(255, 255, 255, 0.8)"  # behind text that lies on lines
 AHEAD, BEHIND = "#0072B2", "#D55E00"  # of the margin: the colors of EA and DPA
 
 # The same colors on a dark page; others stay as they are.
@@ -56,6 +58,7 @@ DARK = {
     GRID: "#3b3e42",
     EMPTY: "#2b2e32",
     SHARE: "#5fd3a6",
+    VEIL: "rgba(23, 25, 28, 0.8)",
     "#ffffff": "#17191c",
     "#000000": "#e8e8e6",
     AHEAD.lower(): "#3fa3e0",

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .description import Axis, Cells, Curves, Note, Panel, Points, Reference, Rule
-from .theme import EMPTY, GRID, INK, MUTED
+from .theme import EMPTY, GRID, INK, MUTED, VEIL
 
 __all__ = ["plot"]
 
@@ -202,7 +202,7 @@ def _note(part: Note, _: Panel, names: dict[str, str], __: list[dict[str, Any]],
     if part.place == "beside":
         found = _text(part.text, 1, part.y, "left", "middle", **refs | {"yref": names["y"]}, xshift=6)
     elif part.place == "inside":
-        found = _text(part.text, 0.02, 1, "left", "top", **refs, bgcolor="rgba(255, 255, 255, 0.8)")
+        found = _text(part.text, 0.02, 1, "left", "top", **refs, bgcolor=VEIL)
     else:
         is_right = part.place == "above right"
         found = _text(part.text, float(is_right), 1, "right" if is_right else "left", "bottom", **refs)

@@ -34,7 +34,7 @@ def _draw(material: Material) -> Drawing | None:
             (labels.index(each.condition) + shift, each) for each in compared if each.candidate.mechanism == candidate
         ]
         parts += _points(found, mechanism_name(candidate), material.styles[candidate])
-    along = Axis(f"accuracy of {names} - accuracy of DPA", (-reach, reach))
+    along = Axis(f"{names} minus DPA", (-reach, reach))
     return Drawing(
         alternative=f"Accuracy of {names} minus that of DPA on each condition. Numbers: findings.",
         note=(
