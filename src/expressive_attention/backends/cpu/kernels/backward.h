@@ -530,7 +530,7 @@ INLINE void add_sums(const backward_run *run, const row_span *row, row_sums own,
 }
 
 #if HAS_PAIRS
-// What `row_gradient` and `narrow_group` do, for a group of rows two by two, where f is w and all weights are kept.
+// The work of `row_gradient` and `narrow_group` for a group of rows, two by two, where f is w and all weights are kept.
 static void pair_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t n, int complete, row_sums *sums) {
   int64_t ldw = leading(run->plan.block_keys);
   const REAL *w = room->weights, *h = room->derivatives, *product = room->products;

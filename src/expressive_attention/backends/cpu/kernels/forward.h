@@ -95,7 +95,7 @@ static void mask_and_sum(const ea_problem *p, const forward_plan *plan, forward_
 }
 
 // Add a block of keys to the rows: weights first, by panels of keys that stay in the first cache, then their
-// products with the values. What is ahead comes closer meanwhile. (A function of its own: in the one that calls it, too few
+// products with the values. Rows ahead come closer meanwhile. (A function of its own: in the one that calls it, too few
 // registers would be left.)
 static __attribute__((noinline)) void forward_block(const ea_problem *p, const forward_plan *plan, forward_room *room,
                                                     int64_t count, int64_t key, int64_t n, const REAL *values) {
