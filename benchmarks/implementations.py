@@ -84,7 +84,7 @@ def _packed(problem: Problem, backend: str | None) -> Attention:
     longest = max(problem.lengths)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         output = expressive_attention_varlen(
             q, k, v, starts, starts, longest, longest, causal=problem.causal, backend=backend
         )

@@ -292,6 +292,24 @@ def test_upstream_gradients_of_any_stride():
         assert same(got, torch.autograd.grad(output, (q, k, v), upstream.contiguous(), retain_graph=True))
 
 
+@pytest.mark.parametrize("build", library.BUILDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_strides_change_no_bit(build, dtype, heads):
+    """Rows that follow one another are read in their place, or packed, where a block has those of two heads too."""
+    torch.manual_seed(3)
+    q, k, v, upstream = (torch.randn(2, 110, h, 32).to(dtype).transpose(1, 2) for h in (heads, 2, 2, heads))
+
+    def results(*tensors):
+        *leaves, gradient = (x.detach().requires_grad_() for x in tensors)
+        output = expressive_attention(*leaves, is_causal=True, enable_gqa=True, backend="cpu")
+        return [output.detach(), *torch.autograd.grad(output, leaves, gradient.detach())]
+
+    with fused(f"cpu {build}"):
+        strided, contiguous = results(q, k, v, upstream), results(*(x.contiguous() for x in (q, k, v, upstream)))
+    assert same(strided, contiguous)
+
+
 def test_a_normalizer_alone_has_a_gradient():
     torch.manual_seed(2)
     q, k, v = (torch.randn(1, 2, 30, 8, requires_grad=True) for _ in range(3))

@@ -10,8 +10,8 @@
 //
 //     q_i . dq_i = 2 dN_i N_i - 2 sum_j w_ij f_ij g_ij.
 //
-// First N and D of all rows, then key head by key head: blocks of keys against blocks of rows. The keys of a
-// head may be dealt out to several threads; each then has its own dq, and these are added in a fixed order.
+// Key head by key head: N and D of its rows, then blocks of keys against blocks of rows. The keys of a head may be dealt out
+// to several threads: N and D of all rows come first then, each thread has its own dq, and these are added in a fixed order.
 
 #if REAL_IS_DOUBLE
 #define BACKWARD_ROWS 48
@@ -25,9 +25,12 @@ typedef struct {
   int64_t block_rows, block_keys, row_blocks, key_blocks;
   int64_t key_step;                  // from one block of keys to the next, at most block_keys
   int64_t columns, value_columns;    // padded
+  int64_t query_ld, upstream_ld;     // from one row to the next
   int64_t mask_batches, mask_heads;  // key heads that share no element of the gradient of the mask
   int64_t parts;                     // shares of the key blocks of a head
   int recompute;                     // N and D from the inputs, not from what the forward pass stored
+  int looks_ahead;                   // what is needed next is asked for
+  int numbers_first;                 // N and D of all rows come before gradients of any
   int in_place;                      // the gradient of the query is added up where it belongs
   int keeps_shares;                  // f is kept beside w = f exp(bias)
   int pairs;                         // bfloat16 is multiplied in pairs, of numbers as they are, neither scaled nor over N
@@ -36,12 +39,14 @@ typedef struct {
 
 typedef struct {
   row_span *rows;
-  REAL *query, *upstream, *keys_transposed, *values_transposed, *keys, *weights, *shares, *derivatives, *products;
+  const REAL *query, *upstream;  // those of the block
+  REAL *queries, *upstreams, *keys_transposed, *values_transposed, *keys, *weights, *shares, *derivatives, *products;
   REAL *grad_query, *grad_key, *grad_value, *room;
   // With pairs: rows two by two, and h g row by row.
   REAL *query_pairs, *upstream_pairs, *weight_pairs, *derivative_pairs, *narrow_derivatives;
   uint64_t *kept;  // with dropout
   mask_room mask;
+  lookahead ahead, following;  // what this block of rows, and the last one of the task, bring closer
   not_finite bad;
 } backward_room;
 
@@ -105,11 +110,15 @@ static backward_plan plan_backward(const ea_problem *p, int may_use_pairs) {
   int exact = (p->grad_mask && dtype_size(p->mask_dtype) > dtype_size(p->dtype)) ||
               (p->grad_relative && dtype_size(sums_dtype(p)) > dtype_size(p->dtype));
   plan.pairs = may_use_pairs && forward.pairs && !exact && can_use_pairs_backward(p);
+  plan.query_ld = plan.pairs ? p->width / 2 : plan.columns;
+  plan.upstream_ld = plan.pairs ? p->value_width / 2 : plan.value_columns;
   double scale2 = p->scale * p->scale;
   plan.factor = !plan.pairs ? 2 : p->squared ? 2 * scale2 : 2 / scale2;
   // Where the forward pass adds the numbers of a score in another order, its N is not the sum of the same weights. In
   // double, those of float may have lost what counts.
   plan.recompute = exact || forward.few_rows || forward.pairs != plan.pairs || (REAL_IS_DOUBLE && p->dtype != REAL_DTYPE);
+  plan.looks_ahead = forward.looks_ahead;
+  plan.numbers_first = plan.recompute || plan.parts > 1 || !plan.looks_ahead;
   plan.keeps_shares = has_bias(p) && !p->squared;
   plan.in_place = p->dtype == REAL_DTYPE && p->width == plan.columns && plan.parts == 1 && !is_packed(p);
   return plan;
@@ -121,16 +130,17 @@ INLINE int64_t packed(const backward_plan *plan, int64_t width) { return plan->p
 static int64_t lay_out_backward(const ea_problem *p, const backward_plan *plan, char *memory, backward_room *room) {
   arena a = {memory, 0};
   int64_t rows = plan->block_rows, keys = plan->block_keys, head_rows = p->heads / p->kv_heads * p->rows;
+  int64_t weights = (plan->pairs ? MR : rows) * leading(keys) * (int64_t)sizeof(REAL);
   *room = (backward_room){
       .rows = take(&a, rows * sizeof(row_span)),
-      .query = take(&a, rows * plan->columns * sizeof(REAL)),
-      .upstream = take(&a, rows * plan->value_columns * sizeof(REAL)),
+      .queries = take(&a, rows * plan->columns * sizeof(REAL)),
+      .upstreams = take(&a, rows * plan->value_columns * sizeof(REAL)),
       .keys_transposed = take(&a, keys * p->width * sizeof(REAL)),
       .values_transposed = take(&a, keys * p->value_width * sizeof(REAL)),
       .keys = take(&a, keys * plan->columns * sizeof(REAL)),
-      .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
-      .shares = take(&a, plan->keeps_shares ? rows * leading(keys) * sizeof(REAL) : 0),
-      .derivatives = take(&a, rows * leading(keys) * sizeof(REAL)),
+      .weights = take(&a, weights),
+      .shares = take(&a, plan->keeps_shares ? weights : 0),
+      .derivatives = take(&a, weights),
       .products = take(&a, MR * leading(keys) * sizeof(REAL)),
       .grad_key = take(&a, keys * plan->columns * sizeof(REAL)),
       .grad_value = take(&a, keys * plan->value_columns * sizeof(REAL)),
@@ -161,6 +171,12 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
   for (int64_t r = 0; r < count; r++) {
     const row_span *row = room->rows + r;
     int64_t index = index_of(p, row);
+    if (run->plan.looks_ahead && r + ROWS_AHEAD < count) {
+      const row_span *later = row + ROWS_AHEAD;
+      int64_t size = p->value_width * dtype_size(p->dtype);
+      bring((const char *)p->output + index_of(p, later) * size, size);
+      bring(row_of(&p->grad_output, p->dtype, later->batch, later->head, later->query), size);
+    }
     const REAL *output = (const REAL *)p->output + index * p->value_width;
     const REAL *upstream = row_of(&p->grad_output, p->dtype, row->batch, row->head, row->query);
     REAL normalizer = ((const REAL *)p->normalizer)[index];
@@ -180,29 +196,35 @@ static void numbers_from_stored(backward_run *run, backward_room *room, int64_t 
   }
 }
 
-// Weights, derivatives and, where they are kept, shares f of the rows over n keys from `key`, masked. Past the keys that a row
-// sees there are zeros.
-static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t count,
-                             int64_t key, int64_t n) {
+// Where row r of a block has its weights, derivatives and shares. With pairs, only those of one group of rows are there, in the
+// first cache.
+INLINE int64_t place_of(const backward_plan *plan, int64_t r) {
+  return (plan->pairs ? r % MR : r) * leading(plan->block_keys);
+}
+
+// Weights, derivatives and, where they are kept, shares f of rows first, ..., end - 1 of the block over n keys from `key`,
+// masked. Past the keys that a row sees there are zeros.
+static void backward_weights(const ea_problem *p, const backward_plan *plan, backward_room *room, int64_t first,
+                             int64_t end, int64_t key, int64_t n) {
   int64_t ldw = leading(plan->block_keys), whole = padded(n), width = packed(plan, p->width);
   for (int64_t start = 0; start < n; start += PANEL) {
     int64_t ld = panel_width(start, n);
-    for (int64_t r = 0; r < count; r += MR) {
-      int mr = (int)least(MR, count - r);
-      int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start;
+    for (int64_t r = first; r < end; r += MR) {
+      int mr = (int)least(MR, end - r);
+      int64_t columns = least(n, range_of(room->rows + r, mr).end - key) - start, at = place_of(plan, r) + start;
       if (columns <= 0) continue;
-      derivatives(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * plan->columns, plan->columns,
-             room->keys_transposed + start * width, ld, room->weights + r * ldw + start, room->derivatives + r * ldw + start,
-             ldw, (REAL)(p->scale * p->scale), (REAL)(1 / (p->scale * p->scale)), (int)p->squared, plan->pairs);
+      derivatives(mr, columns >= PANEL ? NR : tile_vectors(columns), width, room->query + r * plan->query_ld, plan->query_ld,
+             room->keys_transposed + start * width, ld, room->weights + at, room->derivatives + at, ldw,
+             (REAL)(p->scale * p->scale), (REAL)(1 / (p->scale * p->scale)), (int)p->squared, plan->pairs);
     }
   }
-  for (int64_t r = 0; r < count; r += MR) {
-    int mr = (int)least(MR, count - r);
+  for (int64_t r = first; r < end; r += MR) {
+    int mr = (int)least(MR, end - r);
     visible_range seen = range_of(room->rows + r, mr);
     if (is_plain(p, &room->mask, seen, key, n)) continue;
     for (int i = 0; i < mr; i++) {
       const row_span *row = room->rows + r + i;
-      int64_t at = (r + i) * ldw, visible = most(0, least(n, row->limit - key));
+      int64_t at = place_of(plan, r + i), visible = most(0, least(n, row->limit - key));
       if (plan->keeps_shares) {
         memcpy(room->shares + at, room->weights + at, (size_t)visible * sizeof(REAL));
         memset(room->shares + at + visible, 0, (size_t)(whole - visible) * sizeof(REAL));
@@ -264,19 +286,20 @@ static void pack_row_block(const ea_problem *p, const backward_plan *plan, backw
                            const REAL *normalizer) {
 #if HAS_PAIRS
   if (plan->pairs) {
-    ea_tensor query = as_pairs(&p->query), upstream = as_pairs(&p->grad_output);
-    pack_places(room->query, plan->columns, &query, REAL_DTYPE, p, room->rows, count, p->width / 2, 1);
-    pack_places(room->upstream, plan->value_columns, &upstream, REAL_DTYPE, p, room->rows, count, p->value_width / 2, 1);
+    room->query = pair_places(room->queries, &p->query, p, room->rows, count, p->width);
+    room->upstream = pair_places(room->upstreams, &p->grad_output, p, room->rows, count, p->value_width);
     pack_place_pairs(room->query_pairs, plan->columns, &p->query, room->rows, count, p->width);
     pack_place_pairs(room->upstream_pairs, plan->value_columns, &p->grad_output, room->rows, count, p->value_width);
     for (int64_t r = 0; r < count; r++) room->bad.rows[r] = 0;
     return;
   }
 #endif
-  pack_places(room->query, plan->columns, &p->query, p->dtype, p, room->rows, count, p->width, (REAL)p->scale);
-  pack_places(room->upstream, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
+  pack_places(room->queries, plan->columns, &p->query, p->dtype, p, room->rows, count, p->width, (REAL)p->scale);
+  pack_places(room->upstreams, plan->value_columns, &p->grad_output, p->dtype, p, room->rows, count, p->value_width, 1);
+  room->query = room->queries;
+  room->upstream = room->upstreams;
   for (int64_t r = 0; r < count; r++) {
-    REAL *query = room->query + r * plan->columns, *upstream = room->upstream + r * plan->value_columns;
+    REAL *query = room->queries + r * plan->columns, *upstream = room->upstreams + r * plan->value_columns;
     REAL total = normalizer ? normalizer[index_of(p, room->rows + r)] : 1;
     if (normalizer || p->dropout_seeds) {
       scale_row(upstream, plan->value_columns, total == 0 ? 0 : 1 / total / (REAL)p->keep);
@@ -298,7 +321,7 @@ static void group_products(const ea_problem *p, const backward_plan *plan, backw
   int64_t width = packed(plan, p->value_width);
   for (int64_t start = 0; start < columns; start += PANEL) {
     int nr = columns - start >= PANEL ? NR : tile_vectors(columns - start);
-    product(mr, nr, width, room->upstream + r * plan->value_columns, plan->value_columns,
+    product(mr, nr, width, room->upstream + r * plan->upstream_ld, plan->upstream_ld,
             room->values_transposed + start * width, panel_width(start, n), room->products + start,
             leading(plan->block_keys), plan->pairs);
   }
@@ -344,7 +367,7 @@ static void numbers_from_inputs(backward_run *run, backward_room *room, int64_t 
   pack_row_block(p, plan, room, count, NULL);
   for (int64_t key = begin, n; (n = next_keys(p, room->rows, count, &key, end, plan->block_keys, &room->mask)); key += n) {
     pack_key_block(p, plan, room, b, kv_head, key, n);
-    backward_weights(p, plan, room, count, key, n);
+    backward_weights(p, plan, room, 0, count, key, n);
     read_block_kept(p, plan, room, count, key, n);
     for (int64_t r = 0; r < count; r += MR) {
       int mr = (int)least(MR, count - r);
@@ -393,13 +416,17 @@ typedef struct {
   REAL normalizer, mean, grad_normalizer;
 } row_terms;
 
+INLINE vec gradient_of(vec weight, vec product, const row_terms *t) {
+  vec g = product * t->factor - t->mean;
+  // A row that sees one key has w = N and g = 0, but not to the last bit, which h / N = 1 / z would magnify.
+  return choose(weight == t->normalizer, splat(0), g) + t->grad_normalizer;
+}
+
 // h becomes h g for n keys of a row, and, for the mask, w becomes w g in `bias`. With `share` NULL, f is w.
 INLINE row_sums row_gradient(int64_t n, const REAL *w, const REAL *share, REAL *h, const row_terms *t, REAL *bias) {
   vec along = {0}, shares = {0};
   for (int64_t j = 0; j < n; j += V) {
-    vec weight = load(w + j), f = share ? load(share + j) : weight, g = load(t->product + j) * t->factor - t->mean;
-    // A row that sees one key has w = N and g = 0, but not to the last bit, which h / N = 1 / z would magnify.
-    g = choose(weight == t->normalizer, splat(0), g) + t->grad_normalizer;
+    vec weight = load(w + j), f = share ? load(share + j) : weight, g = gradient_of(weight, load(t->product + j), t);
     store(h + j, load(h + j) * g);
     vec term = weight * g;
     if (bias) store(bias + j, term);
@@ -474,24 +501,88 @@ static void write_mask_sums(const ea_problem *p, const double *sums, int64_t num
   }
 }
 
+// The terms of row r, which has its product in `product`; `complete` if the block has all n keys that it sees.
+INLINE row_terms terms_of(const backward_run *run, const backward_room *room, int64_t r, const REAL *product, int64_t n,
+                          int complete) {
+  const ea_problem *p = run->p;
+  int64_t index = index_of(p, room->rows + r);
+  const REAL *w = room->weights + place_of(&run->plan, r);
+  REAL total = run->numbers.normalizer[index];
+  row_terms t = {.product = product,
+                 .factor = !run->plan.pairs ? 1 : total == 0 ? 0 : 1 / total / (REAL)p->keep,
+                 .normalizer = total,
+                 .mean = run->numbers.mean[index],
+                 .grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0};
+  if (complete && t.normalizer != 0 && !is_bad(room, r)) {
+    vec sum = {0};
+    for (int64_t j = 0; j < n; j += V) sum += load(w + j) / t.normalizer * load(t.product + j);
+    REAL mean = sum_of(sum) * t.factor;
+    if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
+  }
+  return t;
+}
+
+// Add to the sums of a row.
+INLINE void add_sums(const backward_run *run, const row_span *row, row_sums own, row_sums *sums) {
+  row_sums *to = sums + index_of(run->p, row);
+  to->along += own.along;
+  to->share += own.share;
+}
+
 #if HAS_PAIRS
+// The work of `row_gradient` and `narrow_group` for a group of rows, two by two, where f is w and all weights are kept.
+static void pair_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t n, int complete, row_sums *sums) {
+  int64_t ldw = leading(run->plan.block_keys);
+  const REAL *w = room->weights, *h = room->derivatives, *product = room->products;
+  for (int64_t end = r + mr; r < end; r += 2, w += 2 * ldw, h += 2 * ldw, product += 2 * ldw) {
+    int rows = (int)least(2, end - r);
+    REAL *weight_pairs = room->weight_pairs + r / 2 * ldw, *derivative_pairs = room->derivative_pairs + r / 2 * ldw;
+    uint16_t *narrow_derivatives = (uint16_t *)(room->narrow_derivatives + r * ldw / 2);
+    row_terms t[2];
+    for (int i = 0; i < rows; i++) t[i] = terms_of(run, room, r + i, product + i * ldw, n, complete);
+    vec along[2] = {0}, shares[2] = {0};
+    for (int64_t j = 0; j < n; j += V) {
+      vec weight[2] = {0}, derivative[2] = {0};
+      UNROLL for (int i = 0; i < 2; i++) {
+        if (i == rows) break;
+        vec x = load(w + i * ldw + j), g = gradient_of(x, load(t[i].product + j), t + i);
+        derivative[i] = load(h + i * ldw + j) * g;
+        weight[i] = x * t[i].factor;
+        along[i] += x * g * x;
+        shares[i] += x * x;
+      }
+      store(weight_pairs + j, interleaved(narrow(weight[0], weight[1])));
+      __m512i both = narrow(derivative[0], derivative[1]);
+      store(derivative_pairs + j, interleaved(both));
+      _mm256_storeu_si256((__m256i *)(narrow_derivatives + j), _mm512_castsi512_si256(both));
+      if (rows == 2) _mm256_storeu_si256((__m256i *)(narrow_derivatives + ldw + j), _mm512_extracti64x4_epi64(both, 1));
+    }
+    for (int i = 0; i < rows; i++) {
+      row_sums own = {sum_of(along[i]), sum_of(shares[i])};
+      if (own.along != own.along) run->left_pairs = 1;
+      add_sums(run, room->rows + r + i, own, sums);
+    }
+  }
+}
+
 // w / N and h g of a group of rows as pairs of bfloat16, from the first of n keys.
 static void narrow_group(const backward_plan *plan, backward_room *room, int64_t r, int mr, int64_t n,
                          const REAL *factor) {
   int64_t ldw = leading(plan->block_keys);
   static const REAL zeros[BACKWARD_KEYS];
   for (int i = 0; i < mr; i += 2, r += 2) {
-    const REAL *w = room->weights + r * ldw, *h = room->derivatives + r * ldw;
+    const REAL *w = room->weights + i * ldw, *h = room->derivatives + i * ldw;
+    REAL *narrow = room->narrow_derivatives + r * ldw / 2;
     int alone = i + 1 == mr;
-    narrow_rows(room->weight_pairs + r / 2 * ldw, w, factor[i], alone ? zeros : w + ldw, alone ? 0 : factor[i + 1], n);
-    narrow_rows(room->derivative_pairs + r / 2 * ldw, h, 1, alone ? zeros : h + ldw, 1, n);
-    narrow_row(room->narrow_derivatives + r * ldw / 2, h, n);
-    if (!alone) narrow_row(room->narrow_derivatives + (r + 1) * ldw / 2, h + ldw, n);
+    narrow_rows(room->weight_pairs + r / 2 * ldw, NULL, NULL, w, factor[i], alone ? zeros : w + ldw,
+                alone ? 0 : factor[i + 1], n);
+    narrow_rows(room->derivative_pairs + r / 2 * ldw, narrow, alone ? narrow : narrow + ldw / 2, h, 1,
+                alone ? zeros : h + ldw, 1, n);
   }
 }
 #endif
 
-// From w and h of a group of rows to h g.
+// From w and h of a group of rows to h g. With pairs, w and h are computed here as well, and both become pairs.
 static void group_gradient(backward_run *run, backward_room *room, int64_t r, int mr, int64_t key, int64_t n,
                            row_sums *sums) {
   const ea_problem *p = run->p;
@@ -507,35 +598,30 @@ static void group_gradient(backward_run *run, backward_room *room, int64_t r, in
     }
   }
   if (columns <= 0) return;
+  if (plan->pairs) backward_weights(p, plan, room, r, r + mr, key, n);
   group_products(p, plan, room, r, mr, key, n, columns);
-  REAL factor[MR];
   int complete = key <= seen.begin && seen.end <= key + n;
+  REAL *bias = p->grad_mask || p->grad_relative ? room->room : NULL;
+#if HAS_PAIRS
+  if (plan->pairs && !plan->keeps_shares && !p->dropout_seeds && !bias) {
+    pair_gradient(run, room, r, mr, columns, complete, sums);
+    return;
+  }
+#endif
+  REAL factor[MR];
   for (int i = 0; i < mr; i++) {
     const row_span *row = room->rows + r + i;
-    int64_t index = index_of(p, row);
-    REAL *w = room->weights + (r + i) * ldw, *h = room->derivatives + (r + i) * ldw;
-    REAL *share = plan->keeps_shares ? room->shares + (r + i) * ldw : NULL;
-    REAL total = run->numbers.normalizer[index];
-    row_terms t = {.product = room->products + i * ldw,
-                   .factor = !plan->pairs ? 1 : total == 0 ? 0 : 1 / total / (REAL)p->keep,
-                   .normalizer = total,
-                   .mean = run->numbers.mean[index],
-                   .grad_normalizer = p->grad_normalizer ? read_number(p->grad_normalizer, sums_dtype(p), index) : 0};
-    if (complete && t.normalizer != 0 && !is_bad(room, r + i)) {
-      vec sum = {0};
-      for (int64_t j = 0; j < columns; j += V) sum += load(w + j) / t.normalizer * load(t.product + j);
-      REAL mean = sum_of(sum) * t.factor;
-      if (mean == mean) t.mean = mean;  // else a hidden value is so large that its product is infinite
-    }
-    REAL *bias = p->grad_mask || p->grad_relative ? room->room : NULL;
+    int64_t at = place_of(plan, r + i);
+    REAL *w = room->weights + at, *h = room->derivatives + at;
+    REAL *share = plan->keeps_shares ? room->shares + at : NULL;
+    row_terms t = terms_of(run, room, r + i, room->products + i * ldw, columns, complete);
     row_sums own = share ? row_gradient(columns, w, share, h, &t, bias) : row_gradient(columns, w, NULL, h, &t, bias);
     if (plan->pairs && own.along != own.along) run->left_pairs = 1;
     if (!plan->pairs && (is_bad(room, r + i) || own.along != own.along)) {
       own = correct_gradient(p, room, r + i, key, round_up(columns, V), w, share, h, &t, bias);
     }
     if (p->dropout_seeds) drop(w, columns, kept_of(plan, room, r + i), key);  // what is left are the weights of dv
-    sums[index].along += own.along;
-    sums[index].share += own.share;
+    add_sums(run, row, own, sums);
     if (p->grad_mask) add_to_mask(run, row, key, columns, bias);
     if (p->grad_relative) add_to_relative(run, row, key, columns, bias);
     factor[i] = t.factor;
@@ -553,9 +639,13 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
   const ea_problem *p = run->p;
   const backward_plan *plan = &run->plan;
   int64_t ldw = leading(plan->block_keys), columns = plan->columns, value_columns = plan->value_columns;
-  backward_weights(p, plan, room, count, key, n);
+  if (!plan->pairs) backward_weights(p, plan, room, 0, count, key, n);
   read_block_kept(p, plan, room, count, key, n);
-  for (int64_t r = 0; r < count; r += MR) group_gradient(run, room, r, (int)least(MR, count - r), key, n, sums);
+  int64_t groups = (count + MR - 1) / MR + (n + MR - 1) / MR, rows = rows_at_a_time(&room->ahead, groups);
+  for (int64_t r = 0; r < count; r += MR) {
+    bring_some(&room->ahead, rows);
+    group_gradient(run, room, r, (int)least(MR, count - r), key, n, sums);
+  }
   for (int64_t c = 0; c < columns; c += PANEL) {
     int nr = (int)(panel_width(c, columns) / V);
     for (int64_t r = 0; r < count; r += MR) {
@@ -582,6 +672,7 @@ static void backward_block(backward_run *run, backward_room *room, int64_t count
       int mr = (int)least(MR, n - j);
       while (first < count && range_of(room->rows + first, least(MR, count - first)).end <= key + j) first += MR;
       if (first >= count) break;
+      bring_some(&room->ahead, rows);
       int64_t at = first / step, n_rows = (count - first + step - 1) / step;
       if (c < value_columns) {
         add_some(mr, (int)(panel_width(c, value_columns) / V), n_rows, w + at * ldw + j, ldw, 1,
@@ -629,6 +720,25 @@ static void finish_query(const backward_run *run, int64_t b, int64_t head, int64
   write_row((char *)p->grad_query + index * p->width * dtype_size(p->dtype), p->dtype, dq, p->width);
 }
 
+// Rows of a block from `first` on, as far as they are in one head.
+static void look_at_rows(const ea_problem *p, const backward_plan *plan, lookahead *ahead, int64_t b, int64_t kv_head,
+                         int64_t first) {
+  int64_t head = kv_head * (p->heads / p->kv_heads) + first / p->rows, query = first % p->rows;
+  int64_t count = least(plan->block_rows, p->rows - query);
+  look_at(ahead, &p->query, p->dtype, b, head, query, count, p->width);
+  look_at(ahead, &p->grad_output, p->dtype, b, head, query, count, p->value_width);
+}
+
+// The first rows of a key head, and keys of it.
+static lookahead look_at_keys(const ea_problem *p, const backward_plan *plan, int64_t b, int64_t kv_head, int64_t block) {
+  int64_t key = block * plan->key_step, keys = has_blocks(p) ? 0 : least(plan->key_step, key_count(p, b) - key);
+  lookahead ahead = {.count = 0};
+  look_at(&ahead, &p->value, p->dtype, b, kv_head, key, keys, p->value_width);
+  look_at(&ahead, &p->key, p->dtype, b, kv_head, key, keys, p->width);
+  look_at_rows(p, plan, &ahead, b, kv_head, 0);
+  return ahead;
+}
+
 // The gradients of key head `kv_head`, from the key blocks part, part + parts, ...
 static void backward_head(backward_run *run, backward_room *room, int64_t b, int64_t kv_head, int64_t part) {
   const ea_problem *p = run->p;
@@ -672,10 +782,21 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
         for (int64_t r = 0; r < count; r++) room->rows[r].bias_max = run->numbers.bias_max[index_of(p, room->rows + r)];
       }
       pack_row_block(p, plan, room, count, run->numbers.normalizer);
+      if (plan->looks_ahead && first + count < head_rows) {
+        room->ahead = (lookahead){.count = 0};
+        look_at_rows(p, plan, &room->ahead, b, kv_head, first + count);
+      } else if (plan->looks_ahead) {
+        int64_t next = block + plan->parts;
+        room->ahead = next < plan->key_blocks ? look_at_keys(p, plan, b, kv_head, next) : room->following;
+      }
       backward_block(run, room, count, key, n, grad_query + first * columns, sums);
     }
     scale_row(room->grad_key, n * columns, (REAL)plan->factor);
     for (int64_t j = 0; j < n; j++) {
+      if (plan->looks_ahead && j + ROWS_AHEAD < n) {
+        bring(to_keys + (j + ROWS_AHEAD) * key_step * p->width * size, p->width * size);
+        bring(to_values + (j + ROWS_AHEAD) * key_step * p->value_width * size, p->value_width * size);
+      }
       write_row(to_keys + j * key_step * p->width * size, p->dtype, room->grad_key + j * columns, p->width);
       write_row(to_values + j * key_step * p->value_width * size, p->dtype, room->grad_value + j * plan->value_columns,
                 p->value_width);
@@ -683,8 +804,32 @@ static void backward_head(backward_run *run, backward_room *room, int64_t b, int
   }
   if (plan->parts > 1) return;
   for (int64_t h = first_head; h < first_head + groups; h++) {
-    for (int64_t r = 0; r < p->rows; r++, grad_query += columns) finish_query(run, b, h, r, grad_query, room->room);
+    for (int64_t r = 0; r < p->rows; r++, grad_query += columns) {
+      if (plan->looks_ahead && r + ROWS_AHEAD < p->rows) {
+        int64_t size = p->width * dtype_size(p->dtype);
+        bring((char *)p->grad_query + row_place(p, b, h, r + ROWS_AHEAD) * size, size);
+        bring(row_of(&p->query, p->dtype, b, h, r + ROWS_AHEAD), size);
+      }
+      finish_query(run, b, h, r, grad_query, room->room);
+    }
   }
+}
+
+// The output of the first rows of a key head.
+static void look_at_output(const ea_problem *p, const backward_plan *plan, lookahead *ahead, int64_t b, int64_t kv_head) {
+  int64_t head = kv_head * (p->heads / p->kv_heads), width = p->value_width;
+  int64_t stride = row_place(p, 0, 0, 1) * width, start = row_place(p, b, head, 0) * width;
+  ea_tensor output = {(const char *)p->output + start * dtype_size(p->dtype), {0, 0, stride, 1}};
+  look_at(ahead, &output, p->dtype, 0, 0, 0, least(plan->block_rows, p->rows), width);
+}
+
+// The first key head of a task: where it begins.
+static lookahead look_at_gradients(const backward_run *run, int64_t task) {
+  const backward_plan *plan = &run->plan;
+  int64_t unit = task / plan->parts, b = unit / plan->mask_heads, kv_head = unit % plan->mask_heads;
+  lookahead ahead = look_at_keys(run->p, plan, b, kv_head, task % plan->parts);
+  if (!plan->numbers_first) look_at_output(run->p, plan, &ahead, b, kv_head);
+  return ahead;
 }
 
 // All key heads that share elements of the gradient of the mask, one after the other.
@@ -695,7 +840,11 @@ static void backward_task(backward_run *run, backward_room *room, int64_t task) 
   int64_t batch = unit / plan->mask_heads, head = unit % plan->mask_heads;
   room->mask.from = NULL;
   for (int64_t b = batch; b < p->batch; b += plan->mask_batches) {
-    for (int64_t h = head; h < p->kv_heads; h += plan->mask_heads) backward_head(run, room, b, h, part);
+    for (int64_t h = head; h < p->kv_heads; h += plan->mask_heads) {
+      int64_t first = (b * p->kv_heads + h) * plan->row_blocks;
+      for (int64_t i = 0; !plan->numbers_first && i < plan->row_blocks; i++) numbers_task(run, room, first + i);
+      if (!run->unsafe) backward_head(run, room, b, h, part);
+    }
   }
 }
 
@@ -714,6 +863,11 @@ static void backward_thread(void *context, int64_t thread) {
       backward_run *own = run_of(job, run ? run : job->runs, task);
       if (own != run) lay_out_backward(own->p, &own->plan, job->rooms + thread * job->room_bytes, &room);
       run = own;
+      if (run->plan.looks_ahead && !job->numbers) {
+        backward_run *next = run_of(job, run, task + 1);
+        int is_last = task + 1 == job->queue.count;
+        room.following = is_last ? (lookahead){.count = 0} : look_at_gradients(next, task + 1 - next->first_task);
+      }
       (job->numbers ? numbers_task : backward_task)(run, &room, task - run->first_task);
     }
   }
@@ -734,7 +888,9 @@ static void merge_thread(void *context, int64_t thread) {
   }
 }
 
-static int64_t numbers_tasks(const backward_run *run) { return run->p->batch * run->p->kv_heads * run->plan.row_blocks; }
+static int64_t numbers_tasks(const backward_run *run) {
+  return run->plan.numbers_first ? run->p->batch * run->p->kv_heads * run->plan.row_blocks : 0;
+}
 
 static int64_t gradient_tasks(const backward_run *run) {
   return run->plan.mask_batches * run->plan.mask_heads * run->plan.parts;
@@ -746,7 +902,7 @@ static void share_out(backward_job *job, void (*thread)(void *, int64_t), int64_
   ea_parallel(thread, job, threads);
 }
 
-// The numbers of all problems, or the gradients of those that need no double arithmetic.
+// The numbers of all problems that have them first, or the gradients of those that need no double arithmetic.
 static void share_out_all(backward_job *job, int numbers) {
   int64_t tasks = 0;
   job->numbers = numbers;

@@ -16,6 +16,7 @@ typedef struct {
   int64_t parts, part_keys;  // ranges of keys whose results are added in the end
   int64_t value_columns;     // padded
   int few_rows;              // keys and values are read in their place
+  int looks_ahead;           // what is needed next is asked for
   int pairs;                 // bfloat16 is multiplied in pairs
   int64_t packed_width;      // of queries and keys: with pairs, half of E
 } forward_plan;
@@ -23,9 +24,11 @@ typedef struct {
 // Memory of one thread.
 typedef struct {
   row_span *rows;
-  REAL *query, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
+  const REAL *query;  // those of its block
+  REAL *queries, *keys, *values, *weights, *wide_weights, *output, *sums, *room;
   uint64_t *kept;  // with dropout
   mask_room mask;
+  lookahead ahead, following;  // what this block of keys, and the last one of the task, bring closer
 } forward_room;
 
 static forward_plan plan_forward(const ea_problem *p) {
@@ -44,6 +47,8 @@ static forward_plan plan_forward(const ea_problem *p) {
   plan.pairs = !plan.few_rows && can_use_pairs(p);
   plan.packed_width = plan.pairs ? p->width / 2 : p->width;
   plan.block_keys = least(plan.block_keys, padded(p->keys));
+  int64_t numbers = plan.block_rows * p->width + plan.block_keys * (p->width + p->value_width);
+  plan.looks_ahead = !plan.few_rows && numbers >= LEAST_AHEAD;
   int64_t tasks = p->batch * p->kv_heads * plan.row_blocks;
   int64_t parts = tasks >= p->threads ? 1 : (p->threads + tasks - 1) / tasks;
   int64_t multiple = p->dropout_seeds ? most(PANEL, KEPT_KEYS) : PANEL;
@@ -58,7 +63,7 @@ static int64_t lay_out_forward(const ea_problem *p, const forward_plan *plan, ch
   int64_t rows = plan->block_rows, keys = plan->block_keys;
   *room = (forward_room){
       .rows = take(&a, rows * sizeof(row_span)),
-      .query = take(&a, rows * p->width * sizeof(REAL)),
+      .queries = take(&a, rows * p->width * sizeof(REAL)),
       .keys = take(&a, keys * p->width * sizeof(REAL)),
       .values = take(&a, keys * plan->value_columns * sizeof(REAL)),
       .weights = take(&a, rows * leading(keys) * sizeof(REAL)),
@@ -90,11 +95,12 @@ static void mask_and_sum(const ea_problem *p, const forward_plan *plan, forward_
 }
 
 // Add a block of keys to the rows: weights first, by panels of keys that stay in the first cache, then their
-// products with the values. With `next`, so many keys after the block are brought closer meanwhile.
-static void forward_block(const ea_problem *p, const forward_plan *plan, forward_room *room, int64_t b, int64_t kv_head,
-                          int64_t count, int64_t key, int64_t n, int64_t next, const REAL *values) {
+// products with the values. Rows ahead come closer meanwhile. (A function of its own: in the one that calls it, too few
+// registers would be left.)
+static __attribute__((noinline)) void forward_block(const ea_problem *p, const forward_plan *plan, forward_room *room,
+                                                    int64_t count, int64_t key, int64_t n, const REAL *values) {
   int64_t ldw = leading(plan->block_keys), width = plan->packed_width;
-  int64_t tiles = ((n + PANEL - 1) / PANEL) * ((count + MR - 1) / MR), step = (next + tiles - 1) / tiles, ahead = 0;
+  int64_t tiles = ((n + PANEL - 1) / PANEL) * ((count + MR - 1) / MR), step = rows_at_a_time(&room->ahead, tiles);
   weights_target to = {.squared = (int)p->squared,
                        .scale2 = (REAL)(p->scale * p->scale),
                        .inverse = (REAL)(1 / (p->scale * p->scale)),
@@ -107,12 +113,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
       visible_range seen = range_of(room->rows + r, mr);
       int64_t columns = least(n, seen.end - key) - start;
       if (columns <= 0) continue;
-      if (ahead < next) {
-        int64_t rows = least(step, next - ahead);
-        prefetch_rows(&p->key, p->dtype, b, kv_head, key + n + ahead, rows, p->width);
-        prefetch_rows(&p->value, p->dtype, b, kv_head, key + n + ahead, rows, p->value_width);
-        ahead += rows;
-      }
+      bring_some(&room->ahead, step);
       int plain = !p->dropout_seeds && is_plain(p, &room->mask, seen, key, n);
       to.weights = (plain || !plan->pairs ? room->weights : room->wide_weights) + r * ldw;
       to.sums = plain ? room->sums + r * V : NULL;
@@ -141,6 +142,7 @@ static void forward_block(const ea_problem *p, const forward_plan *plan, forward
       int64_t columns = least(n, range_of(room->rows + r, mr).end - key);
       const REAL *w = room->weights + r * ldw;
       REAL *output = room->output + r * plan->value_columns + c;
+      bring_some(&room->ahead, step);
       if (plan->pairs) {
         add_pairs(mr, nr, (columns + 1) / 2, w, ldw, 0, values + c, plan->value_columns, output, plan->value_columns);
       } else {
@@ -164,10 +166,16 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
                          int64_t first, int64_t count, int64_t begin, int64_t end) {
   int64_t width = plan->packed_width, value_columns = plan->value_columns;
   place_rows(p, b, kv_head, first, count, room->rows, room->room, plan->block_keys);
-  ea_tensor query = plan->pairs ? as_pairs(&p->query) : p->query, keys = plan->pairs ? as_pairs(&p->key) : p->key;
+  ea_tensor keys = plan->pairs ? as_pairs(&p->key) : p->key;
   int64_t dtype = plan->pairs ? REAL_DTYPE : p->dtype;
-  REAL scale = plan->pairs ? 1 : (REAL)p->scale;
-  pack_places(room->query, width, &query, dtype, p, room->rows, count, width, scale);
+  if (!plan->pairs) {
+    pack_places(room->queries, width, &p->query, dtype, p, room->rows, count, width, (REAL)p->scale);
+    room->query = room->queries;
+#if HAS_PAIRS
+  } else {
+    room->query = pair_places(room->queries, &p->query, p, room->rows, count, p->width);
+#endif
+  }
   memset(room->output, 0, (size_t)(count * value_columns) * sizeof(REAL));
   memset(room->sums, 0, (size_t)count * sizeof(vec));
   room->mask.from = NULL;
@@ -194,8 +202,13 @@ static void forward_rows(const ea_problem *p, const forward_plan *plan, forward_
     } else {
       pack_rows(room->values, value_columns, &p->value, p->dtype, b, kv_head, key, n, p->value_width, 1);
     }
-    int64_t next = has_blocks(p) ? 0 : least(plan->block_keys, end - key - n);
-    forward_block(p, plan, room, b, kv_head, count, key, n, next, values);
+    if (plan->looks_ahead) {
+      int64_t after = key + n, next = has_blocks(p) ? 0 : least(plan->block_keys, end - after);
+      room->ahead = after < end ? (lookahead){.count = 0} : room->following;
+      look_at(&room->ahead, &p->key, p->dtype, b, kv_head, after, next, p->width);
+      look_at(&room->ahead, &p->value, p->dtype, b, kv_head, after, next, p->value_width);
+    }
+    forward_block(p, plan, room, count, key, n, values);
   }
 }
 
@@ -253,22 +266,52 @@ static void settle_row(forward_run *run, const row_span *row, int64_t b, int64_t
   if (status != EA_OK) run->status = status;
 }
 
+// The rows and keys of a task: one head after the other, while its keys are in a cache; its last rows first, which may see the
+// most keys.
+typedef struct {
+  int64_t part, head, b, kv_head;
+  int64_t first, count, begin, end;
+} forward_share;
+
+INLINE forward_share share_of(const forward_run *run, int64_t task) {
+  const ea_problem *p = run->p;
+  const forward_plan *plan = &run->plan;
+  int64_t part = task % plan->parts, rest = task / plan->parts, head = rest / plan->row_blocks;
+  int64_t first = (plan->row_blocks - 1 - rest % plan->row_blocks) * plan->block_rows, begin = part * plan->part_keys;
+  return (forward_share){.part = part,
+                         .head = head,
+                         .b = head / p->kv_heads,
+                         .kv_head = head % p->kv_heads,
+                         .first = first,
+                         .count = least(plan->block_rows, p->heads / p->kv_heads * p->rows - first),
+                         .begin = begin,
+                         .end = least(p->keys, begin + plan->part_keys)};
+}
+
+// The rows of a task, of those in one head, and its first keys.
+static lookahead look_at_task(const forward_run *run, int64_t task) {
+  const ea_problem *p = run->p;
+  forward_share at = share_of(run, task);
+  lookahead ahead = {.count = 0};
+  if (at.count <= 0) return ahead;
+  int64_t head = at.kv_head * (p->heads / p->kv_heads) + at.first / p->rows, query = at.first % p->rows;
+  int64_t keys = has_blocks(p) ? 0 : least(run->plan.block_keys, at.end - at.begin);
+  look_at(&ahead, &p->value, p->dtype, at.b, at.kv_head, at.begin, keys, p->value_width);
+  look_at(&ahead, &p->key, p->dtype, at.b, at.kv_head, at.begin, keys, p->width);
+  look_at(&ahead, &p->query, p->dtype, at.b, head, query, least(at.count, p->rows - query), p->width);
+  return ahead;
+}
+
 static void forward_task(forward_run *run, forward_room *room, int64_t task) {
   const ea_problem *p = run->p;
   const forward_plan *plan = &run->plan;
-  // One head after the other, while its keys are in a cache; its last rows first, which may see the most keys.
-  int64_t part = task % plan->parts, rest = task / plan->parts;
-  int64_t heads = p->batch * p->kv_heads, head = rest / plan->row_blocks;
-  int64_t block = plan->row_blocks - 1 - rest % plan->row_blocks;
-  int64_t all_rows = p->heads / p->kv_heads * p->rows;
-  int64_t first = block * plan->block_rows, count = least(plan->block_rows, all_rows - first);
-  int64_t begin = part * plan->part_keys, end = least(p->keys, begin + plan->part_keys);
-  int64_t b = head / p->kv_heads, kv_head = head % p->kv_heads;
+  forward_share at = share_of(run, task);
+  int64_t first = at.first, count = at.count, heads = p->batch * p->kv_heads, all_rows = p->heads / p->kv_heads * p->rows;
   if (count <= 0) return;
-  forward_rows(p, plan, room, b, kv_head, first, count, begin, end);
+  forward_rows(p, plan, room, at.b, at.kv_head, first, count, at.begin, at.end);
   int64_t columns = plan->value_columns;
   if (plan->parts > 1) {
-    REAL *to = run->partial + ((part * heads + head) * all_rows + first) * (columns + 1);
+    REAL *to = run->partial + ((at.part * heads + at.head) * all_rows + first) * (columns + 1);
     for (int64_t r = 0; r < count; r++, to += columns + 1) {
       memcpy(to, room->output + r * columns, (size_t)columns * sizeof(REAL));
       to[columns] = sum_of(load(room->sums + r * V));
@@ -277,20 +320,34 @@ static void forward_task(forward_run *run, forward_room *room, int64_t task) {
   }
   for (int64_t r = 0; r < count; r++) {
     REAL normalizer = sum_of(load(room->sums + r * V));
-    settle_row(run, room->rows + r, b, kv_head, first + r, room->output + r * columns, normalizer);
+    if (plan->looks_ahead && r + ROWS_AHEAD < count) {
+      int64_t size = p->value_width * dtype_size(p->dtype);
+      bring((char *)p->output + index_of(p, room->rows + r + ROWS_AHEAD) * size, size);
+    }
+    settle_row(run, room->rows + r, at.b, at.kv_head, first + r, room->output + r * columns, normalizer);
   }
+}
+
+// The problem of a task, of which those of a thread rise.
+static forward_run *forward_run_of(const forward_job *job, forward_run *run, int64_t task) {
+  while (run < job->runs + job->count - 1 && run[1].first_task <= task) run++;
+  return run;
 }
 
 static void forward_thread(void *context, int64_t thread) {
   forward_job *job = context;
-  forward_run *run = NULL, *last = job->runs + job->count - 1;
+  forward_run *run = NULL;
   forward_room room;
   for (int64_t task, end; ea_take(&job->queue, &task, &end);) {
     for (; task < end; task++) {
-      forward_run *own = run ? run : job->runs;
-      while (own < last && own[1].first_task <= task) own++;  // a thread takes tasks in rising order
+      forward_run *own = forward_run_of(job, run ? run : job->runs, task);
       if (own != run) lay_out_forward(own->p, &own->plan, job->rooms + thread * job->room_bytes, &room);
       run = own;
+      if (run->plan.looks_ahead) {
+        forward_run *next = forward_run_of(job, run, task + 1);
+        int is_last = task + 1 == job->queue.count;
+        room.following = is_last ? (lookahead){.count = 0} : look_at_task(next, task + 1 - next->first_task);
+      }
       forward_task(run, &room, task - run->first_task);
     }
   }

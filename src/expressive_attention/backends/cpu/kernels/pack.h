@@ -15,14 +15,56 @@ INLINE void scale_row(REAL *row, int64_t n, REAL scale) {
   for (int64_t i = 0; i < n; i++) row[i] *= scale;
 }
 
-// Have rows of `t` brought to the second cache.
-static void prefetch_rows(const ea_tensor *t, int64_t dtype, int64_t b, int64_t h, int64_t i, int64_t rows,
-                          int64_t columns) {
-  int64_t bytes = columns * t->stride[3] * dtype_size(dtype);
-  for (int64_t r = 0; r < rows; r++) {
-    const char *row = row_of(t, dtype, b, h, i + r);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 1);
+// Rows that are asked for so many rows before they are needed come in time.
+#define ROWS_AHEAD 8
+
+// Tasks that read fewer numbers end before what they ask for comes.
+#define LEAST_AHEAD 4096
+
+// Have a row brought to the caches.
+INLINE void bring(const void *row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)row + at, 0, 3);
+}
+
+// Rows of tensors that a thread needs next: some of them are brought to the second cache at a time, while it computes with
+// others.
+typedef struct {
+  struct {
+    const char *row;
+    int64_t bytes, stride, rows;
+  } parts[5];
+  int count;
+  int64_t rows;  // of all parts
+} lookahead;
+
+static void look_at(lookahead *ahead, const ea_tensor *t, int64_t dtype, int64_t b, int64_t h, int64_t i, int64_t rows,
+                    int64_t columns) {
+  if (rows <= 0 || columns == 0) return;
+  int64_t size = dtype_size(dtype), part = ahead->count++;
+  ahead->parts[part].row = row_of(t, dtype, b, h, i);
+  ahead->parts[part].bytes = columns * t->stride[3] * size;
+  ahead->parts[part].stride = t->stride[2] * size;
+  ahead->parts[part].rows = rows;
+  ahead->rows += rows;
+}
+
+static void bring_rows(lookahead *ahead, int64_t rows) {
+  for (; rows > 0 && ahead->count > 0; rows--) {
+    int part = ahead->count - 1;
+    const char *row = ahead->parts[part].row;
+    for (int64_t at = 0; at < ahead->parts[part].bytes; at += 64) __builtin_prefetch(row + at, 0, 1);
+    ahead->parts[part].row = moved(row, ahead->parts[part].stride);
+    if (--ahead->parts[part].rows == 0) ahead->count--;
   }
+}
+
+INLINE void bring_some(lookahead *ahead, int64_t rows) {
+  if (ahead->count > 0) bring_rows(ahead, rows);
+}
+
+// How many rows at a time bring all in so many times.
+INLINE int64_t rows_at_a_time(const lookahead *ahead, int64_t times) {
+  return ahead->count > 0 ? (ahead->rows + times - 1) / times : 0;
 }
 
 // `rows` rows of `t` beginning at (b, h, i), times `scale`, `ld` apart; columns up to `ld` are 0.

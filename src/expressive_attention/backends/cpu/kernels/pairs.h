@@ -43,7 +43,18 @@ static void pack_row_pairs(REAL *to, int64_t ld, const ea_tensor *t, int64_t b, 
   }
 }
 
-// The same of the rows at these places.
+// The rows of `t` at these places as pairs: in their place, where each follows the other, or else packed to `room`.
+static const REAL *pair_places(REAL *room, const ea_tensor *t, const ea_problem *p, const row_span *rows, int64_t count,
+                               int64_t columns) {
+  ea_tensor pairs = as_pairs(t);
+  if (t->stride[2] == columns && rows->query + count <= p->rows) {
+    return row_of(&pairs, REAL_DTYPE, rows->batch, rows->head, rows->query);
+  }
+  pack_places(room, columns / 2, &pairs, REAL_DTYPE, p, rows, count, columns / 2, 1);
+  return room;
+}
+
+// Rows 2i and 2i + 1 of those at these places, as `pack_row_pairs` has them.
 static void pack_place_pairs(REAL *to, int64_t ld, const ea_tensor *t, const row_span *rows, int64_t count,
                              int64_t columns) {
   for (int64_t r = 0; r < count; r += 2, to += ld) {
@@ -60,12 +71,25 @@ static void narrow_row(REAL *to, const REAL *from, int64_t n) {
   }
 }
 
-INLINE uvec narrowed(vec x) { return (uvec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+// Two vectors as bfloat16, one after the other; and those as pairs of both.
+INLINE __m512i narrow(vec even, vec odd) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even); }
 
-// n numbers of two rows, each times its factor, in pairs of bfloat16.
-static void narrow_rows(REAL *to, const REAL *even, REAL even_factor, const REAL *odd, REAL odd_factor, int64_t n) {
+INLINE vec interleaved(__m512i narrow) {
+  static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vec)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), narrow);
+}
+
+// n numbers of two rows, each times its factor, to bfloat16: in pairs, and, if `even_row` is given, row by row too. (It may be
+// `odd_row` as well, where there is no odd one.)
+static void narrow_rows(REAL *pairs, REAL *even_row, REAL *odd_row, const REAL *even, REAL even_factor, const REAL *odd,
+                        REAL odd_factor, int64_t n) {
   for (int64_t j = 0; j < n; j += V) {
-    store(to + j, (vec)(narrowed(load(even + j) * even_factor) | narrowed(load(odd + j) * odd_factor) << 16));
+    __m512i both = narrow(load(even + j) * even_factor, load(odd + j) * odd_factor);
+    store(pairs + j, interleaved(both));
+    if (!even_row) continue;
+    _mm256_storeu_si256((__m256i *)((uint16_t *)odd_row + j), _mm512_extracti64x4_epi64(both, 1));
+    _mm256_storeu_si256((__m256i *)((uint16_t *)even_row + j), _mm512_castsi512_si256(both));
   }
 }
 

@@ -58,11 +58,8 @@ INLINE vec splat(REAL x) { return x - (vec){0}; }
 INLINE vec choose(ivec where, vec x, vec other) { return (vec)((where & (ivec)x) | (~where & (ivec)other)); }
 
 
-// Vectors needed for n numbers, as a number of vectors that a tile can have.
-INLINE int tile_vectors(int64_t n) {
-  int vectors = (int)((n + V - 1) / V);
-  return vectors == 3 ? 4 : vectors;
-}
+// Vectors needed for n numbers.
+INLINE int tile_vectors(int64_t n) { return (int)((n + V - 1) / V); }
 
 INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -108,6 +108,7 @@ INLINE void add_tile(const int mr, const int nr, int64_t n, const REAL *a, int64
 #if NR == 4
 #define WITH_SIZES(TILE, ...)                          \
   if (nr == 4) { WITH_ROWS(4, TILE, __VA_ARGS__) }     \
+  else if (nr == 3) { WITH_ROWS(3, TILE, __VA_ARGS__) } \
   else if (nr == 2) { WITH_ROWS(2, TILE, __VA_ARGS__) } \
   else { WITH_ROWS(1, TILE, __VA_ARGS__) }
 #else
