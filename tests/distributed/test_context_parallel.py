@@ -374,10 +374,13 @@ def errors(meshes):
             nn.functional.scaled_dot_product_attention(q, q, q)
         with pytest.raises(ValueError, match=r"among the 4 tokens that rank . has, got 4 queries and 3 keys"):
             expressive_attention(q, q[:, :, :3], q[:, :, :3])
-        for position in ("learned", "sinusoidal", "rope", "alibi", "learned_alibi", "relative"):
+        for position in ("learned", "sinusoidal", "rope", "relative"):
             model = Transformer(16, 32, embed_dim=16, num_heads=2, position=position)
             with pytest.raises(NotImplementedError, match=r"positions of .* number the tokens of one rank"):
                 model(torch.zeros(1, 4, dtype=torch.long))
+        model = Transformer(16, 32, embed_dim=16, num_heads=2, position="learned_alibi")
+        with pytest.raises(ValueError, match="alibi_slopes must not require a gradient"):
+            model(torch.zeros(1, 4, dtype=torch.long))
         starts = torch.tensor([0, 4])
         packed = q[0].transpose(0, 1)
         with pytest.raises(NotImplementedError, match="packed sequences are those of shards"):
@@ -407,10 +410,10 @@ def assert_same(found, want):
 
 
 def own_transformer(meshes):
-    """A model of `nn` in a region, in both forms."""
-    for mechanism in ("expressive", "squared"):
+    """A model of `nn` in a region, in both forms, also with ALiBi, whose places are those of the whole sequence."""
+    for mechanism, position in itertools.product(("expressive", "squared"), ("none", "alibi")):
         torch.manual_seed(1)
-        model = Transformer(16, 32, embed_dim=16, num_heads=2, mechanism=mechanism, position="none")
+        model = Transformer(16, 32, embed_dim=16, num_heads=2, mechanism=mechanism, position=position)
         tokens, weight = torch.randint(16, (2, 21)), torch.randn(2, 21, 16)
         want = model(tokens)
         expected = gradients(model, (want * weight).sum())

@@ -7,7 +7,7 @@ from expressive_attention import expressive_attention, expressive_attention_varl
 from expressive_attention.geometry import MEASURES, Record, capture, measures
 from expressive_attention.geometry.record import ANGLES
 from expressive_attention.integrations import convert
-from expressive_attention.nn import MultiheadAttention, Transformer
+from expressive_attention.nn import MultiheadAttention, Transformer, alibi_bias
 
 
 def model_of(mechanism, position="rope"):
@@ -25,7 +25,10 @@ FORM = {"expressive": "expressive", "squared": "squared", "dot_product": "softma
 
 
 def seen_by(module, model, ids):
-    """Queries, keys and bias of an attention module, from its own code."""
+    """Queries, keys and bias of an attention module, from its own code.
+
+    The bias of ALiBi that softmax is given lacks a term of each query, which does not change its weights.
+    """
     found = []
     handle = module.register_forward_pre_hook(
         lambda m, args: found.append((m.heads(args[0]), m.position_bias(args[0])))
@@ -34,6 +37,8 @@ def seen_by(module, model, ids):
         model(ids)
     handle.remove()
     (q, k, _), bias = found[0]
+    if bias is not None and module.mechanism != "dot_product":
+        bias = alibi_bias(module.num_heads, q.shape[-2], k.shape[-2])
     return q.double(), k.double(), bias if bias is None else bias.double()
 
 

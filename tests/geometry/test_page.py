@@ -294,6 +294,7 @@ def test_the_switch_turns_the_page_dark(browser, tmp_path):
     wait(browser)
     assert browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    wait(browser)
     printed = browser.execute_script(look)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     wait(browser)

@@ -57,7 +57,7 @@ def _check_whole() -> None:
     if takers:
         raise NotImplementedError(
             "positions of expressive_attention.nn number the tokens of one rank; in a region of ContextParallel take "
-            "position='none', and add codes of its position_ids"
+            "position='none', or 'alibi' with expressive attention, or add codes of its position_ids"
         )
 
 
