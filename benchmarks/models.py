@@ -1,6 +1,6 @@
 """Time Hugging Face transformers models with expressive attention against the same models with softmax.
 
-    python benchmarks/models.py [--lengths N ...] [--tokens N] [--rounds N] [--threads N] [--small]
+    python benchmarks/models.py [--lengths N ...] [--tokens N] [--rounds N] [--threads N] [--only TEXT] [--small]
 
 The model is a GPT-2 with 12 layers, 12 heads, width 768 and random weights, at batch 1, in float32, eager. The script
 times the forward pass, a training step (forward, backward, AdamW), and generation of as many tokens as the prompt has.
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the prompt, and to generate")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs per ratio")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--small", action="store_true", help="a model of two layers, to try this script")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -168,10 +169,14 @@ def main() -> None:
     for name, model in (("EA", ours), ("sdpa", softmax)):
         rows.append((f"{name} captured, L = {longest.numel()}", captured(model, longest), forward(model, longest)))
     for name, mine, rival in rows:
+        if arguments.only not in name:
+            continue
         ratio = paired(rival, mine, arguments.rounds)  # rival first: the ratio is our time over its time
         print(f"{name:34} {ratio}   {ratio.rival:.3f} s, {ratio.ours:.3f} s", flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         for name, mine, rival in training_rows(arguments.small, dtype):
+            if arguments.only not in name:
+                continue
             ratio = paired(rival, mine, arguments.rounds)
             verdict = f"<= {GOAL} {'met' if ratio.median <= GOAL else 'missed'}"
             print(f"{name:34} {ratio}   {ratio.rival:.3f} s, {ratio.ours:.3f} s  {verdict}", flush=True)
