@@ -9,10 +9,10 @@ two: to learn which token came before takes longer than all the rest, and is not
 grows to `--pairs` in the first half of the training, for all kinds alike. Printed is the share of values that are
 recalled, on examples of the full number of pairs that were not trained on, for each seed.
 
-The defaults take some three minutes of a core. More pairs take ten minutes, and an hour, for one seed:
+The defaults take some three minutes of a core. More pairs take a quarter of an hour, and about an hour, for one seed:
 
     python benchmarks/recall.py --pairs 256 --vocab 1024 --steps 1000 --tokens 4096 --embed-dim 128 --seeds 1
-    python benchmarks/recall.py --pairs 1024 --vocab 4096 --steps 1000 --tokens 8192 --embed-dim 128 --seeds 1
+    python benchmarks/recall.py --pairs 1024 --vocab 4096 --steps 600 --tokens 8192 --embed-dim 128 --seeds 1
 """
 
 from __future__ import annotations
