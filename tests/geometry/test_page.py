@@ -16,6 +16,7 @@ from expressive_attention.geometry.folder import write_folder
 from expressive_attention.geometry.page import write_page
 from expressive_attention.geometry.record import MEASURES, SHARES
 from tests.axe import problems
+from tests.waiting import wait_until
 
 
 class Attention(nn.Module):
@@ -293,13 +294,11 @@ def test_the_switch_turns_the_page_dark(browser, tmp_path):
     browser.execute_script("$('theme').click()")
     wait(browser)
     assert browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"]
+    # The page hears of a change of media with its next frame.
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    wait(browser)
-    printed = browser.execute_script(look)
+    wait_until(lambda: browser.execute_script(look)[:2] == ["rgb(255, 255, 255)", "#222222"])
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    wait(browser)
-    assert printed[:2] == ["rgb(255, 255, 255)", "#222222"]
-    assert browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"]
+    wait_until(lambda: browser.execute_script(look) == ["rgb(23, 25, 28)", "#e8e8e6", "Light"])
 
 
 @pytest.mark.browser
