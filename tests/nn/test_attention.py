@@ -171,7 +171,7 @@ def test_slopes_are_trained_in_16_bits_as_well(position):
 @pytest.mark.parametrize("mechanism", ["expressive", "squared"])
 @pytest.mark.parametrize("position", ["alibi", "rope+learned_alibi", "alibi+learned_alibi"])
 def test_decay_is_a_slope_and_no_mask(mechanism, position, monkeypatch):
-    """Of all queries, and of those that continue a cache."""
+    """The same holds for queries that continue a cache."""
     torch.manual_seed(7)
     module = SelfAttention(8, 2, mechanism, position=position)
     x = torch.randn(1, 7, 8)
@@ -196,7 +196,7 @@ def test_decay_is_a_slope_and_no_mask(mechanism, position, monkeypatch):
 
 @pytest.mark.parametrize("mechanism", ["expressive", "squared"])
 def test_relative_positions_are_a_table_and_no_mask(mechanism, monkeypatch):
-    """Of all queries, and of those that continue a cache."""
+    """The same holds for queries that continue a cache."""
     module = SelfAttention(8, 2, mechanism, position="relative", max_length=7)
     torch.nn.init.normal_(module.relative.table)
     x = torch.randn(1, 7, 8)
