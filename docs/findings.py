@@ -2,14 +2,22 @@
 
     .venv/bin/python docs/findings.py [--write]
 
-A table stands between the lines `<!-- KIND: PRESET -->` and `<!-- end -->`. KIND is `comparisons` (a row per condition,
-EA against DPA), `examples` (the same where all seeds share their data: on the test and on the validation examples),
-`accuracies` (a row per condition, a column per mechanism) or `verdicts` (a row per claim). Without `--write`, the exit
-status says whether the pages hold what results/ says.
+A table stands between the lines `<!-- KIND: PRESET -->` and `<!-- end -->`. Without `--write`, the exit status says
+whether the pages hold what results/ says. KIND is one of:
+
+    comparisons   a row per condition: EA against DPA, by accuracy
+    bits          the same by the cross-entropy in bits
+    examples      the same where all seeds share their data: on the test and on the validation examples
+    accuracies    a row per condition, a column per mechanism
+    mechanisms    the same by the cross-entropy in bits
+    limit         a row per condition: EA with z^2 in the place of z^2 / (1 + z^2), by accuracy on validation sequences
+    limit_bits    the same by the cross-entropy in bits
+    verdicts      a row per claim
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -59,6 +67,16 @@ def solved(row: Row) -> str:
     return f"{row['solved']}/{row['n']}, {share(row['accuracy'])}"
 
 
+def bits(row: Row) -> str:
+    """The mean cross-entropy, ``2.066``."""
+    return f"{row['cross_entropy'] / math.log(2):.3f}"
+
+
+def rough(value: float) -> str:
+    """Two digits, ``150``, ``.0019``."""
+    return re.sub("^0", "", f"{float(f'{value:.2g}'):g}")
+
+
 def by_condition(preset: str) -> list[tuple[str, dict[str, Row]]]:
     """The rows of the summary: conditions in the study's order, mechanisms of each by name."""
     found: dict[str, dict[str, Row]] = {}
@@ -103,6 +121,46 @@ def _accuracies(preset: str) -> str:
     return _table(["condition", *map(mechanism_name, mechanisms)], rows)
 
 
+def _bits(preset: str) -> str:
+    head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (95% interval)", "seeds"]
+    rows = []
+    for condition, found in by_condition(preset):
+        ea, dpa = found["expressive"], found["dot_product"]
+        names = ("cross_entropy_difference", "cross_entropy_difference_low", "cross_entropy_difference_high")
+        in_bits = {name: None if ea[name] is None else ea[name] / math.log(2) for name in names}
+        rows.append([condition, bits(ea), bits(dpa), between(in_bits, names[0]), str(ea["n"])])
+    return _table(head, rows)
+
+
+def _mechanisms(preset: str) -> str:
+    conditions = by_condition(preset)
+    mechanisms = list(conditions[0][1])
+    rows = [[condition, *(bits(found[name]) for name in mechanisms)] for condition, found in conditions]
+    return _table(["condition", *(f"{mechanism_name(name)}, bits" for name in mechanisms)], rows)
+
+
+def _limit(preset: str) -> str:
+    return _limit_table(preset, "accuracy", share)
+
+
+def _limit_bits(preset: str) -> str:
+    return _limit_table(preset, "cross_entropy", lambda nats: f"{nats / math.log(2):.3f}")
+
+
+def _limit_table(preset: str, measure: str, told: Callable[[float], str]) -> str:
+    seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
+    models = {"expressive": "EA", "squared": "z² in its place", "squared_trained": "z², trained on"}
+    models |= {"expressive_trained": "EA, trained on", "squared_from_start": "z² from the start"}
+    models = {name: head for name, head in models.items() if seeds[f"{name}_{measure}"].null_count() < len(seeds)}
+    rows = []
+    for condition in seeds["condition"].unique(maintain_order=True):
+        mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"]
+        means = [mine[f"{name}_{measure}"].mean() for name in models]
+        cells = ["" if mean is None else told(mean) for mean in means]
+        rows.append([condition, f"{rough(z.median())}, {rough(z.max())}", *cells])
+    return _table(["condition", "99% of abs(z) below: half of the heads, all", *models.values()], rows)
+
+
 def _verdicts(preset: str) -> str:
     found = pl.read_parquet(ROOT / "results" / preset / "verdicts.parquet").iter_rows(named=True)
     rows = [[row["question"], f"**{row['answer']}**", row["effect"] or row["where"], row["n"]] for row in found]
@@ -112,7 +170,11 @@ def _verdicts(preset: str) -> str:
 _KINDS: dict[str, Callable[[str], str]] = {
     "comparisons": _comparisons,
     "examples": _examples,
+    "bits": _bits,
     "accuracies": _accuracies,
+    "mechanisms": _mechanisms,
+    "limit": _limit,
+    "limit_bits": _limit_bits,
     "verdicts": _verdicts,
 }
 

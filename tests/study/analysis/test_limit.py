@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from expressive_attention.nn import SelfAttention
+from expressive_attention.study.analysis import limit
 from expressive_attention.study.analysis.limit import HEAD_SCHEMA, LIMIT_SCHEMA, limit_of, limit_tables
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.load import load_config
@@ -148,6 +149,21 @@ def test_the_command_measures_all_ea_models_and_export_writes_them(run):
     assert pl.read_parquet(run.directory / "export" / "limit.parquet").equals(tables["limit"])
     assert pl.read_parquet(run.directory / "export" / "limit_heads.parquet").equals(tables["limit_heads"])
     assert (run.directory / "export" / "config.toml").read_bytes() == (run.directory / "config.toml").read_bytes()
+
+
+def test_the_measures_take_as_many_threads_as_the_training(run, monkeypatch):
+    chosen = limit.limit_cells(collect(run), run)[0]
+    trained_with, seen = int(run.about(chosen)["environment"]["threads"]), []
+    monkeypatch.setattr(limit, "limit_of", lambda *_: seen.append(torch.get_num_threads()) or 1 / 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(trained_with + 1)
+        with pytest.raises(ZeroDivisionError):
+            limit.write_limit(chosen, run, share=1.0)  # a share that no other test has kept
+        assert torch.get_num_threads() == trained_with + 1
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [trained_with]
 
 
 def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):

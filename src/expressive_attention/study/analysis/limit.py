@@ -22,6 +22,7 @@ from ...nn import SelfAttention
 from ..config.cells import Cell
 from ..config.record import RecordedTask
 from ..files import write_atomically
+from ..runs.environment import threads_of
 from ..runs.results import StudyResults
 from ..runs.store import Store, StoreError
 from ..training.evaluation import Prepared, score
@@ -92,6 +93,8 @@ def limit_cells(results: StudyResults, store: Store, *, trust: bool = False) -> 
 def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
     """Measure a cell and keep the result in the folder of the study, unless it is there already; its table of seeds.
 
+    It takes as many threads as the training of the cell: small models are slower with more.
+
     Args:
         cell: A finished cell of EA.
         store: Where the study is kept.
@@ -103,7 +106,8 @@ def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
     steps = max(1, round(share * cell.training.steps))
     kept = _read(_paths(store, cell))
     if kept is None or (kept[0]["steps"] != steps).any():
-        kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
+        with threads_of(store.about(cell)["environment"]):
+            kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
         (store.directory / "limit").mkdir(exist_ok=True)
         for path, table in zip(_paths(store, cell)[::-1], kept[::-1], strict=True):  # seeds last: then it is whole
             table.write_parquet(content := BytesIO())

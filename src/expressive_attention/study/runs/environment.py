@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from ... import __version__
 from ..training.devices import CPU, device_name
 
-__all__ = ["environment"]
+__all__ = ["environment", "threads_of"]
 
 
 def environment(device: torch.device = CPU) -> dict[str, str]:
@@ -24,6 +26,17 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
     ``revision`` is the commit, where the package runs from a checkout; ``threads`` are those of this process.
     """
     return {**_machine(), "threads": str(torch.get_num_threads()), "device": device_name(device)}
+
+
+@contextmanager
+def threads_of(then: Mapping[str, str]) -> Iterator[None]:
+    """As many threads as an `environment` has, one where it does not say: their number decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(then.get("threads", 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache

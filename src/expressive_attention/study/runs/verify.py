@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import polars as pl
@@ -17,7 +15,7 @@ from ..config.schema import PROTOCOL
 from ..training.devices import CPU
 from ..training.loop import train_cell
 from ..training.result import CellResult
-from .environment import environment
+from .environment import environment, threads_of
 from .selection import finished_cells
 from .store import Store, StoreError
 
@@ -85,7 +83,7 @@ def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck
         CorruptCellError: The stored result cannot be read; the message names the file.
     """
     then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
-    with _threads(int(then.get("threads", 1))):
+    with threads_of(then):
         again, now = train_cell(cell, device=device), environment(device)
     circumstances = [
         f"{name} {then.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
@@ -144,13 +142,3 @@ def _largest(before: Tensor, after: Tensor) -> float:
     both = before.isnan() & after.isnan()
     difference = torch.where(both | (before == after), 0.0, (before - after).abs()).nan_to_num(nan=torch.inf)
     return float(difference.max()) if difference.numel() else 0.0
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
