@@ -72,6 +72,13 @@ def bits(row: Row) -> str:
     return f"{row['cross_entropy'] / math.log(2):.3f}"
 
 
+def leads(ea: Row) -> bool:
+    """Whether one of EA and DPA is ahead, as a report has it."""
+    low, high = ea.get("examples_low"), ea.get("examples_high")  # protocol 2 had none
+    open_by_examples = low is not None and low <= 0 <= high
+    return ea["p"] is not None and ea["p"] < 0.05 and abs(ea["difference"]) >= 0.01 and not open_by_examples
+
+
 def rough(value: float) -> str:
     """Two digits, ``150``, ``.0019``."""
     return re.sub("^0", "", f"{float(f'{value:.2g}'):g}")
@@ -87,15 +94,18 @@ def by_condition(preset: str) -> list[tuple[str, dict[str, Row]]]:
 
 def _comparisons(preset: str) -> str:
     head = ["condition", "EA solved, accuracy", "DPA solved, accuracy", "EA - DPA (95% interval)", "p, Holm"]
-    head += ["steps before solving, EA and DPA"]
+    head += ["steps before solving, EA and DPA (log-rank p, Holm)"]
     rows = []
     for condition, found in by_condition(preset):
         ea, dpa = found["expressive"], found["dot_product"]
         p = "not counted" if ea["untested"] else probability(ea["p"])
         difference = between(ea, "difference")
-        if ea["p"] is not None and ea["p"] < 0.05 and abs(ea["difference"]) >= 0.01:
+        if leads(ea):
             difference = f"**{difference}**"
-        rows.append([condition, solved(ea), solved(dpa), difference, p, f"{ea['steps']:.0f}, {dpa['steps']:.0f}"])
+        steps = f"{ea['steps']:.0f}, {dpa['steps']:.0f} ({probability(ea['steps_p'])})"
+        if ea["steps_p"] < 0.05:
+            steps = f"**{steps}**"
+        rows.append([condition, solved(ea), solved(dpa), difference, p, steps])
     return _table(head, rows)
 
 

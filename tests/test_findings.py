@@ -5,8 +5,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+
+from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.analysis.estimators import clustered_interval
+from expressive_attention.study.config.declared import PRIMARY_COMPARISONS
+from expressive_attention.study.runs.exported import load_results
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("findings", ROOT / "docs" / "findings.py")
@@ -22,7 +28,7 @@ def summary(study):
 def rows_after(heading):
     """Cells of the table rows in a section, but for those of tables that docs/findings.py fills."""
     section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    section = re.sub(r"<!-- \w+: \w+ -->.*?<!-- end -->", "", section, flags=re.DOTALL)
+    section = FILLED.sub("", section)
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     return [[cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in lines[1:]]
 
@@ -39,37 +45,93 @@ def test_tables_are_those_of_the_results(page):
     assert tables.filled(re.sub(r"(?m)(?<=^\| )(sum|Is) .*", "changed", text)) == text
 
 
+# Counts of protocol 2, whose results are in the repository's history.
+HISTORY = {"7 of 27"}
+FILLED = re.compile(r"<!-- \w+: \w+ -->.*?<!-- end -->", re.DOTALL)
+
+
 def numbers(text):
-    """Numbers of some digits, without their signs: those that come from results."""
-    return {float(found) for found in re.findall(r"\d*\.\d+|\d{3,}", text)}
+    """Numbers of some digits, with their signs where they have one: those that come from results."""
+    return set(re.findall(r"(?<![\w.])[+-]?(?:0?\.\d+|\d+\.\d+|\d{3,})(?![\w.]*e-)", text))
+
+
+def unknown(text, evidence):
+    """The numbers of a text that its evidence does not have; one with a sign has to have it there, too."""
+    with_signs = {(found[0] in "+-" and found[0], abs(float(found))) for found in numbers(evidence)}
+    values = {value for _, value in with_signs}
+    return {
+        found
+        for found in numbers(text)
+        if ((found[0], abs(float(found))) not in with_signs if found[0] in "+-" else float(found) not in values)
+    }
+
+
+def counts(text):
+    """Counts as in ``15/16``, ``4 of 21`` or ``1 seed of 16``."""
+    return {f"{a} of {b}" for a, b in re.findall(r"(\d+)(?:/|\s(?:\w+\s)?of\s(?:the\s|its\s)?)(\d+)\b", text)}
+
+
+def counted(*studies):
+    """The counts that follow from the summaries: leads, and choices at the ends of a grid."""
+    found = set()
+    for study in studies:
+        rows = [conditions for _, conditions in tables.by_condition(study)]
+        ahead = [each["expressive"]["difference"] > 0 for each in rows if tables.leads(each["expressive"])]
+        found |= {f"{ahead.count(by_ea)} of {len(rows)}" for by_ea in (True, False)}
+        tried = pl.read_parquet(ROOT / "results" / study / "seeds.parquet").filter(role="tuning")
+        for setting in ("learning_rate", "initial_gain"):
+            ends = tried[setting].min(), tried[setting].max()
+            for mechanism in ("expressive", "dot_product"):
+                chosen = [each[mechanism][setting] for each in rows]
+                found |= {f"{chosen.count(end)} of {len(rows)}" for end in ends}
+    return found
 
 
 @pytest.mark.parametrize(
-    "heading",
-    ["The ladder", "Positions", "The recipe of text on these tasks", "The z² limit", "The field's probes", "Images"],
+    ("heading", "studies"),
+    [
+        ("The ladder", ["ladder"]),
+        ("Positions", ["positions"]),
+        ("The recipe of text on these tasks", ["text_recipe"]),
+        ("The z² limit", []),
+        ("Recipes of training", ["optimization", "optimization_sgd"]),
+        ("The field's probes", ["probes"]),
+        ("Images", ["vision"]),
+    ],
 )
-def test_sentences_have_the_numbers_of_their_tables(heading):
+def test_sentences_have_the_numbers_of_their_tables(heading, studies):
     section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    found = re.findall(r"<!-- \w+: \w+ -->.*?<!-- end -->", section, re.DOTALL)
-    sentences = re.sub("|".join(map(re.escape, found)), "", section)
+    in_tables = [line for line in section.splitlines() if line.startswith("|")]
+    evidence, sentences = "".join(in_tables), "\n".join(line for line in section.splitlines() if line not in in_tables)
+    evidence += str(PRIMARY_COMPARISONS) + "".join((ROOT / "results" / x / "config.toml").read_text() for x in studies)
     assert numbers(sentences)
-    assert numbers(sentences) <= numbers("".join(found))
+    assert unknown(sentences, evidence) == set()
+    assert counts(sentences) - counts(evidence) - counted(*studies) - HISTORY == set()
+
+
+def test_the_first_table_has_the_numbers_of_the_others():
+    rows = [line for line in TEXT.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    of_protocol_3 = [line for line in rows if "(protocol 3)" in line and "bytes" not in line]
+    assert len(of_protocol_3) > 6
+    evidence = "".join(FILLED.findall(TEXT))
+    for line in of_protocol_3:
+        told = re.sub(r"; on mixtures .*|EA is ahead .*?\(protocol 2\);", "", line)
+        assert unknown(told, evidence) == set()
+        assert counts(told) - counts(evidence) - counted("ladder", "probes") == set()
 
 
 def test_when_to_use_it_has_the_numbers_of_the_findings():
     """Rows of protocol 3 rest on the tables that are filled from its results, the others on the rest of the page."""
     page = (ROOT / "docs" / "when-to-use.md").read_text(encoding="utf-8")
-    filled = re.compile(r"<!-- \w+: \w+ -->.*?<!-- end -->", re.DOTALL)
-    evidence = {"3": "".join(filled.findall(TEXT)), "2": filled.sub("", TEXT)}
+    evidence = {"3": "".join(FILLED.findall(TEXT)), "2": FILLED.sub("", TEXT)}
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
     ]
     assert len(rows) > 10
     for model, _, told, protocol in rows[1:]:
-        if numbers(told):
-            assert numbers(told) <= numbers(evidence[protocol]), model
+        assert unknown(told, evidence[protocol]) == set(), model
     questions, models_that_exist, rest = re.split(r"(\*\*A model that exists\?\*\*.*?\n\n)", page, flags=re.DOTALL)
-    assert numbers(questions + rest) <= numbers(TEXT)
+    assert unknown(questions + rest, TEXT) == set()
     integrations = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     assert "| 78% |" in integrations
     assert "78%" in models_that_exist
@@ -78,7 +140,7 @@ def test_when_to_use_it_has_the_numbers_of_the_findings():
 def test_the_readme_has_the_numbers_of_the_findings():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## When to use it\n")[1].split("\n## ")[0]
     assert len(numbers(section)) > 4
-    assert numbers(section) <= numbers(TEXT)
+    assert unknown(section, TEXT) == set()
 
 
 @pytest.mark.parametrize(
@@ -129,3 +191,26 @@ def test_weight_functions_are_told_as_they_were_found():
                 pl.col("mechanism") == mechanism, pl.col("condition").str.ends_with(f"embedding_shift {shift}")
             )
             assert cell == ", ".join(re.sub("^0", "", f"{accuracy:.3f}") for accuracy in found["accuracy"])
+
+
+def test_the_error_of_the_procedure_is_told_as_it_was_found():
+    results = load_results(ROOT / "results" / "calibration")
+    compared = comparisons(results)
+    differences = np.array([found.differences for found in compared])  # (conditions, seeds)
+    text = " ".join((ROOT / "docs" / "protocol.md").read_text(encoding="utf-8").split())
+    interval = clustered_interval(differences)
+    told = f"their mean over all conditions is {tables.signed(differences.mean())}, with an interval of "
+    assert f"{told}{tables.signed(interval.low)} to {tables.signed(interval.high)}." in text
+    largest = min(compared, key=lambda found: found.p)
+    assert f"({tables.signed(largest.difference)} at basis 18, delay 6; p = {tables.probability(largest.p)}" in text
+    assert largest.condition.startswith("sum, basis 18, delay 6")
+    more = sum(found.candidate.solved > found.baseline.solved for found in compared)
+    fewer = sum(found.candidate.solved < found.baseline.solved for found in compared)
+    assert f"more seeds under its second name on {more} conditions, fewer on {fewer})" in text
+    together = np.corrcoef(differences)
+    basis = [re.search(r"basis (\d+)", found.condition)[1] for found in compared]
+    same, other = (
+        np.mean([together[i, j] for i in range(60) for j in range(i) if (basis[i] == basis[j]) == alike])
+        for alike in (True, False)
+    )
+    assert f"correlation of {same:.2f} at the same basis and {other:.2f} otherwise".replace("0.", ".") in text

@@ -63,6 +63,24 @@ def test_a_table_that_is_none_is_named(study, tmp_path):
         load_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "about.json is not JSON: "),
+        ("[1]", "about.json is not what `ea study export` writes"),
+        ('{"seconds": "long"}', "about.json is not what `ea study export` writes"),
+        ('{"unfinished": 3}', "about.json is not what `ea study export` writes"),
+    ],
+)
+def test_a_damaged_account_of_the_study_is_named(study, content, said, tmp_path):
+    export_study(study, tmp_path, ["parquet"])
+    (tmp_path / "about.json").write_text(content)
+    with pytest.raises(StoreError, match=said):
+        load_results(tmp_path)
+    done = CliRunner().invoke(app, ["study", "compare", str(tmp_path), str(tmp_path)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+
+
 def test_the_folder_that_was_meant_is_named(study, tmp_path):
     (tmp_path / "run" / "figures").mkdir(parents=True)
     (tmp_path / "run" / "config.toml").write_text(study.config)

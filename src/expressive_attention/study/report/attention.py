@@ -36,7 +36,7 @@ class AttentionMap:
         rank: ``"worst"`` or ``"best"``: the seed's place by accuracy among the mechanism's.
         accuracy: Its test accuracy.
         layer: Number of the layer, from 0.
-        weights: Row i holds the weights of query i ``(L, L)``, mean over heads and test examples.
+        weights: Row i holds the weights of query i ``(L, L)``, mean over heads and validation examples.
     """
 
     condition: str
@@ -130,8 +130,8 @@ def attention_maps(
 
 
 def _mean_weights(store: Store, cell: Cell, seed: int) -> list[Tensor]:
-    """Weights ``(L, L)`` per layer, mean over heads and test examples."""
+    """Weights ``(L, L)`` per layer, mean over heads and validation examples."""
     model = trained(store, cell, seed)
-    examples = cell.task.held_out_examples(_EXAMPLES, "test")
+    examples = cell.task.held_out_examples(_EXAMPLES, "validation")
     weights = captured_weights(model, torch.from_numpy(examples.inputs))
     return [layer.flatten(0, -3).mean(0) for layer in weights]

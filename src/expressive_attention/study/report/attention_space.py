@@ -24,7 +24,7 @@ _SEEN = ("expressive", "dot_product", "squared")  # the weights of others cannot
 
 @dataclass(frozen=True)
 class Look:
-    """Attention of trained models on test examples.
+    """Attention of trained models on validation examples.
 
     Attributes:
         title: The condition and the seed.
@@ -40,7 +40,7 @@ class Look:
 
 
 def look_into(directory: Path, condition: str | None = None, seed: int | None = None, *, trust: bool = False) -> Look:
-    """Capture the trained models of a study on test examples.
+    """Capture the trained models of a study on validation examples.
 
     Args:
         directory: Folder of the study, with its cells.
@@ -72,7 +72,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
             continue
         cell = cells[seed]
         model = trained(store, cell, seed)
-        examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "test").inputs)
+        examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "validation").inputs)
         with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
             model(examples)
         records[mechanism_name(arm.mechanism)] = record

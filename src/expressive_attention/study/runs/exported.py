@@ -36,19 +36,32 @@ def load_results(directory: Path) -> StudyResults:
             "runs/quick, or export it again"
         )
     config, text = store.config()
-    known: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": []}
-    if (directory / ABOUT).is_file():
-        known |= json.loads((directory / ABOUT).read_text(encoding="utf-8"))
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
         **{name: _read(directory, name) for name in TABLES}, claims=list(config.claims), protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0, **known,
+        family=PRIMARY_COMPARISONS if config.family == "primary" else 0, **_about(directory / ABOUT),
     )  # fmt: skip
 
 
 def about(results: StudyResults) -> dict[str, Any]:
     """The content of `ABOUT`."""
     return {name: getattr(results, name) for name in ("environment", "seconds", "unfinished")}
+
+
+def _about(path: Path) -> dict[str, Any]:
+    known: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": []}
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} is not JSON: {error}") from None
+        if not isinstance(found, dict) or any(
+            not isinstance(found.get(name, value), (int, float) if name == "seconds" else type(value))
+            for name, value in known.items()
+        ):
+            raise StoreError(f"{path} is not what `ea study export` writes; export the study again")
+        known |= {name: value for name, value in found.items() if name in known}
+    return known
 
 
 def _file(directory: Path, name: str) -> Path | None:

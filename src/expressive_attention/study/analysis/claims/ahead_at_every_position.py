@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...runs.results import StudyResults
-from ..estimators import SIGNIFICANCE, mean_interval
+from ..estimators import SIGNIFICANCE, SMALLEST_EFFECT, mean_interval
 from ..significance import holm, sign_flip_p
 from ..wording import describe_interval, describe_p, plural
 from ._base import UNTESTED, Answer, Declared, UntestableError, margins_of, sample_size, tested_comparisons
@@ -25,8 +25,9 @@ def _ahead_at_every_position(results: StudyResults) -> Answer:
     }
     p = dict(zip(margins, holm([sign_flip_p(values.tolist()) for values in margins.values()]), strict=True))
     means = {position: float(values.mean()) for position, values in margins.items()}
-    ahead = [position for position in margins if p[position] < SIGNIFICANCE and means[position] > 0]
-    behind = [position for position in margins if p[position] < SIGNIFICANCE and means[position] < 0]
+    shown = [position for position in margins if p[position] < SIGNIFICANCE]
+    ahead = [position for position in shown if means[position] >= SMALLEST_EFFECT]
+    behind = [position for position in shown if means[position] <= -SMALLEST_EFFECT]
     complete = len(compared) == len(results.conditions)
     answer = "contradicted" if behind else "supported" if complete and ahead == positions else "undecided"
     # Not "none", which is a code's name.
@@ -44,8 +45,8 @@ def _ahead_at_every_position(results: StudyResults) -> Answer:
 CLAIM = Declared(
     "Does EA's lead hold with every code of position?",
     "For each code, the sign-flip test of the seeds' mean paired differences over its conditions, adjusted by "
-    f"Holm's method over the codes, at {SIGNIFICANCE}. Supported if EA is ahead with every code; contradicted if "
-    "DPA is with any.",
+    f"Holm's method over the codes, at {SIGNIFICANCE}, and a mean of at least {SMALLEST_EFFECT}. Supported if EA is "
+    "ahead with every code; contradicted if DPA is with any.",
     "difference",
     _ahead_at_every_position,
 )

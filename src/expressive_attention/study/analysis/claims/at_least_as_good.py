@@ -54,11 +54,10 @@ def _at_least_as_good(results: StudyResults) -> Answer:
         where += f" On {plural(len(few), 'condition')} there are fewer than {NON_INFERIORITY_PAIRS} pairs of seeds."
     if untested:
         where += f" {plural(untested, 'condition')} not tested ({UNTESTED})."
-    where += f" {_not_excluded(compared)}"
     effect = (
         f"EA - DPA {np.mean([found.difference for found in compared]):+.3f} on average; least certain on "
         f"{worst.condition}: {worst.difference:+.3f} "
-        f"({describe_interval(worst.interval, len(worst.differences), '+.3f')})"
+        f"({describe_interval(worst.interval, len(worst.differences), '+.3f')}). {_not_excluded(compared)}"
     )
     return Answer(answer, where, effect, sample_size(compared))
 
@@ -74,8 +73,8 @@ def _not_excluded(compared: Sequence[Comparison]) -> str:
     worst = max(bounds, key=lambda label: bounds[label])
     smallest = min(bounds.values())
     return (
-        f"Not excluded, by exact 95% bounds: that EA falls short by more than {NON_INFERIORITY_MARGIN} on "
-        f"{smallest:.0%} of seeds on any condition, and on {bounds[worst]:.0%} on {worst}."
+        f"Not excluded, by exact 95% bounds: EA falls short by more than {NON_INFERIORITY_MARGIN} on "
+        f"{smallest:.0%} of seeds on any condition, and on {bounds[worst]:.0%} on {worst}"
     )
 
 
@@ -84,7 +83,7 @@ CLAIM = Declared(
     f"{AHEAD}. Contradicted if DPA is ahead on any. Supported if on every condition, with at least "
     f"{NON_INFERIORITY_PAIRS} pairs, the {LEVEL:.0%} interval of EA - DPA lies above -{NON_INFERIORITY_MARGIN}, "
     "and some mechanism has learned; since all have to pass, the level needs no correction. The interval is of the "
-    "seeds seen: how often EA may fall short without having been seen to is told by an exact bound.",
+    "seeds seen: an exact bound says how often EA may fall short without having been seen to.",
     "difference",
     _at_least_as_good,
 )

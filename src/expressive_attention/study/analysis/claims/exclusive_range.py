@@ -114,7 +114,7 @@ def _exclusive_range(results: StudyResults) -> Answer:
     effect = (
         f"EA: {plural(len(own), 'candidate')}, {len(confirmed)} confirmed; DPA: {plural(len(other), 'candidate')}, "
         f"{sum(bool(found.confirmed) for found in other)} confirmed. {_fresh_counts(own, other)}"
-        f"That EA has a condition to itself is excluded on {sum(found.excluded for found in ranges)} of {len(ranges)}"
+        f"An exclusive range of EA is excluded on {sum(found.excluded for found in ranges)} of {len(ranges)}"
     )
     fresh = max((found.ea_fresh[1] for found in ranges), default=0)
     if fresh and own:
@@ -140,10 +140,10 @@ def _fresh_counts(own: Sequence[ExclusiveRange], other: Sequence[ExclusiveRange]
 
 def _range(name: str, owned: Sequence[ExclusiveRange]) -> str:
     if not owned:
-        return f"{name} has no condition to itself."
+        return f"{name} has no candidate."
     at = in_bits(np.array([found.complexity for found in owned]))
     named = listed([found.condition for found in owned])
-    return f"{name} has {plural(len(owned), 'condition')} to itself by the final seeds, at {at}: {named}."
+    return f"{name} has {plural(len(owned), 'candidate')} by the final seeds, at {at}: {named}."
 
 
 CLAIM = Declared(

@@ -21,7 +21,7 @@ def _draw(material: Material) -> Drawing | None:
         alternative=f"Mean attention weights of trained models of {material.names}.",
         note=(
             "Attention weights of trained models: rows are queries, columns keys, each row sums to 1; mean over "
-            "heads and test examples. Each mechanism has two: the seed with the lowest accuracy and the one with "
+            "heads and validation examples. Each mechanism has two: the seed with the lowest accuracy and the one with "
             "the highest (n\u00a0=\u00a01 each; no interval)."
         ),
         groups=[
