@@ -231,6 +231,14 @@ def test_numbers_beside_the_maps(tmp_path):
         assert mechanism_name(row["mechanism"]) in ("EA", "DPA")
 
 
+def test_a_split_that_is_not_by_position_is_in_sight_alone():
+    """As of text, whose positions are split by the bytes read."""
+    results = mixed_results()
+    alone = results.splits.filter((pl.col("condition") == "mixed") & (pl.col("split") == "rule"))
+    axes = draw("splits", replace(results, splits=alone)).axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["mixed\nBy rule"]
+
+
 def test_numbers_beside_the_splits_are_of_all_conditions(tmp_path):
     rows = table(mixed_results(), tmp_path, "splits")
     assert rows["condition"].unique().sort().to_list() == ["mixed", "plain"]

@@ -129,10 +129,11 @@ def splits_of(results: StudyResults) -> dict[str, list[str]]:
 
 
 def split_conditions(results: StudyResults) -> list[Condition]:
-    """The conditions, as many as can be shown, that are split by more than position."""
+    """The conditions, as many as can be shown, that are split by something else than position."""
     splits = splits_of(results)
     ranked = most_different(results, len(results.conditions))
-    return [found for found in ranked if len(splits.get(found.label, ())) > 1][:_MOST_SPLIT_CONDITIONS]
+    others = [found for found in ranked if set(splits.get(found.label, ())) - {"position"}]
+    return others[:_MOST_SPLIT_CONDITIONS]
 
 
 def _key(fields: dict[str, Any]) -> str:
