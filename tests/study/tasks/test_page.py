@@ -28,4 +28,5 @@ def test_every_key_is_there_with_its_default(kind):
         elif field.default is not None:  # else the words say from what it follows
             default = field.default
             written = "[" + ", ".join(f'"{x}"' for x in default) + "]" if isinstance(default, tuple) else default
-            assert keys[name].strip("`").strip('"') == str(written)
+            written = str(written).lower() if isinstance(written, bool) else str(written)  # as in TOML
+            assert keys[name].strip("`").strip('"') == written

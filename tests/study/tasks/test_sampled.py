@@ -29,8 +29,8 @@ OTHERS = {
     "selective_copy": {"copied": 4, "noise": 6, "vocab": 9},
     "induction": {"context": 10, "vocab": 7},
     "modular_addition": {"modulus": 43, "operation": "subtract", "training_fraction": 0.3},
-    "parity": {"context": 19, "asked": "last"},
-    "permutation": {"degree": 4, "context": 9},
+    "parity": {"context": 19, "asked": "last", "start": True},
+    "permutation": {"degree": 4, "context": 9, "start": True},
     "noisy": {"operation": "difference", "basis": 3, "delay": 4, "noise": 0.2, "context": 11},
 }
 

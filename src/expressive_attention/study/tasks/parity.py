@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import IGNORED, Examples, always, one_in, same_as, worded
-from .sampled import SampledTask, integers, prefix_identifiers
+from .base import IGNORED, Examples, always, worded
+from .sampled import SampledTask, after_start, integers, prefix_identifiers
 
 __all__ = ["ParityTask"]
 
@@ -23,19 +23,29 @@ class ParityTask(SampledTask):
     Attributes:
         context: Number of bits.
         asked: At ``"every"`` position (running parity), or only at the ``"last"``.
+        start: Whether a token of its own, number 2, comes before the bits. Without one, a model that sees distances
+            alone (RoPE) cannot tell a run of equal bits from a single one.
     """
 
     kind: Literal["parity"] = "parity"  # pyright: ignore[reportIncompatibleVariableOverride]
     context: int = Field(default=16, ge=1, le=1 << 14)
     asked: Literal["every", "last"] = "every"
+    start: bool = False
 
     @property
     def label(self) -> str:
-        return f"{'running parity' if self.asked == 'every' else 'parity'}, context {self.context}"
+        kind = "running parity" if self.asked == "every" else "parity"
+        return f"{kind}, context {self.context}{', start token' if self.start else ''}"
 
     formula = worded("is the number of ones so far odd?")
-    vocab_size = always(2)
-    length = same_as("context")
+
+    @property
+    def vocab_size(self) -> int:
+        return 2 + self.start
+
+    @property
+    def length(self) -> int:
+        return self.context + self.start
 
     @property
     def problems(self) -> int:
@@ -46,19 +56,19 @@ class ParityTask(SampledTask):
         """log2 of the number of strings."""
         return float(self.context)
 
-    chance = one_in("vocab_size")
+    chance = always(0.5)
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:
         inputs = integers(bits, (count, self.context), 2)
+        inputs = after_start(inputs, 2) if self.start else inputs
         return Examples(inputs, self.solve(inputs))
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
-        found = inputs.cumsum(1) % 2
-        if self.asked == "last":
-            found[:, :-1] = IGNORED
+        found = inputs.cumsum(1) % 2  # the start is even, too
+        found[:, : -1 if self.asked == "last" else int(self.start)] = IGNORED
         return found
 
     def contexts(self, examples: Examples) -> np.ndarray:
         """The string up to each position that is asked: a held-out string begins like others."""
         found = prefix_identifiers(examples.inputs)
-        return found if self.asked == "every" else found[:, -1:]
+        return found[:, int(self.start) if self.asked == "every" else -1 :]

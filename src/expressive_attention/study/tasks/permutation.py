@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from .base import Examples, one_in, same_as, worded
-from .sampled import SampledTask, integers, prefix_identifiers
+from .base import IGNORED, Examples, one_in, worded
+from .sampled import SampledTask, after_start, integers, prefix_identifiers
 
 __all__ = ["PermutationTask"]
 
@@ -29,50 +29,62 @@ class PermutationTask(SampledTask):
 
     Attributes:
         degree: Number of things that are permuted, 2 to 6.
-        context: Number of permutations, at least 2; at the first position the target is the token itself.
+        context: Number of permutations, at least 2; at the first of them the target is the token itself.
+        start: Whether a token of its own, the last number, comes before them. Without one, a model that sees distances
+            alone (RoPE) cannot tell a run of equal permutations from a single one.
     """
 
     kind: Literal["permutation"] = "permutation"  # pyright: ignore[reportIncompatibleVariableOverride]
     degree: int = Field(default=5, ge=2, le=6)
     context: int = Field(default=8, ge=2, le=1 << 14)
+    start: bool = False
 
     @property
     def label(self) -> str:
-        return f"permutations of {self.degree}, context {self.context}"
+        return f"permutations of {self.degree}, context {self.context}{', start token' if self.start else ''}"
 
     formula = worded("the order of {degree} things after all swaps so far")
 
     @property
-    def vocab_size(self) -> int:
+    def elements(self) -> int:
+        """Number of permutations."""
         return math.factorial(self.degree)
 
-    length = same_as("context")
+    @property
+    def vocab_size(self) -> int:
+        return self.elements + self.start
+
+    @property
+    def length(self) -> int:
+        return self.context + self.start
 
     @property
     def problems(self) -> int:
-        return self.vocab_size**self.context
+        return self.elements**self.context
 
     @property
     def complexity(self) -> float:
         """log2 of the number of sequences, as for the parity; the state is one of ``factorial(degree)``."""
-        return self.context * math.log2(self.vocab_size)
+        return self.context * math.log2(self.elements)
 
-    chance = one_in("vocab_size")
+    chance = one_in("elements")
 
     def draw(self, bits: np.random.Philox, count: int) -> Examples:
-        inputs = integers(bits, (count, self.context), self.vocab_size)
+        inputs = integers(bits, (count, self.context), self.elements)
+        inputs = after_start(inputs, self.elements) if self.start else inputs
         return Examples(inputs, self.solve(inputs))
 
     def solve(self, inputs: np.ndarray) -> np.ndarray:
         products = _products(self.degree)
         found = inputs.copy()
-        for t in range(1, inputs.shape[1]):
+        found[:, : int(self.start)] = IGNORED
+        for t in range(1 + self.start, inputs.shape[1]):
             found[:, t] = products[inputs[:, t], found[:, t - 1]]
         return found
 
     def contexts(self, examples: Examples) -> np.ndarray:
         """The tokens up to each position: a held-out sequence begins like others."""
-        return prefix_identifiers(examples.inputs)
+        return prefix_identifiers(examples.inputs)[:, int(self.start) :]
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from .base import Examples, Task
 from .recurrences.recurrence import mixed
 from .rng import stream
 
-__all__ = ["SampledTask", "by_distance", "distinct", "integers", "prefix_identifiers"]
+__all__ = ["SampledTask", "after_start", "by_distance", "distinct", "integers", "prefix_identifiers"]
 
 # One of this many inputs is for validation alone, and one for test alone.
 _SHARES = 16
@@ -84,6 +84,11 @@ def distinct(bits: np.random.Philox, count: int, below: int, number: int) -> np.
         taken = np.sort(found[:, :i], axis=1)
         found[:, i] = rank + (taken - np.arange(i) <= rank[:, None]).sum(1)
     return found
+
+
+def after_start(tokens: np.ndarray, start: int) -> np.ndarray:
+    """The tokens ``(n, L)`` after a column of `start`, ``(n, L + 1)``."""
+    return np.pad(tokens, ((0, 0), (1, 0)), constant_values=start)
 
 
 def prefix_identifiers(inputs: np.ndarray) -> np.ndarray:
