@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from expressive_attention.study.analysis.wording import mechanism_name
@@ -164,10 +165,10 @@ def _limit_table(preset: str, measure: str, told: Callable[[float], str]) -> str
     models = {name: head for name, head in models.items() if seeds[f"{name}_{measure}"].null_count() < len(seeds)}
     rows = []
     for condition in seeds["condition"].unique(maintain_order=True):
-        mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"]
-        means = [mine[f"{name}_{measure}"].mean() for name in models]
-        cells = ["" if mean is None else told(mean) for mean in means]
-        rows.append([condition, f"{rough(z.median())}, {rough(z.max())}", *cells])
+        mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"].to_numpy()
+        found = [mine[f"{name}_{measure}"].drop_nulls().to_numpy() for name in models]
+        cells = [told(float(values.mean())) if values.size else "" for values in found]
+        rows.append([condition, f"{rough(float(np.median(z)))}, {rough(float(z.max()))}", *cells])
     return _table(["condition", "99% of abs(z) below: half of the heads, all", *models.values()], rows)
 
 
