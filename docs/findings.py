@@ -76,7 +76,7 @@ def bits(row: Row) -> str:
 def leads(ea: Row) -> bool:
     """Whether one of EA and DPA is ahead, as a report has it."""
     low, high = ea.get("examples_low"), ea.get("examples_high")  # protocol 2 had none
-    open_by_examples = low is not None and low <= 0 <= high
+    open_by_examples = low is not None and high is not None and low <= 0 <= high
     return ea["p"] is not None and ea["p"] < 0.05 and abs(ea["difference"]) >= 0.01 and not open_by_examples
 
 
