@@ -101,7 +101,7 @@ def test_maps_are_of_the_worst_and_the_best_seed(tmp_path):
         ):
             assert (found.seed, found.accuracy) == (row["seed"], row["accuracy"])
             model = trained_model(cell, parameters, cell.seeds.index(found.seed))
-            tokens = torch.from_numpy(cell.task.held_out_examples(32, "test").inputs)
+            tokens = torch.from_numpy(cell.task.held_out_examples(32, "validation").inputs)
             block = model.blocks[0]
             weights = attention_weights(block.attention, block.norms[0](model.embedding(tokens)))
             torch.testing.assert_close(found.weights, weights.mean((0, 1)))

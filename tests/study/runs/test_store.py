@@ -1,5 +1,8 @@
 import dataclasses
+import errno
 import hashlib
+import os
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -48,6 +51,26 @@ def test_the_machine_and_its_threads_are_kept_and_need_not_be(store, trained):
     path.write_bytes(store_module._sealed("".join(lines).encode()))
     assert "threads" not in store.about(cell())["environment"]
     assert_frame_equal(store.load(cell()).seeds, trained.seeds)
+
+
+@pytest.mark.parametrize("name", ["cell.toml", "seeds.parquet", "weights.safetensors"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_cell_that_cannot_be_read_now_is_not_called_corrupt(store, trained, monkeypatch, name, number):
+    """A run removes corrupt cells and trains them again."""
+    store.save(cell(), trained)
+    read = Path.read_bytes
+
+    def fails(path):
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(StoreError, match=f"{name} cannot be read, and is kept: {os.strerror(number)}") as raised:
+        store.load(cell(), weights=True)
+    assert not isinstance(raised.value, CorruptCellError)
+    monkeypatch.undo()
+    assert_frame_equal(store.load(cell(), weights=True).seeds, trained.seeds)
 
 
 def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypatch):

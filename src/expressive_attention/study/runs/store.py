@@ -11,6 +11,7 @@ DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import tempfile
@@ -50,6 +51,8 @@ _LATER = {
 }
 # The last line of a cell.toml, which a parser takes for a comment.
 _SEAL = b"# sha256 of the lines above: "
+# Errors of a file that is not there, or is none.
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 class StoreError(StudyError):
@@ -219,6 +222,7 @@ class Store:
 
         Raises:
             CorruptCellError: A file is missing, incomplete or changed; the message names it.
+            StoreError: A file cannot be read now, for want of a right or by a fault of the disk.
         """
         about = self.about(cell)
         folder = self.path(cell)
@@ -261,10 +265,10 @@ class Store:
         """
         path = self.path(cell) / "cell.toml"
         try:
-            content = path.read_bytes()
+            content = _content(path)
             about = tomllib.loads(content.decode())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-            raise CorruptCellError(f"{path} is missing or not TOML") from None
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+            raise CorruptCellError(f"{path} is not TOML") from None
         if cell.protocol >= PROTOCOL and _sealed(content.rpartition(_SEAL)[0]) != content:
             raise CorruptCellError(f"{path} is corrupt: its checksum is not the one in its last line")
         if about.get("identity") != cell.identity or not _describes_a_cell(about):
@@ -315,4 +319,14 @@ def _describes_a_cell(about: dict[str, Any]) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(_content(path)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file of a cell. A file that may be whole and only cannot be read now is not called corrupt."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            raise CorruptCellError(f"{path} is missing") from None
+        raise StoreError(f"{path} cannot be read, and is kept: {error.strerror}") from None
