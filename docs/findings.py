@@ -9,7 +9,6 @@ whether the pages hold what results/ says. KIND is one of:
     bits          the same by the cross-entropy in bits
     examples      the same where all seeds share their data: on the test and on the validation examples
     accuracies    a row per condition, a column per mechanism
-    mechanisms    the same by the cross-entropy in bits
     limit         a row per condition: EA with z^2 in the place of z^2 / (1 + z^2), by accuracy on validation sequences
     limit_bits    the same by the cross-entropy in bits
     verdicts      a row per claim
@@ -143,13 +142,6 @@ def _bits(preset: str) -> str:
     return _table(head, rows)
 
 
-def _mechanisms(preset: str) -> str:
-    conditions = by_condition(preset)
-    mechanisms = list(conditions[0][1])
-    rows = [[condition, *(bits(found[name]) for name in mechanisms)] for condition, found in conditions]
-    return _table(["condition", *(f"{mechanism_name(name)}, bits" for name in mechanisms)], rows)
-
-
 def _limit(preset: str) -> str:
     return _limit_table(preset, "accuracy", share)
 
@@ -183,7 +175,6 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "examples": _examples,
     "bits": _bits,
     "accuracies": _accuracies,
-    "mechanisms": _mechanisms,
     "limit": _limit,
     "limit_bits": _limit_bits,
     "verdicts": _verdicts,

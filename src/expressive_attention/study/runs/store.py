@@ -222,7 +222,7 @@ class Store:
 
         Raises:
             CorruptCellError: A file is missing, incomplete or changed; the message names it.
-            StoreError: A file cannot be read now, for want of a right or by a fault of the disk.
+            StoreError: A file cannot be read now, for lack of permission or because of a disk error.
         """
         about = self.about(cell)
         folder = self.path(cell)
