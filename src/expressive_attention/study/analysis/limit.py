@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...nn import SelfAttention
 from ..config.cells import Cell
 from ..config.record import RecordedTask
-from ..files import write_atomically
+from ..files import read_parquet, write_atomically
 from ..runs.environment import threads_of
 from ..runs.results import StudyResults
 from ..runs.store import Store, StoreError
@@ -204,7 +204,7 @@ def _paths(store: Store, cell: Cell) -> list[Path]:
 def _read(paths: list[Path]) -> tuple[pl.DataFrame, pl.DataFrame] | None:
     """The two tables of a cell; None where they are not there, or not what this version writes."""
     try:
-        seeds, heads = (pl.read_parquet(path) for path in paths)
+        seeds, heads = (read_parquet(path) for path in paths)
     except (OSError, pl.exceptions.PolarsError):
         return None
     whole = dict(seeds.schema) == LIMIT_SCHEMA and dict(heads.schema) == HEAD_SCHEMA

@@ -10,6 +10,7 @@ import polars as pl
 
 from ..config.condition import Setting
 from ..config.declared import PRIMARY_COMPARISONS
+from ..files import read_parquet
 from ..training.result import TABLES
 from .results import StudyResults, collect
 from .store import Store, StoreError
@@ -75,7 +76,7 @@ def _read(directory: Path, name: str) -> pl.DataFrame:
     if path is None:
         return pl.DataFrame(schema=schema)
     try:
-        found = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
+        found = read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
         missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found.columns]
         return found.with_columns(missing).select(pl.col(name).cast(kind) for name, kind in schema.items())
     except pl.exceptions.PolarsError as error:

@@ -33,7 +33,7 @@ from ..config.study import StudyConfig
 from ..config.task_files import TaskFile
 from ..config.toml import tomllib
 from ..errors import StudyError
-from ..files import to_disk, write_atomically
+from ..files import read_parquet, to_disk, write_atomically
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 from .environment import environment
 
@@ -242,7 +242,7 @@ class Store:
         for name, schema in stored.items():
             path = folder / f"{name}.parquet"
             try:
-                tables[name] = pl.read_parquet(path)
+                tables[name] = read_parquet(path)
             except (pl.exceptions.PolarsError, OSError) as error:
                 raise CorruptCellError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
             if dict(tables[name].schema) != schema:
