@@ -19,7 +19,7 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
 
 
 def test_ctrl_c_waits_for_a_table_and_then_interrupts(tmp_path, monkeypatch):
-    """Polars makes a panic of an interrupt in its first read, which ended a run with a traceback in place of one line."""
+    """Polars makes a panic of an interrupt in its first read, which ended a run with a traceback."""
     path, read = tmp_path / "table.parquet", []
     pl.DataFrame({"x": [1, 2]}).write_parquet(path)
     read_by_polars = pl.read_parquet

@@ -197,7 +197,7 @@ class LayerRecord:
             IndexError: The example was not kept; ``max_tokens`` of ``capture`` says how many tokens are.
         """
         if not -len(self.query) <= example < len(self.query):
-            raise IndexError(f"example {example}: {len(self.query)} are kept; a larger max_tokens of capture keeps more")
+            raise IndexError(f"example {example}: {len(self.query)} are kept; capture(max_tokens=...) keeps more")
         q, k = self.query[example], self.key[example]
         return self.scale * q @ k.repeat_interleave(len(q) // len(k), 0).mT
 
