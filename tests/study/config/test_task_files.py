@@ -1,7 +1,6 @@
 import copy
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -20,44 +19,17 @@ from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
 from expressive_attention.study.tasks.rng import stream
 from tests.processes import forking
+from tests.study.own_files import (  # noqa: F401 two fixtures
+    COMMANDS,
+    ECHO,
+    FILES,
+    no_tasks_are_left,
+    no_tasks_are_there,
+    only_cell,
+    written,
+)
 from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny
-
-PAGE = Path(__file__).parents[3] / "docs" / "tutorial.md"
-FILES = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL))
-COMMANDS = [line for text in re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-            for line in text.splitlines()]  # fmt: skip
-ECHO = FILES["echo.py"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_tasks_are_left():
-    """Fixtures of this module define tasks, too: they end before this one does."""
-    before = dict(TASKS)
-    yield before
-    TASKS.clear()
-    TASKS.update(before)
-
-
-@pytest.fixture(autouse=True)
-def no_tasks_are_there(no_tasks_are_left):
-    TASKS.clear()
-    TASKS.update(no_tasks_are_left)
-
-
-def written(directory, source=ECHO, name="echo.py", files=None, task='{ kind = "echo", basis = 4, delay = 2 }'):
-    """A tiny study of a task in a file, which lies in a folder beside its configuration."""
-    (directory / "tasks").mkdir(parents=True, exist_ok=True)
-    (directory / "tasks" / name).write_text(source)
-    listed = json.dumps(files or [f"tasks/{name}"])
-    path = directory / "study.toml"
-    path.write_text(f"task_files = {listed}\n{tiny(task=task)}")
-    return path
-
-
-def only_cell(path):
-    config, _ = load_config(str(path))
-    return config.arms()[0].tuning_cells()[0]
 
 
 @pytest.mark.pictures
@@ -204,6 +176,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_before_any_work(tmp_path,
         (["tasks/echo.py", "again.py"], ["'echo'", "EchoTask in echo.py"]),
         (["tasks/echo.py", "other/echo.py"], ["task_files"]),
         ([3], ["task_files.0", "got 3"]),
+        (["tasks/ec\0ho.py"], [r"task_files: names must end with .py, without NUL, got 'tasks/ec\x00ho.py'"]),
     ],
 )
 def test_wrong_names_of_files_are_named(tmp_path, files, words):
@@ -395,7 +368,23 @@ def test_the_text_of_its_file_is_part_of_what_a_mechanism_is(tmp_path):
     ("source", "words"),
     [
         ("x = 1", "defines no mechanism: no dictionary WEIGHTS or LOG_WEIGHTS"),
-        ("WEIGHTS = [3]", "WEIGHTS must be a dictionary, got list"),
+        ("WEIGHTS = [3]", "WEIGHTS must be a dictionary of names and functions, got list"),
+        ("import torch\nWEIGHTS = torch.ones(3)", "WEIGHTS must be a dictionary of names and functions, got Tensor"),
+        ("LOG_WEIGHTS = None", "LOG_WEIGHTS must be a dictionary of names and functions, got NoneType"),
+        ("WEIGHTS = {'abs_again': abs}", "abs_again: a name must not end with _again"),
+        ("import torch\nWEIGHTS = {'mine': torch.rand_like}", "mine must give the same weights for the same z"),
+        ("WEIGHTS = {'mine': lambda z: z.softmax(-1)}", "mine must act element by element: z = -3 gives 0.024"),
+        ("LOG_WEIGHTS = {'mine': lambda z: z - z.max()}", "among other scores, and 0 alone"),
+        ("import torch\nWEIGHTS = {'mine': lambda z: z.abs() * torch.arange(7)[:z.shape[-1]]}", "must act element by"),
+        ("WEIGHTS = {'mine': lambda z: z.abs() ** (1 + 1 / z.shape[-1])}", "mine must act element by element"),
+        ("WEIGHTS = {'mine': lambda z: z.numpy()}", "mine: RuntimeError: Can't call numpy() on Tensor"),
+        ("WEIGHTS = {'mine': lambda z: exit(3)}", "mine: SystemExit: 3"),
+        (
+            "WEIGHTS = {'mine': lambda z: [z]}",
+            "mine must give a tensor of the shape and dtype of z, (2, 7), torch.float32",
+        ),
+        ("raise RuntimeError('first\\nframe #0: second')", "line 1: RuntimeError: first"),
+        ("WEIGHTS = {'mine': abs}\n\0", "cubic.py: SyntaxError: source code string cannot contain null bytes"),
         ("WEIGHTS = {'a b': abs}", "must map names to functions, got 'a b'"),
         ("WEIGHTS = {'mine': 3}", "must map names to functions, got 'mine': 3"),
         ("WEIGHTS = {'sigmoid': abs}", "there is a mechanism 'sigmoid' already, in the package"),
@@ -410,5 +399,7 @@ def test_what_is_wrong_with_a_file_of_mechanisms_is_said(tmp_path, source, words
         load_config(str(own_mechanism(tmp_path, source, ["dot_product"])))
     assert words in str(caught.value)
     assert "study.toml: mechanism_files: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "#0" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"mechanisms must be of .*'cubic'.* got 'quintic'"):
         load_config(str(own_mechanism(tmp_path, CUBIC, ["quintic"])))
