@@ -33,7 +33,7 @@ def continued(result):
 SHAPE = "(8, 16)"  # of the first examples that are looked at
 GIVEN = "give None or identifiers, uint64, of shape (8, k) with k from 1 to 16, got"
 MISTAKES = [
-    # what a task says of itself
+    # properties
     (ECHO.replace('return f"echo, basis {self.basis}, delay {self.delay}"', "return 3"),
      "label must be a text of one line, got 3"),
     (ECHO.replace('f"echo, ', 'f"a\\necho, '), r"label must be a text of one line, got 'a\necho, basis"),
@@ -48,7 +48,7 @@ MISTAKES = [
     (ECHO.replace("1 / self.basis", "2.0"), "chance must be from 0 to 1, got 2.0"),
     (ECHO.replace("    context: int", "    more: tuple = (1, None)\n    context: int"),
      "its fields must be values that TOML has: TypeError"),
-    (ECHO.replace("    context: int", "    _x: object = PrivateAttr(default_factory=lambda: (x for x in ()))\n    context: int")
+    (ECHO.replace("    context", "    _x: object = PrivateAttr(default_factory=lambda: (x for x in ()))\n    context")
          .replace("import Field", "import Field, PrivateAttr"),
      "its fields must be values that pickle takes to other processes: TypeError"),
     (with_facts("{}"), "facts() must have 'complexity', as those of Task do, got []"),
@@ -70,7 +70,7 @@ MISTAKES = [
     (with_method("scored", "np.ones(examples.targets.shape, int)"), f"shape {SHAPE}, got {SHAPE}, int64"),
     (with_method("scored", "[True]"), f"scored(examples) must give truth values of shape {SHAPE}, got [True]"),
     (with_method("scored", "np.ones(examples.targets.shape, bool)"), "leave out positions whose target is IGNORED"),
-    # what is measured after a training alone
+    # measures, which are asked after a training alone
     (with_method("solve", "[1]", "self, inputs").replace("self.solve(inputs)", "np.roll(inputs, self.delay, axis=1)"),
      f"solve(inputs) must give None or an array of the shape {SHAPE}, got [1]"),
     (with_method("ceiling", "None"), f"ceiling(examples) must give numbers of shape {SHAPE}, got None"),

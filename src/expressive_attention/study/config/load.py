@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError
 from .mechanism_files import load_mechanism_files
-from .messages import in_one_line
 from .presets import preset_names, preset_text
 from .record import Record, RecordedTask
-from .schema import PROTOCOL
+from .schema import PROTOCOL, in_one_line
 from .study import Files, StudyConfig, is_file_name
 from .task_files import TaskFileError, load_task_files
 from .task_trial import check_task

@@ -17,9 +17,8 @@ from .cells import AGAIN, Arm
 from .condition import Condition
 from .declared import claim_names
 from .mechanism_files import names_in
-from .messages import in_one_line
 from .record import Record, RecordedTask, facts_of
-from .schema import PROTOCOL, ModelConfig, SeedsConfig, Strict, TrainingConfig, distinct
+from .schema import PROTOCOL, ModelConfig, SeedsConfig, Strict, TrainingConfig, distinct, in_one_line
 from .task_files import TaskFile, file_of
 from .task_trial import check_label
 

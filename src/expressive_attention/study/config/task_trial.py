@@ -71,7 +71,7 @@ class _Trial:
         assert file is not None
         self.name = f"{file.name}: {type(task).__name__}"
 
-    # ---- what a task says of itself ----
+    # ---- properties ----
 
     def label(self) -> None:
         for member, may_be_empty in (("label", False), ("formula", True)):
@@ -186,7 +186,7 @@ class _Trial:
         if not all(np.array_equal(one, other) for one, other in pairs):
             self._fail(f"{origin} must give the same examples when asked for the same, got others")
 
-    # ---- what is measured ----
+    # ---- measures ----
 
     def solution(self, examples: Examples) -> None:
         solved, shape = self._ask("solve", (examples.inputs,)), examples.targets.shape
@@ -254,7 +254,7 @@ class _Trial:
                     f"{self.task.vocab_size - 1}, got {values.min()} to {values.max()}"
                 )
 
-    # ---- asking ----
+    # ---- questions ----
 
     def _ask(self, member: str, arguments: tuple[Any, ...] | None = None) -> Any:
         """A property of the task, or the result of a method; an error in it is laid to its line."""
@@ -297,7 +297,7 @@ def _is_array(value: Any, shape: tuple[int, ...] | None, kinds: str = "", dtype:
 
 
 def _described(value: Any) -> str:
-    """What came, in a few words."""
+    """A value in a few words, for an error."""
     if isinstance(value, np.ndarray):
         return f"{value.shape}, {value.dtype}"
     kind = type(value).__name__
