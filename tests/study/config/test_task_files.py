@@ -14,6 +14,8 @@ from expressive_attention.study.cli.app import app
 from expressive_attention.study.config import task_files as user_tasks
 from expressive_attention.study.config.load import load_config
 from expressive_attention.study.errors import ConfigError
+from expressive_attention.study.runs.exported import load_results
+from expressive_attention.study.runs.facts import KnownFacts
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
@@ -45,7 +47,7 @@ def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     assert "1 of 1 cells have the same bits" in done.output
     assert Path("echo/report.html").stat().st_size > 700_000
     assert sorted(path.name for path in Path("echo/export").iterdir()) == [
-        "about.json", "config.toml", "curves.csv", "seeds.csv",
+        "about.json", "config.toml", "curves.csv", "record.json", "seeds.csv",
         "splits.csv", "summary.csv", "summary.tex", "verdicts.csv",
     ]  # fmt: skip
 
@@ -263,6 +265,7 @@ def test_what_needs_the_tasks_says_so_and_asks(hostile, command):
     assert done.stderr.count("\n") == 1
     assert "--trust" in done.stderr
     assert not (hostile.parent / "was run").exists()
+    (hostile / "record.json").unlink()
     CliRunner().invoke(app, [*command, str(hostile), "--trust"])
     assert (hostile.parent / "was run").exists()
 
@@ -274,6 +277,65 @@ def test_what_the_limit_of_own_tasks_is_can_be_exported_without_trust(run_once, 
     (hostile / "echo.py").write_text("raise RuntimeError('was run')")
     assert CliRunner().invoke(app, ["study", "export", str(hostile)]).exit_code == 0
     assert len((hostile / "export" / "limit.csv").read_text().splitlines()) == 1 + 2  # a head and two seeds
+
+
+READING = [["status"], ["export"], ["compare"], ["report"], ["verify"], ["limit"], ["twins"]]
+
+
+@pytest.mark.parametrize("command", READING, ids=[command[0] for command in READING])
+def test_without_a_record_every_command_takes_the_option_that_it_asks_for(run_once, tmp_path, command):
+    shutil.copytree(run_once, tmp_path / "run")
+    (tmp_path / "run" / "record.json").unlink()
+    folders = [str(tmp_path / "run")] * (2 if command == ["compare"] else 1)
+    done = CliRunner().invoke(app, ["study", *command, *folders])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "record.json is missing: only --trust" in done.stderr
+    done = CliRunner().invoke(app, ["study", *command, *folders, "--trust"])
+    assert done.exit_code == 0, done.output
+
+
+def test_an_export_is_read_without_running_code(hostile):
+    assert CliRunner().invoke(app, ["study", "export", str(hostile), "-f", "parquet"]).exit_code == 0
+    export = hostile / "export"
+    assert not list(export.glob("*.py"))
+    assert load_results(export).seeds.height == 8
+    assert load_results(export).conditions == collect(Store(hostile)).conditions
+    done = CliRunner().invoke(app, ["study", "compare", str(hostile), str(export)])
+    assert done.exit_code == 0, done.output
+    assert "differ on 0 of 1 condition" in done.output
+    assert not (hostile.parent / "was run").exists()
+    (export / "record.json").unlink()
+    with pytest.raises(
+        StoreError, match=r"record.json is missing, and echo.py is not there, .* export the study again"
+    ):
+        load_results(export)
+
+
+@pytest.mark.parametrize("command", [["study", "limit"], ["study", "verify"], ["study", "report"], ["geometry"]])
+def test_a_file_that_was_edited_is_named_and_not_run(hostile, command):
+    """Its cells have another identity: the finished ones would seem not to be there."""
+    done = CliRunner().invoke(app, [*command, str(hostile), "--trust"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "echo.py has changed since the study ran, and its finished cells are not of this file" in done.stderr
+    assert not (hostile.parent / "was run").exists()
+
+
+def test_facts_are_those_of_the_file_that_counted_them(tmp_path):
+    facts = KnownFacts(tmp_path / "facts.json")
+    first = facts.of(only_cell(written(tmp_path)).task, 16)
+    other = facts.of(only_cell(written(tmp_path, ECHO.replace("return 1 / self.basis", "return 0.125"))).task, 16)
+    assert (first["chance"], other["chance"]) == (0.25, 0.125)
+
+
+def test_a_run_folder_is_run_with_its_own_copies(run_once, tmp_path):
+    """Its configuration names the file where it once was."""
+    shutil.copytree(run_once, tmp_path / "run")
+    config, text = load_config(str(tmp_path / "run" / "config.toml"))
+    assert 'task_files = ["tasks/echo.py"]' in text
+    assert [file.text for file in config.sources] == [ECHO]
+    (tmp_path / "run" / "tasks").mkdir()
+    (tmp_path / "run" / "tasks" / "echo.py").write_text("raise RuntimeError('of something else')")
+    assert load_config(str(tmp_path / "run" / "config.toml"))[0].sources == config.sources
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "is missing"), ("{}", "is not what was written")])

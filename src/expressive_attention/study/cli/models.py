@@ -75,7 +75,7 @@ def geometry(
             from ..runs.results import collect
             from ..runs.store import Store
 
-            write_page(collect(Store(directory)), directory, trust=trust)  # the report links the page now
+            write_page(collect(Store(directory), trust=trust), directory, trust=trust)  # the report links the page now
     if unseen:
         typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
     for name, record in records.items():
@@ -142,12 +142,12 @@ def limit(
         fail(f"--share must be above 0 and at most 1, got {share:g}")
     with one_line_errors():
         store = Store(directory)
-        results = collect(store)
+        results = collect(store, trust=trust)
         cells = limit_cells(results, store, trust=trust)
         for index, cell in enumerate(cells):
             typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
             write_limit(cell, store, share)
-        tables = limit_tables(results, store)
+        tables = limit_tables(results, store, trust=trust)
     for sentence in limit_sentences(results, tables):
         typer.echo(sentence)
 

@@ -29,7 +29,7 @@ def report(directory: Directory, trust: Trust = False) -> None:
     from ..runs.exported import load_results
 
     with one_line_errors():
-        results = load_results(directory)
+        results = load_results(directory, trust=trust)
         page = write_page(results, directory, trust=trust)
     print_findings(results)
     typer.echo(f"\n{page}")
@@ -38,6 +38,7 @@ def report(directory: Directory, trust: Trust = False) -> None:
 def status(
     directory: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Print the results of a study so far, a row per condition and mechanism.
 
@@ -47,8 +48,8 @@ def status(
     from ..runs.store import Store
 
     with one_line_errors():
-        results = collect(Store(directory))
-        config, _ = Store(directory).config()
+        results = collect(Store(directory), trust=trust)
+        config, _ = Store(directory).config(trust=trust)
     rows = _status_rows(results, config.seeds.final)
     if as_json:
         typer.echo(json.dumps({"cells": rows}, indent=2))
@@ -66,6 +67,7 @@ def status(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a study, e.g. runs/quick, or of its export.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+    trust: Trust = False,
 ) -> None:
     """Print two runs beside each other, and on which conditions they differ.
 
@@ -78,7 +80,7 @@ def compare(
     from ..runs.exported import load_results
 
     with one_line_errors():
-        lines = compared_runs(load_results(first), load_results(second))
+        lines = compared_runs(load_results(first, trust=trust), load_results(second, trust=trust))
     if not lines:
         fail(f"neither {first} nor {second} has a finished final seed; `ea study run` makes them")
     table = Table("condition", "", "A: solved, accuracy", "B: solved, accuracy", "differs in", box=None)
@@ -109,6 +111,7 @@ def export(
             "--format", "-f", metavar="csv|parquet|latex", help="May be given several times.", show_default="csv"
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
 
@@ -121,9 +124,9 @@ def export(
 
     with one_line_errors():
         store, folder = Store(directory), out or directory / "export"
-        results = collect(store)
+        results = collect(store, trust=trust)
         try:
-            tables = limit_tables(results, store)
+            tables = limit_tables(results, store, trust=trust)
             files = export_study(results, folder, formats or ["csv"], tables)
         except ValueError as error:
             fail(str(error))

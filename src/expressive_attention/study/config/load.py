@@ -45,7 +45,10 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
         close = get_close_matches(preset_or_file, preset_names(), 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(f"no preset or file {preset_or_file!r}{meant}; presets are: {', '.join(preset_names())}")
-    return parse_config(text, preset_or_file, lambda name: path.parent / name), text
+    # In a run folder, copies of the files lie beside the configuration, wherever it has them from.
+    is_of_a_run = path.name == "config.toml" and (path.parent / "cells").is_dir()
+    find = lambda name: path.parent / (Path(name).name if is_of_a_run else name)  # noqa: E731
+    return parse_config(text, preset_or_file, find), text
 
 
 def parse_config(
@@ -98,13 +101,13 @@ def parse_config(
 _FILE_KEYS = ("task_files", "mechanism_files")
 
 
-def runs_files(text: str) -> bool:
-    """Whether a configuration names files that would be run."""
+def own_files(text: str) -> list[str]:
+    """The files that a configuration names, and that would be run."""
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        return False
-    return any(_names(content, key) for key in _FILE_KEYS)
+        return []
+    return [name for key in _FILE_KEYS for name in _names(content, key)]
 
 
 def _names(content: dict[str, Any], key: str) -> list[str]:

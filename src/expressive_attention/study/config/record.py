@@ -64,6 +64,12 @@ class Record:
         """The task that a table of the grid asks for, None where it is none of these."""
         return self.tasks.get(_key(content))
 
+    @property
+    def files(self) -> dict[str, TaskFile]:
+        """The files by their names, as they were run."""
+        files = [*(task.file for task in self.tasks.values()), *self.mechanisms.values()]
+        return {file.name: file for file in files}
+
     def to_json(self) -> str:
         """The record as text."""
         tasks = {

@@ -84,6 +84,11 @@ class StudyConfig(Strict):
         """`task_files` and `mechanism_files` as they were read; none where they were not run."""
         return self._files.tasks + self._files.mechanisms
 
+    @property
+    def has_files(self) -> bool:
+        """Whether tasks or mechanisms are from files."""
+        return bool(self.task_files or self.mechanism_files)
+
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> StudyConfig:
         if info.context is not None:
@@ -153,6 +158,8 @@ class StudyConfig(Strict):
 
     def record(self) -> Record:
         """The facts of the files of tasks and mechanisms that reading a study needs, in place of running them."""
+        if self._files.recorded is not None:
+            return self._files.recorded
         tasks = [task for grid in self.grid for task in _combinations(grid.task)]
         return Record.of(
             [(content, task) for content in tasks if file_of(task := self._files.task(content)) is not None],

@@ -15,7 +15,7 @@ import errno
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config.cells import Cell
-from ..config.load import parse_config, runs_files
+from ..config.load import own_files, parse_config
 from ..config.record import Record, RecordError
 from ..config.schema import PROTOCOL
 from ..config.study import StudyConfig
-from ..config.task_files import TaskFile
+from ..config.task_files import TaskFile, TaskFileError, read_file
 from ..config.toml import tomllib
 from ..errors import StudyError
 from ..files import to_disk, write_atomically
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 from .environment import environment
 
-__all__ = ["CorruptCellError", "Store", "StoreError"]
+__all__ = ["RECORD", "CorruptCellError", "Store", "StoreError"]
 
 
 _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
 
-_RECORD = "record.json"
+RECORD = "record.json"
 # Columns that protocol 2 did not have yet.
 _LATER = {
     "seeds": ("validation", "validation_cross_entropy", "unseen_predictions", "unseen_contexts"),
@@ -93,7 +93,7 @@ class Store:
             raise StoreError(f"a study of protocol {of} can be read, and not be run: this version runs {PROTOCOL}")
         files = {file.name: file.text for file in sources}
         if record is not None and files:
-            files[_RECORD] = record.to_json()
+            files[RECORD] = record.to_json()
         files[config.name] = text if "protocol" in _toml(text) else f"protocol = {PROTOCOL}\n{text}"
         ours = {self.cells.name, _LOCK, *files}
         if self.directory.exists() and not self.directory.is_dir():
@@ -129,14 +129,18 @@ class Store:
                 models. Otherwise their tasks and mechanisms are taken from the study's record.
 
         Raises:
-            StoreError: The folder is not a study, or has no record of its files and is not trusted.
+            StoreError: The folder is not a study, or has no record of its files and is not trusted, or a file is to be
+                run that is not the one of the record, with which the cells were trained.
             ConfigError: Its configuration does not fit.
         """
         path = self.directory / "config.toml"
         if not path.is_file():
             raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
         text = path.read_text(encoding="utf-8")
-        record = self._record() if runs_files(text) and not trust else None
+        names = [Path(name).name for name in own_files(text)]
+        record = self._record(names) if names and not trust else None
+        if names and trust:
+            self._check_files(names)
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
 
@@ -147,15 +151,37 @@ class Store:
         meant = above or (below[0] if below else Path("runs/quick"))
         return f"pass the run folder, e.g. {meant}"
 
-    def _record(self) -> Record:
-        path = self.directory / _RECORD
+    def _record(self, names: Sequence[str]) -> Record:
+        path = self.directory / RECORD
         try:
             return Record.from_json(path.read_text(encoding="utf-8"))
         except OSError:
             reason = "is missing"
         except (RecordError, UnicodeDecodeError) as error:
             reason = str(error)
+        if missing := [name for name in names if not (self.directory / name).is_file()]:
+            raise StoreError(
+                f"{path} {reason}, and {missing[0]} is not there, which could tell its tasks: put {RECORD} back from "
+                "the run folder, or export the study again"
+            )
         raise StoreError(f"{path} {reason}: only --trust, which runs the study's Python files, can tell its tasks")
+
+    def _check_files(self, names: Sequence[str]) -> None:
+        """A changed file has other tasks and mechanisms than those of the cells, which it would hide."""
+        try:
+            known = Record.from_json((self.directory / RECORD).read_text(encoding="utf-8")).files
+        except (OSError, RecordError, UnicodeDecodeError):
+            return  # nothing tells
+        for name in set(names) & set(known):
+            try:
+                found = read_file(self.directory / name)
+            except TaskFileError:
+                continue  # which is said where it is run
+            if found != known[name]:
+                raise StoreError(
+                    f"{self.directory / name} has changed since the study ran, and its finished cells are not of this "
+                    f"file: put back the text that {RECORD} has, or run the study again with the new one"
+                )
 
     def lock(self) -> FileLock:
         """The lock that is held while cells are written. The system frees it when the process ends, in whatever way.
