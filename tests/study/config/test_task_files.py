@@ -44,7 +44,7 @@ def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     for command in COMMANDS:
         done = CliRunner().invoke(app, command.split()[1:])
         assert done.exit_code == 0, done.output
-    assert "1 of 1 cells have the same bits" in done.output
+    assert "1 of 1 cell has the same bits" in done.output
     assert Path("echo/report.html").stat().st_size > 700_000
     assert sorted(path.name for path in Path("echo/export").iterdir()) == [
         "about.json", "config.toml", "curves.csv", "record.json", "seeds.csv",

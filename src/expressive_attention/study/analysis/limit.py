@@ -155,12 +155,13 @@ def limit_tables(results: StudyResults, store: Store, *, trust: bool = False) ->
         kept = _read(_paths(store, cell))
         if kept is None:
             continue
+        counts = pl.col("seed").is_in(cell.counted)
         columns = ["seed", *_FROM_START]
         start = evidence(results.seeds, cell.condition, "squared").select(columns)
         names = {column: f"squared_from_start_{measure}" for column, measure in _FROM_START.items()}
         seeds = kept[0].join(start.rename(names), on="seed", how="left")
         for parts, table in zip(tables.values(), (seeds, kept[1]), strict=True):
-            parts.append(table.select(pl.lit(cell.condition).alias("condition"), pl.all()))
+            parts.append(table.filter(counts).select(pl.lit(cell.condition).alias("condition"), pl.all()))
     return {name: pl.concat(parts) for name, parts in tables.items() if parts}
 
 

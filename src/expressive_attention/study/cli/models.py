@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..words import plural
 from .common import Directory, Trust, fail, one_line_errors, write_page
 
 __all__ = ["geometry", "limit", "twins", "verify"]
@@ -114,7 +115,8 @@ def verify(
             if found.circumstances:
                 typer.echo(f"  not as it was: {'; '.join(found.circumstances)}")
             differ += bool(found.differences)
-    typer.echo(f"{len(cells) - differ} of {len(cells)} cells have the same bits")
+    have = "has" if len(cells) == 1 else "have"
+    typer.echo(f"{len(cells) - differ} of {plural(len(cells), 'cell')} {have} the same bits")
     if differ:
         raise typer.Exit(1)
 

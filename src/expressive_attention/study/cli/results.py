@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..words import plural
 from .common import Directory, Trust, fail, one_line_errors, write_page
 from .run import print_findings
 
@@ -61,7 +62,7 @@ def status(
         seeds = f"{row['seeds']} of {config.seeds.final}"
         table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
     Console(highlight=False).print(table)
-    typer.echo(f"{len(results.unfinished)} cells are not finished" if results.unfinished else "all cells are finished")
+    typer.echo(_unfinished(results) or "all cells are finished")
 
 
 def compare(
@@ -75,7 +76,7 @@ def compare(
 
     Example: ea study compare runs/quick runs/quick-again
     """
-    from ..analysis.wording import mechanism_name, plural
+    from ..analysis.wording import mechanism_name
     from ..report.two_runs import compared_runs, differing
     from ..runs.exported import load_results
 
@@ -133,7 +134,13 @@ def export(
     for file in files:
         typer.echo(file)
     if results.unfinished:
-        typer.echo(f"{len(results.unfinished)} cells are not finished, and not in it", err=True)
+        typer.echo(f"{_unfinished(results)}, and not in it", err=True)
+
+
+def _unfinished(results: StudyResults) -> str:
+    """How many cells are not finished; empty: all are."""
+    count = len(results.unfinished)
+    return f"{plural(count, 'cell')} {'is' if count == 1 else 'are'} not finished" if count else ""
 
 
 def _conditions_by_mechanism(results: StudyResults) -> list[str]:

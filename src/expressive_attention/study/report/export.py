@@ -15,10 +15,10 @@ from ..analysis.comparisons import BASELINE, Comparison, comparisons
 from ..analysis.estimators import LEVEL, Interval
 from ..analysis.summaries import Summary, summaries
 from ..analysis.wording import mechanism_name
+from ..config.record import RECORD
 from ..files import write_atomically
 from ..runs.exported import ABOUT, about
 from ..runs.results import StudyResults
-from ..runs.store import RECORD
 
 __all__ = [
     "FORMATS",

@@ -89,7 +89,7 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
     found: dict[str, str] = {}
     seconds = 0.0
     for cell in finished:
-        result = store.load(cell)
+        result = store.counted(cell)
         labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
         columns = [pl.lit(value).alias(name) for name, value in labels.items()]
         columns += [pl.lit(value).alias(name) for name, value in cell.setting._asdict().items()]

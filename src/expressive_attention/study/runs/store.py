@@ -15,7 +15,8 @@ import errno
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,23 @@ from safetensors.torch import load_file, save_file
 
 from ..config.cells import Cell
 from ..config.load import own_files, parse_config
-from ..config.record import Record, RecordError
+from ..config.record import RECORD, Record, RecordError, check_files, read_record
 from ..config.schema import PROTOCOL
 from ..config.study import StudyConfig
-from ..config.task_files import TaskFile, TaskFileError, read_file
+from ..config.task_files import TaskFile
 from ..config.toml import tomllib
 from ..errors import StudyError
 from ..files import to_disk, write_atomically
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 from .environment import environment
+from .lengths import Lengths
 
-__all__ = ["RECORD", "CorruptCellError", "Store", "StoreError"]
+__all__ = ["CorruptCellError", "Store", "StoreError"]
 
 
 _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
 
-RECORD = "record.json"
 # Columns that protocol 2 did not have yet.
 _LATER = {
     "seeds": ("validation", "validation_cross_entropy", "unseen_predictions", "unseen_contexts"),
@@ -73,6 +74,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.cells = directory / "cells"
+        self._lengths = Lengths(self.cells)
 
     # ---- the configuration ----
 
@@ -138,9 +140,12 @@ class Store:
             raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
         text = path.read_text(encoding="utf-8")
         names = [Path(name).name for name in own_files(text)]
-        record = self._record(names) if names and not trust else None
-        if names and trust:
-            self._check_files(names)
+        try:
+            record = read_record(self.directory, names) if names and not trust else None
+            if trust:
+                check_files(self.directory, names)
+        except RecordError as error:
+            raise StoreError(str(error)) from None
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
 
@@ -150,38 +155,6 @@ class Store:
         below = sorted(path.parent for path in self.directory.glob("*/config.toml"))
         meant = above or (below[0] if below else Path("runs/quick"))
         return f"pass the run folder, e.g. {meant}"
-
-    def _record(self, names: Sequence[str]) -> Record:
-        path = self.directory / RECORD
-        try:
-            return Record.from_json(path.read_text(encoding="utf-8"))
-        except OSError:
-            reason = "is missing"
-        except (RecordError, UnicodeDecodeError) as error:
-            reason = str(error)
-        if missing := [name for name in names if not (self.directory / name).is_file()]:
-            raise StoreError(
-                f"{path} {reason}, and {missing[0]} is not there, which could tell its tasks: put {RECORD} back from "
-                "the run folder, or export the study again"
-            )
-        raise StoreError(f"{path} {reason}: only --trust, which runs the study's Python files, can tell its tasks")
-
-    def _check_files(self, names: Sequence[str]) -> None:
-        """A changed file has other tasks and mechanisms than those of the cells, which it would hide."""
-        try:
-            known = Record.from_json((self.directory / RECORD).read_text(encoding="utf-8")).files
-        except (OSError, RecordError, UnicodeDecodeError):
-            return  # nothing tells
-        for name in set(names) & set(known):
-            try:
-                found = read_file(self.directory / name)
-            except TaskFileError:
-                continue  # which is said where it is run
-            if found != known[name]:
-                raise StoreError(
-                    f"{self.directory / name} has changed since the study ran, and its finished cells are not of this "
-                    f"file: put back the text that {RECORD} has, or run the study again with the new one"
-                )
 
     def lock(self) -> FileLock:
         """The lock that is held while cells are written. The system frees it when the process ends, in whatever way.
@@ -206,6 +179,10 @@ class Store:
         """Whether the cell has been finished."""
         return self.path(cell).exists()
 
+    def lengths(self) -> dict[int, list[int]]:
+        """Numbers of seeds that finished cells have, the largest first, by the first of the seeds."""
+        return self._lengths.known()
+
     def checkpoint(self, cell: Cell) -> Path:
         """The file from which a killed cell resumes; it need not exist."""
         return self.cells / f"{_CHECKPOINT}{cell.identity}"
@@ -226,7 +203,7 @@ class Store:
         content = {
             "identity": cell.identity,
             "seconds": result.seconds,
-            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file"})},
+            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file", "surplus"})},
             "environment": environment() if machine is None else machine,
             "sha256": files,
         }
@@ -282,6 +259,21 @@ class Store:
         except SafetensorError as error:
             raise CorruptCellError(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
         return CellResult(**tables, weights=parameters, seconds=about["seconds"])
+
+    def counted(self, cell: Cell) -> CellResult:
+        """Read a finished cell without the seeds that are more than the study asks for.
+
+        Its examples are those of all seeds, which tell how they differ.
+
+        Raises:
+            StoreError: As `load`.
+        """
+        result = self.load(cell)
+        if not cell.surplus:
+            return result
+        tables = ("seeds", "curves", "splits")
+        counts = pl.col("seed").is_in(cell.counted)
+        return replace(result, **{name: getattr(result, name).filter(counts) for name in tables})
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """The content of cell.toml.
