@@ -18,6 +18,7 @@ from expressive_attention.study.config.condition import Setting
 from expressive_attention.study.runs import scheduler as sweep
 from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs.engines import LocalEngine
+from expressive_attention.study.runs.engines.base import reason
 from expressive_attention.study.runs.progress import Silent
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.scheduler import SweepError, run_study
@@ -351,3 +352,9 @@ def test_a_range_that_the_final_seeds_show_gets_fresh_seeds(tmp_path, monkeypatc
         shutil.rmtree(store.path(fresh[0]))
         run_study(store.config()[0], store, LocalEngine(1), again)
         assert [cell.identity for cell in again.done] == [fresh[0].identity]
+
+
+def test_the_reason_of_a_failure_is_the_first_line_of_its_message():
+    error = RuntimeError("\nsizes differ\nException raised from add at a.cpp:3 (most recent call first):\nframe #0: b")
+    assert reason(error) == "RuntimeError: sizes differ"
+    assert reason(ValueError()) == "ValueError"
