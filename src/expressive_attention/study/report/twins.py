@@ -86,7 +86,7 @@ def write_twins(
             trusted.
     """
     store = Store(directory)
-    results = collect(store)
+    results = collect(store, trust=trust)
     label = chosen_condition(results, condition)
     config, _ = store.config(trust=trust)
     cells: dict[str, dict[int, Cell]] = {}

@@ -21,8 +21,12 @@ ABOUT = "about.json"  # beside the tables: what these do not say
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
 
 
-def load_results(directory: Path) -> StudyResults:
+def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
     """The results of a study from its folder, or from a folder of tables that were exported as CSV or parquet.
+
+    Args:
+        directory: The folder.
+        trust: As for `collect`; tables that were exported need it only where their record is missing.
 
     Raises:
         StoreError: The folder is neither; the message says what is missing.
@@ -30,17 +34,18 @@ def load_results(directory: Path) -> StudyResults:
     """
     store = Store(directory)
     if store.cells.is_dir() or _file(directory, "seeds") is None:
-        return collect(store)
+        return collect(store, trust=trust)
     if not (directory / "config.toml").is_file():
         raise StoreError(
             f"{directory} has exported tables and no config.toml, which says what was run: pass the run folder, e.g. "
             "runs/quick, or export it again"
         )
-    config, text = store.config()
+    config, text = store.config(trust=trust)
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
         **{name: _read(directory, name) for name in TABLES}, claims=list(config.claims), protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0, **_about(directory / ABOUT),
+        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
+        record=config.record() if config.has_files else None, **_about(directory / ABOUT),
     )  # fmt: skip
 
 
