@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from ..errors import StudyError
 
 if TYPE_CHECKING:
     from ..runs.results import StudyResults
 
-__all__ = ["Directory", "Trust", "fail", "one_line_errors", "write_page"]
+__all__ = ["Directory", "Trust", "fail", "one_line_errors", "print_table", "write_page"]
+
+_NO_LIMIT = 1_000_000
 
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, e.g. runs/quick.")]
@@ -53,3 +57,13 @@ def write_page(results: StudyResults, directory: Path, *, trust: bool = False) -
     from ..report.page import write_report
 
     return write_report(results, directory, trust=trust)
+
+
+def print_table(table: Table) -> None:
+    """Print a table as it is: what stands in its cells is no markup. A pipe or file gets whole lines."""
+    for column in table.columns:
+        column.overflow = "fold"  # nothing is cut
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _NO_LIMIT
+    console.print(table)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .common import Directory, Trust, fail, one_line_errors, write_page
+from .common import Directory, Trust, fail, one_line_errors, print_table, write_page
 from .run import print_findings
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def status(
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
         seeds = f"{row['seeds']} of {config.seeds.final}"
         table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
-    Console(highlight=False).print(table)
+    print_table(table)
     typer.echo(f"{len(results.unfinished)} cells are not finished" if results.unfinished else "all cells are finished")
 
 
@@ -90,7 +89,7 @@ def compare(
         said = "; ".join(line.differences) or ("same bits" if line.is_identical else "nothing shown")
         table.add_row(line.condition, mechanism_name(line.mechanism), *reached, said)
     typer.echo(f"A: {first}\nB: {second}")
-    Console(highlight=False).print(table)
+    print_table(table)
     found, conditions = differing(lines), {line.condition for line in lines}
     typer.echo(f"The runs differ on {len(found)} of {plural(len(conditions), 'condition')}" + (":" if found else "."))
     for label in found:
