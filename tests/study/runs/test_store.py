@@ -9,6 +9,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
+from expressive_attention.study.errors import StudyError
 from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.selection import choose_setting
@@ -122,6 +123,31 @@ def test_folders_that_are_no_study_are_refused(tmp_path, store):
     Store(store.directory).lock().release()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[grid", r"config\.toml is damaged: not valid TOML"),
+        (b"name = '\xff'", r"config\.toml is damaged: byte 8 is no UTF-8"),
+        (b"", r"config\.toml is damaged: it has no grid"),
+    ],
+)
+def test_a_damaged_configuration_is_named(store, content, said):
+    """It was called a study of protocol 2."""
+    (store.directory / "config.toml").write_bytes(content)
+    with pytest.raises(StoreError, match=said):
+        store.create(TINY)
+    with pytest.raises(StudyError, match=r"config\.toml"):
+        store.config()
+    assert (store.directory / "config.toml").read_bytes() == content
+
+
+def test_a_number_of_the_protocol_that_is_none_is_named(store):
+    for protocol in ("[2]", "{}", "nan", '"2"'):
+        (store.directory / "config.toml").write_text(f"protocol = {protocol}\n{TINY}")
+        with pytest.raises(StudyError, match="protocol"):
+            store.config()
+
+
 def test_the_learning_rate_is_the_most_accurate_then_the_fastest(trained):
     def result(rate, accuracy, steps):
         # The test sequences say the opposite, which does not count.
@@ -167,7 +193,17 @@ def test_any_change_of_a_cell_toml_is_found(store, trained):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("seconds = ", 'seconds = "long" #'), ("[sha256]", "[[sha256]]"), ("system = ", "system = 3 #")],
+    [
+        ("seconds = ", 'seconds = "long" #'),
+        ("seconds = ", "seconds = nan #"),
+        ("seconds = ", "seconds = -1 #"),
+        ("seconds = ", "seconds = true #"),
+        ("[sha256]", "[[sha256]]"),
+        ("system = ", "system = 3 #"),
+        ("threads = ", 'threads = "abc" #'),
+        ("threads = ", 'threads = "0" #'),
+        ("threads = ", 'threads = "99999999999" #'),
+    ],
 )
 def test_wrong_types_in_a_cell_toml_are_named(store, trained, old, new):
     store.save(cell(), trained)

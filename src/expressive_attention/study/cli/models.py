@@ -150,7 +150,7 @@ def limit(
         cells = limit_cells(results, store, trust=trust)
         for index, cell in enumerate(cells):
             typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
-            write_limit(cell, store, share)
+            write_limit(cell, store, share, lambda line: typer.echo(line, err=True))
         tables = limit_tables(results, store)
     for sentence in limit_sentences(results, tables):
         typer.echo(sentence)

@@ -40,13 +40,15 @@ def status(
 ) -> None:
     """Print the results of a study so far, a row per condition and mechanism.
 
+    DIR may also be a folder of exported tables.
+
     Example: ea study status runs/quick
     """
-    from ..runs.results import collect
+    from ..runs.exported import load_results
     from ..runs.store import Store
 
     with one_line_errors():
-        results = collect(Store(directory))
+        results = load_results(directory)
         config, _ = Store(directory).config()
     rows = _status_rows(results, config.seeds.final)
     if as_json:
@@ -111,16 +113,19 @@ def export(
 ) -> None:
     """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
 
+    DIR may also be a folder of exported tables, to have them in another format. Tables of an earlier export to the same
+    folder are replaced, or removed.
+
     Example: ea study export runs/quick --format parquet --format latex
     """
     from ..analysis.limit import limit_tables
     from ..report.export import export_study
-    from ..runs.results import collect
+    from ..runs.exported import load_results
     from ..runs.store import Store
 
     with one_line_errors():
         store, folder = Store(directory), out or directory / "export"
-        results = collect(store)
+        results = load_results(directory)
         try:
             tables = limit_tables(results, store)
             files = export_study(results, folder, formats or ["csv"], tables)

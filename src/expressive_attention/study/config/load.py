@@ -23,7 +23,7 @@ __all__ = ["load_config", "parse_config"]
 
 
 # Values that an older protocol had where a configuration says nothing.
-_OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
+_OLDER_DEFAULTS = {"2": {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
 
 
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
@@ -70,7 +70,7 @@ def parse_config(
     try:
         content = tomllib.loads(text)
         content.setdefault("protocol", protocol)
-        for table, defaults in _OLDER_DEFAULTS.get(content["protocol"], {}).items():
+        for table, defaults in _OLDER_DEFAULTS.get(str(content["protocol"]), {}).items():
             if isinstance(content.setdefault(table, {}), dict):
                 content[table] = defaults | content[table]
         files = Files(record=record)

@@ -69,9 +69,10 @@ def collect(store: Store) -> StudyResults:
     """All finished cells of a study; none of its Python files is run.
 
     Raises:
-        StoreError: The folder is not a study, or a cell is corrupt; the message names the file.
+        StoreError: The folder is not a study, or an export, or a cell is corrupt; the message names the file.
         ConfigError: Its configuration does not fit.
     """
+    store.check_cells()
     config, text = store.config()
     facts = KnownFacts(store.directory / _FACTS)
     conditions = config.conditions(facts.of)

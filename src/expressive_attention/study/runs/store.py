@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -37,7 +39,7 @@ from ..files import to_disk, write_atomically
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 from .environment import environment
 
-__all__ = ["CorruptCellError", "Store", "StoreError"]
+__all__ = ["CorruptCellError", "Store", "StoreError", "is_duration"]
 
 
 _LOCK = ".lock"
@@ -89,7 +91,7 @@ class Store:
                 is writing to it.
         """
         config = self.directory / "config.toml"
-        if (of := _protocol(text, PROTOCOL)) != PROTOCOL:
+        if (of := _toml(text).get("protocol", PROTOCOL)) != PROTOCOL:
             raise StoreError(f"a study of protocol {of} can be read, and not be run: this version runs {PROTOCOL}")
         files = {file.name: file.text for file in sources}
         if record is not None and files:
@@ -107,7 +109,12 @@ class Store:
             )
         ):
             raise StoreError(f"{self.directory} is not empty and not a study (it has no config.toml)")
-        if config.is_file() and (of := _protocol(config.read_text(encoding="utf-8"), 2)) != PROTOCOL:
+        if self.is_exported:
+            raise StoreError(
+                f"{self.directory} has exported tables and no cells, so there is no study to go on with; give another "
+                "folder (--out)"
+            )
+        if config.is_file() and (of := self._protocol()) != PROTOCOL:
             raise StoreError(
                 f"{self.directory} holds a study of protocol {of}, which can be read, and not be gone on with: this "
                 f"version runs protocol {PROTOCOL}, whose results do not mix with it; give another folder (--out)"
@@ -129,16 +136,54 @@ class Store:
                 models. Otherwise their tasks and mechanisms are taken from the study's record.
 
         Raises:
-            StoreError: The folder is not a study, or has no record of its files and is not trusted.
+            StoreError: The folder is not a study, has no record of its files and is not trusted, or its configuration
+                is not text.
             ConfigError: Its configuration does not fit.
         """
         path = self.directory / "config.toml"
         if not path.is_file():
             raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
-        text = path.read_text(encoding="utf-8")
+        text = self._text()
         record = self._record() if runs_files(text) and not trust else None
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the folder has tables of `ea study export`, and no cells."""
+        tables = (self.directory / f"seeds.{ending}" for ending in ("parquet", "csv"))
+        return not self.cells.is_dir() and any(path.is_file() for path in tables)
+
+    def check_cells(self) -> None:
+        """Raise an error if the folder is an export.
+
+        Raises:
+            StoreError: It is; the message says which commands read it.
+        """
+        if self.is_exported:
+            raise StoreError(
+                f"{self.directory} has exported tables and no trained models: `ea study report`, `status`, `compare` "
+                "and `export` read them; for all else, pass the run folder, e.g. runs/quick"
+            )
+
+    def _text(self) -> str:
+        """The text of the configuration, which is there."""
+        path = self.directory / "config.toml"
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path} is damaged: byte {error.start} is no UTF-8") from None
+
+    def _protocol(self) -> Any:
+        """The protocol of the study in the folder."""
+        path, text = self.directory / "config.toml", self._text()
+        try:
+            content = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise StoreError(f"{path} is damaged: not valid TOML: {error}") from None
+        if "grid" not in content:
+            raise StoreError(f"{path} is damaged: it has no grid")
+        return content.get("protocol", 2)
 
     def _hint(self) -> str:
         """The folder that was probably meant."""
@@ -302,20 +347,23 @@ def _toml(text: str) -> dict[str, Any]:
         return {}
 
 
-def _protocol(text: str, default: int) -> Any:
-    return _toml(text).get("protocol", default)
-
-
 def _sealed(content: bytes) -> bytes:
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
 def _describes_a_cell(about: dict[str, Any]) -> bool:
-    """Whether a cell.toml has the entries that `Store` reads, with the right types."""
+    """Whether a cell.toml has the entries that are read, with values that can be."""
     tables = [about.get("sha256"), about.get("environment")]
-    return isinstance(about.get("seconds"), (int, float)) and all(
-        isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables
+    return (
+        all(isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables)
+        and is_duration(about.get("seconds"))
+        and re.fullmatch("[1-9][0-9]{0,3}", about["environment"].get("threads", "1")) is not None
     )
+
+
+def is_duration(seconds: Any) -> bool:
+    """Whether a value that was read is a number of seconds."""
+    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < math.inf
 
 
 def _checksum(path: Path) -> str:
