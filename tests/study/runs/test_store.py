@@ -87,6 +87,27 @@ def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypa
     assert not list(store.cells.iterdir())
 
 
+def test_a_full_disk_keeps_nothing_of_a_cell(store, trained, monkeypatch):
+    """The remains took the room of the cells after it."""
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, "save_file", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        store.save(cell(), trained)
+    assert not list(store.cells.iterdir())
+
+
+def test_a_folder_without_room_for_cells_is_refused_before_the_training(store, monkeypatch):
+    def fails(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(store_module.tempfile, "TemporaryFile", fails)
+    with pytest.raises(StoreError, match="study cannot be written: Read-only file system"):
+        store.create(TINY)
+
+
 @pytest.mark.parametrize(
     "name", ["seeds.parquet", "curves.parquet", "examples.parquet", "weights.safetensors", "cell.toml"]
 )

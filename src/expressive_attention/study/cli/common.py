@@ -17,7 +17,7 @@ from ..errors import StudyError
 if TYPE_CHECKING:
     from ..runs.results import StudyResults
 
-__all__ = ["Directory", "Trust", "fail", "one_line_errors", "print_table", "write_page"]
+__all__ = ["Directory", "Trust", "fail", "of_the_system", "one_line_errors", "print_table", "write_page"]
 
 _NO_LIMIT = 1_000_000
 
@@ -37,7 +37,7 @@ def one_line_errors() -> Iterator[None]:
     except StudyError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        fail(of_the_system(error))
     except (Exception, SystemExit) as error:
         from ..config.task_files import blame
 
@@ -50,6 +50,11 @@ def fail(message: str) -> NoReturn:
     """End with one line and exit code 2."""
     typer.echo(f"ea: {message}", err=True)
     sys.exit(2)
+
+
+def of_the_system(error: OSError) -> str:
+    """An error of the system, such as that of a full disk, in one line."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def write_page(results: StudyResults, directory: Path, *, trust: bool = False) -> Path:

@@ -124,6 +124,8 @@ class Store:
             lock = self.lock()
             for name, content in files.items():  # the configuration last: it needs the others
                 write_atomically(self.directory / name, content.encode())
+            with tempfile.TemporaryFile(dir=self.cells):  # or the first cell would be lost
+                pass
         except OSError as error:
             raise StoreError(f"{self.directory} cannot be written: {error.strerror}") from None
         return lock
@@ -238,25 +240,33 @@ class Store:
             machine: The `environment` in which it was; None: this one.
         """
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
-        for name in TABLES:
-            getattr(result, name).write_parquet(partial / f"{name}.parquet")
-        save_file(result.weights, partial / "weights.safetensors")
-        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        content = {
-            "identity": cell.identity,
-            "seconds": result.seconds,
-            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file"})},
-            "environment": environment() if machine is None else machine,
-            "sha256": files,
-        }
-        content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
-        (partial / "cell.toml").write_bytes(_sealed(tomli_w.dumps(content).encode()))
-        for path in partial.iterdir():
-            to_disk(path)
+        try:
+            self._write(partial, cell, result, environment() if machine is None else machine)
+        except Exception:  # as of a full disk, which the next cell may find with some room
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.discard(cell)
         partial.rename(self.path(cell))
         to_disk(self.cells)
         self.checkpoint(cell).unlink(missing_ok=True)
+
+    def _write(self, folder: Path, cell: Cell, result: CellResult, machine: dict[str, str]) -> None:
+        """Write the files of a cell to a folder."""
+        for name in TABLES:
+            getattr(result, name).write_parquet(folder / f"{name}.parquet")
+        save_file(result.weights, folder / "weights.safetensors")
+        files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+        content = {
+            "identity": cell.identity,
+            "seconds": result.seconds,
+            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file"})},
+            "environment": machine,
+            "sha256": files,
+        }
+        content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
+        (folder / "cell.toml").write_bytes(_sealed(tomli_w.dumps(content).encode()))
+        for path in folder.iterdir():
+            to_disk(path)
 
     def load(self, cell: Cell, *, weights: bool = False) -> CellResult:
         """Read a finished cell.
