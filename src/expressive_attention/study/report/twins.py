@@ -116,16 +116,16 @@ def write_twins(
     if seed is None or seed not in shared:
         asked = "" if seed is None else f", seed {seed}"
         raise StoreError(f"{directory} has no trained models of {label!r}{asked} that all of its mechanisms share")
+    task = next(iter(finished.values()))[seed].task
+    content = task.model_dump(mode="json", exclude_none=True)
+    common = {"study": results.name, "condition": label, "task": content, "seed": seed}  # `_SHARED`
     files: dict[str, bytes] = {}
     for mechanism, by_seed in finished.items():
         cell = by_seed[seed]
         reached = evidence(results.seeds, label, mechanism).row(by_predicate=pl.col("seed") == seed, named=True)
         about = {
-            "study": results.name,
-            "condition": label,
-            "task": cell.task.model_dump(mode="json", exclude_none=True),
+            **common,
             "mechanism": mechanism,
-            "seed": seed,
             **cell.setting._asdict(),
             **{name: reached[name] for name in ("accuracy", "cross_entropy")},
         }
@@ -135,13 +135,12 @@ def write_twins(
         files[f"{mechanism}.safetensors"] = save(
             {name: x.contiguous() for name, x in state.items()}, {key: json.dumps(x) for key, x in metadata.items()}
         )
-    task = next(iter(finished.values()))[seed].task
     examples = task.held_out_examples(_EXAMPLES, "validation")
     shown = {name: torch.from_numpy(np.array(getattr(examples, name))) for name in ("inputs", "targets")}
-    files[_EXAMPLES_FILE] = save(shown, {"about": json.dumps({name: about[name] for name in _SHARED})})
+    files[_EXAMPLES_FILE] = save(shown, {"about": json.dumps(common)})
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
+    for name, written in files.items():
+        write_atomically(out / name, written)
     for path in _models_in(out):
         if path.name not in files and _is_twin(path):  # of an earlier call, with other mechanisms
             path.unlink()
