@@ -21,7 +21,10 @@ OUTCOMES = {
         *(r"rope +EA .* solved [34] of 4", r"rope +DPA .* solved [01] of 4"),
         *(r"learned +EA .* solved [012] of 4", r"learned +DPA .* solved [34] of 4"),
     ],
-    "twins": [r"antiparallel", r"DPA: .*\n +attention on a target with z < 0: 0.00, with z > 0: 0.[789]"],
+    "twins": [
+        *(r"antiparallel", r"DPA: .*\n +attention on a target with z < 0: 0.00, with z > 0: 0.[789]"),
+        *(r"EA: 1.93 bits per byte", r"DPA: 1.94 bits per byte", r"blocks.1.attention.head.0 +expressive +0.86"),
+    ],
 }
 
 

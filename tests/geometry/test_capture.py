@@ -260,6 +260,10 @@ def test_bad_input_is_named(tmp_path):
         capture(model),
     ):
         model(IDS[:0])
+    with torch.no_grad(), capture(model, max_tokens=2 * IDS.shape[1]) as record:
+        model(IDS)
+    with pytest.raises(IndexError, match="example 2: 2 are kept; capture"):
+        record.layer("blocks.0.attention").attention(2)
     with torch.no_grad(), capture(model) as record:
         model(IDS)
     with (

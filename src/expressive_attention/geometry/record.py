@@ -191,7 +191,13 @@ class LayerRecord:
     # ---- reading ----
 
     def scores(self, example: int = 0) -> Tensor:
-        """Scores z of a kept example, ``(H, L, S)`` in float32."""
+        """Scores z of a kept example, ``(H, L, S)`` in float32.
+
+        Raises:
+            IndexError: The example was not kept; ``max_tokens`` of ``capture`` says how many tokens are.
+        """
+        if not -len(self.query) <= example < len(self.query):
+            raise IndexError(f"example {example}: {len(self.query)} are kept; capture(max_tokens=...) keeps more")
         q, k = self.query[example], self.key[example]
         return self.scale * q @ k.repeat_interleave(len(q) // len(k), 0).mT
 

@@ -1,12 +1,26 @@
-"""Atomic writing of files: a file is there whole or not at all."""
+"""Files: written atomically, and tables read without an interrupt half way."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["to_disk", "write_atomically"]
+from .interrupts import delayed_interrupts
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["read_parquet", "to_disk", "write_atomically"]
+
+
+def read_parquet(path: Path) -> pl.DataFrame:
+    """Read a table; Ctrl-C waits for it, because polars makes a panic of an interrupt in its first read."""
+    import polars as pl
+
+    with delayed_interrupts():
+        return pl.read_parquet(path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -10,7 +10,9 @@ import torch
 from polars.testing import assert_frame_equal
 
 from expressive_attention.study.errors import StudyError
+from expressive_attention.study.runs import cell_files
 from expressive_attention.study.runs import store as store_module
+from expressive_attention.study.runs.cell_files import sealed
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.selection import choose_setting
 from expressive_attention.study.runs.store import CorruptCellError, Store, StoreError
@@ -49,7 +51,7 @@ def test_the_machine_and_its_threads_are_kept_and_need_not_be(store, trained):
     assert store.about(cell())["environment"]["torch"] == torch.__version__
     path = store.path(cell()) / "cell.toml"
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(("threads", "# sha256"))]
-    path.write_bytes(store_module._sealed("".join(lines).encode()))
+    path.write_bytes(sealed("".join(lines).encode()))
     assert "threads" not in store.about(cell())["environment"]
     assert_frame_equal(store.load(cell()).seeds, trained.seeds)
 
@@ -78,7 +80,7 @@ def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypa
     def fails(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "save_file", fails)
+    monkeypatch.setattr(cell_files, "save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         store.save(cell(), trained)
     assert not store.has(cell())
@@ -93,7 +95,7 @@ def test_a_full_disk_keeps_nothing_of_a_cell(store, trained, monkeypatch):
     def fails(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_module, "save_file", fails)
+    monkeypatch.setattr(cell_files, "save_file", fails)
     with pytest.raises(OSError, match="No space left on device"):
         store.save(cell(), trained)
     assert not list(store.cells.iterdir())
@@ -230,7 +232,7 @@ def test_wrong_types_in_a_cell_toml_are_named(store, trained, old, new):
     store.save(cell(), trained)
     path = store.path(cell()) / "cell.toml"
     lines = path.read_text().replace(old, new).splitlines(True)[:-1]
-    path.write_bytes(store_module._sealed("".join(lines).encode()))
+    path.write_bytes(sealed("".join(lines).encode()))
     with pytest.raises(CorruptCellError, match=r"cell\.toml does not describe this cell"):
         store.load(cell())
 

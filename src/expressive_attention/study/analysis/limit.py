@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...nn import SelfAttention
 from ..config.cells import Cell
 from ..config.record import RecordedTask
-from ..files import write_atomically
+from ..files import read_parquet, write_atomically
 from ..runs.environment import threads_of
 from ..runs.exported import read_table
 from ..runs.results import StudyResults
@@ -251,7 +251,7 @@ def _read(paths: list[Path]) -> tuple[pl.DataFrame, pl.DataFrame] | None:
     tables = []
     for path, schema in zip(paths, (LIMIT_SCHEMA, HEAD_SCHEMA), strict=True):
         try:
-            tables.append(pl.read_parquet(path))
+            tables.append(read_parquet(path))
         except FileNotFoundError:
             raise _DamagedError(f"{path} is missing") from None
         except pl.exceptions.PolarsError as error:

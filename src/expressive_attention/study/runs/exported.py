@@ -11,9 +11,11 @@ import polars as pl
 
 from ..config.condition import Setting
 from ..config.declared import PRIMARY_COMPARISONS
+from ..files import read_parquet
 from ..training.result import TABLES
+from .cell_files import is_duration
 from .results import StudyResults, collect
-from .store import Store, StoreError, is_duration
+from .store import Store, StoreError
 
 __all__ = ["ABOUT", "about", "load_results", "read_table"]
 
@@ -103,7 +105,7 @@ def read_table(directory: Path, name: str, schema: Mapping[str, Any]) -> pl.Data
 
 def _read(path: Path, schema: Mapping[str, Any]) -> pl.DataFrame:
     try:
-        found = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
+        found = read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
         missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found.columns]
         return found.with_columns(missing).select(pl.col(name).cast(kind) for name, kind in schema.items())
     except pl.exceptions.PolarsError as error:

@@ -14,12 +14,12 @@ from itertools import cycle
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import cast
 
 import torch
 
 from ...config.cells import Cell
+from ...interrupts import delayed_interrupts
 from ...training.checkpoints import SECONDS_BETWEEN, CheckpointFile
 from ...training.devices import CPU, available_cores
 from ...training.loop import train_cell
@@ -129,18 +129,12 @@ def _without_interrupts() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # the first process starts it, which would let SIGINT through again
-    came: list[FrameType | None] = []
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda _, frame: came.append(frame)) if is_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if is_main:
-            signal.signal(signal.SIGINT, handler)
-        if came and callable(handler):
-            handler(signal.SIGINT, came[0])
+    with delayed_interrupts():
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 # ---- in the workers ----
