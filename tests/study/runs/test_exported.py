@@ -159,3 +159,20 @@ def test_status_and_export_read_an_export(study, tmp_path):
     assert not list(tmp_path.glob("*.csv"))
     assert_frame_equal(pl.read_parquet(tmp_path / "limit.parquet"), LIMIT)
     assert findings(load_results(tmp_path)) == findings(study)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (pl.col("accuracy") * float("nan"), "an accuracy is no number"),
+        (pl.lit(None, pl.Float64).alias("accuracy"), "an accuracy is no number"),
+        (pl.lit(None, pl.Int64).alias("steps"), "a row has no steps"),
+        (pl.lit(0).alias("seed"), "a seed is there twice"),
+        (pl.col("learning_rate") + pl.col("seed"), "final seeds ran at several learning rates"),
+    ],
+)
+def test_seeds_that_a_hand_has_changed_are_named(study, changed, said, tmp_path):
+    export_study(study, tmp_path, ["csv"])
+    study.seeds.with_columns(changed).write_csv(tmp_path / "seeds.csv")
+    with pytest.raises(StoreError, match=f"the table of seeds is not what `ea study export` writes: {said}"):
+        load_results(tmp_path)

@@ -180,7 +180,7 @@ def twins(
 
     with one_line_errors():
         files = write_twins(directory, out or directory / "twins", condition, seed, half=half, trust=trust)
-        config, _ = Store(directory).config()
+        config, _ = Store(directory).config(trust=trust)
     for file in files:
         typer.echo(f"{file}  ({file.stat().st_size / 1000:.0f} kB)")
     written = {file.stem for file in files}

@@ -39,9 +39,12 @@ def load_results(directory: Path) -> StudyResults:
             "runs/quick, or export it again"
         )
     config, text = store.config()
+    tables = {name: _table(directory, name) for name in TABLES}
+    if (wrong := _wrong_with(tables["seeds"])) is not None:
+        raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
-        **{name: _table(directory, name) for name in TABLES}, claims=list(config.claims), protocol=config.protocol,
+        **tables, claims=list(config.claims), protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0, **_about(directory / ABOUT),
     )  # fmt: skip
 
@@ -78,6 +81,22 @@ def _table(directory: Path, name: str) -> pl.DataFrame:
     schema = TABLES[name] | _KEYS
     found = read_table(directory, name, schema)
     return pl.DataFrame(schema=schema) if found is None else found
+
+
+def _wrong_with(seeds: pl.DataFrame) -> str | None:
+    """The reason why rows cannot be those of seeds, which a hand may have changed; None: they can."""
+    final = seeds.filter(pl.col("role") != "tuning")
+    arm = ["condition", "mechanism", "role"]
+    for name in (*arm, "learning_rate", "seed", "steps", "solved"):
+        if seeds[name].null_count():
+            return f"a row has no {name}"
+    if not final["accuracy"].fill_null(float("nan")).is_finite().all():
+        return "an accuracy is no number"
+    if seeds.select(*arm, *Setting._fields, "seed").is_duplicated().any():
+        return "a seed is there twice"
+    if (final.group_by(arm).agg(pl.col("learning_rate").n_unique())["learning_rate"] > 1).any():
+        return "final seeds ran at several learning rates"
+    return None
 
 
 def read_table(directory: Path, name: str, schema: Mapping[str, Any]) -> pl.DataFrame | None:
