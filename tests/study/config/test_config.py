@@ -63,6 +63,28 @@ def test_a_claim_is_one_that_has_a_file(name):
         ({"task": "{ basis = [4, 4], delay = 2 }"}, ["more than once", "basis 4"]),
         ({"name": '"../up"'}, ["name", "pattern"]),
         ({"steps": "x"}, ["not valid TOML"]),
+        ({"mechanisms": "[]"}, ["mechanisms: must have at least 1 item, got []"]),
+        ({"learning_rates": "[]"}, ["training.learning_rates: must have at least 1 item, got []"]),
+        ({"tuning": "1.5"}, ["seeds.tuning: must be a valid integer, got 1.5"]),
+        ({"task": "{ basis = '4', delay = 2 }"}, ["grid.task.basis: must be a valid integer, got '4'"]),
+        (
+            {"task": "{ basis = 4, width = 2 }"},
+            ["grid.task.width: unknown key; known keys are kind, basis, delay, context, operation"],
+        ),
+        (
+            {"task": "{ basis = 4, delay = 2 }\nmodel = { width = 2 }"},
+            ["grid.model.width: unknown key; known keys are layers, embed_dim, heads, position"],
+        ),
+        (
+            {"task": "{ basis = 4, delay = 2 }\nmodle = 3"},
+            ["file.toml: grid.0.modle: unknown key; known keys are task, mo"],
+        ),
+        ({"name": '"tiny"\nprotocol = [3]'}, ["protocol: must be 2 or 3, got [3]"]),
+        ({"name": '"tiny"\nprotocol = { a = 1 }'}, ["protocol: must be 2 or 3"]),
+        (
+            {"name": '"tiny"\ntask_files = ["a\\u0000.py"]'},
+            [r"task_files: names must end with .py, without NUL, got 'a\x00"],
+        ),
     ],
 )
 def test_wrong_values_give_one_line_that_names_the_key(replaced, words):
@@ -217,17 +239,56 @@ def test_early_stopping_is_of_protocol_2():
     assert not parse_config(f"protocol = 3\n{TINY}", "x", protocol=2).training.early_stop
 
 
+class OnDisk:
+    """Cells that are finished."""
+
+    def __init__(self, *cells):
+        self.cells = cells
+
+    def has(self, cell):
+        return cell.identity in [c.identity for c in self.cells]
+
+    def lengths(self):
+        found = {}
+        for c in self.cells:
+            found.setdefault(c.seeds[0], []).append(len(c.seeds))
+        return {first: sorted(lengths, reverse=True) for first, lengths in found.items()}
+
+
+def final_cells(final, finished=(), together=16, start=0):
+    text = tiny(final=str(final), together=str(together)).replace("[seeds]", f"[seeds]\nstart = {start}")
+    return parse_config(text, "x").arms()[0].final_cells(Setting(1e-2, 1.0), OnDisk(*finished))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "seeds"),
+    [  # final, together, start: as the study ran, and as it is now
+        ((20, 16, 0), (18, 16, 0), [(0, 16, 16), (16, 20, 18)]),
+        ((16, 16, 0), (8, 16, 0), [(0, 16, 8)]),
+        ((16, 16, 0), (16, 6, 0), [(0, 16, 16)]),
+        ((16, 16, 0), (20, 6, 0), [(0, 16, 16), (16, 18, 18), (18, 20, 20)]),
+        ((16, 4, 0), (10, 16, 0), [(0, 4, 4), (4, 8, 8), (8, 12, 10)]),
+        ((8, 16, 4), (16, 16, 0), [(0, 4, 4), (4, 12, 12), (12, 16, 16)]),
+        ((8, 16, 20), (8, 16, 0), [(0, 8, 8)]),
+    ],
+)
+def test_no_finished_seed_is_trained_again(before, now, seeds):
+    finished = final_cells(before[0], (), *before[1:])
+    found = final_cells(now[0], finished, *now[1:])
+    assert [c.seeds for c in found] == [tuple(range(first, stop)) for first, stop, _ in seeds]
+    assert [c.counted for c in found] == [tuple(range(first, counted)) for first, _, counted in seeds]
+    old = {c.seeds: c.identity for c in finished}
+    assert all(old[c.seeds] == c.identity for c in found if c.seeds in old)
+    trained_twice = {s for c in finished for s in c.seeds} & {s for c in found if c.seeds not in old for s in c.seeds}
+    assert not trained_twice
+
+
 def test_seeds_of_a_finished_cell_are_not_trained_again():
-    setting = Setting(1e-2, 1.0)
-
-    def cells(final, finished=()):
-        config = parse_config(tiny(final=str(final), together="16"), "x")
-        return config.arms()[0].final_cells(setting, lambda c: c.identity in finished)
-
+    cells = final_cells
     (eight,) = cells(8)
-    grown = cells(20, {eight.identity})
+    grown = cells(20, [eight])
     assert [c.seeds for c in grown] == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
     assert grown[0].identity == eight.identity
     assert [c.seeds for c in cells(20)] == [tuple(range(16)), tuple(range(16, 20))]
-    more = cells(20, {eight.identity, grown[1].identity})
+    more = cells(20, grown[:2])
     assert [c.identity for c in more] == [c.identity for c in grown]

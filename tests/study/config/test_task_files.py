@@ -1,7 +1,6 @@
 import copy
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -15,49 +14,24 @@ from expressive_attention.study.cli.app import app
 from expressive_attention.study.config import task_files as user_tasks
 from expressive_attention.study.config.load import load_config
 from expressive_attention.study.errors import ConfigError
+from expressive_attention.study.runs.exported import load_results
+from expressive_attention.study.runs.facts import KnownFacts
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.tasks import IGNORED, TASKS
 from expressive_attention.study.tasks.rng import stream
 from tests.processes import forking
+from tests.study.own_files import (  # noqa: F401 two fixtures
+    COMMANDS,
+    ECHO,
+    FILES,
+    no_tasks_are_left,
+    no_tasks_are_there,
+    only_cell,
+    written,
+)
 from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny
-
-PAGE = Path(__file__).parents[3] / "docs" / "tutorial.md"
-FILES = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL))
-COMMANDS = [line for text in re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-            for line in text.splitlines()]  # fmt: skip
-ECHO = FILES["echo.py"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_tasks_are_left():
-    """Fixtures of this module define tasks, too: they end before this one does."""
-    before = dict(TASKS)
-    yield before
-    TASKS.clear()
-    TASKS.update(before)
-
-
-@pytest.fixture(autouse=True)
-def no_tasks_are_there(no_tasks_are_left):
-    TASKS.clear()
-    TASKS.update(no_tasks_are_left)
-
-
-def written(directory, source=ECHO, name="echo.py", files=None, task='{ kind = "echo", basis = 4, delay = 2 }'):
-    """A tiny study of a task in a file, which lies in a folder beside its configuration."""
-    (directory / "tasks").mkdir(parents=True, exist_ok=True)
-    (directory / "tasks" / name).write_text(source)
-    listed = json.dumps(files or [f"tasks/{name}"])
-    path = directory / "study.toml"
-    path.write_text(f"task_files = {listed}\n{tiny(task=task)}")
-    return path
-
-
-def only_cell(path):
-    config, _ = load_config(str(path))
-    return config.arms()[0].tuning_cells()[0]
 
 
 @pytest.mark.pictures
@@ -70,10 +44,10 @@ def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
     for command in COMMANDS:
         done = CliRunner().invoke(app, command.split()[1:])
         assert done.exit_code == 0, done.output
-    assert "1 of 1 cells have the same bits" in done.output
+    assert "1 of 1 cell has the same bits" in done.output
     assert Path("echo/report.html").stat().st_size > 700_000
     assert sorted(path.name for path in Path("echo/export").iterdir()) == [
-        "about.json", "config.toml", "curves.csv", "seeds.csv",
+        "about.json", "config.toml", "curves.csv", "record.json", "seeds.csv",
         "splits.csv", "summary.csv", "summary.tex", "verdicts.csv",
     ]  # fmt: skip
 
@@ -204,6 +178,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_before_any_work(tmp_path,
         (["tasks/echo.py", "again.py"], ["'echo'", "EchoTask in echo.py"]),
         (["tasks/echo.py", "other/echo.py"], ["task_files"]),
         ([3], ["task_files.0", "got 3"]),
+        (["tasks/ec\0ho.py"], [r"task_files: names must end with .py, without NUL, got 'tasks/ec\x00ho.py'"]),
     ],
 )
 def test_wrong_names_of_files_are_named(tmp_path, files, words):
@@ -290,6 +265,7 @@ def test_what_needs_the_tasks_says_so_and_asks(hostile, command):
     assert done.stderr.count("\n") == 1
     assert "--trust" in done.stderr
     assert not (hostile.parent / "was run").exists()
+    (hostile / "record.json").unlink()
     CliRunner().invoke(app, [*command, str(hostile), "--trust"])
     assert (hostile.parent / "was run").exists()
 
@@ -301,6 +277,65 @@ def test_what_the_limit_of_own_tasks_is_can_be_exported_without_trust(run_once, 
     (hostile / "echo.py").write_text("raise RuntimeError('was run')")
     assert CliRunner().invoke(app, ["study", "export", str(hostile)]).exit_code == 0
     assert len((hostile / "export" / "limit.csv").read_text().splitlines()) == 1 + 2  # a head and two seeds
+
+
+READING = [["status"], ["export"], ["compare"], ["report"], ["verify"], ["limit"], ["twins"]]
+
+
+@pytest.mark.parametrize("command", READING, ids=[command[0] for command in READING])
+def test_without_a_record_every_command_takes_the_option_that_it_asks_for(run_once, tmp_path, command):
+    shutil.copytree(run_once, tmp_path / "run")
+    (tmp_path / "run" / "record.json").unlink()
+    folders = [str(tmp_path / "run")] * (2 if command == ["compare"] else 1)
+    done = CliRunner().invoke(app, ["study", *command, *folders])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "record.json is missing: only --trust" in done.stderr
+    done = CliRunner().invoke(app, ["study", *command, *folders, "--trust"])
+    assert done.exit_code == 0, done.output
+
+
+def test_an_export_is_read_without_running_code(hostile):
+    assert CliRunner().invoke(app, ["study", "export", str(hostile), "-f", "parquet"]).exit_code == 0
+    export = hostile / "export"
+    assert not list(export.glob("*.py"))
+    assert load_results(export).seeds.height == 8
+    assert load_results(export).conditions == collect(Store(hostile)).conditions
+    done = CliRunner().invoke(app, ["study", "compare", str(hostile), str(export)])
+    assert done.exit_code == 0, done.output
+    assert "differ on 0 of 1 condition" in done.output
+    assert not (hostile.parent / "was run").exists()
+    (export / "record.json").unlink()
+    with pytest.raises(
+        StoreError, match=r"record.json is missing, and echo.py is not there, .* export the study again"
+    ):
+        load_results(export)
+
+
+@pytest.mark.parametrize("command", [["study", "limit"], ["study", "verify"], ["study", "report"], ["geometry"]])
+def test_a_file_that_was_edited_is_named_and_not_run(hostile, command):
+    """Its cells have another identity: the finished ones would seem not to be there."""
+    done = CliRunner().invoke(app, [*command, str(hostile), "--trust"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "echo.py has changed since the study ran, and its finished cells are not of this file" in done.stderr
+    assert not (hostile.parent / "was run").exists()
+
+
+def test_facts_are_those_of_the_file_that_counted_them(tmp_path):
+    facts = KnownFacts(tmp_path / "facts.json")
+    first = facts.of(only_cell(written(tmp_path)).task, 16)
+    other = facts.of(only_cell(written(tmp_path, ECHO.replace("return 1 / self.basis", "return 0.125"))).task, 16)
+    assert (first["chance"], other["chance"]) == (0.25, 0.125)
+
+
+def test_a_run_folder_is_run_with_its_own_copies(run_once, tmp_path):
+    """Its configuration names the file where it once was."""
+    shutil.copytree(run_once, tmp_path / "run")
+    config, text = load_config(str(tmp_path / "run" / "config.toml"))
+    assert 'task_files = ["tasks/echo.py"]' in text
+    assert [file.text for file in config.sources] == [ECHO]
+    (tmp_path / "run" / "tasks").mkdir()
+    (tmp_path / "run" / "tasks" / "echo.py").write_text("raise RuntimeError('of something else')")
+    assert load_config(str(tmp_path / "run" / "config.toml"))[0].sources == config.sources
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "is missing"), ("{}", "is not what was written")])
@@ -395,7 +430,23 @@ def test_the_text_of_its_file_is_part_of_what_a_mechanism_is(tmp_path):
     ("source", "words"),
     [
         ("x = 1", "defines no mechanism: no dictionary WEIGHTS or LOG_WEIGHTS"),
-        ("WEIGHTS = [3]", "WEIGHTS must be a dictionary, got list"),
+        ("WEIGHTS = [3]", "WEIGHTS must be a dictionary of names and functions, got list"),
+        ("import torch\nWEIGHTS = torch.ones(3)", "WEIGHTS must be a dictionary of names and functions, got Tensor"),
+        ("LOG_WEIGHTS = None", "LOG_WEIGHTS must be a dictionary of names and functions, got NoneType"),
+        ("WEIGHTS = {'abs_again': abs}", "abs_again: a name must not end with _again"),
+        ("import torch\nWEIGHTS = {'mine': torch.rand_like}", "mine must give the same weights for the same z"),
+        ("WEIGHTS = {'mine': lambda z: z.softmax(-1)}", "mine must act element by element: z = -3 gives 0.024"),
+        ("LOG_WEIGHTS = {'mine': lambda z: z - z.max()}", "among other scores, and 0 alone"),
+        ("import torch\nWEIGHTS = {'mine': lambda z: z.abs() * torch.arange(7)[:z.shape[-1]]}", "must act element by"),
+        ("WEIGHTS = {'mine': lambda z: z.abs() ** (1 + 1 / z.shape[-1])}", "mine must act element by element"),
+        ("WEIGHTS = {'mine': lambda z: z.numpy()}", "mine: RuntimeError: Can't call numpy() on Tensor"),
+        ("WEIGHTS = {'mine': lambda z: exit(3)}", "mine: SystemExit: 3"),
+        (
+            "WEIGHTS = {'mine': lambda z: [z]}",
+            "mine must give a tensor of the shape and dtype of z, (2, 7), torch.float32",
+        ),
+        ("raise RuntimeError('first\\nframe #0: second')", "line 1: RuntimeError: first"),
+        ("WEIGHTS = {'mine': abs}\n\0", "cubic.py: SyntaxError: source code string cannot contain null bytes"),
         ("WEIGHTS = {'a b': abs}", "must map names to functions, got 'a b'"),
         ("WEIGHTS = {'mine': 3}", "must map names to functions, got 'mine': 3"),
         ("WEIGHTS = {'sigmoid': abs}", "there is a mechanism 'sigmoid' already, in the package"),
@@ -410,5 +461,7 @@ def test_what_is_wrong_with_a_file_of_mechanisms_is_said(tmp_path, source, words
         load_config(str(own_mechanism(tmp_path, source, ["dot_product"])))
     assert words in str(caught.value)
     assert "study.toml: mechanism_files: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "#0" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"mechanisms must be of .*'cubic'.* got 'quintic'"):
         load_config(str(own_mechanism(tmp_path, CUBIC, ["quintic"])))

@@ -36,6 +36,17 @@ def test_without_a_terminal_there_is_a_plain_line_per_finished_cell():
     ]
 
 
+def test_one_cell_is_no_cells():
+    console = make_console(False)
+    display = Lines(console)
+    display.begin(1, 0)
+    display.added(1)
+    assert console.file.getvalue().splitlines() == [
+        "1 cell, 0 finished before",
+        "1 cell more, to confirm an exclusive range on fresh seeds",
+    ]
+
+
 def test_bars_follow_the_cells_at_work():
     display = Bars(make_console(True))
     display.begin(5, 3)

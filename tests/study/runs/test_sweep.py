@@ -9,14 +9,18 @@ import time
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from expressive_attention.study.analysis.trained import cells_by_seed
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.condition import Setting
 from expressive_attention.study.runs import scheduler as sweep
 from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs.engines import LocalEngine
+from expressive_attention.study.runs.engines.base import reason
 from expressive_attention.study.runs.progress import Silent
+from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.scheduler import SweepError, run_study
 from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
@@ -76,6 +80,21 @@ def test_a_finished_study_is_not_run_again(whole):
     run_study(tiny_config(), store, LocalEngine(2), display)
     assert (display.total, display.before, display.done, display.begun, display.ended) == (6, 6, [], [], 1)
     assert finished(store) == before
+
+
+def test_fewer_seeds_are_taken_out_of_the_cells_that_have_them(whole, tmp_path):
+    shutil.copytree(whole[0].directory, tmp_path / "study")
+    more, before = collect(whole[0]), finished(whole[0])
+    store, display = make_store(tmp_path / "study", final="1"), Record()
+    run_study(tiny_config(final="1"), store, LocalEngine(2), display)
+    assert (display.total, display.before, display.done) == (6, 6, [])
+    assert finished(store).keys() == before.keys()
+    fewer = collect(store)
+    assert fewer.unfinished == []
+    for name in ("seeds", "curves", "splits"):
+        kept = getattr(more, name).filter((pl.col("role") == "tuning") | (pl.col("seed") == 0))
+        assert_frame_equal(getattr(fewer, name), kept)
+    assert [list(cells_by_seed(fewer, store, arm)) for arm in tiny_config(final="1").arms()] == [[0], [0]]
 
 
 def test_another_learning_rate_adds_its_tuning_cells_and_the_count_reaches_the_total(whole, tmp_path, monkeypatch):
@@ -167,7 +186,7 @@ def test_a_cell_that_kills_its_workers_is_given_up_and_the_others_go_on(tmp_path
                 kill_workers()
 
     display = Killer()
-    with pytest.raises(SweepError, match=r"1 cells failed, the first: .*expressive, tuning, learning rate 0\.01: "
+    with pytest.raises(SweepError, match=r"1 cell failed, the first: .*expressive, tuning, learning rate 0\.01: "
                        r"its worker process died \(killed, or out of memory\), 3 times"):  # fmt: skip
         run_study(tiny_config(), store, LocalEngine(1), display)
     assert len(display.notes) == 3
@@ -333,3 +352,9 @@ def test_a_range_that_the_final_seeds_show_gets_fresh_seeds(tmp_path, monkeypatc
         shutil.rmtree(store.path(fresh[0]))
         run_study(store.config()[0], store, LocalEngine(1), again)
         assert [cell.identity for cell in again.done] == [fresh[0].identity]
+
+
+def test_the_reason_of_a_failure_is_the_first_line_of_its_message():
+    error = RuntimeError("\nsizes differ\nException raised from add at a.cpp:3 (most recent call first):\nframe #0: b")
+    assert reason(error) == "RuntimeError: sizes differ"
+    assert reason(ValueError()) == "ValueError"

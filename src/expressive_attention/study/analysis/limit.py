@@ -159,11 +159,11 @@ def limit_of(cell: Cell, weights: dict[str, Tensor], steps: int) -> tuple[pl.Dat
     return pl.DataFrame(rows, schema=LIMIT_SCHEMA), pl.concat(heads)
 
 
-def limit_tables(results: StudyResults, store: Store) -> dict[str, pl.DataFrame]:
+def limit_tables(results: StudyResults, store: Store, *, trust: bool = False) -> dict[str, pl.DataFrame]:
     """All that `write_limit` has kept of a study, or its export: ``limit`` and ``limit_heads``; empty without any.
 
     Both have the column ``condition``. ``limit`` has ``squared_from_start_accuracy`` and ``..._cross_entropy``, of
-    the study's mechanism ``"squared"`` on the same seed, null where it has none.
+    the study's mechanism ``"squared"`` on the same seed, null where it has none. `trust` is that of `collect`.
 
     Raises:
         StoreError: A file is damaged; the message names it.
@@ -174,19 +174,20 @@ def limit_tables(results: StudyResults, store: Store) -> dict[str, pl.DataFrame]
     if not (store.directory / "limit").is_dir():
         return {}
     tables: dict[str, list[pl.DataFrame]] = {"limit": [], "limit_heads": []}
-    for cell in _cells(results, store):
+    for cell in _cells(results, store, trust=trust):
         try:
             kept = _read(_paths(store, cell))
         except _DamagedError as error:
             raise StoreError(f"{error}; `ea study limit {store.directory}` measures it again") from None
         if kept is None:
             continue
+        counts = pl.col("seed").is_in(cell.counted)
         columns = ["seed", *_FROM_START]
         start = evidence(results.seeds, cell.condition, "squared").select(columns)
         names = {column: f"squared_from_start_{measure}" for column, measure in _FROM_START.items()}
         seeds = kept[0].join(start.rename(names), on="seed", how="left")
         for parts, table in zip(tables.values(), (seeds, kept[1]), strict=True):
-            parts.append(table.select(pl.lit(cell.condition).alias("condition"), pl.all()))
+            parts.append(table.filter(counts).select(pl.lit(cell.condition).alias("condition"), pl.all()))
     return {name: pl.concat(parts) for name, parts in tables.items() if parts}
 
 

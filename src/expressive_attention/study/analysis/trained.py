@@ -17,8 +17,8 @@ def cells_by_seed(results: StudyResults, store: Store, arm: Arm) -> dict[int, Ce
     rows = evidence(results.seeds, arm.condition, arm.mechanism)
     if rows.is_empty():
         return {}
-    cells = arm.final_cells(setting_of(rows), store.has)
-    return {seed: cell for cell in cells if store.has(cell) for seed in cell.seeds}
+    cells = arm.final_cells(setting_of(rows), store)
+    return {seed: cell for cell in cells if store.has(cell) for seed in cell.counted}
 
 
 def trained(store: Store, cell: Cell, seed: int) -> Transformer:

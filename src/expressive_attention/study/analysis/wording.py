@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..words import plural
 from .estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
 
 __all__ = ["describe_interval", "describe_p", "mechanism_name", "plural"]
@@ -41,8 +42,3 @@ def describe_interval(interval: Interval | None, n: int, spec: str) -> str:
 def describe_p(p: float) -> str:
     """``"p = 0.031"`` or ``"p < 0.001"``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def plural(count: int, noun: str) -> str:
-    """``"1 seed"``, ``"2 seeds"``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..words import plural
 from .common import Directory, Trust, fail, one_line_errors, write_page
 
 __all__ = ["geometry", "limit", "twins", "verify"]
@@ -77,7 +78,7 @@ def geometry(
             from ..runs.results import collect
             from ..runs.store import Store
 
-            write_page(collect(Store(directory)), directory, trust=trust)  # the report links the page now
+            write_page(collect(Store(directory), trust=trust), directory, trust=trust)  # the report links the page now
     if unseen:
         typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
     if diverged:
@@ -118,7 +119,8 @@ def verify(
             if found.circumstances:
                 typer.echo(f"  not as it was: {'; '.join(found.circumstances)}")
             differ += bool(found.differences)
-    typer.echo(f"{len(cells) - differ} of {len(cells)} cells have the same bits")
+    have = "has" if len(cells) == 1 else "have"
+    typer.echo(f"{len(cells) - differ} of {plural(len(cells), 'cell')} {have} the same bits")
     if differ:
         raise typer.Exit(1)
 
@@ -146,12 +148,12 @@ def limit(
         fail(f"--share must be above 0 and at most 1, got {share:g}")
     with one_line_errors():
         store = Store(directory)
-        results = collect(store)
+        results = collect(store, trust=trust)
         cells = limit_cells(results, store, trust=trust)
         for index, cell in enumerate(cells):
             typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
             write_limit(cell, store, share, lambda line: typer.echo(line, err=True))
-        tables = limit_tables(results, store)
+        tables = limit_tables(results, store, trust=trust)
     for sentence in limit_sentences(results, tables):
         typer.echo(sentence)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..words import plural
 from .common import Directory, Trust, fail, one_line_errors, print_table, write_page
 from .run import print_findings
 
@@ -28,7 +29,7 @@ def report(directory: Directory, trust: Trust = False) -> None:
     from ..runs.exported import load_results
 
     with one_line_errors():
-        results = load_results(directory)
+        results = load_results(directory, trust=trust)
         page = write_page(results, directory, trust=trust)
     print_findings(results)
     typer.echo(f"\n{page}")
@@ -37,6 +38,7 @@ def report(directory: Directory, trust: Trust = False) -> None:
 def status(
     directory: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Print the results of a study so far, a row per condition and mechanism.
 
@@ -48,8 +50,8 @@ def status(
     from ..runs.store import Store
 
     with one_line_errors():
-        results = load_results(directory)
-        config, _ = Store(directory).config()
+        results = load_results(directory, trust=trust)
+        config, _ = Store(directory).config(trust=trust)
     rows = _status_rows(results, config.seeds.final)
     if as_json:
         typer.echo(json.dumps({"cells": rows}, indent=2))
@@ -61,12 +63,13 @@ def status(
         seeds = f"{row['seeds']} of {config.seeds.final}"
         table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
     print_table(table)
-    typer.echo(f"{len(results.unfinished)} cells are not finished" if results.unfinished else "all cells are finished")
+    typer.echo(_unfinished(results) or "all cells are finished")
 
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a study, e.g. runs/quick, or of its export.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+    trust: Trust = False,
 ) -> None:
     """Print two runs beside each other, and on which conditions they differ.
 
@@ -74,12 +77,12 @@ def compare(
 
     Example: ea study compare runs/quick runs/quick-again
     """
-    from ..analysis.wording import mechanism_name, plural
+    from ..analysis.wording import mechanism_name
     from ..report.two_runs import compared_runs, differing
     from ..runs.exported import load_results
 
     with one_line_errors():
-        lines = compared_runs(load_results(first), load_results(second))
+        lines = compared_runs(load_results(first, trust=trust), load_results(second, trust=trust))
     if not lines:
         fail(f"neither {first} nor {second} has a finished final seed; `ea study run` makes them")
     table = Table("condition", "", "A: solved, accuracy", "B: solved, accuracy", "differs in", box=None)
@@ -110,6 +113,7 @@ def export(
             "--format", "-f", metavar="csv|parquet|latex", help="May be given several times.", show_default="csv"
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
 
@@ -125,16 +129,22 @@ def export(
 
     with one_line_errors():
         store, folder = Store(directory), out or directory / "export"
-        results = load_results(directory)
+        results = load_results(directory, trust=trust)
         try:
-            tables = limit_tables(results, store)
+            tables = limit_tables(results, store, trust=trust)
             files = export_study(results, folder, formats or ["csv"], tables)
         except ValueError as error:
             fail(str(error))
     for file in files:
         typer.echo(file)
     if results.unfinished:
-        typer.echo(f"{len(results.unfinished)} cells are not finished, and not in it", err=True)
+        typer.echo(f"{_unfinished(results)}, and not in it", err=True)
+
+
+def _unfinished(results: StudyResults) -> str:
+    """How many cells are not finished; empty: all are."""
+    count = len(results.unfinished)
+    return f"{plural(count, 'cell')} {'is' if count == 1 else 'are'} not finished" if count else ""
 
 
 def _conditions_by_mechanism(results: StudyResults) -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from .condition import Setting
 from .schema import PROTOCOL, TUNING_SEEDS, ModelConfig, Role, SeedsConfig, Strict, TrainingConfig
 from .task_files import TaskFile, file_of
 
-__all__ = ["AGAIN", "Arm", "Cell"]
+__all__ = ["AGAIN", "Arm", "Cell", "Finished"]
 
 
 # The protocol's name in the identity of every cell.
@@ -40,6 +41,12 @@ class Cell(Strict):
     training: TrainingConfig
     protocol: int = PROTOCOL
     mechanism_file: TaskFile | None = None  # the file that defines the mechanism; None: it is one of the package
+    surplus: int = 0  # so many of its last seeds are more than the study asks for: it was finished when that was more
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The seeds that count."""
+        return self.seeds[: len(self.seeds) - self.surplus]
 
     @property
     def setting(self) -> Setting:
@@ -60,7 +67,7 @@ class Cell(Strict):
     @property
     def identity(self) -> str:
         """The name of the cell on disk: a hash of all that its result depends on."""
-        content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file"})
+        content = self.model_dump(mode="json", exclude={"condition", "task", "training", "mechanism_file", "surplus"})
         content["task"] = self.task.model_dump(mode="json")
         content["training"] = self.training.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
         content["protocol"] = _PROTOCOLS[self.protocol]
@@ -75,6 +82,18 @@ class Cell(Strict):
         return f"{self.condition}, {self.mechanism}, {self.role}, {self.setting}"
 
 
+class Finished(Protocol):
+    """The cells on disk."""
+
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is finished."""
+        ...
+
+    def lengths(self) -> Mapping[int, Sequence[int]]:
+        """Numbers of seeds that finished cells have, the largest first, by the first of the seeds."""
+        ...
+
+
 class Arm(Strict):
     """One condition with one mechanism: cells to tune on, cells to report, and cells to confirm these."""
 
@@ -87,44 +106,51 @@ class Arm(Strict):
     protocol: int = PROTOCOL
     mechanism_file: TaskFile | None = None
 
-    def tuning_cells(self, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+    def tuning_cells(self, finished: Finished | None = None) -> list[Cell]:
         """One set of cells per setting; none where there is nothing to choose.
 
         Args:
-            finished: Whether a cell is on disk. Seeds of a cell that was finished when a study had fewer of them are
-                not trained again: only those that it lacks make a cell of their own.
+            finished: The cells on disk. Their seeds are not trained again, whether the study had fewer or more of them
+                when it ran, or other numbers together: only seeds that they lack make cells of their own.
         """
         settings = self.training.settings
         if len(settings) == 1:
             return []
         return [cell for setting in settings for cell in self._cells("tuning", setting, self.seeds.tuning, finished)]
 
-    def final_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+    def final_cells(self, setting: Setting, finished: Finished | None = None) -> list[Cell]:
         """The cells of the reported seeds; `finished` as in `tuning_cells`."""
         return self._cells("final", setting, self.seeds.final, finished)
 
-    def confirmation_cells(self, setting: Setting, finished: Callable[[Cell], bool] | None = None) -> list[Cell]:
+    def confirmation_cells(self, setting: Setting, finished: Finished | None = None) -> list[Cell]:
         """The cells of the seeds that confirm what the reported ones show; `finished` as in `tuning_cells`."""
         return self._cells("confirmation", setting, self.seeds.confirmation, finished)
 
-    def _cells(self, role: Role, setting: Setting, count: int, finished: Callable[[Cell], bool] | None) -> list[Cell]:
+    def _cells(self, role: Role, setting: Setting, count: int, finished: Finished | None) -> list[Cell]:
         first = self.seeds.start + {"tuning": TUNING_SEEDS, "final": 0, "confirmation": _CONFIRMATION_SEEDS}[role]
-        together, cells = self.seeds.together, []
-        for start in range(0, count, together):
-            seeds = range(first + start, first + min(start + together, count))
-            cells += self._split(role, setting, seeds, finished or (lambda cell: False))
+        wanted, together, cells, at = range(first, first + count), self.seeds.together, [], first
+        while at < wanted.stop:
+            group = range(at, min(at + together - (at - first) % together, wanted.stop))
+            cell = self._cell(role, setting, group)
+            if finished is not None and not finished.has(cell):
+                cell = self._kept(cell, finished)
+            at = cell.seeds[-1] + 1
+            surplus = max(0, at - wanted.stop)
+            cells.append(cell.model_copy(update={"surplus": surplus}) if surplus else cell)
         return cells
 
-    def _split(self, role: Role, setting: Setting, seeds: range, finished: Callable[[Cell], bool]) -> list[Cell]:
-        """One cell, or the longest finished one that these seeds begin with, and the cells of the others."""
-        whole = self._cell(role, setting, seeds)
-        if finished(whole):
-            return [whole]
-        for count in range(len(seeds) - 1, 0, -1):
-            part = self._cell(role, setting, seeds[:count])
-            if finished(part):
-                return [part, *self._split(role, setting, seeds[count:], finished)]
-        return [whole]
+    def _kept(self, cell: Cell, finished: Finished) -> Cell:
+        """The longest finished cell with the first of the seeds; else a new one, up to where a finished one begins."""
+        lengths = finished.lengths()
+
+        def longest(first: int) -> Cell | None:
+            known = (range(first, first + length) for length in lengths.get(first, ()))
+            return next(filter(finished.has, (self._cell(cell.role, cell.setting, seeds) for seeds in known)), None)
+
+        if (found := longest(cell.seeds[0])) is not None:
+            return found
+        new = itertools.takewhile(lambda seed: longest(seed) is None, cell.seeds[1:])
+        return self._cell(cell.role, cell.setting, range(cell.seeds[0], [cell.seeds[0], *new][-1] + 1))
 
     def _cell(self, role: Role, setting: Setting, seeds: range) -> Cell:
         return Cell(

@@ -14,16 +14,17 @@ from ..errors import ConfigError
 from .mechanism_files import load_mechanism_files
 from .presets import preset_names, preset_text
 from .record import Record, RecordedTask
-from .schema import PROTOCOL
-from .study import Files, StudyConfig
-from .task_files import TaskFileError, check_task, load_task_files
+from .schema import PROTOCOL, in_one_line
+from .study import Files, StudyConfig, is_file_name
+from .task_files import TaskFileError, load_task_files
+from .task_trial import check_task
 from .toml import tomllib
 
 __all__ = ["load_config", "parse_config"]
 
 
 # Values that an older protocol had where a configuration says nothing.
-_OLDER_DEFAULTS = {"2": {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
+_OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, "confirmation": 0}}}
 
 
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
@@ -44,7 +45,10 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
         close = get_close_matches(preset_or_file, preset_names(), 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(f"no preset or file {preset_or_file!r}{meant}; presets are: {', '.join(preset_names())}")
-    return parse_config(text, preset_or_file, lambda name: path.parent / name), text
+    # In a run folder, copies of the files lie beside the configuration, wherever it has them from.
+    is_of_a_run = path.name == "config.toml" and (path.parent / "cells").is_dir()
+    find = lambda name: path.parent / (Path(name).name if is_of_a_run else name)  # noqa: E731
+    return parse_config(text, preset_or_file, find), text
 
 
 def parse_config(
@@ -70,7 +74,8 @@ def parse_config(
     try:
         content = tomllib.loads(text)
         content.setdefault("protocol", protocol)
-        for table, defaults in _OLDER_DEFAULTS.get(str(content["protocol"]), {}).items():
+        of = content["protocol"]
+        for table, defaults in (_OLDER_DEFAULTS.get(of, {}) if isinstance(of, int) else {}).items():
             if isinstance(content.setdefault(table, {}), dict):
                 content[table] = defaults | content[table]
         files = Files(record=record)
@@ -80,46 +85,33 @@ def parse_config(
         # JSON is stricter: "30" and true are no numbers there, but a list is a tuple.
         text = json.dumps(content, default=str)
         config = StudyConfig.model_validate_json(text, strict=True, context=files)
-        for _, task, _ in config.expanded() if files.tasks else []:
-            if not isinstance(task, RecordedTask):
-                check_task(task)
+        if files.tasks:
+            tried = {repr(task): task for _, task, _ in config.expanded() if not isinstance(task, RecordedTask)}
+            for task in tried.values():
+                check_task(task, config.training)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
     except TaskFileError as error:
         raise ConfigError(f"{source}: {error.key}: {error}") from None
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_in_one_line(error)}") from None
+        raise ConfigError(f"{source}: {in_one_line(error, StudyConfig)}") from None
     return config
 
 
 _FILE_KEYS = ("task_files", "mechanism_files")
 
 
-def runs_files(text: str) -> bool:
-    """Whether a configuration names files that would be run."""
+def own_files(text: str) -> list[str]:
+    """The files that a configuration names, and that would be run."""
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        return False
-    return any(_names(content, key) for key in _FILE_KEYS)
+        return []
+    return [name for key in _FILE_KEYS for name in _names(content, key)]
 
 
 def _names(content: dict[str, Any], key: str) -> list[str]:
     """File names in a key; none where they are no names, which is left to the validation."""
     names = content.get(key, [])
-    well_formed = isinstance(names, list) and all(isinstance(name, str) and name.endswith(".py") for name in names)
+    well_formed = isinstance(names, list) and all(isinstance(name, str) and is_file_name(name) for name in names)
     return names if well_formed else []
-
-
-def _in_one_line(error: ValidationError) -> str:
-    parts = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown key"
-        got = problem["input"]
-        if not isinstance(got, dict) and problem["type"] not in ("extra_forbidden", "missing", "value_error"):
-            message += f", got {got!r}"
-        parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(parts)

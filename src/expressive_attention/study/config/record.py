@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..tasks import Task
 from ..tasks.contexts import facts_of_test
-from .task_files import TaskFile, file_of
+from .task_files import TaskFile, TaskFileError, file_of, read_file
 
-__all__ = ["Record", "RecordError", "RecordedTask", "facts_of"]
+__all__ = ["RECORD", "Record", "RecordError", "RecordedTask", "check_files", "facts_of", "read_record"]
+
+
+RECORD = "record.json"
 
 
 class RecordError(ValueError):
-    """A damaged record."""
+    """A record that cannot be used; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Record:
         """The task that a table of the grid asks for, None where it is none of these."""
         return self.tasks.get(_key(content))
 
+    @property
+    def files(self) -> dict[str, TaskFile]:
+        """The files by their names, as they were run."""
+        files = [*(task.file for task in self.tasks.values()), *self.mechanisms.values()]
+        return {file.name: file for file in files}
+
     def to_json(self) -> str:
         """The record as text."""
         tasks = {
@@ -90,6 +100,52 @@ class Record:
             return cls(tasks, {name: TaskFile(**x) for name, x in content["mechanisms"].items()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RecordError("is not what was written") from None
+
+
+def read_record(directory: Path, names: Sequence[str]) -> Record:
+    """The record in a folder.
+
+    Args:
+        directory: The folder of a study, or of its export.
+        names: The names of the files of tasks and mechanisms.
+
+    Raises:
+        RecordError: It is missing or damaged; the message says what can tell the same.
+    """
+    path = directory / RECORD
+    try:
+        return Record.from_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        reason = "is missing"
+    except (RecordError, UnicodeDecodeError) as error:
+        reason = str(error)
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise RecordError(
+            f"{path} {reason}, and {missing[0]} is not there, which could tell its tasks: put {RECORD} back from the "
+            "run folder, or export the study again"
+        )
+    raise RecordError(f"{path} {reason}: only --trust, which runs the study's Python files, can tell its tasks")
+
+
+def check_files(directory: Path, names: Sequence[str]) -> None:
+    """Compare files that are to be run with the record of a study.
+
+    A changed file has other tasks and mechanisms than those of the finished cells, which it would hide.
+
+    Raises:
+        RecordError: A file has changed. Nothing is said of files that are not there, or where there is no record.
+    """
+    try:
+        known = Record.from_json((directory / RECORD).read_text(encoding="utf-8")).files
+        found = {name: read_file(directory / name) for name in names if name in known}
+    except (OSError, RecordError, UnicodeDecodeError, TaskFileError):
+        return
+    for name, file in found.items():
+        if file != known[name]:
+            raise RecordError(
+                f"{directory / name} has changed since the study ran, and its finished cells are not of this file: put "
+                f"back the text that {RECORD} has, or run the study again with the new one"
+            )
 
 
 def facts_of(task: Task | RecordedTask, test_sequences: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from ...nn import MECHANISMS
 from ...nn.mechanisms import name_here
@@ -18,16 +18,22 @@ from .condition import Condition
 from .declared import claim_names
 from .mechanism_files import names_in
 from .record import Record, RecordedTask, facts_of
-from .schema import PROTOCOL, ModelConfig, SeedsConfig, Strict, TrainingConfig, distinct
+from .schema import PROTOCOL, ModelConfig, SeedsConfig, Strict, TrainingConfig, distinct, in_one_line
 from .task_files import TaskFile, file_of
+from .task_trial import check_label
 
-__all__ = ["Files", "StudyConfig"]
+__all__ = ["Files", "StudyConfig", "is_file_name"]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of Python can have this name."""
+    return Path(name).suffix == ".py" and "\0" not in name  # which no system takes
 
 
 def _different_files(names: tuple[str, ...]) -> tuple[str, ...]:
     """A study keeps copies side by side, so their names must differ without their folders."""
-    if wrong := [name for name in names if Path(name).suffix != ".py"]:
-        raise ValueError(f"names must end with .py, got {wrong[0]!r}")
+    if wrong := [name for name in names if not is_file_name(name)]:
+        raise ValueError(f"names must end with .py{', without NUL' if chr(0) in wrong[0] else ''}, got {wrong[0]!r}")
     if len({Path(name).name for name in names}) < len(names):
         raise ValueError(f"file names must differ, got {list(names)}")
     return names
@@ -78,6 +84,11 @@ class StudyConfig(Strict):
         """`task_files` and `mechanism_files` as they were read; none where they were not run."""
         return self._files.tasks + self._files.mechanisms
 
+    @property
+    def has_files(self) -> bool:
+        """Whether tasks or mechanisms are from files."""
+        return bool(self.task_files or self.mechanism_files)
+
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> StudyConfig:
         if info.context is not None:
@@ -110,10 +121,7 @@ class StudyConfig(Strict):
         for grid in self.grid:
             for task in _combinations(grid.task):
                 pairs += [
-                    (
-                        self._files.task(task),
-                        ModelConfig.model_validate({**self.model.model_dump(), **model}, strict=True),
-                    )
+                    (self._files.task(task), _model({**self.model.model_dump(), **model}))
                     for model in _combinations(grid.model)
                 ]
         varying = [
@@ -151,6 +159,8 @@ class StudyConfig(Strict):
 
     def record(self) -> Record:
         """The facts of the files of tasks and mechanisms that reading a study needs, in place of running them."""
+        if self._files.recorded is not None:
+            return self._files.recorded
         tasks = [task for grid in self.grid for task in _combinations(grid.task)]
         return Record.of(
             [(content, task) for content in tasks if file_of(task := self._files.task(content)) is not None],
@@ -186,7 +196,20 @@ class Files:
         kind = content.get("kind", "nt")
         if not isinstance(kind, str) or kind not in TASKS:
             raise ValueError(f"grid.task.kind must be one of {sorted(TASKS)}, got {kind!r}")
-        return TASKS[kind].model_validate_json(json.dumps(content), strict=True)
+        try:
+            task = TASKS[kind].model_validate_json(json.dumps(content), strict=True)
+        except ValidationError as error:
+            raise ValueError(in_one_line(error, TASKS[kind], "grid.task")) from None
+        check_label(task)
+        return task
+
+
+def _model(content: dict[str, Any]) -> ModelConfig:
+    """The model that a table of the grid asks for."""
+    try:
+        return ModelConfig.model_validate(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(in_one_line(error, ModelConfig, "grid.model")) from None
 
 
 def _combinations(values: dict[str, Any]) -> list[dict[str, Any]]:

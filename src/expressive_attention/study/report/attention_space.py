@@ -56,7 +56,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
             a file that is not trusted.
     """
     store = Store(directory)
-    results = collect(store)
+    results = collect(store, trust=trust)
     label = chosen_condition(results, condition)
     records: dict[str, Record] = {}
     tokens: list[list[str]] = []

@@ -15,6 +15,7 @@ from ..analysis.comparisons import BASELINE, Comparison, comparisons
 from ..analysis.estimators import LEVEL, Interval
 from ..analysis.summaries import Summary, summaries
 from ..analysis.wording import mechanism_name
+from ..config.record import RECORD
 from ..files import write_atomically
 from ..runs.exported import ABOUT, about
 from ..runs.results import StudyResults
@@ -100,9 +101,9 @@ def export_study(
     """Write the results as files: tables as CSV or parquet, the summary as LaTeX.
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
-    `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``. ``config.toml`` and ``about.json``
-    beside them let `load_results` read them. Tables that an earlier export has left there are removed, so that all in
-    the folder are of one study.
+    `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``. ``config.toml``, ``about.json`` and
+    (where tasks or mechanisms are from files) ``record.json`` beside them let `load_results` read them. Tables that an
+    earlier export has left there are removed, so that all in the folder are of one study.
 
     Args:
         results: Results of the study.
@@ -127,6 +128,8 @@ def export_study(
     if {"csv", "parquet"} & set(formats):  # with these, the tables can be read as a study
         old = _exported_before(directory)
         files |= {"config.toml": results.config.encode(), ABOUT: json.dumps(about(results), indent=1).encode()}
+        if results.record is not None:
+            files[RECORD] = results.record.to_json().encode()
     for name, table in tables.items():
         if "csv" in formats:
             files[f"{name}.csv"] = table.write_csv().encode()

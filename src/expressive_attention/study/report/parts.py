@@ -12,6 +12,7 @@ from ..analysis.estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
 from ..analysis.summaries import Summary
 from ..config.condition import Condition
 from ..runs.results import StudyResults
+from ..words import plural
 from .drawing.description import Axis, Cells, Drawing, Group, Panel, Part, Rule
 from .drawing.layout import MOST_CONDITIONS, MOST_PANELS, ladder, most_different, narrowed
 from .drawing.theme import GRID, steps_reach, wrap
@@ -89,7 +90,10 @@ def drawing_against_steps(
         groups=[Group("", panels(first))],
         selected=material.shown_note(len(first) + len(others), name),
         columns=2,
-        folded=(f"{len(others)} conditions with smaller differences", [Group("", panels(others))] if others else []),
+        folded=(
+            f"{plural(len(others), 'condition')} with smaller differences",
+            [Group("", panels(others))] if others else [],
+        ),
         key=material.key,
         marks=False,
     )

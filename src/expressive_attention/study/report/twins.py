@@ -89,7 +89,7 @@ def write_twins(
             in a file that is not trusted.
     """
     store = Store(directory)
-    results = collect(store)
+    results = collect(store, trust=trust)
     label = chosen_condition(results, condition)
     config, _ = store.config(trust=trust)
     cells: dict[str, dict[int, Cell]] = {}

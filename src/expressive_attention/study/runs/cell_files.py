@@ -1,4 +1,4 @@
-"""The files of a finished cell: `store` says where they are."""
+"""The files of finished cells: `store` says where they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from ..errors import StudyError
 from ..files import read_parquet, to_disk
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 
-__all__ = ["CorruptCellError", "StoreError", "is_duration", "read_about", "read_cell", "sealed", "write_cell"]
+__all__ = [
+    "CorruptCellError",
+    "Lengths",
+    "StoreError",
+    "is_duration",
+    "read_about",
+    "read_cell",
+    "sealed",
+    "write_cell",
+]
 
 
 # Columns that protocol 2 did not have yet.
@@ -33,6 +43,9 @@ _LATER = {
 _SEAL = b"# sha256 of the lines above: "
 # Errors of a file that is not there, or is none.
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+_COARSEST_CLOCK = 2_000_000_000  # of file systems, in nanoseconds
 
 
 class StoreError(StudyError):
@@ -52,7 +65,7 @@ def write_cell(folder: Path, cell: Cell, result: CellResult, machine: dict[str, 
     content = {
         "identity": cell.identity,
         "seconds": result.seconds,
-        "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file"})},
+        "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file", "surplus"})},
         "environment": machine,
         "sha256": files,
     }
@@ -144,3 +157,41 @@ def _content(path: Path) -> bytes:
         if error.errno in _NOT_THERE:
             raise CorruptCellError(f"{path} is missing") from None
         raise StoreError(f"{path} cannot be read, and is kept: {error.strerror}") from None
+
+
+class Lengths:
+    """Numbers of seeds of the finished cells in a folder: a study finds seeds that it ran with other numbers of them.
+
+    Args:
+        cells: The folder of the cells; it need not exist yet.
+    """
+
+    def __init__(self, cells: Path) -> None:
+        self.cells = cells
+        self.seeds: dict[str, range] = {}  # by the name of the cell
+        self.lengths: dict[int, list[int]] = {}
+        self.read = 0  # when the folder had last been changed, as these were read
+
+    def known(self) -> dict[int, list[int]]:
+        """Numbers of seeds that cells have, the largest first, by the first of the seeds."""
+        changed = self.cells.stat().st_mtime_ns if self.cells.is_dir() else 0
+        if changed != self.read:
+            names = [path.name for path in self.cells.iterdir() if not path.name.startswith(".")] if changed else []
+            self.seeds = {name: self.seeds.get(name) or _seeds_of(self.cells / name) for name in names}
+            found: dict[int, set[int]] = {}
+            for seeds in filter(None, self.seeds.values()):
+                found.setdefault(seeds.start, set()).add(len(seeds))
+            self.lengths = {first: sorted(lengths, reverse=True) for first, lengths in found.items()}
+            # A second change may bear the time of the first one, where clocks are coarse.
+            self.read = changed if time.time_ns() - changed > _COARSEST_CLOCK else 0
+        return self.lengths
+
+
+def _seeds_of(folder: Path) -> range:
+    """The seeds of the cell in a folder; none where it does not say, or has gaps."""
+    try:
+        seeds = tomllib.loads((folder / "cell.toml").read_text(encoding="utf-8"))["cell"]["seeds"]
+        found = range(seeds[0], seeds[0] + len(seeds))
+        return found if list(found) == seeds else range(0)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return range(0)

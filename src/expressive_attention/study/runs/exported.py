@@ -23,8 +23,12 @@ ABOUT = "about.json"  # beside the tables: what these do not say
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
 
 
-def load_results(directory: Path) -> StudyResults:
+def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
     """The results of a study from its folder, or from a folder of tables that were exported as CSV or parquet.
+
+    Args:
+        directory: The folder.
+        trust: As for `collect`; tables that were exported need it only where their record is missing.
 
     Raises:
         StoreError: The folder is neither; the message says what is missing.
@@ -32,20 +36,21 @@ def load_results(directory: Path) -> StudyResults:
     """
     store = Store(directory)
     if not store.is_exported:
-        return collect(store)
+        return collect(store, trust=trust)
     if not (directory / "config.toml").is_file():
         raise StoreError(
             f"{directory} has exported tables and no config.toml, which says what was run: pass the run folder, e.g. "
             "runs/quick, or export it again"
         )
-    config, text = store.config()
+    config, text = store.config(trust=trust)
     tables = {name: _table(directory, name) for name in TABLES}
     if (wrong := _wrong_with(tables["seeds"])) is not None:
         raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
         **tables, claims=list(config.claims), protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0, **_about(directory / ABOUT),
+        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
+        record=config.record() if config.has_files else None, **_about(directory / ABOUT),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import tasks
 from ..config.record import RecordedTask, facts_of
+from ..config.task_files import file_of
 from ..files import write_atomically
 from ..tasks import Task
 
@@ -22,7 +23,7 @@ class KnownFacts:
     """Facts of tasks, counted where the file does not have them.
 
     Each is kept under all that it depends on: the settings of the task, the number of test sequences, and the code of
-    the tasks. A damaged file counts as empty.
+    the tasks, with the text of a file of the user's own. A damaged file counts as empty.
 
     Args:
         path: Path of the file, which need not exist.
@@ -37,7 +38,9 @@ class KnownFacts:
         """The facts of a task, as `record.facts_of` counts them."""
         if isinstance(task, RecordedTask):
             return task.facts
-        content = json.dumps([task.model_dump(mode="json"), test_sequences, _code()], sort_keys=True)
+        file = file_of(task)
+        own = [] if file is None else [file.digest]
+        content = json.dumps([task.model_dump(mode="json"), test_sequences, _code(), *own], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         if key not in self.known:
             facts = facts_of(task, test_sequences)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config.cells import Cell
+from ..words import plural
 
 __all__ = ["Bars", "Display", "Lines", "Silent", "make_display"]
 
@@ -65,11 +66,11 @@ class Lines(Silent):
 
     def begin(self, total_cells: int, finished_cells: int) -> None:
         self.total, self.done = total_cells, finished_cells
-        self._print(f"{total_cells} cells, {finished_cells} finished before")
+        self._print(f"{plural(total_cells, 'cell')}, {finished_cells} finished before")
 
     def added(self, cells: int) -> None:
         self.total += cells
-        self._print(f"{cells} cells more, to confirm an exclusive range on fresh seeds")
+        self._print(f"{plural(cells, 'cell')} more, to confirm an exclusive range on fresh seeds")
 
     def finished(self, cell: Cell, summary: str) -> None:
         self.done += 1

@@ -8,6 +8,7 @@ import polars as pl
 
 from ..config.condition import Condition, Setting
 from ..config.declared import PRIMARY_COMPARISONS
+from ..config.record import Record
 from ..training.result import TABLES
 from .environment import environment
 from .facts import KnownFacts
@@ -37,6 +38,7 @@ class StudyResults:
         claims: The claims that the study tests, as `StudyConfig.claims`.
         protocol: Number of the protocol by which it was run.
         family: Number of comparisons over which p is adjusted where the study has fewer; 0: over its own.
+        record: The tasks and mechanisms of the study's own files; None: it has none.
         environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
         seconds: Sum of the cells' training times in seconds.
     """
@@ -55,6 +57,7 @@ class StudyResults:
     seconds: float
     protocol: int = 3
     family: int = 0
+    record: Record | None = None
 
 
 _FACTS = "facts.json"
@@ -65,15 +68,19 @@ def setting_of(rows: pl.DataFrame) -> Setting:
     return Setting(*rows.select(Setting._fields).row(0))
 
 
-def collect(store: Store) -> StudyResults:
-    """All finished cells of a study; none of its Python files is run.
+def collect(store: Store, *, trust: bool = False) -> StudyResults:
+    """All finished cells of a study.
+
+    Args:
+        store: The study.
+        trust: Run its Python files. Otherwise their tasks and mechanisms are read from its record.
 
     Raises:
-        StoreError: The folder is not a study, or an export, or a cell is corrupt; the message names the file.
+        StoreError: As `Store.config`, or the folder is an export, or a cell is corrupt; the message names the file.
         ConfigError: Its configuration does not fit.
     """
     store.check_cells()
-    config, text = store.config()
+    config, text = store.config(trust=trust)
     facts = KnownFacts(store.directory / _FACTS)
     conditions = config.conditions(facts.of)
     facts.keep()
@@ -83,7 +90,7 @@ def collect(store: Store) -> StudyResults:
     found: dict[str, str] = {}
     seconds = 0.0
     for cell in finished:
-        result = store.load(cell)
+        result = store.counted(cell)
         labels = {"condition": cell.condition, "mechanism": cell.mechanism, "role": cell.role}
         columns = [pl.lit(value).alias(name) for name, value in labels.items()]
         columns += [pl.lit(value).alias(name) for name, value in cell.setting._asdict().items()]
@@ -102,4 +109,5 @@ def collect(store: Store) -> StudyResults:
         **joined, unfinished=unfinished, claims=list(config.claims), environment=found or environment(),
         seconds=seconds, protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
+        record=config.record() if config.has_files else None,
     )  # fmt: skip

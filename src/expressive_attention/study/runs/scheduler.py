@@ -8,6 +8,7 @@ from ..config.cells import Arm, Cell
 from ..config.condition import Setting
 from ..config.study import StudyConfig
 from ..training.result import CellResult
+from ..words import plural
 from .engines import Engine
 from .progress import Display
 from .selection import candidates, choose_setting, progress_of
@@ -74,7 +75,7 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
             store.clean()  # of what workers were writing when they were killed
         display.end()
     if failures:
-        raise SweepError(f"{len(failures)} cells failed, the first: {failures[0]}")
+        raise SweepError(f"{plural(len(failures), 'cell')} failed, the first: {failures[0]}")
 
 
 class _Plan:
@@ -139,7 +140,7 @@ class _Plan:
         return new
 
     def _tuning(self, arm: Arm) -> list[Cell]:
-        return arm.tuning_cells(self.store.has)
+        return arm.tuning_cells(self.store)
 
     def _expected_finals(self, arm: Arm) -> list[Cell]:
         """The final cells; before the setting is known as many at any, to be counted and never to be run."""
@@ -151,9 +152,9 @@ class _Plan:
         """The final cells of an arm whose tuning is finished."""
         tuning = self._tuning(arm)
         if not tuning:
-            return arm.final_cells(arm.training.settings[0], self.store.has)
-        setting = choose_setting((cell, self.store.load(cell)) for cell in tuning)
-        return arm.final_cells(setting, self.store.has)
+            return arm.final_cells(arm.training.settings[0], self.store)
+        setting = choose_setting((cell, self.store.counted(cell)) for cell in tuning)
+        return arm.final_cells(setting, self.store)
 
     def _confirming(self, condition: str) -> list[Cell]:
         """The cells that confirm what the final seeds of a condition show, if there is something to confirm."""
@@ -184,4 +185,4 @@ def _summary(result: CellResult) -> str:
     seeds = result.seeds
     solved, count = int(seeds["solved"].sum()), len(seeds)
     reached = seeds["accuracy"] if seeds["accuracy"].null_count() < count else seeds["validation"]
-    return f"{solved} of {count} seeds solved, mean accuracy {reached.mean():.3f}, {result.seconds:.0f} s"
+    return f"{solved} of {plural(count, 'seed')} solved, mean accuracy {reached.mean():.3f}, {result.seconds:.0f} s"

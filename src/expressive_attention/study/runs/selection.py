@@ -64,7 +64,7 @@ class Progress:
     def confirmation_cells(self, store: Store) -> list[Cell]:
         """The cells of fresh seeds at the setting chosen."""
         assert self.setting is not None
-        return self.arm.confirmation_cells(self.setting, store.has)
+        return self.arm.confirmation_cells(self.setting, store)
 
 
 def progress_of(store: Store, arm: Arm) -> Progress:
@@ -73,11 +73,11 @@ def progress_of(store: Store, arm: Arm) -> Progress:
     Raises:
         CorruptCellError: A tuning cell is corrupt.
     """
-    tuning = arm.tuning_cells(store.has)
+    tuning = arm.tuning_cells(store)
     if not all(store.has(cell) for cell in tuning):
         return Progress(arm, tuning, None)
-    chosen = choose_setting((cell, store.load(cell)) for cell in tuning) if tuning else arm.training.settings[0]
-    return Progress(arm, tuning + arm.final_cells(chosen, store.has), chosen)
+    chosen = choose_setting((cell, store.counted(cell)) for cell in tuning) if tuning else arm.training.settings[0]
+    return Progress(arm, tuning + arm.final_cells(chosen, store), chosen)
 
 
 def candidates(store: Store, config: StudyConfig, progress: Sequence[Progress]) -> list[Progress]:
@@ -103,7 +103,7 @@ def candidates(store: Store, config: StudyConfig, progress: Sequence[Progress]) 
 
 
 def _solved(store: Store, cells: Sequence[Cell]) -> tuple[int, int]:
-    seeds = pl.concat([store.load(cell).seeds for cell in cells])
+    seeds = pl.concat([store.counted(cell).seeds for cell in cells])
     return int(seeds["solved"].sum()), len(seeds)
 
 

@@ -14,21 +14,23 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from filelock import FileLock, Timeout
 
 from ..config.cells import Cell
-from ..config.load import parse_config, runs_files
-from ..config.record import Record, RecordError
+from ..config.load import own_files, parse_config
+from ..config.record import RECORD, Record, RecordError, check_files, read_record
 from ..config.schema import PROTOCOL
 from ..config.study import StudyConfig
 from ..config.task_files import TaskFile
 from ..config.toml import tomllib
 from ..files import to_disk, write_atomically
 from ..training.result import CellResult
-from .cell_files import CorruptCellError, StoreError, read_about, read_cell, write_cell
+from .cell_files import CorruptCellError, Lengths, StoreError, read_about, read_cell, write_cell
 from .environment import environment
 
 __all__ = ["CorruptCellError", "Store", "StoreError"]
@@ -36,8 +38,6 @@ __all__ = ["CorruptCellError", "Store", "StoreError"]
 
 _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
-
-_RECORD = "record.json"
 
 
 class Store:
@@ -50,6 +50,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.cells = directory / "cells"
+        self._lengths = Lengths(self.cells)
 
     # ---- the configuration ----
 
@@ -70,7 +71,7 @@ class Store:
             raise StoreError(f"a study of protocol {of} can be read, and not be run: this version runs {PROTOCOL}")
         files = {file.name: file.text for file in sources}
         if record is not None and files:
-            files[_RECORD] = record.to_json()
+            files[RECORD] = record.to_json()
         files[config.name] = text if "protocol" in _toml(text) else f"protocol = {PROTOCOL}\n{text}"
         ours = {self.cells.name, _LOCK, *files}
         if self.directory.exists() and not self.directory.is_dir():
@@ -113,15 +114,21 @@ class Store:
                 models. Otherwise their tasks and mechanisms are taken from the study's record.
 
         Raises:
-            StoreError: The folder is not a study, has no record of its files and is not trusted, or its configuration
-                is not text.
+            StoreError: The folder is not a study, has no record of its files and is not trusted, its configuration is
+                not text, or a file is to be run that is not the one of the record, with which the cells were trained.
             ConfigError: Its configuration does not fit.
         """
         path = self.directory / "config.toml"
         if not path.is_file():
             raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
         text = self._text()
-        record = self._record() if runs_files(text) and not trust else None
+        names = [Path(name).name for name in own_files(text)]
+        try:
+            record = read_record(self.directory, names) if names and not trust else None
+            if trust:
+                check_files(self.directory, names)
+        except RecordError as error:
+            raise StoreError(str(error)) from None
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
 
@@ -169,16 +176,6 @@ class Store:
         meant = above or (below[0] if below else Path("runs/quick"))
         return f"pass the run folder, e.g. {meant}"
 
-    def _record(self) -> Record:
-        path = self.directory / _RECORD
-        try:
-            return Record.from_json(path.read_text(encoding="utf-8"))
-        except OSError:
-            reason = "is missing"
-        except (RecordError, UnicodeDecodeError) as error:
-            reason = str(error)
-        raise StoreError(f"{path} {reason}: only --trust, which runs the study's Python files, can tell its tasks")
-
     def lock(self) -> FileLock:
         """The lock that is held while cells are written. The system frees it when the process ends, in whatever way.
 
@@ -201,6 +198,10 @@ class Store:
     def has(self, cell: Cell) -> bool:
         """Whether the cell has been finished."""
         return self.path(cell).exists()
+
+    def lengths(self) -> dict[int, list[int]]:
+        """Numbers of seeds that finished cells have, the largest first, by the first of the seeds."""
+        return self._lengths.known()
 
     def checkpoint(self, cell: Cell) -> Path:
         """The file from which a killed cell resumes; it need not exist."""
@@ -237,6 +238,21 @@ class Store:
             StoreError: A file cannot be read now, for lack of permission or because of a disk error.
         """
         return read_cell(self.path(cell), cell, weights=weights)
+
+    def counted(self, cell: Cell) -> CellResult:
+        """Read a finished cell without the seeds that are more than the study asks for.
+
+        Its examples are those of all seeds, which tell how they differ.
+
+        Raises:
+            StoreError: As `load`.
+        """
+        result = self.load(cell)
+        if not cell.surplus:
+            return result
+        tables = ("seeds", "curves", "splits")
+        counts = pl.col("seed").is_in(cell.counted)
+        return replace(result, **{name: getattr(result, name).filter(counts) for name in tables})
 
     def about(self, cell: Cell) -> dict[str, Any]:
         """The content of cell.toml.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..config.cells import Cell
-from ..config.load import runs_files
 from ..config.schema import PROTOCOL
 from ..training.devices import CPU
 from ..training.loop import train_cell
@@ -58,13 +57,13 @@ def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) ->
         ConfigError: Its configuration does not fit.
     """
     store.check_cells()
-    config, text = store.config(trust=trust)
+    config, _ = store.config(trust=trust)
     if config.protocol != PROTOCOL:
         raise StoreError(
             f"{store.directory} is of protocol {config.protocol}: this version trains by protocol {PROTOCOL}, and "
             "would find something else"
         )
-    if runs_files(text) and not trust:
+    if config.has_files and not trust:
         raise StoreError(f"{store.directory} has tasks or mechanisms in Python files, which --trust runs")
     cells, _ = finished_cells(store, config)
     if not cells:

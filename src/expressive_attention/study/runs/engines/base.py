@@ -7,7 +7,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from ...config.cells import Cell
-from ...config.task_files import blame
+from ...config.task_files import blame, named
 from ...errors import StudyError
 from ...training.checkpoints import SECONDS_BETWEEN
 from ..progress import Display
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 def reason(error: BaseException) -> str:
     """The reason why a cell failed, in one line."""
-    return blame(error) or f"{type(error).__name__}: {error}"
+    return blame(error) or named(error)
 
 
 class Engine(ABC):
