@@ -53,6 +53,7 @@ def make_condition(basis: int, delay: int, position: str) -> Condition:
             "contexts": 1024,
             "fixed_data": False,
         },
+        task_label=f"sum, basis {basis}, delay {delay}",
     )
 
 

@@ -33,8 +33,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # that of a full disk names no file, others that of a moment
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -1,6 +1,8 @@
 """The limit of small scores: quantiles and measures of trained models, and what z^2 does to them."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -10,7 +12,13 @@ from typer.testing import CliRunner
 
 from expressive_attention.nn import SelfAttention
 from expressive_attention.study.analysis import limit
-from expressive_attention.study.analysis.limit import HEAD_SCHEMA, LIMIT_SCHEMA, limit_of, limit_tables
+from expressive_attention.study.analysis.limit import (
+    HEAD_SCHEMA,
+    LIMIT_SCHEMA,
+    limit_of,
+    limit_sentences,
+    limit_tables,
+)
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.load import load_config
 from expressive_attention.study.runs.engines import LocalEngine
@@ -22,6 +30,7 @@ from expressive_attention.study.tasks.recurrences.nt import NTTask
 from expressive_attention.study.training.loop import train_cell
 from expressive_attention.study.training.model import build_model, trained_model
 
+from ..report_data import make_condition, results_of
 from ..runs.workers import forked_workers
 from ..tiny import cell, tiny
 
@@ -171,12 +180,63 @@ def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):
     first = CliRunner().invoke(app, arguments)
     assert "after 3 further steps" in first.output
     before = limit_tables(collect(run), run)
-    for path in (run.directory / "limit").iterdir():
-        path.write_bytes(b"damaged")
-    assert limit_tables(collect(run), run) == {}
-    assert CliRunner().invoke(app, arguments).stdout == first.stdout
+    (heads,) = (run.directory / "limit").glob("*.heads.parquet")
+    (seeds,) = (run.directory / "limit").glob("*.seeds.parquet")
+    for path, content, said in (
+        (seeds, b"damaged", f"{seeds} is damaged: "),
+        (heads, b"", f"{heads} is damaged: "),
+        (heads, seeds.read_bytes(), f"{heads} has other columns than this version writes"),
+        (heads, None, f"{heads} is missing"),
+    ):
+        whole = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        done = CliRunner().invoke(app, ["study", "export", str(run.directory)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert said in done.stderr
+        assert f"; `ea study limit {run.directory}` measures it again" in done.stderr
+        path.write_bytes(whole)
+    seeds.write_bytes(b"damaged")
+    again = CliRunner().invoke(app, arguments)
+    assert again.stdout == first.stdout
+    assert f"{seeds} is damaged: " in again.stderr
+    assert "; it is measured again\n" in again.stderr
     after = limit_tables(collect(run), run)
     assert all(after[name].equals(table) for name, table in before.items())
+    seeds.unlink()  # as where the command was killed before it was written
+    assert limit_tables(collect(run), run) == {}
+    assert CliRunner().invoke(app, arguments).stdout == first.stdout
+
+
+def test_sentences_say_how_many_seeds_diverged(trained):
+    """Means of them were nan."""
+    seeds, heads = limit_of(trained[0], trained[1].weights, 1)
+    label = "the condition"
+    results = results_of([], [replace(make_condition(4, 5, "rope"), label=label)])
+    lost = {"squared_trained_accuracy": 0.0, "squared_trained_cross_entropy": math.nan}
+    first, second = seeds.rows(named=True)
+    start = {"squared_from_start_accuracy": 0.0, "squared_from_start_cross_entropy": math.nan}
+    rows = [first | dict.fromkeys(start), second | lost | start]
+    tables = {"limit": pl.DataFrame(rows, infer_schema_length=None), "limit_heads": heads}
+
+    def told():
+        (sentence,) = limit_sentences(
+            results, {name: table.with_columns(condition=pl.lit(label)) for name, table in tables.items()}
+        )
+        return sentence
+
+    assert f" and {first['squared_trained_accuracy'] / 2:.4f} (1 of 2 seeds diverged)" in told()
+    assert "; z² from the start 0.0000 (1 of 1 seed diverged)." in told()
+    assert f"place {seeds['squared_accuracy'].mean():.4f} ({seeds['squared_cross_entropy'].mean():.4f} nats)" in told()
+    for seed, said in (
+        (3, f"is {heads.filter(seed=0)['z_max'].max():.2g}, without 4 of 8 heads, whose scores are not finite. Acc"),
+        (0, f"{label}: no score is finite. Acc"),
+    ):
+        tables["limit_heads"] = tables["limit_heads"].with_columns(
+            pl.when(pl.col("seed") == seed).then(math.nan).otherwise(name).alias(name)
+            for name in HEAD_SCHEMA
+            if name.startswith("z_")
+        )
+        assert said in told()
 
 
 def test_wrong_use_ends_with_one_line(run, tmp_path):

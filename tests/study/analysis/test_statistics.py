@@ -332,3 +332,12 @@ def test_with_fixed_data_the_drawing_of_test_examples_counts():
     assert diverged.cross_entropy_difference is diverged.cross_entropy_interval is None
     (plain,) = comparisons(paired([1.0] * 8, [0.5] * 8))
     assert plain.example_interval is None
+
+
+def test_fixed_data_of_one_test_example_are_not_counted():
+    """They were an error, after the training."""
+    whole = fixed([16] * 40)
+    assert comparisons(whole)[0].leader == "expressive"
+    (found,) = comparisons(replace(whole, examples=whole.examples.filter(example=0)))
+    assert found.untested == "its test has one example, from which no error can be told"
+    assert (found.p, found.example_interval, found.leader) == (None, None, None)

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 from typer.main import get_command
 
 from expressive_attention.study.cli.app import app
+from expressive_attention.study.cli.common import print_table
 from expressive_attention.study.config.presets import preset_names, preset_text
 from expressive_attention.study.report.export import FORMATS
 from expressive_attention.study.runs.loggers import LOGGERS
@@ -105,3 +108,24 @@ def test_the_command_that_is_installed_is_the_module():
 
     (command,) = entry_points(group="console_scripts", name="ea")
     assert command.load() is main
+
+
+@pytest.mark.parametrize("width", ["20", "80"])
+def test_a_pipe_gets_whole_lines_and_labels_are_no_markup(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", width)
+    label = "a rule [bold] of its own :x: " + "with a long name, " * 20 + "[end]"
+    table = Table("condition", "n", box=None)
+    table.add_row(label, "1")
+    print_table(table)
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["condition", "n"]
+    assert row.strip() == f"{label}  1"
+
+
+def test_a_terminal_gets_all_of_a_label_too(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(Console, "is_terminal", True)
+    table = Table("condition", box=None)
+    table.add_row("x" * 50)
+    print_table(table)
+    assert sum(line.count("x") for line in capsys.readouterr().out.splitlines()) == 50

@@ -104,7 +104,7 @@ def test_latex_has_a_row_per_mechanism_and_rules_of_booktabs(few):
 
 def test_latex_escapes_what_it_would_take_for_a_command():
     label = r"50% of $x_{t-1}$ & a\b #1 ~^ <|>"
-    condition = Condition(label, {"kind": "nt"}, {"position": "rope"}, {"chance": 0.5, "complexity": 1.0})
+    condition = Condition(label, {"kind": "nt"}, {"position": "rope"}, {"chance": 0.5, "complexity": 1.0}, "a task")
     mechanisms = ["softmax_abs", "relu_squared"]
     text = latex_table(results_of([seed_row(label, name, 0, 0.5) for name in mechanisms], [condition], mechanisms))
     assert (

@@ -22,6 +22,7 @@ from expressive_attention.study.report.files import drawings_of
 from expressive_attention.study.report.files import save_figures as save
 
 from ..report_data import LADDER, MECHANISMS, make_condition, make_results, mixed_results, results_of, seed_row
+from ..tiny import tiny_config
 
 COMPARED = {"difference", "margin_map"}
 NAMES = {"at_a_glance", "accuracy", "solved", "solved_map", "learning_curves", "steps_to_solve"} | COMPARED
@@ -83,10 +84,18 @@ def test_ladder_keeps_tasks_of_equal_complexity_and_models_apart():
     assert [[column for column, _ in panel.conditions] for panel in layout.panels] == [[1, 2], [0, 2]]
 
 
-def test_ladder_of_one_condition_is_named_by_its_label():
-    layout = ladder(make_results([(16, 5, "rope")]))
-    assert layout.tasks == (("sum, basis 16, delay 5, rope", "20 bits"),)
-    assert [panel.title for panel in layout.panels] == [""]
+@pytest.mark.parametrize(
+    ("positions", "models"), [(("rope",), [""]), (("rope", "learned"), ["position rope", "position learned"])]
+)
+def test_ladder_of_one_task_is_named_by_the_task_and_not_by_a_condition(positions, models):
+    layout = ladder(make_results([(16, 5, position) for position in positions]))
+    assert layout.tasks == (("sum, basis 16, delay 5", "20 bits"),)
+    assert [panel.title for panel in layout.panels] == models
+
+
+def test_conditions_have_the_names_of_their_tasks():
+    (condition,) = tiny_config().conditions()
+    assert (condition.task_label, condition.label) == ("sum, basis 4, delay 2", "sum, basis 4, delay 2, rope")
 
 
 def test_ladder_names_mixed_tasks_by_what_tells_them_apart():

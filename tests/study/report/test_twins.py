@@ -1,7 +1,11 @@
 """Trained twins go to files, and come back as the same models."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from expressive_attention.geometry import capture
@@ -124,3 +128,55 @@ def test_files_that_are_no_twins_are_named(run, tmp_path):
     expressive.unlink()
     with pytest.raises(TwinsError, match="has no trained models"):
         load_twins(tmp_path)
+
+
+def with_mechanisms(run, directory, *mechanisms):
+    """The same study with these mechanisms, as far as they are trained."""
+    shutil.copytree(run[1], directory, dirs_exist_ok=True)
+    Store(directory).create(tiny(learning_rates="[1e-2]", mechanisms=json.dumps(mechanisms))).release()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("others", "missing"),
+    [(["squared"], "squared has none, and `ea study run` trains it"), ([], "the study has no other mechanism")],
+)
+def test_a_model_without_its_twin_is_named(run, others, missing, tmp_path):
+    directory = with_mechanisms(run, tmp_path / "run", "expressive", *others)
+    with pytest.raises(StoreError, match=f"of expressive alone, which have no twins: {missing}"):
+        write_twins(directory, tmp_path / "twins")
+    assert not (tmp_path / "twins").exists()
+
+
+def test_the_command_names_mechanisms_that_are_not_there(run, tmp_path):
+    directory = with_mechanisms(run, tmp_path / "run", "expressive", "dot_product", "squared")
+    done = CliRunner().invoke(app, ["study", "twins", str(directory)])
+    assert (done.exit_code, done.stderr) == (0, "not written: squared, not trained yet, or defined in a Python file\n")
+    assert sorted(load_twins(directory / "twins").models) == ["dot_product", "expressive"]
+
+
+def test_models_that_are_no_twins_are_not_read_as_twins(run, tmp_path):
+    results, directory = run
+    label = results.conditions[0].label
+    for seed in (0, 1):
+        write_twins(directory, tmp_path / str(seed), label, seed)
+    mixed = tmp_path / "0"
+    for name in ("expressive", "examples"):
+        own = (mixed / f"{name}.safetensors").read_bytes()
+        (mixed / f"{name}.safetensors").write_bytes((tmp_path / "1" / f"{name}.safetensors").read_bytes())
+        with pytest.raises(
+            TwinsError, match=r"mixes models that are no twins: seed is \d in .* and \d in .*safetensors"
+        ):
+            load_twins(mixed)
+        (mixed / f"{name}.safetensors").write_bytes(own)
+    (mixed / "copy.safetensors").write_bytes((mixed / "expressive.safetensors").read_bytes())
+    with pytest.raises(TwinsError, match=r"two models of expressive, one of them in expressive\.safetensors"):
+        load_twins(mixed)
+
+
+def test_files_of_an_earlier_call_go_and_others_stay(run, tmp_path):
+    write_twins(run[1], tmp_path)
+    (tmp_path / "expressive.safetensors").rename(tmp_path / "squared.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    write_twins(run[1], tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["dot_product", "examples", "expressive", "mine"]

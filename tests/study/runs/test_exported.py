@@ -1,15 +1,28 @@
 """Tables that were exported are read as the study that they come from."""
 
+import json
+from dataclasses import replace
+
+import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from expressive_attention.study.analysis.findings import findings
+from expressive_attention.study.analysis.limit import LIMIT_SCHEMA
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.report.export import export_study
 from expressive_attention.study.runs.exported import load_results
-from expressive_attention.study.runs.store import StoreError
+from expressive_attention.study.runs.store import Store, StoreError
 from tests.study.report_data import trained
+
+FROM_START = dict.fromkeys(("squared_from_start_accuracy", "squared_from_start_cross_entropy"), pl.Float64)
+LIMIT = pl.DataFrame(
+    {"condition": ["a"], "seed": [0], "steps": [1]}
+    | {name: [0.5] for name in LIMIT_SCHEMA if name not in ("seed", "steps")}
+    | {name: [None] for name in FROM_START},
+    schema_overrides=FROM_START,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +83,9 @@ def test_a_table_that_is_none_is_named(study, tmp_path):
         ("[1]", "about.json is not what `ea study export` writes"),
         ('{"seconds": "long"}', "about.json is not what `ea study export` writes"),
         ('{"unfinished": 3}', "about.json is not what `ea study export` writes"),
+        ('{"unfinished": [3]}', "about.json is not what `ea study export` writes"),
+        ('{"environment": {"torch": 2}}', "about.json is not what `ea study export` writes"),
+        ('{"seconds": NaN}', "about.json is not what `ea study export` writes"),
     ],
 )
 def test_a_damaged_account_of_the_study_is_named(study, content, said, tmp_path):
@@ -90,3 +106,73 @@ def test_the_folder_that_was_meant_is_named(study, tmp_path):
             done.stderr
             == f"ea: {wrong} is not a study: it has no config.toml; pass the run folder, e.g. {tmp_path / 'run'}\n"
         )
+
+
+def test_an_export_leaves_no_table_of_an_earlier_one(study, tmp_path):
+    """A table of parquet won over a newer one of CSV."""
+    export_study(study, tmp_path, ["parquet"], {"limit": pl.DataFrame({"seed": [0]})})
+    for name in ("mine.parquet", "summary.tex"):
+        (tmp_path / name).write_text("")
+    changed = replace(study, seeds=study.seeds.with_columns(accuracy=pl.lit(0.5)))
+    files = export_study(changed, tmp_path, ["csv"])
+    assert {path for path in tmp_path.iterdir() if path.suffix == ".parquet"} == {tmp_path / "mine.parquet"}
+    assert set(files) < set(tmp_path.iterdir())
+    assert (load_results(tmp_path).seeds["accuracy"] == 0.5).all()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "seeds.parquet").write_text("somebody's own")
+    export_study(study, tmp_path / "other", ["csv"])
+    assert (tmp_path / "other" / "seeds.parquet").exists()
+
+
+def test_two_formats_of_a_table_are_read_if_they_agree(study, tmp_path):
+    lost = study.seeds.with_columns(cross_entropy=pl.lit(float("nan")), loss=pl.lit(float("inf")))
+    export_study(replace(study, seeds=lost), tmp_path, ["csv", "parquet"])
+    assert load_results(tmp_path).seeds["cross_entropy"].is_nan().all()
+    study.seeds.with_columns(steps=pl.lit(7)).write_csv(tmp_path / "seeds.csv")
+    done = CliRunner().invoke(app, ["study", "status", str(tmp_path)])
+    said = (
+        f"ea: {tmp_path / 'seeds.parquet'} and seeds.csv differ: remove the older of the two, or export the study again"
+    )
+    assert (done.exit_code, done.stderr) == (2, f"{said}\n")
+
+
+def test_commands_that_need_cells_say_what_an_export_is(study, tmp_path):
+    export_study(study, tmp_path, ["csv"])
+    for command in (["study", "limit"], ["study", "twins"], ["study", "verify"], ["geometry"]):
+        done = CliRunner().invoke(app, [*command, str(tmp_path)])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+        assert "has exported tables and no trained models: `ea study report`, `status`, `compare`" in done.stderr
+    with pytest.raises(StoreError, match="has exported tables and no cells, so there is no study to go on with"):
+        Store(tmp_path).create(study.config)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_status_and_export_read_an_export(study, tmp_path):
+    export_study(study, tmp_path, ["csv"], {"limit": LIMIT})
+    cells = json.loads(CliRunner().invoke(app, ["study", "status", str(tmp_path), "--json"]).stdout)["cells"]
+    assert [(each["seeds"], each["done"]) for each in cells] == [(2, True)] * 2
+    assert [each["accuracy_mean"] for each in cells] == [
+        study.seeds.filter(mechanism=name, role="final")["accuracy"].mean() for name in study.mechanisms
+    ]
+    done = CliRunner().invoke(app, ["study", "export", str(tmp_path), "-f", "parquet", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert not list(tmp_path.glob("*.csv"))
+    assert_frame_equal(pl.read_parquet(tmp_path / "limit.parquet"), LIMIT)
+    assert findings(load_results(tmp_path)) == findings(study)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (pl.col("accuracy") * float("nan"), "an accuracy is no number"),
+        (pl.lit(None, pl.Float64).alias("accuracy"), "an accuracy is no number"),
+        (pl.lit(None, pl.Int64).alias("steps"), "a row has no steps"),
+        (pl.lit(0).alias("seed"), "a seed is there twice"),
+        (pl.col("learning_rate") + pl.col("seed"), "final seeds ran at several learning rates"),
+    ],
+)
+def test_seeds_that_a_hand_has_changed_are_named(study, changed, said, tmp_path):
+    export_study(study, tmp_path, ["csv"])
+    study.seeds.with_columns(changed).write_csv(tmp_path / "seeds.csv")
+    with pytest.raises(StoreError, match=f"the table of seeds is not what `ea study export` writes: {said}"):
+        load_results(tmp_path)

@@ -18,7 +18,7 @@ def run_through(display):
     display.started(first)
     display.started(second)
     display.advanced(first, 10, 0.25)
-    display.note("[bold]something[/bold] to read")
+    display.note("[bold]something[/bold] to read :x:")
     display.finished(first, "1 of 2 seeds solved")
     display.advanced(first, 30, 1.0)  # late
     display.finished(second, "0 of 2 seeds solved")
@@ -30,7 +30,7 @@ def test_without_a_terminal_there_is_a_plain_line_per_finished_cell():
     run_through(Lines(console))
     assert console.file.getvalue().splitlines() == [
         "5 cells, 3 finished before",
-        "[bold]something[/bold] to read",
+        "[bold]something[/bold] to read :x:",
         "[4/5] a condition, expressive, final, learning rate 0.01: 1 of 2 seeds solved",
         "[5/5] a condition, dot_product, final, learning rate 0.01: 0 of 2 seeds solved",
     ]
@@ -72,7 +72,7 @@ def test_bars_leave_the_terminal_as_it_was():
 
 def test_quiet_shows_notes_alone_and_on_the_error_stream(capsys):
     run_through(Silent())
-    assert capsys.readouterr() == ("", "[bold]something[/bold] to read\n")
+    assert capsys.readouterr() == ("", "[bold]something[/bold] to read :x:\n")
 
 
 @pytest.mark.parametrize(

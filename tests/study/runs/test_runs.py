@@ -1,10 +1,13 @@
 """The command line from outside: whole runs, killed runs, runs with something wrong."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from polars.testing import assert_frame_equal
@@ -128,8 +131,6 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
 
 
 def test_a_corrupt_cell_is_named_and_computed_again_and_seeds_can_be_added(undisturbed, tmp_path):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(undisturbed[0], out)
     damaged = sorted((out / "cells").glob("[!.]*"))[0] / "seeds.parquet"
@@ -143,6 +144,34 @@ def test_a_corrupt_cell_is_named_and_computed_again_and_seeds_can_be_added(undis
     assert others.items() <= finished(out).items()
     assert len(finished(out)) == 8
     assert damaged.read_bytes() == (undisturbed[0] / "cells" / damaged.parent.name / "seeds.parquet").read_bytes()
+
+
+def test_a_folder_that_cannot_be_cleaned_ends_with_one_line_and_code_2(undisturbed, tmp_path, monkeypatch):
+    out, path, cleaned = tmp_path / "run", config(tmp_path, steps="400"), []
+    shutil.copytree(undisturbed[0], out)
+
+    def fails(store, at):
+        cleaned.append(store)
+        if len(cleaned) == at:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some/file")
+
+    monkeypatch.setattr(Store, "clean", lambda store: fails(store, 1))
+    done = ea("study", "run", path, "--out", out, check=2)
+    assert done.stderr == "ea: some/file: Read-only file system\n"
+    cleaned.clear()
+    monkeypatch.setattr(Store, "clean", lambda store: fails(store, 2))  # in the end: the results are there
+    assert ea("study", "run", path, "--out", out, "--quiet", check=0).output == ""
+    assert len(cleaned) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_takes_ends_with_one_line():
+    with Path("/dev/full").open("w") as full:
+        command = [*COMMAND, "study", "show", "quick"]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("ea: [Errno 28]")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

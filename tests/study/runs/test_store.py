@@ -9,7 +9,10 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
+from expressive_attention.study.errors import StudyError
+from expressive_attention.study.runs import cell_files
 from expressive_attention.study.runs import store as store_module
+from expressive_attention.study.runs.cell_files import sealed
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.selection import choose_setting
 from expressive_attention.study.runs.store import CorruptCellError, Store, StoreError
@@ -48,7 +51,7 @@ def test_the_machine_and_its_threads_are_kept_and_need_not_be(store, trained):
     assert store.about(cell())["environment"]["torch"] == torch.__version__
     path = store.path(cell()) / "cell.toml"
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(("threads", "# sha256"))]
-    path.write_bytes(store_module._sealed("".join(lines).encode()))
+    path.write_bytes(sealed("".join(lines).encode()))
     assert "threads" not in store.about(cell())["environment"]
     assert_frame_equal(store.load(cell()).seeds, trained.seeds)
 
@@ -77,13 +80,34 @@ def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypa
     def fails(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "save_file", fails)
+    monkeypatch.setattr(cell_files, "save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         store.save(cell(), trained)
     assert not store.has(cell())
     assert list(store.cells.iterdir())
     store.clean()
     assert not list(store.cells.iterdir())
+
+
+def test_a_full_disk_keeps_nothing_of_a_cell(store, trained, monkeypatch):
+    """The remains took the room of the cells after it."""
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cell_files, "save_file", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        store.save(cell(), trained)
+    assert not list(store.cells.iterdir())
+
+
+def test_a_folder_without_room_for_cells_is_refused_before_the_training(store, monkeypatch):
+    def fails(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(store_module.tempfile, "TemporaryFile", fails)
+    with pytest.raises(StoreError, match="study cannot be written: Read-only file system"):
+        store.create(TINY)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +144,31 @@ def test_folders_that_are_no_study_are_refused(tmp_path, store):
         Store(store.directory).lock()
     lock.release()
     Store(store.directory).lock().release()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[grid", r"config\.toml is damaged: not valid TOML"),
+        (b"name = '\xff'", r"config\.toml is damaged: byte 8 is no UTF-8"),
+        (b"", r"config\.toml is damaged: it has no grid"),
+    ],
+)
+def test_a_damaged_configuration_is_named(store, content, said):
+    """It was called a study of protocol 2."""
+    (store.directory / "config.toml").write_bytes(content)
+    with pytest.raises(StoreError, match=said):
+        store.create(TINY)
+    with pytest.raises(StudyError, match=r"config\.toml"):
+        store.config()
+    assert (store.directory / "config.toml").read_bytes() == content
+
+
+def test_a_number_of_the_protocol_that_is_none_is_named(store):
+    for protocol in ("[2]", "{}", "nan", '"2"'):
+        (store.directory / "config.toml").write_text(f"protocol = {protocol}\n{TINY}")
+        with pytest.raises(StudyError, match="protocol"):
+            store.config()
 
 
 def test_the_learning_rate_is_the_most_accurate_then_the_fastest(trained):
@@ -167,13 +216,23 @@ def test_any_change_of_a_cell_toml_is_found(store, trained):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("seconds = ", 'seconds = "long" #'), ("[sha256]", "[[sha256]]"), ("system = ", "system = 3 #")],
+    [
+        ("seconds = ", 'seconds = "long" #'),
+        ("seconds = ", "seconds = nan #"),
+        ("seconds = ", "seconds = -1 #"),
+        ("seconds = ", "seconds = true #"),
+        ("[sha256]", "[[sha256]]"),
+        ("system = ", "system = 3 #"),
+        ("threads = ", 'threads = "abc" #'),
+        ("threads = ", 'threads = "0" #'),
+        ("threads = ", 'threads = "99999999999" #'),
+    ],
 )
 def test_wrong_types_in_a_cell_toml_are_named(store, trained, old, new):
     store.save(cell(), trained)
     path = store.path(cell()) / "cell.toml"
     lines = path.read_text().replace(old, new).splitlines(True)[:-1]
-    path.write_bytes(store_module._sealed("".join(lines).encode()))
+    path.write_bytes(sealed("".join(lines).encode()))
     with pytest.raises(CorruptCellError, match=r"cell\.toml does not describe this cell"):
         store.load(cell())
 

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.toml import tomllib
-from expressive_attention.study.runs import store as store_module
 from expressive_attention.study.runs import verify
+from expressive_attention.study.runs.cell_files import sealed
 from expressive_attention.study.runs.environment import environment
 from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
@@ -43,7 +43,7 @@ def change(store, cell, **environment):
     path = store.path(cell) / "cell.toml"
     content = tomllib.loads(path.read_text())
     content["environment"] = {k: v for k, v in (content["environment"] | environment).items() if v is not None}
-    path.write_bytes(store_module._sealed(tomli_w.dumps(content).encode()))
+    path.write_bytes(sealed(tomli_w.dumps(content).encode()))
 
 
 def test_what_is_trained_again_has_the_same_bits(store):

@@ -145,8 +145,13 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
     validation = (paired["validation"] - paired["validation_baseline"]).drop_nulls().to_list()
     losses = (paired["cross_entropy"] - paired["cross_entropy_baseline"]).to_list()
     are_finite = bool(np.isfinite(np.array(losses, dtype=float)).all())  # not where a seed diverged
-    error = _example_error(results, condition, mechanism)
+    examples = _examples(results, condition, mechanism)
+    error = None
     untested = _untested(condition, paired)
+    if examples is not None and len(examples) < 2:
+        untested = untested or "its test has one example, from which no error can be told"
+    elif examples is not None:
+        error = example_error(examples["share"].to_list(), examples["scored"].to_list())
     raw_p = None if untested else sign_flip_p(differences)
     return Comparison(
         candidate=candidate_summary,
@@ -195,8 +200,8 @@ def _neither_learned(condition: Condition, *both: Summary) -> bool:
     return all(summary.accuracy < guess + SMALLEST_EFFECT for summary in both)
 
 
-def _example_error(results: StudyResults, condition: Condition, mechanism: str) -> float | None:
-    """Standard error of the difference by the drawing of test examples; None where there are more of them."""
+def _examples(results: StudyResults, condition: Condition, mechanism: str) -> pl.DataFrame | None:
+    """The difference in right predictions and those that count, per test example; None where there are more of them."""
     if not condition.facts.get("fixed_data"):
         return None
     sides = []
@@ -209,7 +214,7 @@ def _example_error(results: StudyResults, condition: Condition, mechanism: str) 
                 pl.col("scored").first(), share=pl.col("right").sum() / pl.col("seeds").sum()
             )
         )
-    return example_error((sides[0]["share"] - sides[1]["share"]).to_list(), sides[0]["scored"].to_list())
+    return pl.DataFrame([sides[0]["share"] - sides[1]["share"], sides[0]["scored"]])
 
 
 def _adjusted(compared: list[Comparison], family: int) -> list[Comparison]:

@@ -8,7 +8,7 @@ DIR/limit/<identity>.seeds.parquet, .heads.parquet    of one finished cell, writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..config.cells import Cell
 from ..config.record import RecordedTask
 from ..files import read_parquet, write_atomically
 from ..runs.environment import threads_of
+from ..runs.exported import read_table
 from ..runs.results import StudyResults
 from ..runs.store import Store, StoreError
 from ..training.evaluation import Prepared, score
@@ -30,6 +31,7 @@ from ..training.loop import train_further
 from ..training.model import trained_ensemble
 from .summaries import evidence
 from .trained import cells_by_seed
+from .wording import plural
 
 __all__ = [
     "HEAD_SCHEMA",
@@ -72,6 +74,13 @@ HEAD_SCHEMA: dict[str, Any] = {
 # Further columns of the tables of a study, of z^2 trained from the start on the same seed: `squared_from_start_...`.
 _FROM_START = {"validation": "accuracy", "validation_cross_entropy": "cross_entropy"}
 
+# The columns of both tables of a study.
+_EXPORTED = {
+    "limit": {"condition": pl.String, **LIMIT_SCHEMA}
+    | {f"squared_from_start_{measure}": pl.Float64 for measure in _FROM_START.values()},
+    "limit_heads": {"condition": pl.String, **HEAD_SCHEMA},
+}
+
 
 def limit_cells(results: StudyResults, store: Store, *, trust: bool = False) -> list[Cell]:
     """The finished cells with final seeds of EA, ready to be measured.
@@ -90,7 +99,9 @@ def limit_cells(results: StudyResults, store: Store, *, trust: bool = False) -> 
     return cells
 
 
-def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
+def write_limit(
+    cell: Cell, store: Store, share: float = SHARE, note: Callable[[str], object] | None = None
+) -> pl.DataFrame:
     """Measure a cell and keep the result in the folder of the study, unless it is there already; its table of seeds.
 
     It takes as many threads as the training of the cell: small models are slower with more.
@@ -99,12 +110,18 @@ def write_limit(cell: Cell, store: Store, share: float = SHARE) -> pl.DataFrame:
         cell: A finished cell of EA.
         store: Where the study is kept.
         share: Steps of the training after the replacement, as a share of those of the cell.
+        note: Is told of a damaged result, which is measured again.
 
     Raises:
         CorruptCellError: The cell is not what was written; the message names the file.
     """
     steps = max(1, round(share * cell.training.steps))
-    kept = _read(_paths(store, cell))
+    try:
+        kept = _read(_paths(store, cell))
+    except _DamagedError as error:
+        kept = None
+        if note is not None:
+            note(f"{error}; it is measured again")
     if kept is None or (kept[0]["steps"] != steps).any():
         with threads_of(store.about(cell)["environment"]):
             kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
@@ -143,16 +160,25 @@ def limit_of(cell: Cell, weights: dict[str, Tensor], steps: int) -> tuple[pl.Dat
 
 
 def limit_tables(results: StudyResults, store: Store, *, trust: bool = False) -> dict[str, pl.DataFrame]:
-    """All that `write_limit` has kept of a study: ``limit`` and ``limit_heads``; empty where there is nothing.
+    """All that `write_limit` has kept of a study, or its export: ``limit`` and ``limit_heads``; empty without any.
 
     Both have the column ``condition``. ``limit`` has ``squared_from_start_accuracy`` and ``..._cross_entropy``, of
     the study's mechanism ``"squared"`` on the same seed, null where it has none. `trust` is that of `collect`.
+
+    Raises:
+        StoreError: A file is damaged; the message names it.
     """
+    if store.is_exported:
+        read = {name: read_table(store.directory, name, schema) for name, schema in _EXPORTED.items()}
+        return {name: table for name, table in read.items() if table is not None}
     if not (store.directory / "limit").is_dir():
         return {}
     tables: dict[str, list[pl.DataFrame]] = {"limit": [], "limit_heads": []}
     for cell in _cells(results, store, trust=trust):
-        kept = _read(_paths(store, cell))
+        try:
+            kept = _read(_paths(store, cell))
+        except _DamagedError as error:
+            raise StoreError(f"{error}; `ea study limit {store.directory}` measures it again") from None
         if kept is None:
             continue
         counts = pl.col("seed").is_in(cell.counted)
@@ -172,19 +198,28 @@ def limit_sentences(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -
         seeds, heads = (table.filter(condition=condition.label) for table in tables.values())
         if seeds.is_empty():
             continue
-        means = {name: seeds[name].mean() for name in seeds.columns if name.endswith(("accuracy", "cross_entropy"))}
 
-        def reached(model: str, means: dict[str, Any] = means) -> str:
-            accuracy, loss = (means[f"{model}_{measure}"] for measure in ("accuracy", "cross_entropy"))
-            return f"{accuracy:.4f} ({loss:.4f} nats)"
+        def reached(model: str, seeds: pl.DataFrame = seeds) -> str:
+            losses = seeds[f"{model}_cross_entropy"].drop_nulls()
+            lost = len(losses) - int(losses.is_finite().sum())
+            diverged = f"{lost} of {plural(len(losses), 'seed')} diverged"
+            return f"{seeds[f'{model}_accuracy'].mean():.4f} ({diverged if lost else f'{losses.mean():.4f} nats'})"
 
-        from_start = means["squared_from_start_accuracy"] is not None
+        finite = heads.filter(pl.col("z_max").is_finite())
+        small = "no score is finite"
+        if len(finite):
+            small = (
+                f"99% of |z| are below {finite['z_99'].median():.2g} in half of the heads and below "
+                f"{finite['z_99'].max():.2g} in all, the largest is {finite['z_max'].max():.2g}"
+            )
+        if 0 < len(finite) < len(heads):
+            small += f", without {len(heads) - len(finite)} of {len(heads)} heads, whose scores are not finite"
+        from_start = seeds["squared_from_start_accuracy"].null_count() < len(seeds)
         start = f"; z² from the start {reached('squared_from_start')}" if from_start else ""
         sentences.append(
-            f"{condition.label}: 99% of |z| are below {heads['z_99'].median():.2g} in half of the heads and below "
-            f"{heads['z_99'].max():.2g} in all, the largest is {heads['z_max'].max():.2g}. Accuracy with f "
-            f"{reached('expressive')}, with z² in its place {reached('squared')}; after {seeds['steps'][0]} further "
-            f"steps {reached('expressive_trained')} and {reached('squared_trained')}{start}."
+            f"{condition.label}: {small}. Accuracy with f {reached('expressive')}, with z² in its place "
+            f"{reached('squared')}; after {seeds['steps'][0]} further steps {reached('expressive_trained')} and "
+            f"{reached('squared_trained')}{start}."
         )
     return sentences
 
@@ -202,14 +237,29 @@ def _paths(store: Store, cell: Cell) -> list[Path]:
     return [store.directory / "limit" / f"{cell.identity}.{table}.parquet" for table in ("seeds", "heads")]
 
 
+class _DamagedError(ValueError):
+    """A file of a measured cell that cannot be used; the message names it."""
+
+
 def _read(paths: list[Path]) -> tuple[pl.DataFrame, pl.DataFrame] | None:
-    """The two tables of a cell; None where they are not there, or not what this version writes."""
-    try:
-        seeds, heads = (read_parquet(path) for path in paths)
-    except (OSError, pl.exceptions.PolarsError):
+    """The two tables of a cell; None where they are not there, or were not written to the end.
+
+    Raises:
+        _DamagedError: One is not what this version writes.
+    """
+    if not paths[0].exists():  # it is written last
         return None
-    whole = dict(seeds.schema) == LIMIT_SCHEMA and dict(heads.schema) == HEAD_SCHEMA
-    return (seeds, heads) if whole else None
+    tables = []
+    for path, schema in zip(paths, (LIMIT_SCHEMA, HEAD_SCHEMA), strict=True):
+        try:
+            tables.append(read_parquet(path))
+        except FileNotFoundError:
+            raise _DamagedError(f"{path} is missing") from None
+        except pl.exceptions.PolarsError as error:
+            raise _DamagedError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        if dict(tables[-1].schema) != schema:
+            raise _DamagedError(f"{path} has other columns than this version writes")
+    return tables[0], tables[1]
 
 
 def _attentions(model: nn.Module) -> Iterator[SelfAttention]:

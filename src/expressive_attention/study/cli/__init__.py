@@ -15,6 +15,9 @@ def main() -> None:
         app(prog_name="ea")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # there is no room for what it prints, say
+        sys.stderr.write(f"ea: {error}\n")
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("expressive_attention"):
             raise

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ... import __version__
+from .common import print_table
 from .models import geometry, limit, twins, verify
 from .results import compare, export, report, status
 from .run import list_presets, run, show
@@ -64,11 +64,10 @@ def info() -> None:
     from ...call import Call, Visibility
     from ..runs.environment import environment
 
-    console = Console(highlight=False)
     table = Table("", "", show_header=False, box=None)
     for name, value in environment().items():
         table.add_row(name, value)
-    console.print(table)
+    print_table(table)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends = Table("backend", *devices, "chosen by itself", box=None)
     for name, module in BACKENDS.items():
@@ -77,10 +76,10 @@ def info() -> None:
         reasons = [module.declines(call) or "available" for call in calls]
         order = f"as number {AUTOMATIC.index(name) + 1}" if name in AUTOMATIC else "before them, where it is faster"
         backends.add_row(name, *reasons, order)
-    console.print(backends)
-    console.print(_takers(devices))
+    print_table(backends)
+    print_table(_takers(devices))
     if cpu.library.LEFT_OUT:
-        console.print(
+        typer.echo(
             f"C kernels that the compiler could not build, which newer ones can: {', '.join(cpu.library.LEFT_OUT)}"
         )
 

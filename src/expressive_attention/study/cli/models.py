@@ -59,7 +59,8 @@ def geometry(
             from ..report.attention_space import look_into
 
             look = look_into(directory, condition, seed, trust=trust)
-            records, title, tokens, unseen = look.records, look.title, look.tokens, look.unseen
+            records, title, tokens = look.records, look.title, look.tokens
+            unseen, diverged = look.unseen, look.diverged
         else:
             assert model is not None
             assert text is not None
@@ -70,7 +71,8 @@ def geometry(
                 record, words = record_text(model, content)
             except (ValueError, ImportError) as error:
                 fail(str(error))
-            records, title, tokens, unseen = {"model": record}, f"{model} reads {text.name}", [words], []
+            records, title, tokens = {"model": record}, f"{model} reads {text.name}", [words]
+            unseen = diverged = []
         written = write_folder(records, out or (directory or Path()) / "geometry", title=title, tokens=tokens)
         if directory is not None and out is None and (directory / "report.html").exists():
             from ..runs.results import collect
@@ -79,6 +81,8 @@ def geometry(
             write_page(collect(Store(directory), trust=trust), directory, trust=trust)  # the report links the page now
     if unseen:
         typer.echo(f"not shown, since their weights cannot be captured: {', '.join(unseen)}\n")
+    if diverged:
+        typer.echo(f"not shown, since their training diverged: {', '.join(diverged)}\n")
     for name, record in records.items():
         typer.echo(f"{name}\n{record}\n")
     typer.echo("\n".join(str(path) for path in written))
@@ -148,7 +152,7 @@ def limit(
         cells = limit_cells(results, store, trust=trust)
         for index, cell in enumerate(cells):
             typer.echo(f"cell {index + 1} of {len(cells)}: {cell.condition}", err=True)
-            write_limit(cell, store, share)
+            write_limit(cell, store, share, lambda line: typer.echo(line, err=True))
         tables = limit_tables(results, store, trust=trust)
     for sentence in limit_sentences(results, tables):
         typer.echo(sentence)
@@ -174,8 +178,13 @@ def twins(
     Example: ea study twins runs/quick --half
     """
     from ..report.twins import write_twins
+    from ..runs.store import Store
 
     with one_line_errors():
         files = write_twins(directory, out or directory / "twins", condition, seed, half=half, trust=trust)
+        config, _ = Store(directory).config(trust=trust)
     for file in files:
         typer.echo(f"{file}  ({file.stat().st_size / 1000:.0f} kB)")
+    written = {file.stem for file in files}
+    if left_out := [mechanism for mechanism in config.mechanisms if mechanism not in written]:
+        typer.echo(f"not written: {', '.join(left_out)}, not trained yet, or defined in a Python file", err=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..words import plural
-from .common import Directory, Trust, fail, one_line_errors, write_page
+from .common import Directory, Trust, fail, one_line_errors, print_table, write_page
 from .run import print_findings
 
 if TYPE_CHECKING:
@@ -43,13 +42,15 @@ def status(
 ) -> None:
     """Print the results of a study so far, a row per condition and mechanism.
 
+    DIR may also be a folder of exported tables.
+
     Example: ea study status runs/quick
     """
-    from ..runs.results import collect
+    from ..runs.exported import load_results
     from ..runs.store import Store
 
     with one_line_errors():
-        results = collect(Store(directory), trust=trust)
+        results = load_results(directory, trust=trust)
         config, _ = Store(directory).config(trust=trust)
     rows = _status_rows(results, config.seeds.final)
     if as_json:
@@ -61,7 +62,7 @@ def status(
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
         seeds = f"{row['seeds']} of {config.seeds.final}"
         table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
-    Console(highlight=False).print(table)
+    print_table(table)
     typer.echo(_unfinished(results) or "all cells are finished")
 
 
@@ -93,7 +94,7 @@ def compare(
         said = "; ".join(line.differences) or ("same bits" if line.is_identical else "nothing shown")
         table.add_row(line.condition, mechanism_name(line.mechanism), *reached, said)
     typer.echo(f"A: {first}\nB: {second}")
-    Console(highlight=False).print(table)
+    print_table(table)
     found, conditions = differing(lines), {line.condition for line in lines}
     typer.echo(f"The runs differ on {len(found)} of {plural(len(conditions), 'condition')}" + (":" if found else "."))
     for label in found:
@@ -116,16 +117,19 @@ def export(
 ) -> None:
     """Write a study's results as files: tables of all rows, a summary, the verdicts; LaTeX has the summary alone.
 
+    DIR may also be a folder of exported tables, to have them in another format. Tables of an earlier export to the same
+    folder are replaced, or removed.
+
     Example: ea study export runs/quick --format parquet --format latex
     """
     from ..analysis.limit import limit_tables
     from ..report.export import export_study
-    from ..runs.results import collect
+    from ..runs.exported import load_results
     from ..runs.store import Store
 
     with one_line_errors():
         store, folder = Store(directory), out or directory / "export"
-        results = collect(store, trust=trust)
+        results = load_results(directory, trust=trust)
         try:
             tables = limit_tables(results, store, trust=trust)
             files = export_study(results, folder, formats or ["csv"], tables)

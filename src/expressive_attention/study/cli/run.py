@@ -10,7 +10,7 @@ import typer
 
 from ..config.presets import preset_names, preset_question, preset_text, preset_time
 from ..errors import StudyError
-from .common import fail, one_line_errors, write_page
+from .common import fail, of_the_system, one_line_errors, write_page
 
 if TYPE_CHECKING:
     from ..runs.results import StudyResults
@@ -129,6 +129,8 @@ def run(
         run_study(parsed, store, runner, Several(make_display(quiet=quiet), loggers))
     except StudyError as error:
         fail(str(error))
+    except OSError as error:
+        fail(of_the_system(error))
     except KeyboardInterrupt:
         typer.echo(f"stopped; finished cells are kept in {store.directory}: run the same command to resume", err=True)
         raise typer.Exit(130) from None

@@ -32,9 +32,11 @@ class Condition:
             them; all int), ``fixed_data`` (bool: there are no more examples than these); and, where they apply,
             ``copy_last`` (accuracy), ``ceiling`` (accuracy of the best predictor), ``state_space`` (int), ``cycles``
             (str), ``held_out`` (share of starting states never trained on), and what else a task has to say.
+        task_label: Short name of the task alone, e.g. ``"sum, basis 16, delay 5"``.
     """
 
     label: str
     task: dict[str, Any]
     model: dict[str, Any]
     facts: dict[str, Any]
+    task_label: str

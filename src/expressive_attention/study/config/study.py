@@ -152,6 +152,7 @@ class StudyConfig(Strict):
                 task.model_dump(exclude_none=True),
                 model.model_dump(exclude_none=True),
                 facts(task, self.training.test_sequences),
+                task.label,
             )
             for label, task, model in self.expanded()
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
 import torch
 
 from ...geometry import Record, capture
@@ -31,12 +32,14 @@ class Look:
         records: Records by the name of the mechanism.
         tokens: The examples, as text.
         unseen: Names of mechanisms that were trained, and cannot be captured.
+        diverged: Names of mechanisms whose training diverged on this seed: there is nothing finite to show.
     """
 
     title: str
     records: dict[str, Record]
     tokens: list[list[str]]
     unseen: list[str]
+    diverged: list[str]
 
 
 def look_into(directory: Path, condition: str | None = None, seed: int | None = None, *, trust: bool = False) -> Look:
@@ -45,12 +48,12 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     Args:
         directory: Folder of the study, with its cells.
         condition: Label of a condition; None: the one on which the mechanisms differ most.
-        seed: A final seed; None: the one with the lowest accuracy of DPA, or of what there is.
+        seed: A final seed; None: the one with the lowest accuracy of DPA, or of what there is, that did not diverge.
         trust: Run the study's Python files, without which the models of its own tasks cannot be used.
 
     Raises:
-        StoreError: There is no such condition or seed, or none of its cells, or its task is in a file that is not
-            trusted.
+        StoreError: There is no such condition or seed, or none of its cells, or all of them diverged, or its task is in
+            a file that is not trusted.
     """
     store = Store(directory)
     results = collect(store, trust=trust)
@@ -63,26 +66,35 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
         raise StoreError(f"{directory}: the task of {label!r} is in a Python file, which --trust runs")
     unseen = sorted({mechanism_name(c.mechanism) for c in arms if c.mechanism not in _SEEN})
     arms = [c for c in arms if c.mechanism in _SEEN]
+    diverged: list[str] = []
     for arm in sorted(arms, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
+        name = mechanism_name(arm.mechanism)
+        rows = evidence(results.seeds, label, arm.mechanism).sort("accuracy", "seed")
+        # The last step can ruin a model without a loss that shows it.
+        finite = rows.filter(pl.col("diverged_at").is_null() & pl.col("cross_entropy").is_finite())["seed"].to_list()
         cells = cells_by_seed(results, store, arm)
-        if seed is None and cells:
-            rows = evidence(results.seeds, label, arm.mechanism)
-            seed = next(s for s in rows.sort("accuracy", "seed")["seed"] if s in cells)
-        if seed not in cells:
-            continue
-        cell = cells[seed]
-        model = trained(store, cell, seed)
-        examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "validation").inputs)
-        with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
-            model(examples)
-        records[mechanism_name(arm.mechanism)] = record
-        if not examples.is_floating_point():
-            tokens = [[str(digit) for digit in example] for example in examples.tolist()]
+        if seed is None and (kept := [each for each in finite if each in cells]):
+            seed = kept[0]
+        if cells and (seed is None or seed in cells) and seed not in finite:
+            diverged.append(name)
+        elif seed in cells:
+            cell = cells[seed]
+            model = trained(store, cell, seed)
+            examples = torch.from_numpy(cell.task.held_out_examples(_EXAMPLES, "validation").inputs)
+            with torch.no_grad(), capture(model, max_tokens=_EXAMPLES * examples.shape[1]) as record:
+                model(examples)
+            records[name] = record
+            if not examples.is_floating_point():
+                tokens = [[str(digit) for digit in example] for example in examples.tolist()]
+    asked = "" if seed is None else f", seed {seed}"
+    if not records and diverged:
+        raise StoreError(
+            f"{directory} has nothing to show of {label!r}{asked}: the training of {', '.join(diverged)} diverged"
+        )
     if not records:
-        asked = "" if seed is None else f", seed {seed}"
         watched = f", of a mechanism that can be watched, which {', '.join(unseen)} cannot" if unseen else ""
         raise StoreError(f"{directory} has no trained model of {label!r}{asked}{watched}")
-    return Look(f"{label}, seed {seed}", records, tokens, unseen)
+    return Look(f"{label}, seed {seed}", records, tokens, unseen, diverged)
 
 
 def chosen_condition(results: StudyResults, condition: str | None) -> str:

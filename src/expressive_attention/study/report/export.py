@@ -32,6 +32,9 @@ __all__ = [
 
 FORMATS = ("csv", "parquet", "latex")
 
+# All tables that an export may have.
+_TABLES = ("seeds", "curves", "splits", "examples", "summary", "verdicts", "limit", "limit_heads")
+
 # One row per condition and mechanism with final seeds; intervals as in `statistics`, null where there is none.
 SUMMARY_SCHEMA: dict[str, Any] = {
     "condition": pl.String,
@@ -99,7 +102,8 @@ def export_study(
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
     `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``. ``config.toml``, ``about.json`` and
-    (where tasks or mechanisms are from files) ``record.json`` beside them let `load_results` read them.
+    (where tasks or mechanisms are from files) ``record.json`` beside them let `load_results` read them. Tables that an
+    earlier export has left there are removed, so that all in the folder are of one study.
 
     Args:
         results: Results of the study.
@@ -120,7 +124,9 @@ def export_study(
         raise ValueError("no cell is finished yet: there is nothing to export")
     tables = {**study_tables(results), **(more or {})}
     files: dict[str, bytes] = {}
+    old: list[Path] = []
     if {"csv", "parquet"} & set(formats):  # with these, the tables can be read as a study
+        old = _exported_before(directory)
         files |= {"config.toml": results.config.encode(), ABOUT: json.dumps(about(results), indent=1).encode()}
         if results.record is not None:
             files[RECORD] = results.record.to_json().encode()
@@ -135,7 +141,17 @@ def export_study(
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(directory / name, content)
+    for path in old:
+        if path.name not in files:
+            path.unlink()
     return [directory / name for name in files]
+
+
+def _exported_before(directory: Path) -> list[Path]:
+    """The tables of an earlier export; none where the folder does not look like one."""
+    found = [path for name in _TABLES for end in ("csv", "parquet") if (path := directory / f"{name}.{end}").is_file()]
+    is_export = (directory / "config.toml").is_file() and any(path.stem == "seeds" for path in found)
+    return found if is_export else []
 
 
 def study_tables(results: StudyResults) -> dict[str, pl.DataFrame]:

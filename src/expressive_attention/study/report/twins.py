@@ -35,10 +35,11 @@ __all__ = ["Twins", "TwinsError", "load_twins", "write_twins"]
 
 _EXAMPLES = 64
 _EXAMPLES_FILE = "examples.safetensors"
+_SHARED = ("study", "condition", "task", "seed")  # what twins have in common
 
 
 class TwinsError(StudyError):
-    """A folder without twins; the message says why."""
+    """A folder without twins, or with files of several pairs of them; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def write_twins(
 ) -> list[Path]:
     """Write the trained models of one condition and seed of a study, one file per mechanism, and examples.
 
+    Files that an earlier call has left in the folder are replaced, or removed.
+
     Args:
         directory: Folder of the study, with its cells.
         out: Folder to write to; it is made if it does not exist.
@@ -82,8 +85,8 @@ def write_twins(
         The files.
 
     Raises:
-        StoreError: There is no such condition or seed with trained models, or its task is in a file that is not
-            trusted.
+        StoreError: There is no such condition or seed with trained models of two mechanisms at least, or its task is
+            in a file that is not trusted.
     """
     store = Store(directory)
     results = collect(store, trust=trust)
@@ -97,23 +100,32 @@ def write_twins(
             raise StoreError(f"{directory}: the task of {label!r} is in a Python file, which --trust runs")
         cells[arm.mechanism] = cells_by_seed(results, store, arm)
     finished = {mechanism: by_seed for mechanism, by_seed in cells.items() if by_seed}
-    shared = set.intersection(*(set(by_seed) for by_seed in finished.values())) if finished else set()
+    if not finished:
+        raise StoreError(f"{directory} has no trained models of {label!r}")
+    if len(finished) == 1:
+        others = ", ".join(mechanism for mechanism in cells if mechanism not in finished)
+        missing = f"{others} has none, and `ea study run` trains it" if others else "the study has no other mechanism"
+        raise StoreError(
+            f"{directory} has trained models of {label!r} of {next(iter(finished))} alone, which have no twins: "
+            f"{missing}"
+        )
+    shared = set.intersection(*(set(by_seed) for by_seed in finished.values()))
     if seed is None and shared:
         ranked = [s for s in evidence(results.seeds, label, next(iter(finished)), by="accuracy")["seed"] if s in shared]
         seed = ranked[len(ranked) // 2]
     if seed is None or seed not in shared:
         asked = "" if seed is None else f", seed {seed}"
         raise StoreError(f"{directory} has no trained models of {label!r}{asked} that all of its mechanisms share")
+    task = next(iter(finished.values()))[seed].task
+    content = task.model_dump(mode="json", exclude_none=True)
+    common = {"study": results.name, "condition": label, "task": content, "seed": seed}  # `_SHARED`
     files: dict[str, bytes] = {}
     for mechanism, by_seed in finished.items():
         cell = by_seed[seed]
         reached = evidence(results.seeds, label, mechanism).row(by_predicate=pl.col("seed") == seed, named=True)
         about = {
-            "study": results.name,
-            "condition": label,
-            "task": cell.task.model_dump(mode="json", exclude_none=True),
+            **common,
             "mechanism": mechanism,
-            "seed": seed,
             **cell.setting._asdict(),
             **{name: reached[name] for name in ("accuracy", "cross_entropy")},
         }
@@ -123,13 +135,15 @@ def write_twins(
         files[f"{mechanism}.safetensors"] = save(
             {name: x.contiguous() for name, x in state.items()}, {key: json.dumps(x) for key, x in metadata.items()}
         )
-    task = next(iter(finished.values()))[seed].task
     examples = task.held_out_examples(_EXAMPLES, "validation")
     shown = {name: torch.from_numpy(np.array(getattr(examples, name))) for name in ("inputs", "targets")}
-    files[_EXAMPLES_FILE] = save(shown)
+    files[_EXAMPLES_FILE] = save(shown, {"about": json.dumps(common)})
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
+    for name, written in files.items():
+        write_atomically(out / name, written)
+    for path in _models_in(out):
+        if path.name not in files and _is_twin(path):  # of an earlier call, with other mechanisms
+            path.unlink()
     return [out / name for name in files]
 
 
@@ -137,29 +151,59 @@ def load_twins(folder: Path | str) -> Twins:
     """The models and examples that `write_twins` has written to a folder.
 
     Raises:
-        TwinsError: A file is missing or is not what was written; the message names it.
+        TwinsError: A file is missing, is not what was written, or is of another condition or seed than the others; the
+            message names it.
     """
     folder = Path(folder)
-    tensors, _ = _read(folder / _EXAMPLES_FILE)
+    tensors, metadata = _read(folder / _EXAMPLES_FILE)
     models: dict[str, Transformer] = {}
     about: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name == _EXAMPLES_FILE:
-            continue
+    common = {folder / _EXAMPLES_FILE: _parsed(folder / _EXAMPLES_FILE, metadata, "about")} if metadata else {}
+    for path in _models_in(folder):
         state, metadata = _read(path)
+        arguments, known = (_parsed(path, metadata, key) for key in ("model", "about"))
         try:
-            model = Transformer(**json.loads(metadata["model"]))
+            model = Transformer(**arguments)
             model.load_state_dict({name: x.float() for name, x in state.items()})
-            known = json.loads(metadata["about"])
-            models[known["mechanism"]], about[known["mechanism"]] = model.eval(), known
+            mechanism, shared = known["mechanism"], {name: known[name] for name in _SHARED}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TwinsError(f"{path} is not the file of a trained twin: {str(error).splitlines()[0]}") from None
+        if mechanism in models:
+            raise TwinsError(f"{folder} has two models of {mechanism}, one of them in {path.name}: remove one")
+        common[path] = shared | {"model": {**arguments, "mechanism": None}}
+        models[mechanism], about[mechanism] = model.eval(), known
     if not models:
         raise TwinsError(f"{folder} has no trained models")
+    _check_shared(folder, common)
     try:
         return Twins(models, about, tensors["inputs"], tensors["targets"])
     except KeyError as error:
         raise TwinsError(f"{folder / _EXAMPLES_FILE} has no {error}") from None
+
+
+def _check_shared(folder: Path, common: dict[Path, dict[str, Any]]) -> None:
+    """All files have to say the same of what twins share."""
+    said: dict[str, tuple[str, Any]] = {}
+    for path, content in common.items():
+        for name, value in content.items():
+            first, expected = said.setdefault(name, (path.name, value))
+            if value != expected:
+                raise TwinsError(
+                    f"{folder} mixes models that are no twins: {name} is {expected!r} in {first} and {value!r} in "
+                    f"{path.name}; `ea study twins` writes all files again"
+                )
+
+
+def _models_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != _EXAMPLES_FILE]
+
+
+def _is_twin(path: Path) -> bool:
+    """Whether a file was written as that of a twin; others in the folder are somebody's own."""
+    try:
+        return {"model", "about"} <= _read(path)[1].keys()
+    except TwinsError:
+        return False
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -170,6 +214,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 it is no dict
     except SafetensorError as error:
         raise TwinsError(f"{path} cannot be read: {error}") from None
+
+
+def _parsed(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
+    """A part of the metadata of a file, which is a table in JSON."""
+    try:
+        content = json.loads(metadata[key])
+    except (KeyError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise TwinsError(f"{path} is not the file of a trained twin: its metadata have no {key!r}")
+    return content
 
 
 def _baseline_first(arm: Arm) -> bool:

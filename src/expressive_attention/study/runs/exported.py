@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from ..config.condition import Setting
 from ..config.declared import PRIMARY_COMPARISONS
 from ..files import read_parquet
 from ..training.result import TABLES
+from .cell_files import is_duration
 from .results import StudyResults, collect
 from .store import Store, StoreError
 
-__all__ = ["ABOUT", "about", "load_results"]
+__all__ = ["ABOUT", "about", "load_results", "read_table"]
 
 ABOUT = "about.json"  # beside the tables: what these do not say
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
@@ -33,7 +35,7 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
         ConfigError: Its configuration does not fit.
     """
     store = Store(directory)
-    if store.cells.is_dir() or _file(directory, "seeds") is None:
+    if not store.is_exported:
         return collect(store, trust=trust)
     if not (directory / "config.toml").is_file():
         raise StoreError(
@@ -41,9 +43,12 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
             "runs/quick, or export it again"
         )
     config, text = store.config(trust=trust)
+    tables = {name: _table(directory, name) for name in TABLES}
+    if (wrong := _wrong_with(tables["seeds"])) is not None:
+        raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
     return StudyResults(
         name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
-        **{name: _read(directory, name) for name in TABLES}, claims=list(config.claims), protocol=config.protocol,
+        **tables, claims=list(config.claims), protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
         record=config.record() if config.has_files else None, **_about(directory / ABOUT),
     )  # fmt: skip
@@ -61,25 +66,68 @@ def _about(path: Path) -> dict[str, Any]:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} is not JSON: {error}") from None
-        if not isinstance(found, dict) or any(
-            not isinstance(found.get(name, value), (int, float) if name == "seconds" else type(value))
-            for name, value in known.items()
-        ):
+        if not isinstance(found, dict) or not _describes_a_study(known | found):
             raise StoreError(f"{path} is not what `ea study export` writes; export the study again")
         known |= {name: value for name, value in found.items() if name in known}
     return known
 
 
-def _file(directory: Path, name: str) -> Path | None:
-    return next((path for end in ("parquet", "csv") if (path := directory / f"{name}.{end}").is_file()), None)
+def _describes_a_study(about: dict[str, Any]) -> bool:
+    environment, unfinished = about["environment"], about["unfinished"]
+    return (
+        is_duration(about["seconds"])
+        and isinstance(environment, dict)
+        and isinstance(unfinished, list)
+        and all(isinstance(text, str) for text in (*environment.values(), *unfinished))
+    )
 
 
-def _read(directory: Path, name: str) -> pl.DataFrame:
-    """A table with all of its columns; those that an older export did not have are null."""
+def _table(directory: Path, name: str) -> pl.DataFrame:
     schema = TABLES[name] | _KEYS
-    path = _file(directory, name)
-    if path is None:
-        return pl.DataFrame(schema=schema)
+    found = read_table(directory, name, schema)
+    return pl.DataFrame(schema=schema) if found is None else found
+
+
+def _wrong_with(seeds: pl.DataFrame) -> str | None:
+    """The reason why rows cannot be those of seeds, which a hand may have changed; None: they can."""
+    final = seeds.filter(pl.col("role") != "tuning")
+    arm = ["condition", "mechanism", "role"]
+    for name in (*arm, "learning_rate", "seed", "steps", "solved"):
+        if seeds[name].null_count():
+            return f"a row has no {name}"
+    if not final["accuracy"].fill_null(float("nan")).is_finite().all():
+        return "an accuracy is no number"
+    if seeds.select(*arm, *Setting._fields, "seed").is_duplicated().any():
+        return "a seed is there twice"
+    if (final.group_by(arm).agg(pl.col("learning_rate").n_unique())["learning_rate"] > 1).any():
+        return "final seeds ran at several learning rates"
+    return None
+
+
+def read_table(directory: Path, name: str, schema: Mapping[str, Any]) -> pl.DataFrame | None:
+    """A table of an export with all of its columns; those that an older export did not have are null.
+
+    Args:
+        directory: Folder of the export.
+        name: Name of the table; its file ends with ``.parquet`` or ``.csv``, or there are both.
+        schema: Its columns and their types.
+
+    Returns:
+        The table; None: there is no such file.
+
+    Raises:
+        StoreError: A file is no such table, or there are two, which differ.
+    """
+    paths = [path for ending in ("parquet", "csv") if (path := directory / f"{name}.{ending}").is_file()]
+    tables = [_read(path, schema) for path in paths]
+    if not all(table.equals(tables[0]) for table in tables):
+        raise StoreError(
+            f"{paths[0]} and {paths[1].name} differ: remove the older of the two, or export the study again"
+        )
+    return tables[0] if tables else None
+
+
+def _read(path: Path, schema: Mapping[str, Any]) -> pl.DataFrame:
     try:
         found = read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
         missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found.columns]

@@ -52,7 +52,7 @@ class Silent:
     def finished(self, cell: Cell, summary: str) -> None: ...
 
     def note(self, message: str) -> None:
-        Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(message, markup=False, emoji=False, soft_wrap=True)
 
     def end(self) -> None: ...
 
@@ -80,7 +80,7 @@ class Lines(Silent):
         self._print(message)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
 
 class Bars(Lines):

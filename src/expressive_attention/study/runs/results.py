@@ -76,9 +76,10 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
         trust: Run its Python files. Otherwise their tasks and mechanisms are read from its record.
 
     Raises:
-        StoreError: As `Store.config`, or a cell is corrupt; the message names the file.
+        StoreError: As `Store.config`, or the folder is an export, or a cell is corrupt; the message names the file.
         ConfigError: Its configuration does not fit.
     """
+    store.check_cells()
     config, text = store.config(trust=trust)
     facts = KnownFacts(store.directory / _FACTS)
     conditions = config.conditions(facts.of)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ..config.cells import Arm, Cell
 from ..config.condition import Setting
 from ..config.study import StudyConfig
@@ -69,7 +71,8 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
                 total = total_now
     finally:
         engine.stop()
-        store.clean()  # of what workers were writing when they were killed
+        with suppress(OSError):  # the next run cleans as well, and the first error counts
+            store.clean()  # of what workers were writing when they were killed
         display.end()
     if failures:
         raise SweepError(f"{plural(len(failures), 'cell')} failed, the first: {failures[0]}")

@@ -11,8 +11,6 @@ DIR/cells/.checkpoint-<identity>   of a cell in training; see `checkpoints`
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -21,10 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import tomli_w
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ..config.cells import Cell
 from ..config.load import own_files, parse_config
@@ -33,35 +28,16 @@ from ..config.schema import PROTOCOL
 from ..config.study import StudyConfig
 from ..config.task_files import TaskFile
 from ..config.toml import tomllib
-from ..errors import StudyError
-from ..files import read_parquet, to_disk, write_atomically
-from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
+from ..files import to_disk, write_atomically
+from ..training.result import CellResult
+from .cell_files import CorruptCellError, Lengths, StoreError, read_about, read_cell, write_cell
 from .environment import environment
-from .lengths import Lengths
 
 __all__ = ["CorruptCellError", "Store", "StoreError"]
 
 
 _LOCK = ".lock"
 _CHECKPOINT = ".checkpoint-"
-
-# Columns that protocol 2 did not have yet.
-_LATER = {
-    "seeds": ("validation", "validation_cross_entropy", "unseen_predictions", "unseen_contexts"),
-    "examples": tuple(EXAMPLE_SCHEMA),
-}
-# The last line of a cell.toml, which a parser takes for a comment.
-_SEAL = b"# sha256 of the lines above: "
-# Errors of a file that is not there, or is none.
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-
-
-class StoreError(StudyError):
-    """A folder that cannot be used as a study; the message says why, in one line."""
-
-
-class CorruptCellError(StoreError):
-    """A cell on disk that is damaged; it is never read as a result."""
 
 
 class Store:
@@ -91,7 +67,7 @@ class Store:
                 is writing to it.
         """
         config = self.directory / "config.toml"
-        if (of := _protocol(text, PROTOCOL)) != PROTOCOL:
+        if (of := _toml(text).get("protocol", PROTOCOL)) != PROTOCOL:
             raise StoreError(f"a study of protocol {of} can be read, and not be run: this version runs {PROTOCOL}")
         files = {file.name: file.text for file in sources}
         if record is not None and files:
@@ -109,7 +85,12 @@ class Store:
             )
         ):
             raise StoreError(f"{self.directory} is not empty and not a study (it has no config.toml)")
-        if config.is_file() and (of := _protocol(config.read_text(encoding="utf-8"), 2)) != PROTOCOL:
+        if self.is_exported:
+            raise StoreError(
+                f"{self.directory} has exported tables and no cells, so there is no study to go on with; give another "
+                "folder (--out)"
+            )
+        if config.is_file() and (of := self._protocol()) != PROTOCOL:
             raise StoreError(
                 f"{self.directory} holds a study of protocol {of}, which can be read, and not be gone on with: this "
                 f"version runs protocol {PROTOCOL}, whose results do not mix with it; give another folder (--out)"
@@ -119,6 +100,8 @@ class Store:
             lock = self.lock()
             for name, content in files.items():  # the configuration last: it needs the others
                 write_atomically(self.directory / name, content.encode())
+            with tempfile.TemporaryFile(dir=self.cells):  # or the first cell would be lost
+                pass
         except OSError as error:
             raise StoreError(f"{self.directory} cannot be written: {error.strerror}") from None
         return lock
@@ -131,14 +114,14 @@ class Store:
                 models. Otherwise their tasks and mechanisms are taken from the study's record.
 
         Raises:
-            StoreError: The folder is not a study, or has no record of its files and is not trusted, or a file is to be
-                run that is not the one of the record, with which the cells were trained.
+            StoreError: The folder is not a study, has no record of its files and is not trusted, its configuration is
+                not text, or a file is to be run that is not the one of the record, with which the cells were trained.
             ConfigError: Its configuration does not fit.
         """
         path = self.directory / "config.toml"
         if not path.is_file():
             raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
-        text = path.read_text(encoding="utf-8")
+        text = self._text()
         names = [Path(name).name for name in own_files(text)]
         try:
             record = read_record(self.directory, names) if names and not trust else None
@@ -148,6 +131,43 @@ class Store:
             raise StoreError(str(error)) from None
         find = lambda name: self.directory / Path(name).name  # noqa: E731
         return parse_config(text, str(path), find, protocol=2, record=record), text
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the folder has tables of `ea study export`, and no cells."""
+        tables = (self.directory / f"seeds.{ending}" for ending in ("parquet", "csv"))
+        return not self.cells.is_dir() and any(path.is_file() for path in tables)
+
+    def check_cells(self) -> None:
+        """Raise an error if the folder is an export.
+
+        Raises:
+            StoreError: It is; the message says which commands read it.
+        """
+        if self.is_exported:
+            raise StoreError(
+                f"{self.directory} has exported tables and no trained models: `ea study report`, `status`, `compare` "
+                "and `export` read them; for all else, pass the run folder, e.g. runs/quick"
+            )
+
+    def _text(self) -> str:
+        """The text of the configuration, which is there."""
+        path = self.directory / "config.toml"
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path} is damaged: byte {error.start} is no UTF-8") from None
+
+    def _protocol(self) -> Any:
+        """The protocol of the study in the folder."""
+        path, text = self.directory / "config.toml", self._text()
+        try:
+            content = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise StoreError(f"{path} is damaged: not valid TOML: {error}") from None
+        if "grid" not in content:
+            raise StoreError(f"{path} is damaged: it has no grid")
+        return content.get("protocol", 2)
 
     def _hint(self) -> str:
         """The folder that was probably meant."""
@@ -196,21 +216,11 @@ class Store:
             machine: The `environment` in which it was; None: this one.
         """
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.cells))
-        for name in TABLES:
-            getattr(result, name).write_parquet(partial / f"{name}.parquet")
-        save_file(result.weights, partial / "weights.safetensors")
-        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        content = {
-            "identity": cell.identity,
-            "seconds": result.seconds,
-            "cell": {**cell.model_dump(mode="json", exclude_none=True, exclude={"task", "mechanism_file", "surplus"})},
-            "environment": environment() if machine is None else machine,
-            "sha256": files,
-        }
-        content["cell"]["task"] = cell.task.model_dump(mode="json", exclude_none=True)
-        (partial / "cell.toml").write_bytes(_sealed(tomli_w.dumps(content).encode()))
-        for path in partial.iterdir():
-            to_disk(path)
+        try:
+            write_cell(partial, cell, result, environment() if machine is None else machine)
+        except Exception:  # as of a full disk, which the next cell may find with some room
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.discard(cell)
         partial.rename(self.path(cell))
         to_disk(self.cells)
@@ -227,38 +237,7 @@ class Store:
             CorruptCellError: A file is missing, incomplete or changed; the message names it.
             StoreError: A file cannot be read now, for lack of permission or because of a disk error.
         """
-        about = self.about(cell)
-        folder = self.path(cell)
-        later = _LATER if cell.protocol < PROTOCOL else {}
-        schemas = {
-            table: {name: kind for name, kind in schema.items() if name not in later.get(table, ())}
-            for table, schema in TABLES.items()
-        }
-        stored = {table: schema for table, schema in schemas.items() if schema}
-        for name in (*(f"{table}.parquet" for table in stored), "weights.safetensors"):
-            path = folder / name
-            if not path.is_file():
-                raise CorruptCellError(f"{path} is missing")
-            if (name != "weights.safetensors" or weights) and about["sha256"].get(name) != _checksum(path):
-                raise CorruptCellError(f"{path} is corrupt: its checksum is not the one in cell.toml")
-        tables = {}
-        for name, schema in stored.items():
-            path = folder / f"{name}.parquet"
-            try:
-                tables[name] = read_parquet(path)
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise CorruptCellError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-            if dict(tables[name].schema) != schema:
-                raise CorruptCellError(f"{path} has other columns than this version writes")
-        for name, schema in TABLES.items():
-            found = tables.get(name, pl.DataFrame(schema=schema))
-            missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found]
-            tables[name] = found.with_columns(missing).select(*schema)
-        try:
-            parameters = load_file(folder / "weights.safetensors") if weights else {}
-        except SafetensorError as error:
-            raise CorruptCellError(f"{folder / 'weights.safetensors'} cannot be read: {error}") from None
-        return CellResult(**tables, weights=parameters, seconds=about["seconds"])
+        return read_cell(self.path(cell), cell, weights=weights)
 
     def counted(self, cell: Cell) -> CellResult:
         """Read a finished cell without the seeds that are more than the study asks for.
@@ -281,17 +260,7 @@ class Store:
         Raises:
             CorruptCellError: It is missing or not what was written.
         """
-        path = self.path(cell) / "cell.toml"
-        try:
-            content = _content(path)
-            about = tomllib.loads(content.decode())
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError):
-            raise CorruptCellError(f"{path} is not TOML") from None
-        if cell.protocol >= PROTOCOL and _sealed(content.rpartition(_SEAL)[0]) != content:
-            raise CorruptCellError(f"{path} is corrupt: its checksum is not the one in its last line")
-        if about.get("identity") != cell.identity or not _describes_a_cell(about):
-            raise CorruptCellError(f"{path} does not describe this cell")
-        return about
+        return read_about(self.path(cell), cell)
 
     def discard(self, cell: Cell) -> None:
         """Remove a corrupt cell, or a link in its place, if there is one."""
@@ -318,33 +287,3 @@ def _toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         return {}
-
-
-def _protocol(text: str, default: int) -> Any:
-    return _toml(text).get("protocol", default)
-
-
-def _sealed(content: bytes) -> bytes:
-    return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n"
-
-
-def _describes_a_cell(about: dict[str, Any]) -> bool:
-    """Whether a cell.toml has the entries that `Store` reads, with the right types."""
-    tables = [about.get("sha256"), about.get("environment")]
-    return isinstance(about.get("seconds"), (int, float)) and all(
-        isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables
-    )
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(_content(path)).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    """The bytes of a file of a cell. A file that may be whole and only cannot be read now is not called corrupt."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in _NOT_THERE:
-            raise CorruptCellError(f"{path} is missing") from None
-        raise StoreError(f"{path} cannot be read, and is kept: {error.strerror}") from None

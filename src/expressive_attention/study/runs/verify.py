@@ -52,10 +52,11 @@ def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) ->
         trust: Run the study's Python files, which a study that has any needs.
 
     Raises:
-        StoreError: The folder is not a study, has no finished cell, is of another protocol than this version runs, or
-            has Python files and is not trusted.
+        StoreError: The folder is not a study, or an export, has no finished cell, is of another protocol than this
+            version runs, or has Python files and is not trusted.
         ConfigError: Its configuration does not fit.
     """
+    store.check_cells()
     config, _ = store.config(trust=trust)
     if config.protocol != PROTOCOL:
         raise StoreError(

@@ -75,7 +75,7 @@ def ladder(results: StudyResults) -> Ladder:
     model_names = _distinguish(list(models.values()))
     return Ladder(
         tasks=tuple(
-            (*_lines(names or [condition.label]), f"{round(condition.facts['complexity'], 1):g} bits")
+            (*_lines(names or [condition.task_label]), f"{round(condition.facts['complexity'], 1):g} bits")
             for names, condition in zip(task_names, tasks.values(), strict=True)
         ),
         panels=tuple(
