@@ -294,6 +294,15 @@ def test_ctrl_c_while_the_workers_start_ends_with_one_line(seconds, tmp_path):
     assert errors == f"stopped; finished cells are kept in {tmp_path / 'run'}: run the same command to resume\n"
 
 
+def test_a_setting_is_chosen_once(whole, monkeypatch):
+    """The number of cells is asked for after each of them: it read all tuning cells every time."""
+    plan, read = sweep._Plan(tiny_config(), whole[0], Record()), []
+    counted = whole[0].counted
+    monkeypatch.setattr(whole[0], "counted", lambda cell: read.append(cell) or counted(cell))
+    assert plan.total_cells() == plan.total_cells() == 6
+    assert len(read) == 4
+
+
 @pytest.mark.parametrize("before", range(6))
 def test_a_tuning_cell_that_ends_meanwhile_does_not_hide_the_final_ones(whole, tmp_path, monkeypatch, before):
     """On disk, but its worker has not told yet: missing at the first looks, and there at the others."""

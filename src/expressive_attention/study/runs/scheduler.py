@@ -87,6 +87,7 @@ class _Plan:
         self.of: dict[str, Arm] = {}
         self.cells: dict[str, Cell] = {}
         self.confirmed: dict[str, list[Cell]] = {}  # by condition
+        self.settings: dict[tuple[str, str], Setting] = {}  # chosen, by condition and mechanism
 
     def total_cells(self) -> int:
         """Number of cells, as far as it is known: a confirmation counts once final seeds ask for it."""
@@ -150,11 +151,11 @@ class _Plan:
 
     def _finals(self, arm: Arm) -> list[Cell]:
         """The final cells of an arm whose tuning is finished."""
-        tuning = self._tuning(arm)
-        if not tuning:
-            return arm.final_cells(arm.training.settings[0], self.store)
-        setting = choose_setting((cell, self.store.counted(cell)) for cell in tuning)
-        return arm.final_cells(setting, self.store)
+        key = arm.condition, arm.mechanism
+        if key not in self.settings:  # it is asked for after every cell, and reads all tuning cells
+            tuning = [(cell, self.store.counted(cell)) for cell in self._tuning(arm)]
+            self.settings[key] = choose_setting(tuning) if tuning else arm.training.settings[0]
+        return arm.final_cells(self.settings[key], self.store)
 
     def _confirming(self, condition: str) -> list[Cell]:
         """The cells that confirm what the final seeds of a condition show, if there is something to confirm."""
