@@ -9,6 +9,8 @@ whether the pages hold what results/ says. KIND is one of:
     bits          the same by the cross-entropy in bits
     examples      the same where all seeds share their data: on the test and on the validation examples
     accuracies    a row per condition, a column per mechanism
+    gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
+                  best rate of each condition, on average over conditions
     limit         a row per condition: EA with z^2 in the place of z^2 / (1 + z^2), by accuracy on validation sequences
     limit_bits    the same by the cross-entropy in bits
     verdicts      a row per claim
@@ -131,6 +133,21 @@ def _accuracies(preset: str) -> str:
     return _table(["condition", *map(mechanism_name, mechanisms)], rows)
 
 
+def _gains(preset: str) -> str:
+    seeds = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="tuning")
+    of = ["mechanism", "initial_gain"]
+    rates = seeds.group_by(*of, "condition", "learning_rate").agg(pl.col("validation").mean())
+    best = (
+        rates.group_by(*of, "condition").agg(pl.col("validation").max()).group_by(of).agg(pl.col("validation").mean())
+    )
+    gains = sorted(best["initial_gain"].unique())
+    rows = []
+    for mechanism in ("expressive", "dot_product"):
+        reached = dict(best.filter(mechanism=mechanism).select("initial_gain", "validation").iter_rows())
+        rows.append([mechanism_name(mechanism), *(share(reached[gain]) for gain in gains)])
+    return _table(["gain at the start", *(f"{gain:g}".removeprefix("0") for gain in gains)], rows)
+
+
 def _bits(preset: str) -> str:
     head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (95% interval)", "seeds"]
     rows = []
@@ -175,6 +192,7 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "examples": _examples,
     "bits": _bits,
     "accuracies": _accuracies,
+    "gains": _gains,
     "limit": _limit,
     "limit_bits": _limit_bits,
     "verdicts": _verdicts,
