@@ -197,7 +197,8 @@ def test_wrong_keys_end_with_one_line_and_code_2(tmp_path):
     path = tmp_path / "wrong.toml"
     path.write_text(TINY.replace("[seeds]", "[seeds]\nextra = 3"))
     done = ea("study", "run", path, "--out", tmp_path / "run", check=2)
-    assert done.stderr == f"ea: {path}: seeds.extra: unknown key\n"
+    known = "tuning, final, confirmation, start, together"
+    assert done.stderr == f"ea: {path}: seeds.extra: unknown key; known keys are {known}\n"
     assert not (tmp_path / "run").exists()
 
 
