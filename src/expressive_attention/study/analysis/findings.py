@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runs.results import StudyResults
+from ..words import plural
 from .comparisons import BASELINE, Comparison, comparisons
 from .estimators import LEVEL
 from .summaries import Summary, summaries
-from .wording import describe_interval, describe_p, mechanism_name, plural
+from .wording import describe_interval, describe_p, mechanism_name
 
 __all__ = ["Finding", "findings", "findings_by_condition", "overview"]
 

@@ -29,9 +29,9 @@ from ..runs.store import Store, StoreError
 from ..training.evaluation import Prepared, score
 from ..training.loop import train_further
 from ..training.model import trained_ensemble
+from ..words import plural
 from .summaries import evidence
 from .trained import cells_by_seed
-from .wording import plural
 
 __all__ = [
     "HEAD_SCHEMA",

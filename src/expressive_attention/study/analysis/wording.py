@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..words import plural
 from .estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
 
-__all__ = ["describe_interval", "describe_p", "mechanism_name", "plural"]
+__all__ = ["describe_interval", "describe_p", "mechanism_name"]
 
 
 _NAMES = {

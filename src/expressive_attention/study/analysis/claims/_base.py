@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import BASELINE, MINIMUM_CONTEXTS, MINIMUM_PREDICTIONS, Comparison, comparisons
 from ..estimators import (
     LEVEL,
@@ -19,7 +20,7 @@ from ..estimators import (
     clustered_interval,
     mean_interval,
 )
-from ..wording import mechanism_name, plural
+from ..wording import mechanism_name
 
 __all__ = [
     "AHEAD",

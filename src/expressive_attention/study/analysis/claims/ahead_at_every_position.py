@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..estimators import SIGNIFICANCE, SMALLEST_EFFECT, mean_interval
 from ..significance import holm, sign_flip_p
-from ..wording import describe_interval, describe_p, plural
+from ..wording import describe_interval, describe_p
 from ._base import UNTESTED, Answer, Declared, UntestableError, margins_of, sample_size, tested_comparisons
 
 __all__ = []

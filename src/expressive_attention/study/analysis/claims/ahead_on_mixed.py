@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import BASELINE
 from ..estimators import MINIMUM_FOR_INTERVAL
-from ..wording import plural
 from ._base import (
     AHEAD,
     CANDIDATE,

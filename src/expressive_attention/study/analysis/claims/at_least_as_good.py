@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import BASELINE, Comparison
 from ..estimators import LEVEL, SMALLEST_EFFECT, upper_bound
-from ..wording import describe_interval, plural
+from ..wording import describe_interval
 from ._base import (
     AHEAD,
     CANDIDATE,

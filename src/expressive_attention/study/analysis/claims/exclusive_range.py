@@ -9,10 +9,10 @@ import numpy as np
 
 from ...config.declared import EXCLUSIVE_RANGE, alone
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import BASELINE, comparisons
 from ..estimators import exact_interval, false_range_probability
 from ..summaries import evidence
-from ..wording import plural
 from ._base import (
     CANDIDATE,
     SHOWN,

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..estimators import LEVEL, MINIMUM_FOR_INTERVAL
 from ..trend import trend
-from ..wording import describe_interval, describe_p, plural
+from ..wording import describe_interval, describe_p
 from ._base import (
     CANDIDATE,
     Answer,

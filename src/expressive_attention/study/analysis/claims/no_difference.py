@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import BASELINE, comparisons
 from ..estimators import LEVEL, SIGNIFICANCE, exact_interval, lower_bound
-from ..wording import plural
 from ._base import UNTESTED, Answer, Declared, UntestableError, listed, sample_size
 
 __all__ = []

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from ...config.condition import Condition
 from ...runs.results import StudyResults
+from ...words import plural
 from ..comparisons import comparisons
 from ..estimators import MINIMUM_FOR_INTERVAL, SIGNIFICANCE, mean_interval
 from ..significance import sign_flip_p
-from ..wording import describe_interval, describe_p, mechanism_name, plural
+from ..wording import describe_interval, describe_p, mechanism_name
 from ._base import Answer, Declared, UntestableError, over_conditions, sample_size
 
 __all__ = ["SHAPES"]
