@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from expressive_attention.study.config.condition import Condition
 from expressive_attention.study.runs.results import StudyResults, collect
 from expressive_attention.study.runs.store import Store
+from expressive_attention.study.tasks import TASKS
 from expressive_attention.study.training.loop import train_cell
 from expressive_attention.study.training.result import CURVE_SCHEMA, EXAMPLE_SCHEMA, SEED_SCHEMA, SPLIT_SCHEMA
 
@@ -54,6 +56,7 @@ def make_condition(basis: int, delay: int, position: str) -> Condition:
             "fixed_data": False,
         },
         task_label=f"sum, basis {basis}, delay {delay}",
+        formula=TASKS["nt"].model_validate({"kind": "nt", "basis": basis, "delay": delay}).formula,
     )
 
 
@@ -196,6 +199,21 @@ def trained(directory: Path) -> StudyResults:
         for cell in comparison.final_cells(config.training.settings[0]):
             store.save(cell, train_cell(cell))
     return collect(store)
+
+
+def diverged(store, mechanism, lost):
+    """Store the result of a mechanism once more, as if some of its seeds had diverged."""
+    arm = next(arm for arm in store.config()[0].arms() if arm.mechanism == mechanism)
+    (cell,) = arm.final_cells(arm.training.settings[0])
+    result = store.load(cell, weights=True)
+    for x in result.weights.values():
+        x[lost] = torch.nan
+    changed = {"accuracy": 0.0, "cross_entropy": torch.nan, "diverged_at": 10}
+    seeds = result.seeds.with_columns(
+        pl.when(pl.col("seed").is_in(lost)).then(pl.lit(value, SEED_SCHEMA[name])).otherwise(name).alias(name)
+        for name, value in changed.items()
+    )
+    store.save(cell, replace(result, seeds=seeds))
 
 
 def _chosen_rate(mechanism: str) -> float:

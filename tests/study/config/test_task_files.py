@@ -33,6 +33,8 @@ from tests.study.own_files import (  # noqa: F401 two fixtures
 from tests.study.runs.workers import forked_workers
 from tests.study.tiny import tiny
 
+WITH_RULE = ECHO + '    formula = property(lambda self: f"repeat the digit {self.delay} before")\n'
+
 
 @pytest.mark.pictures
 def test_what_the_tutorial_shows_works(tmp_path, monkeypatch):
@@ -233,7 +235,7 @@ def test_a_study_keeps_files_only_in_a_folder_of_its_own(tmp_path):
 def run_once(tmp_path_factory):
     """A study of a task of its own, run."""
     directory = tmp_path_factory.mktemp("own")
-    path = written(directory)
+    path = written(directory, WITH_RULE)
     with forked_workers():
         done = CliRunner().invoke(app, ["study", "run", str(path), "--out", str(directory / "run"), "--quiet"])
     assert done.exit_code == 0, done.output
@@ -300,6 +302,7 @@ def test_an_export_is_read_without_running_code(hostile):
     assert not list(export.glob("*.py"))
     assert load_results(export).seeds.height == 8
     assert load_results(export).conditions == collect(Store(hostile)).conditions
+    assert [condition.formula for condition in load_results(export).conditions] == ["repeat the digit 2 before"]
     done = CliRunner().invoke(app, ["study", "compare", str(hostile), str(export)])
     assert done.exit_code == 0, done.output
     assert "differ on 0 of 1 condition" in done.output
@@ -332,7 +335,7 @@ def test_a_run_folder_is_run_with_its_own_copies(run_once, tmp_path):
     shutil.copytree(run_once, tmp_path / "run")
     config, text = load_config(str(tmp_path / "run" / "config.toml"))
     assert 'task_files = ["tasks/echo.py"]' in text
-    assert [file.text for file in config.sources] == [ECHO]
+    assert [file.text for file in config.sources] == [WITH_RULE]
     (tmp_path / "run" / "tasks").mkdir()
     (tmp_path / "run" / "tasks" / "echo.py").write_text("raise RuntimeError('of something else')")
     assert load_config(str(tmp_path / "run" / "config.toml"))[0].sources == config.sources

@@ -6,10 +6,11 @@ from safetensors.torch import load_file
 
 from expressive_attention.nn import MECHANISMS, SelfAttention, Transformer
 from expressive_attention.study.report.attention import attention_maps, attention_weights, captured_weights
+from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store
 from expressive_attention.study.training.model import trained_model
 
-from ..report_data import trained
+from ..report_data import diverged, trained
 
 WEIGHTS = {
     "expressive": lambda z: z**2 / (1 + z**2),
@@ -105,6 +106,22 @@ def test_maps_are_of_the_worst_and_the_best_seed(tmp_path):
             block = model.blocks[0]
             weights = attention_weights(block.attention, block.norms[0](model.embedding(tokens)))
             torch.testing.assert_close(found.weights, weights.mean((0, 1)))
+
+
+def test_there_are_no_maps_of_seeds_that_diverged(tmp_path):
+    trained(tmp_path)
+    store = Store(tmp_path)
+    diverged(store, "dot_product", [0])
+    results = collect(store)
+    maps = attention_maps(results, store, results.conditions)
+    assert [(found.mechanism, found.rank) for found in maps] == [
+        ("expressive", "worst"), ("expressive", "best"), ("dot_product", "best")
+    ]  # fmt: skip
+    assert maps[-1].seed == 1
+    diverged(store, "dot_product", [0, 1])
+    results = collect(store)
+    maps = attention_maps(results, store, results.conditions)
+    assert {found.mechanism for found in maps} == {"expressive"}
 
 
 def test_there_are_no_maps_without_cells(tmp_path):

@@ -1,8 +1,6 @@
 import json
 import shutil
-from dataclasses import replace
 
-import polars as pl
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -12,10 +10,9 @@ from expressive_attention.study.report.attention_space import look_into
 from expressive_attention.study.report.page import write_report
 from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.store import Store, StoreError
-from expressive_attention.study.training.result import SEED_SCHEMA
 from tests.integrations.torchvision_stub import make_importable
 
-from ..report_data import trained
+from ..report_data import diverged, trained
 
 
 def ea_geometry(*arguments):
@@ -49,21 +46,6 @@ def test_both_mechanisms_are_seen_on_the_same_seed(run):
     ):
         with pytest.raises(StoreError, match=words):
             look_into(directory, *arguments)
-
-
-def diverged(store, mechanism, lost):
-    """Store the result of a mechanism once more, as if some of its seeds had diverged."""
-    arm = next(arm for arm in store.config()[0].arms() if arm.mechanism == mechanism)
-    (cell,) = arm.final_cells(arm.training.settings[0])
-    result = store.load(cell, weights=True)
-    for x in result.weights.values():
-        x[lost] = torch.nan
-    changed = {"accuracy": 0.0, "cross_entropy": torch.nan, "diverged_at": 10}
-    seeds = result.seeds.with_columns(
-        pl.when(pl.col("seed").is_in(lost)).then(pl.lit(value, SEED_SCHEMA[name])).otherwise(name).alias(name)
-        for name, value in changed.items()
-    )
-    store.save(cell, replace(result, seeds=seeds))
 
 
 def test_seeds_that_diverged_are_not_looked_at(run, tmp_path):

@@ -16,7 +16,7 @@ from expressive_attention.study.report.twins import TwinsError, load_twins, writ
 from expressive_attention.study.runs.store import Store, StoreError
 from expressive_attention.study.training.model import trained_model
 
-from ..report_data import trained
+from ..report_data import diverged, trained
 from ..tiny import tiny
 
 
@@ -56,6 +56,26 @@ def test_the_models_are_those_of_the_study(run, tmp_path):
         held_out = cell.task.held_out_examples(64, "validation")
         assert torch.equal(twins.inputs, torch.from_numpy(held_out.inputs))
         assert torch.equal(twins.targets, torch.from_numpy(held_out.targets))
+
+
+def test_seeds_that_diverged_have_no_twins(run, tmp_path):
+    """Those of other mechanisms are without a twin, too."""
+    shutil.copytree(run[1], tmp_path / "run")
+    store = Store(tmp_path / "run")
+    chosen = []
+    for lost in (0, 1):
+        diverged(store, "expressive", [lost])
+        write_twins(tmp_path / "run", tmp_path / "twins")
+        chosen.append({about["seed"] for about in load_twins(tmp_path / "twins").about.values()})
+        with pytest.raises(StoreError, match=f"no usable models of .*, seed {lost}: their training diverged"):
+            write_twins(tmp_path / "run", tmp_path / "twins", None, lost)
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(run[1], tmp_path / "run")
+    assert chosen == [{1}, {0}]
+    diverged(store, "expressive", [0])
+    diverged(store, "dot_product", [1])
+    with pytest.raises(StoreError, match=r"no usable models of [^:]*: their training diverged"):
+        write_twins(tmp_path / "run", tmp_path / "twins")
 
 
 def test_twins_can_be_watched(run, tmp_path):

@@ -33,6 +33,7 @@ class Condition:
             ``copy_last`` (accuracy), ``ceiling`` (accuracy of the best predictor), ``state_space`` (int), ``cycles``
             (str), ``held_out`` (share of starting states never trained on), and what else a task has to say.
         task_label: Short name of the task alone, e.g. ``"sum, basis 16, delay 5"``.
+        formula: Its rule in one line, as `Task.formula`; empty: the label says it all.
     """
 
     label: str
@@ -40,3 +41,4 @@ class Condition:
     model: dict[str, Any]
     facts: dict[str, Any]
     task_label: str
+    formula: str = ""

@@ -28,12 +28,14 @@ class RecordedTask:
 
     Attributes:
         label: Label, as `Task.label`.
+        formula: Rule in one line, as `Task.formula`.
         content: Its fields, as JSON has them.
         facts: Facts that say what an accuracy is worth, as in `study.config.condition.Condition`.
         file: The file that defines it.
     """
 
     label: str
+    formula: str
     content: dict[str, Any]
     facts: dict[str, Any]
     file: TaskFile
@@ -60,7 +62,7 @@ class Record:
             file = file_of(task)
             assert file is not None
             found[_key(content)] = RecordedTask(
-                task.label, task.model_dump(mode="json"), facts_of(task, test_sequences), file
+                task.label, task.formula, task.model_dump(mode="json"), facts_of(task, test_sequences), file
             )
         return cls(found, mechanisms)
 
@@ -76,10 +78,7 @@ class Record:
 
     def to_json(self) -> str:
         """The record as text."""
-        tasks = {
-            key: {"label": task.label, "content": task.content, "facts": task.facts, "file": vars(task.file)}
-            for key, task in self.tasks.items()
-        }
+        tasks = {key: {**vars(task), "file": vars(task.file)} for key, task in self.tasks.items()}
         return json.dumps(
             {"tasks": tasks, "mechanisms": {name: vars(file) for name, file in self.mechanisms.items()}}, indent=1
         )
@@ -94,7 +93,9 @@ class Record:
         try:
             content = json.loads(text)
             tasks = {
-                key: RecordedTask(x["label"], dict(x["content"]), dict(x["facts"]), TaskFile(**x["file"]))
+                key: RecordedTask(
+                    x["label"], x.get("formula", ""), dict(x["content"]), dict(x["facts"]), TaskFile(**x["file"])
+                )  # records of older versions have no formula
                 for key, x in content["tasks"].items()
             }
             return cls(tasks, {name: TaskFile(**x) for name, x in content["mechanisms"].items()})

@@ -153,6 +153,7 @@ class StudyConfig(Strict):
                 model.model_dump(exclude_none=True),
                 facts(task, self.training.test_sequences),
                 task.label,
+                task.formula,
             )
             for label, task, model in self.expanded()
         ]

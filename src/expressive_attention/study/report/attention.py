@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...nn import SelfAttention, attend
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed, trained
+from ..analysis.trained import cells_by_seed, finite_seeds, trained
 from ..analysis.wording import mechanism_name
 from ..config.cells import Cell
 from ..config.condition import Condition
@@ -33,7 +33,7 @@ class AttentionMap:
         condition: Label of the condition.
         mechanism: The mechanism, as in the configuration.
         seed: Its final seed.
-        rank: ``"worst"`` or ``"best"``: the seed's place by accuracy among the mechanism's.
+        rank: ``"worst"`` or ``"best"``: the seed's place by accuracy among the mechanism's that did not diverge.
         accuracy: Its test accuracy.
         layer: Number of the layer, from 0.
         weights: Row i holds the weights of query i ``(L, L)``, mean over heads and validation examples.
@@ -96,7 +96,7 @@ def captured_weights(model: nn.Module, inputs: Tensor) -> list[Tensor]:
 def attention_maps(
     results: StudyResults, store: Store, conditions: Sequence[Condition], *, trust: bool = False
 ) -> list[AttentionMap]:
-    """Maps of the worst and the best final seed of each mechanism, in the order of the conditions.
+    """Maps of the worst and the best final seed of each mechanism that did not diverge, by the order of conditions.
 
     Args:
         results: Results of the study.
@@ -118,7 +118,8 @@ def attention_maps(
         if arm.condition not in wanted or rows.is_empty() or (needs_files and not trust):
             continue
         cells = cells_by_seed(results, store, arm)
-        ranked = rows.filter(pl.col("seed").is_in(list(cells))).sort("accuracy", "seed")
+        shown = set(cells).intersection(finite_seeds(rows))
+        ranked = rows.filter(pl.col("seed").is_in(list(shown))).sort("accuracy", "seed")
         ends = {"worst": 0, "best": -1} if ranked.height > 1 else {"best": -1} if ranked.height else {}
         for rank, place in ends.items():
             seed, accuracy = ranked.select("seed", "accuracy").row(place)

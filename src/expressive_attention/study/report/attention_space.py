@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
 import torch
 
 from ...geometry import Record, capture
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed, trained
+from ..analysis.trained import cells_by_seed, finite_seeds, trained
 from ..analysis.wording import mechanism_name
 from ..config.record import RecordedTask
 from ..runs.results import StudyResults, collect
@@ -70,8 +69,7 @@ def look_into(directory: Path, condition: str | None = None, seed: int | None = 
     for arm in sorted(arms, key=lambda each: each.mechanism != "dot_product"):  # which chooses the seed
         name = mechanism_name(arm.mechanism)
         rows = evidence(results.seeds, label, arm.mechanism).sort("accuracy", "seed")
-        # The last step can ruin a model without a loss that shows it.
-        finite = rows.filter(pl.col("diverged_at").is_null() & pl.col("cross_entropy").is_finite())["seed"].to_list()
+        finite = finite_seeds(rows)
         cells = cells_by_seed(results, store, arm)
         if seed is None and (kept := [each for each in finite if each in cells]):
             seed = kept[0]

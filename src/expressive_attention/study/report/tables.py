@@ -16,7 +16,6 @@ from ..analysis.summaries import Summary, TuningSummary, summaries, tuning_summa
 from ..analysis.wording import describe_p, mechanism_name
 from ..config.condition import Setting
 from ..runs.results import StudyResults
-from ..tasks import formula_of
 from .drawing.layout import MOST_PANELS, most_different
 
 __all__ = ["Table", "duration", "findings_table", "numbered_tables", "opening_table"]
@@ -81,7 +80,7 @@ def opening_table(results: StudyResults) -> Table:
         if found.condition not in verdicts
     }
     conditions = most_different(results, MOST_PANELS)
-    formulas = {found.label: formula_of(found.task).replace(_MINUS, _MINUS_UNBROKEN) for found in conditions}
+    formulas = {found.label: found.formula.replace(_MINUS, _MINUS_UNBROKEN) for found in conditions}
     shown = [name for name in results.mechanisms if any((found.label, name) in reached for found in conditions)]
     rows = []
     for condition in conditions:

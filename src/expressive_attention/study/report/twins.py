@@ -21,7 +21,7 @@ from torch import Tensor
 from ...nn import Transformer
 from ..analysis.comparisons import BASELINE
 from ..analysis.summaries import evidence
-from ..analysis.trained import cells_by_seed, trained
+from ..analysis.trained import cells_by_seed, finite_seeds, trained
 from ..config.cells import Arm, Cell
 from ..config.record import RecordedTask
 from ..errors import StudyError
@@ -77,7 +77,8 @@ def write_twins(
         directory: Folder of the study, with its cells.
         out: Folder to write to; it is made if it does not exist.
         condition: Label of a condition; None: the one on which the mechanisms differ most.
-        seed: A final seed; None: the one in the middle by the accuracy of DPA, or of the first mechanism.
+        seed: A final seed; None: the one in the middle by the accuracy of DPA, or of the first mechanism, among those
+            on which no mechanism diverged.
         half: Keep parameters in float16: files of half the size.
         trust: Run the study's Python files, without which the models of its own tasks cannot be used.
 
@@ -85,8 +86,8 @@ def write_twins(
         The files.
 
     Raises:
-        StoreError: There is no such condition or seed with trained models of two mechanisms at least, or its task is
-            in a file that is not trusted.
+        StoreError: There is no such condition or seed with trained models of two mechanisms at least, or a training
+            of all its seeds diverged, or its task is in a file that is not trusted.
     """
     store = Store(directory)
     results = collect(store, trust=trust)
@@ -109,13 +110,17 @@ def write_twins(
             f"{directory} has trained models of {label!r} of {next(iter(finished))} alone, which have no twins: "
             f"{missing}"
         )
-    shared = set.intersection(*(set(by_seed) for by_seed in finished.values()))
-    if seed is None and shared:
-        ranked = [s for s in evidence(results.seeds, label, next(iter(finished)), by="accuracy")["seed"] if s in shared]
-        seed = ranked[len(ranked) // 2]
-    if seed is None or seed not in shared:
-        asked = "" if seed is None else f", seed {seed}"
+    asked = "" if seed is None else f", seed {seed}"
+    ranked = evidence(results.seeds, label, next(iter(finished)), by="accuracy")["seed"].to_list()
+    wanted = ranked if seed is None else [seed]
+    shared = [each for each in wanted if all(each in by_seed for by_seed in finished.values())]
+    if not shared:
         raise StoreError(f"{directory} has no trained models of {label!r}{asked} that all of its mechanisms share")
+    finite = [set(finite_seeds(evidence(results.seeds, label, mechanism))) for mechanism in finished]
+    usable = [each for each in shared if all(each in seeds for seeds in finite)]
+    if not usable:
+        raise StoreError(f"{directory} has no usable models of {label!r}{asked}: their training diverged")
+    seed = usable[len(usable) // 2]
     task = next(iter(finished.values()))[seed].task
     content = task.model_dump(mode="json", exclude_none=True)
     common = {"study": results.name, "condition": label, "task": content, "seed": seed}  # `_SHARED`

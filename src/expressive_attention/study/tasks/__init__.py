@@ -6,10 +6,10 @@ Every module of this folder and of those in it is imported, and every task regis
 from importlib import import_module
 from pkgutil import walk_packages
 
-from .base import IGNORED, TASKS, Examples, Task, formula_of
+from .base import IGNORED, TASKS, Examples, Task
 from .rng import stream
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task", "formula_of", "stream"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "stream"]
 
 for _module in walk_packages(__path__, f"{__name__}."):
     import_module(_module.name)

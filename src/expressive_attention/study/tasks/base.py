@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "formula_of", "one_in", "same_as", "worded"]
+__all__ = ["IGNORED", "TASKS", "Examples", "Task", "always", "one_in", "same_as", "worded"]
 
 # The target of a position at which nothing is to be predicted; what torch's cross_entropy leaves out.
 IGNORED = -100
@@ -198,9 +197,3 @@ class Task(BaseModel, ABC):
         if self.solve(test.inputs[:1]) is not None:
             facts["ceiling"] = float(self.ceiling(test)[counted].mean())
         return facts
-
-
-def formula_of(fields: Mapping[str, Any]) -> str:
-    """`Task.formula` of a task of this package from its fields, as `Condition.task` has them; empty for others."""
-    kind = TASKS.get(fields.get("kind", ""))
-    return kind.model_construct(**fields).formula if kind else ""
