@@ -95,6 +95,7 @@ def counted(*studies):
         ("The recipe of text on these tasks", ["text_recipe"]),
         ("The z² limit", []),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
+        ("Size of the model", ["model_size"]),
         ("The field's probes", ["probes"]),
         ("Text", ["text"]),
         ("Images", ["vision"]),
@@ -152,7 +153,6 @@ def test_the_readme_has_the_numbers_of_the_findings():
         ("Beyond the ladder", ["frontier"]),
         ("Several tasks at once", ["multitask"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
-        ("Size of the model", ["model_size"]),
         ("Text with narrow heads", ["language"]),
     ],
 )
