@@ -111,7 +111,7 @@ def write_twins(
             f"{missing}"
         )
     asked = "" if seed is None else f", seed {seed}"
-    ranked = evidence(results.seeds, label, next(iter(finished)), by="accuracy")["seed"].to_list()
+    ranked: list[int] = evidence(results.seeds, label, next(iter(finished)), by="accuracy")["seed"].to_list()
     wanted = ranked if seed is None else [seed]
     shared = [each for each in wanted if all(each in by_seed for by_seed in finished.values())]
     if not shared:
