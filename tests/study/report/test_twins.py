@@ -59,7 +59,7 @@ def test_the_models_are_those_of_the_study(run, tmp_path):
 
 
 def test_seeds_that_diverged_have_no_twins(run, tmp_path):
-    """Those of other mechanisms are without a twin, too."""
+    """A seed on which one mechanism diverged is no pair, whatever the others did."""
     shutil.copytree(run[1], tmp_path / "run")
     store = Store(tmp_path / "run")
     chosen = []
