@@ -1,9 +1,10 @@
-"""Files: written atomically, and tables read without an interrupt half way."""
+"""Files: written atomically, and tables as the bytes of one, and read without an interrupt half way."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from .interrupts import delayed_interrupts
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["read_parquet", "to_disk", "write_atomically"]
+__all__ = ["parquet", "read_parquet", "to_disk", "write_atomically"]
 
 
 def read_parquet(path: Path) -> pl.DataFrame:
@@ -21,6 +22,12 @@ def read_parquet(path: Path) -> pl.DataFrame:
 
     with delayed_interrupts():
         return pl.read_parquet(path)
+
+
+def parquet(table: pl.DataFrame) -> bytes:
+    """The content of a table's file. Written by polars itself, a full disk would not be an `OSError`."""
+    table.write_parquet(content := BytesIO())
+    return content.getvalue()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -238,6 +238,8 @@ def test_early_stopping_is_of_protocol_2():
         parse_config(stopping, "x")
     assert parse_config(stopping, "x", protocol=2).training.early_stop
     assert not parse_config(f"protocol = 3\n{TINY}", "x", protocol=2).training.early_stop
+    with pytest.raises(ConfigError, match=r"training\.early: unknown key; known keys are steps, (?!.*early_stop)"):
+        parse_config(TINY.replace("[training]", "[training]\nearly = true"), "x")
 
 
 class OnDisk:

@@ -108,15 +108,15 @@ def test_the_folder_that_was_meant_is_named(study, tmp_path):
         )
 
 
-def test_an_export_leaves_no_table_of_an_earlier_one(study, tmp_path):
-    """A table of parquet won over a newer one of CSV."""
+def test_an_export_leaves_no_file_of_an_earlier_one(study, tmp_path):
+    """A table of parquet won over a newer one of CSV, and a summary in LaTeX stayed beside tables of another study."""
     export_study(study, tmp_path, ["parquet"], {"limit": pl.DataFrame({"seed": [0]})})
-    for name in ("mine.parquet", "summary.tex"):
-        (tmp_path / name).write_text("")
+    export_study(study, tmp_path, ["latex"])  # which alone removes nothing
+    (tmp_path / "mine.parquet").write_text("")
+    assert {"seeds.parquet", "limit.parquet", "summary.tex"} < {path.name for path in tmp_path.iterdir()}
     changed = replace(study, seeds=study.seeds.with_columns(accuracy=pl.lit(0.5)))
     files = export_study(changed, tmp_path, ["csv"])
-    assert {path for path in tmp_path.iterdir() if path.suffix == ".parquet"} == {tmp_path / "mine.parquet"}
-    assert set(files) < set(tmp_path.iterdir())
+    assert set(tmp_path.iterdir()) == {*files, tmp_path / "mine.parquet"}
     assert (load_results(tmp_path).seeds["accuracy"] == 0.5).all()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "seeds.parquet").write_text("somebody's own")

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import polars as pl
@@ -80,7 +81,7 @@ def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypa
     def fails(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cell_files, "save_file", fails)
+    monkeypatch.setattr(cell_files, "save", fails)
     with pytest.raises(KeyboardInterrupt):
         store.save(cell(), trained)
     assert not store.has(cell())
@@ -89,15 +90,15 @@ def test_a_failure_in_the_middle_leaves_nothing_to_read(store, trained, monkeypa
     assert not list(store.cells.iterdir())
 
 
-def test_a_full_disk_keeps_nothing_of_a_cell(store, trained, monkeypatch):
-    """The remains took the room of the cells after it."""
-
-    def fails(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(cell_files, "save_file", fails)
-    with pytest.raises(OSError, match="No space left on device"):
-        store.save(cell(), trained)
+def test_a_disk_without_room_is_an_error_of_the_system_and_keeps_nothing_of_a_cell(store, trained):
+    """The remains took the room of the cells after it, and polars had an error of its own."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            store.save(cell(), trained)
     assert not list(store.cells.iterdir())
 
 

@@ -112,20 +112,23 @@ def test_another_learning_rate_adds_its_tuning_cells_and_the_count_reaches_the_t
     assert display.before + len(display.done) == display.total
 
 
-@pytest.mark.slow
-def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path):
+def test_a_cell_that_cannot_be_saved_ends_the_run(whole, tmp_path):
+    """The others were trained for nothing: on a full disk none of them could be saved."""
     store = make_store(tmp_path / "study")
 
     class Vandal(Record):
-        def begin(self, total_cells, finished_cells):
-            shutil.rmtree(store.cells)
+        def finished(self, cell, summary):
+            super().finished(cell, summary)
+            store.cells.rename(tmp_path / "cells")
 
     display = Vandal()
-    with pytest.raises(SweepError, match="4 cells failed, the first: sum, basis 4, delay 2, rope") as caught:
-        run_study(tiny_config(), store, LocalEngine(2), display)
-    assert "FileNotFoundError" in str(caught.value)
-    assert len(display.notes) == 4  # no final cell without its tuning
+    with pytest.raises(SweepError, match=r"sum, basis 4, .*: it cannot be saved \(FileNotFoundError.*the run ends"):
+        run_study(tiny_config(), store, LocalEngine(1), display)
+    assert len(display.begun) == 2
     assert display.ended == 1
+    (tmp_path / "cells").rename(store.cells)  # there is room again
+    run_study(tiny_config(), store, LocalEngine(2), Record())
+    same_results(store, whole[0])
 
 
 class Advances(Record):

@@ -9,7 +9,6 @@ DIR/limit/<identity>.seeds.parquet, .heads.parquet    of one finished cell, writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ...nn import SelfAttention
 from ..config.cells import Cell
 from ..config.record import RecordedTask
-from ..files import read_parquet, write_atomically
+from ..files import parquet, read_parquet, write_atomically
 from ..runs.environment import threads_of
 from ..runs.exported import read_table
 from ..runs.results import StudyResults
@@ -127,8 +126,7 @@ def write_limit(
             kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
         (store.directory / "limit").mkdir(exist_ok=True)
         for path, table in zip(_paths(store, cell)[::-1], kept[::-1], strict=True):  # seeds last: then it is whole
-            table.write_parquet(content := BytesIO())
-            write_atomically(path, content.getvalue())
+            write_atomically(path, parquet(table))
     return kept[0]
 
 

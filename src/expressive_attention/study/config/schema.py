@@ -111,8 +111,8 @@ class TrainingConfig(Strict):
     # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
     solved_accuracy: float = Field(default=0.995, gt=0, le=1)
     solved_evaluations: int = Field(default=3, ge=1)
-    # Only protocol 2 has this: a seed ended when it had reached that many evaluations in a row.
-    early_stop: bool = False
+    # A seed ended when it had reached that many evaluations in a row.
+    early_stop: bool = Field(default=False, json_schema_extra={"protocol": 2})
 
     @model_validator(mode="after")
     def _tuning_is_no_longer(self) -> TrainingConfig:
@@ -190,11 +190,11 @@ def _in_our_words(message: str) -> str:
 
 
 def _keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The keys of the table at a path of keys and places in lists."""
+    """The keys that the table at a path of keys and places in lists may have; those of protocol 2 are left out."""
     for name in path:
         if isinstance(name, str):
             model = next(iter(_models(model.model_fields[name].annotation)))
-    return list(model.model_fields)
+    return [key for key, field in model.model_fields.items() if not field.json_schema_extra]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

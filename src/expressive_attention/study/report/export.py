@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..analysis.estimators import LEVEL, Interval
 from ..analysis.summaries import Summary, summaries
 from ..analysis.wording import mechanism_name
 from ..config.record import RECORD
-from ..files import write_atomically
+from ..files import parquet, write_atomically
 from ..runs.exported import ABOUT, about
 from ..runs.results import StudyResults
 
@@ -34,6 +33,7 @@ FORMATS = ("csv", "parquet", "latex")
 
 # All tables that an export may have.
 _TABLES = ("seeds", "curves", "splits", "examples", "summary", "verdicts", "limit", "limit_heads")
+_LATEX_FILE = "summary.tex"
 
 # One row per condition and mechanism with final seeds; intervals as in `statistics`, null where there is none.
 SUMMARY_SCHEMA: dict[str, Any] = {
@@ -102,8 +102,8 @@ def export_study(
 
     The tables are ``seeds``, ``curves``, ``splits`` and, where data are fixed, ``examples``, all rows of
     `StudyResults`; ``summary``; and, where the study asks for claims, ``verdicts``. ``config.toml``, ``about.json`` and
-    (where tasks or mechanisms are from files) ``record.json`` beside them let `load_results` read them. Tables that an
-    earlier export has left there are removed, so that all in the folder are of one study.
+    (where tasks or mechanisms are from files) ``record.json`` beside them let `load_results` read them. Files that an
+    earlier export has left there are removed, so that all in the folder are of one study; LaTeX alone leaves them.
 
     Args:
         results: Results of the study.
@@ -134,10 +134,9 @@ def export_study(
         if "csv" in formats:
             files[f"{name}.csv"] = table.write_csv().encode()
         if "parquet" in formats:
-            table.write_parquet(content := BytesIO())
-            files[f"{name}.parquet"] = content.getvalue()
+            files[f"{name}.parquet"] = parquet(table)
     if "latex" in formats:
-        files["summary.tex"] = latex_table(results).encode()
+        files[_LATEX_FILE] = latex_table(results).encode()
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(directory / name, content)
@@ -148,8 +147,9 @@ def export_study(
 
 
 def _exported_before(directory: Path) -> list[Path]:
-    """The tables of an earlier export; none where the folder does not look like one."""
-    found = [path for name in _TABLES for end in ("csv", "parquet") if (path := directory / f"{name}.{end}").is_file()]
+    """The files of an earlier export; none where the folder does not look like one."""
+    names = [f"{name}.{end}" for name in _TABLES for end in ("csv", "parquet")]
+    found = [path for name in (*names, _LATEX_FILE) if (path := directory / name).is_file()]
     is_export = (directory / "config.toml").is_file() and any(path.stem == "seeds" for path in found)
     return found if is_export else []
 

@@ -13,13 +13,13 @@ from typing import Any
 import polars as pl
 import tomli_w
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..config.cells import Cell
 from ..config.schema import PROTOCOL
 from ..config.toml import tomllib
 from ..errors import StudyError
-from ..files import read_parquet, to_disk
+from ..files import parquet, read_parquet, to_disk
 from ..training.result import EXAMPLE_SCHEMA, TABLES, CellResult
 
 __all__ = [
@@ -59,8 +59,8 @@ class CorruptCellError(StoreError):
 def write_cell(folder: Path, cell: Cell, result: CellResult, machine: dict[str, str]) -> None:
     """Write the files of a cell to a folder."""
     for name in TABLES:
-        getattr(result, name).write_parquet(folder / f"{name}.parquet")
-    save_file(result.weights, folder / "weights.safetensors")
+        (folder / f"{name}.parquet").write_bytes(parquet(getattr(result, name)))
+    (folder / "weights.safetensors").write_bytes(save(result.weights))
     files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
     content = {
         "identity": cell.identity,

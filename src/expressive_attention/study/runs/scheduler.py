@@ -20,7 +20,7 @@ _ANY = Setting(0.0, 0.0)  # where only the number of cells matters
 
 
 class SweepError(RuntimeError):
-    """Some cells could not be run; the message says which and why. Finished ones are kept."""
+    """Some cells could not be run or saved; the message says which and why. Finished ones are kept."""
 
 
 def run_study(config: StudyConfig, store: Store, engine: Engine, display: Display) -> None:
@@ -38,7 +38,7 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
         display: Display that shows what happens.
 
     Raises:
-        SweepError: A cell failed.
+        SweepError: Cells failed, and the others are finished; or one could not be saved, and the run ended there.
         EngineError: The engine cannot be started.
         KeyboardInterrupt: The user stopped the run; the engine is stopped first.
     """
@@ -57,9 +57,11 @@ def run_study(config: StudyConfig, store: Store, engine: Engine, display: Displa
             for cell in ready:
                 engine.submit(cell)
             running += len(ready)
-            cell, failure = engine.next()
+            cell, failure, unsaved = engine.next()
             running -= 1
             ready = []
+            if unsaved:
+                raise SweepError(f"{cell}: it cannot be saved ({failure}), so the run ends")
             if failure is not None:
                 failures.append(f"{cell}: {failure}")
                 display.note(f"failed: {failures[-1]}")

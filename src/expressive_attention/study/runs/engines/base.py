@@ -28,6 +28,7 @@ class Outcome(NamedTuple):
 
     cell: Cell
     failure: str | None
+    unsaved: bool = False  # it is trained and could not be written, as on a full disk
 
 
 def reason(error: BaseException) -> str:

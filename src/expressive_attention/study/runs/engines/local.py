@@ -145,7 +145,7 @@ def _serve(connection: Connection, store: Store, threads: int, checkpoint_second
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
-        connection.send(("done", _run(connection, store, checkpoint_seconds, device)))
+        connection.send(("done", *_run(connection, store, checkpoint_seconds, device)))
 
 
 def _end_with_parent() -> None:
@@ -155,8 +155,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(connection: Connection, store: Store, checkpoint_seconds: float, device: torch.device) -> str | None:
-    """Take a cell, train it and save it; returns the reason if that failed."""
+def _run(
+    connection: Connection, store: Store, checkpoint_seconds: float, device: torch.device
+) -> tuple[str | None, bool]:
+    """Take a cell, train it and save it; returns the rest of its `Outcome`."""
 
     def tell(kind: str, *content: object) -> None:
         connection.send((kind, *content))
@@ -164,9 +166,13 @@ def _run(connection: Connection, store: Store, checkpoint_seconds: float, device
     try:
         cell: Cell = connection.recv()
         file = CheckpointFile(store.checkpoint(cell), cell.identity, partial(tell, "note"), checkpoint_seconds, device)
-        store.save(cell, train_cell(cell, partial(tell, "advanced"), file, device), environment(device))
+        result = train_cell(cell, partial(tell, "advanced"), file, device)
     except EOFError:  # the parent is gone
         raise
     except (Exception, SystemExit) as error:  # a task may call sys.exit
-        return reason(error)
-    return None
+        return reason(error), False
+    try:
+        store.save(cell, result, environment(device))
+    except Exception as error:
+        return reason(error), True
+    return None, False

@@ -126,7 +126,7 @@ class RayEngine(Engine):
         try:
             self.store.save(cell, *done)
         except OSError as error:
-            return Outcome(cell, reason(error))
+            return Outcome(cell, reason(error), unsaved=True)
         return Outcome(cell, None)
 
     def _pass_on_news(self) -> None:
