@@ -11,8 +11,9 @@ whether the pages hold what results/ says. KIND is one of:
     accuracies    a row per condition, a column per mechanism
     gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
                   best rate of each condition, on average over conditions
-    limit         a row per condition: EA with z^2 in the place of z^2 / (1 + z^2), by accuracy on validation sequences
-    limit_bits    the same by the cross-entropy in bits
+    limits        of several presets, a row per task and position: EA with z^2 in the place of z^2 / (1 + z^2), by
+                  accuracy on validation sequences
+    limit_bits    a row per condition of one preset, by the cross-entropy in bits
     verdicts      a row per claim
 """
 
@@ -29,10 +30,11 @@ import numpy as np
 import polars as pl
 
 from expressive_attention.study.analysis.wording import mechanism_name
+from expressive_attention.study.runs.exported import load_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / "docs" / name for name in ("findings.md", "protocol.md"))
-_TABLE = re.compile(r"<!-- (\w+): (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_TABLE = re.compile(r"<!-- (\w+): ([\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -159,26 +161,52 @@ def _bits(preset: str) -> str:
     return _table(head, rows)
 
 
-def _limit(preset: str) -> str:
-    return _limit_table(preset, "accuracy", share)
+_FUNCTIONS = {"expressive": "EA", "squared": "z² in its place", "squared_trained": "z², trained on"}
+_FUNCTIONS |= {"expressive_trained": "EA, trained on", "squared_from_start": "z² from the start"}
+
+
+def _limits(presets: str) -> str:
+    names = [name for name in _FUNCTIONS if name != "squared_from_start"]
+    head = ["preset", "task, positions", "conditions", *(_FUNCTIONS[name] for name in names)]
+    head += ["the most that a condition loses: at once, trained on", "99% of abs(z) below: half of the heads, all"]
+    rows = []
+    for preset in presets.split():
+        seeds, heads = _limit_tables(preset)
+        alike: dict[tuple[str, str], list[str]] = {}
+        for condition in load_results(ROOT / "results" / preset).conditions:
+            alike.setdefault((condition.task["kind"], condition.model["position"]), []).append(condition.label)
+        for labels in alike.values():
+            among = pl.col("condition").is_in(labels)
+            reached = seeds.filter(among).group_by("condition").agg(pl.col(f"{name}_accuracy").mean() for name in names)
+            means = {name: reached[f"{name}_accuracy"].to_numpy() for name in names}
+            lost = [(means["expressive"] - means[name]).max() for name in ("squared", "squared_trained")]
+            z = heads.filter(among)["z_99"].to_numpy()
+            shared = [part for part in labels[0].split(", ") if all(part in label.split(", ") for label in labels)]
+            cells = [share(means[name].mean()) for name in names]
+            cells += [", ".join(share(max(loss, 0.0)) for loss in lost), _quantiles(z)]
+            rows.append([preset, ", ".join(shared), str(len(labels)), *cells])
+    return _table(head, rows)
 
 
 def _limit_bits(preset: str) -> str:
-    return _limit_table(preset, "cross_entropy", lambda nats: f"{nats / math.log(2):.3f}")
-
-
-def _limit_table(preset: str, measure: str, told: Callable[[float], str]) -> str:
-    seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
-    models = {"expressive": "EA", "squared": "z² in its place", "squared_trained": "z², trained on"}
-    models |= {"expressive_trained": "EA, trained on", "squared_from_start": "z² from the start"}
-    models = {name: head for name, head in models.items() if seeds[f"{name}_{measure}"].null_count() < len(seeds)}
+    seeds, heads = _limit_tables(preset)
+    models = {name: head for name, head in _FUNCTIONS.items() if seeds[f"{name}_cross_entropy"].null_count() == 0}
     rows = []
     for condition in seeds["condition"].unique(maintain_order=True):
         mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"].to_numpy()
-        found = [mine[f"{name}_{measure}"].drop_nulls().to_numpy() for name in models]
-        cells = [told(float(values.mean())) if values.size else "" for values in found]
-        rows.append([condition, f"{rough(float(np.median(z)))}, {rough(float(z.max()))}", *cells])
+        cells = [f"{mine[f'{name}_cross_entropy'].mean() / math.log(2):.3f}" for name in models]
+        rows.append([condition, _quantiles(z), *cells])
     return _table(["condition", "99% of abs(z) below: half of the heads, all", *models.values()], rows)
+
+
+def _limit_tables(preset: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The findings of `ea study limit`, by seed and by head."""
+    seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
+    return seeds, heads
+
+
+def _quantiles(z: np.ndarray[Any, Any]) -> str:
+    return f"{rough(float(np.median(z)))}, {rough(float(z.max()))}"
 
 
 def _verdicts(preset: str) -> str:
@@ -193,7 +221,7 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "bits": _bits,
     "accuracies": _accuracies,
     "gains": _gains,
-    "limit": _limit,
+    "limits": _limits,
     "limit_bits": _limit_bits,
     "verdicts": _verdicts,
 }
