@@ -11,6 +11,9 @@ whether the pages hold what results/ says. KIND is one of:
     accuracies    a row per condition, a column per mechanism
     gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
                   best rate of each condition, on average over conditions
+    gains_bits    the same by the cross-entropy in bits
+    choices       of several presets, a row each: validation accuracy with the chosen settings, on average over
+                  conditions, of the tuning seeds and of the final seeds
     limits        of several presets, a row per task and position: EA with z^2 in the place of z^2 / (1 + z^2), by
                   accuracy on validation sequences
     limit_bits    a row per condition of one preset, by the cross-entropy in bits
@@ -136,18 +139,39 @@ def _accuracies(preset: str) -> str:
 
 
 def _gains(preset: str) -> str:
+    return _gains_table(preset, pl.col("validation"), pl.Expr.max)
+
+
+def _gains_bits(preset: str) -> str:
+    return _gains_table(preset, pl.col("validation_cross_entropy") / math.log(2), pl.Expr.min)
+
+
+def _gains_table(preset: str, measure: pl.Expr, best: Callable[[pl.Expr], pl.Expr]) -> str:
     seeds = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="tuning")
     of = ["mechanism", "initial_gain"]
-    rates = seeds.group_by(*of, "condition", "learning_rate").agg(pl.col("validation").mean())
-    best = (
-        rates.group_by(*of, "condition").agg(pl.col("validation").max()).group_by(of).agg(pl.col("validation").mean())
-    )
-    gains = sorted(best["initial_gain"].unique())
+    rates = seeds.group_by(*of, "condition", "learning_rate").agg(measure.mean().alias("reached"))
+    means = rates.group_by(*of, "condition").agg(best(pl.col("reached"))).group_by(of).agg(pl.col("reached").mean())
+    gains = sorted(means["initial_gain"].unique())
     rows = []
     for mechanism in ("expressive", "dot_product"):
-        reached = dict(best.filter(mechanism=mechanism).select("initial_gain", "validation").iter_rows())
+        reached = dict(means.filter(mechanism=mechanism).select("initial_gain", "reached").iter_rows())
         rows.append([mechanism_name(mechanism), *(share(reached[gain]) for gain in gains)])
     return _table(["gain at the start", *(f"{gain:g}".removeprefix("0") for gain in gains)], rows)
+
+
+def _choices(presets: str) -> str:
+    head = ["preset", "settings tried", "EA: tuning seeds, final seeds", "DPA: tuning seeds, final seeds"]
+    rows = []
+    for preset in presets.split():
+        seeds = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet")
+        chosen = pl.read_parquet(ROOT / "results" / preset / "summary.parquet")
+        of = ["condition", "mechanism", "learning_rate", "initial_gain"]
+        reached = seeds.join(chosen.select(of), on=of, how="semi").group_by("mechanism", "role", "condition")
+        means = reached.agg(pl.col("validation").mean()).group_by("mechanism", "role").agg(pl.col("validation").mean())
+        told = {row[:2]: share(row[2]) for row in means.iter_rows()}
+        cells = [f"{told[name, 'tuning']}, {told[name, 'final']}" for name in ("expressive", "dot_product")]
+        rows.append([preset, str(seeds.filter(role="tuning").select(of[2:]).unique().height), *cells])
+    return _table(head, rows)
 
 
 def _bits(preset: str) -> str:
@@ -161,14 +185,16 @@ def _bits(preset: str) -> str:
     return _table(head, rows)
 
 
-_FUNCTIONS = {"expressive": "EA", "squared": "z² in its place", "squared_trained": "z², trained on"}
-_FUNCTIONS |= {"expressive_trained": "EA, trained on", "squared_from_start": "z² from the start"}
+_FUNCTIONS = {"expressive": "EA", "squared": "z² in its place", "squared_trained": "z², after the training"}
+_FUNCTIONS |= {"expressive_trained": "EA, after the training", "squared_from_start": "z² from the start"}
+
+_QUANTILES = "99% quantile of abs(z): median head, largest head"
 
 
 def _limits(presets: str) -> str:
     names = [name for name in _FUNCTIONS if name != "squared_from_start"]
     head = ["preset", "task, positions", "conditions", *(_FUNCTIONS[name] for name in names)]
-    head += ["the most that a condition loses: at once, trained on", "99% of abs(z) below: half of the heads, all"]
+    head += ["largest loss on a condition: at once, after the training", _QUANTILES]
     rows = []
     for preset in presets.split():
         seeds, heads = _limit_tables(preset)
@@ -196,7 +222,7 @@ def _limit_bits(preset: str) -> str:
         mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"].to_numpy()
         cells = [f"{mine[f'{name}_cross_entropy'].mean() / math.log(2):.3f}" for name in models]
         rows.append([condition, _quantiles(z), *cells])
-    return _table(["condition", "99% of abs(z) below: half of the heads, all", *models.values()], rows)
+    return _table(["condition", _QUANTILES, *models.values()], rows)
 
 
 def _limit_tables(preset: str) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -221,6 +247,8 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "bits": _bits,
     "accuracies": _accuracies,
     "gains": _gains,
+    "gains_bits": _gains_bits,
+    "choices": _choices,
     "limits": _limits,
     "limit_bits": _limit_bits,
     "verdicts": _verdicts,

@@ -570,14 +570,14 @@ def test_the_page_opens_with_a_table_for_everyone(tmp_path):
     assert [row[4] for row in body][:2] == ["EA ahead", "neither learned"]
 
 
-def test_findings_are_a_table_of_two_decimals(quick):
+def test_findings_are_a_table_of_three_decimals(quick):
     results, path = quick
     heading, *body = read(path).tables[1]
     assert heading == ["Condition", "Verdict", "EA", "DPA", "Difference", "p", "Pairs"]
     for row, found in zip(body, comparisons(results), strict=True):
         assert row[:2] == [found.condition, found.verdict]
-        assert row[2] == f"{found.candidate.accuracy:.2f}{found.candidate.solved}/8 solved"
-        assert row[4].startswith(f"{found.difference:+.2f}[" if found.interval else f"{found.difference:+.2f}no")
+        assert row[2] == f"{found.candidate.accuracy:.3f}{found.candidate.solved}/8 solved"
+        assert row[4].startswith(f"{found.difference:+.3f}[" if found.interval else f"{found.difference:+.3f}no")
         assert row[6] == "8"
 
 

@@ -110,7 +110,7 @@ def opening_table(results: StudyResults) -> Table:
 
 
 def findings_table(results: StudyResults) -> Table:
-    """Each comparison with the baseline, to two decimals."""
+    """Each comparison with the baseline; a lead may be as small as .01, so with three decimals."""
     compared = comparisons(results)
     is_single = len({found.candidate.mechanism for found in compared}) == 1
     baseline = mechanism_name(BASELINE)
@@ -125,10 +125,10 @@ def findings_table(results: StudyResults) -> Table:
             *mechanism,
             Cell(found.verdict, is_strong=found.leader is not None),
             *(
-                Cell(f"{each.accuracy:.2f}", f"{each.solved}/{each.seeds} solved", each.accuracy)
+                Cell(f"{each.accuracy:.3f}", f"{each.solved}/{each.seeds} solved", each.accuracy)
                 for each in (found.candidate, found.baseline)
             ),
-            Cell(f"{found.difference:+.2f}", _ends(found.interval, "+.2f"), found.difference),
+            Cell(f"{found.difference:+.3f}", _ends(found.interval, "+.3f"), found.difference),
             Cell(tested or _NONE, value=found.p),
             Cell(str(pairs), value=pairs),
         ]
@@ -136,7 +136,7 @@ def findings_table(results: StudyResults) -> Table:
     return Table(
         "Each comparison",
         f"Mean accuracy and paired difference to {baseline}, with its {LEVEL:.0%} bootstrap interval in brackets; p of "
-        "the sign-flip test, adjusted. Table 1 has a third decimal.",
+        "the sign-flip test, adjusted.",
         [
             Column("Condition", is_number=False),
             *([] if is_single else [Column("Mechanism", is_number=False)]),
