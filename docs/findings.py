@@ -8,7 +8,7 @@ whether the pages hold what results/ says. KIND is one of:
     comparisons   a row per condition: EA against DPA, by accuracy
     bits          the same by the cross-entropy in bits
     examples      the same where all seeds share their data: on the test and on the validation examples
-    accuracies    a row per condition, a column per mechanism
+    accuracies    a row per mechanism, a column per condition, by how it differs from the others
     gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
                   best rate of each condition, on average over conditions
     gains_bits    the same by the cross-entropy in bits
@@ -133,9 +133,10 @@ def _examples(preset: str) -> str:
 
 def _accuracies(preset: str) -> str:
     conditions = by_condition(preset)
-    mechanisms = list(conditions[0][1])
-    rows = [[condition, *(solved(found[name]) for name in mechanisms)] for condition, found in conditions]
-    return _table(["condition", *map(mechanism_name, mechanisms)], rows)
+    shared = _shared([condition for condition, _ in conditions])
+    names = [", ".join(part for part in each.split(", ") if part not in shared) for each, _ in conditions]
+    rows = [[mechanism_name(name), *(solved(found[name]) for _, found in conditions)] for name in conditions[0][1]]
+    return _table(["mechanism", *names], rows)
 
 
 def _gains(preset: str) -> str:
@@ -207,10 +208,9 @@ def _limits(presets: str) -> str:
             means = {name: reached[f"{name}_accuracy"].to_numpy() for name in names}
             lost = [(means["expressive"] - means[name]).max() for name in ("squared", "squared_trained")]
             z = heads.filter(among)["z_99"].to_numpy()
-            shared = [part for part in labels[0].split(", ") if all(part in label.split(", ") for label in labels)]
             cells = [share(means[name].mean()) for name in names]
             cells += [", ".join(share(max(loss, 0.0)) for loss in lost), _quantiles(z)]
-            rows.append([preset, ", ".join(shared), str(len(labels)), *cells])
+            rows.append([preset, ", ".join(_shared(labels)), str(len(labels)), *cells])
     return _table(head, rows)
 
 
@@ -229,6 +229,11 @@ def _limit_tables(preset: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The findings of `ea study limit`, by seed and by head."""
     seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
     return seeds, heads
+
+
+def _shared(labels: list[str]) -> list[str]:
+    """The parts that labels of conditions have in common."""
+    return [part for part in labels[0].split(", ") if all(part in label.split(", ") for label in labels)]
 
 
 def _quantiles(z: np.ndarray[Any, Any]) -> str:
