@@ -117,3 +117,19 @@ def test_texts_are_shown_as_they_are():
     assert content([panel], titled=False)["layout"]["annotations"] == layout["annotations"][:1]
     figure = image(Drawing("", "", [Group("", [panel])], stacked=True))
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["<u>tick</u>\n&"]
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_the_key_has_room_for_many_mechanisms(count):
+    """Of twelve the last five were cut, and the predictors."""
+    drawing = FIGURES["accuracy"].draw(Material(make_results(LADDER[:4], seeds=8)))
+    names = [f"softmax of {number}" for number in range(count)]
+    figure = image(replace(drawing, key=[(STYLE, name) for name in names]))
+    figure.draw_without_rendering()
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.texts][:count] == names
+    assert len(key.texts) > count
+    box = key.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y0 >= max(axes.get_window_extent().y1 for axes in figure.axes)

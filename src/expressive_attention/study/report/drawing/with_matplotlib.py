@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +45,8 @@ _SETTINGS: dict[Any, Any] = {
 _WIDTH = 7.0  # inches: the text width of a page
 _SLOT = 0.75  # of each position along x
 _LINE = 0.14  # of a line of text
-_AROUND = 1.2  # of key, note and labels of the lowest axis
+_AROUND = 1.2  # of a key of one row, note and labels of the lowest axis
+_KEY_ROW = 0.18  # of each further row of the key
 
 
 def image(drawing: Drawing) -> Figure:
@@ -213,9 +215,20 @@ def _finished(figure: Figure, drawing: Drawing) -> Figure:
         name, marker, _, _ = PREDICTORS[fact]
         handles.append(Line2D([], [], color=MUTED, marker=marker, markersize=8, linestyle="none", label=name))
     if handles:
-        figure.legend(
-            handles=handles, loc="outside upper left", ncols=len(handles), handlelength=2.8, columnspacing=1.2
-        )
+        _add_key(figure, handles)
     characters = int(figure.get_figwidth() * 16.5)
     figure.supxlabel(textwrap.fill(drawing.note, characters), x=0.01, ha="left", fontsize=7.5, color=MUTED)
     return figure
+
+
+def _add_key(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """The key above the axes, in as few rows as the width has room for."""
+    for rows in range(1, len(handles) + 1):
+        columns = math.ceil(len(handles) / rows)
+        key = figure.legend(
+            handles=handles, loc="outside upper left", ncols=columns, handlelength=2.8, columnspacing=1.2
+        )
+        if columns == 1 or key.get_window_extent().width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + (rows - 1) * _KEY_ROW)
+            return
+        key.remove()
