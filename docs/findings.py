@@ -8,7 +8,7 @@ whether the pages hold what results/ says. KIND is one of:
     comparisons   a row per condition: EA against DPA, by accuracy
     bits          the same by the cross-entropy in bits
     examples      the same where all seeds share their data: on the test and on the validation examples
-    accuracies    a row per mechanism, a column per condition, by how it differs from the others
+    pairs         a row per pair of weight functions of one shape, a column per condition
     gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
                   best rate of each condition, on average over conditions
     gains_bits    the same by the cross-entropy in bits
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from expressive_attention.study.analysis.claims.two_sidedness import SHAPES
 from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.runs.exported import load_results
 
@@ -131,12 +132,18 @@ def _examples(preset: str) -> str:
     return _table(head, rows)
 
 
-def _accuracies(preset: str) -> str:
+def _pairs(preset: str) -> str:
     conditions = by_condition(preset)
     shared = _shared([condition for condition, _ in conditions])
     names = [", ".join(part for part in each.split(", ") if part not in shared) for each, _ in conditions]
-    rows = [[mechanism_name(name), *(solved(found[name]) for _, found in conditions)] for name in conditions[0][1]]
-    return _table(["mechanism", *names], rows)
+    plain = np.array(["embedding_shift 0.0" in condition for condition, _ in conditions])
+    rows = []
+    for two, one in SHAPES:
+        differences = np.array([found[two]["accuracy"] - found[one]["accuracy"] for _, found in conditions])
+        means = "; ".join(signed(float(differences[which].mean())) for which in (plain, ~plain))
+        cells = [f"{solved(found[two])}; {solved(found[one])}" for _, found in conditions]
+        rows.append([f"{mechanism_name(two)}; {mechanism_name(one)}", *cells, means])
+    return _table(["two-sided; one-sided", *names, "mean difference: shift 0.0; shift 1.0"], rows)
 
 
 def _gains(preset: str) -> str:
@@ -250,7 +257,7 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "comparisons": _comparisons,
     "examples": _examples,
     "bits": _bits,
-    "accuracies": _accuracies,
+    "pairs": _pairs,
     "gains": _gains,
     "gains_bits": _gains_bits,
     "choices": _choices,

@@ -93,6 +93,7 @@ def counted(*studies):
         ("The ladder", ["ladder"]),
         ("Positions", ["positions"]),
         ("The recipe of text on these tasks", ["text_recipe"]),
+        ("What makes the difference", ["geometry_ablation"]),
         ("The z² limit", []),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
         ("Size of the model", ["model_size"]),
@@ -184,19 +185,6 @@ def test_bits_per_byte_are_told_as_they_were_found():
         f"DPA needs {dpa['rope']} bits per byte where EA needs {ea['rope']} with rotary positions, "
         f"and {dpa['learned']} against {ea['learned']} with learned ones."
     ) in text
-
-
-def test_weight_functions_are_told_as_they_were_found():
-    order = ["expressive", "squared", "softmax_abs", "dot_product", "sigmoid", "relu_squared", "one_sided"]
-    table = summary("geometry_ablation")
-    told = rows_after("What makes the difference")
-    assert len(told) == len(order)
-    for mechanism, (_, _, _, *cells) in zip(order, told, strict=True):
-        for shift, cell in zip(("0.0", "1.0"), cells, strict=True):
-            found = table.filter(
-                pl.col("mechanism") == mechanism, pl.col("condition").str.ends_with(f"embedding_shift {shift}")
-            )
-            assert cell == ", ".join(re.sub("^0", "", f"{accuracy:.3f}") for accuracy in found["accuracy"])
 
 
 def test_the_error_of_the_procedure_is_told_as_it_was_found():
