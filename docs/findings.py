@@ -33,7 +33,7 @@ import numpy as np
 import polars as pl
 
 from expressive_attention.study.analysis.claims.two_sidedness import SHAPES
-from expressive_attention.study.analysis.wording import mechanism_name
+from expressive_attention.study.analysis.wording import divided, mechanism_name
 from expressive_attention.study.runs.exported import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -134,8 +134,7 @@ def _examples(preset: str) -> str:
 
 def _pairs(preset: str) -> str:
     conditions = by_condition(preset)
-    shared = _shared([condition for condition, _ in conditions])
-    names = [", ".join(part for part in each.split(", ") if part not in shared) for each, _ in conditions]
+    _, names = divided([condition for condition, _ in conditions])
     plain = np.array(["embedding_shift 0.0" in condition for condition, _ in conditions])
     rows = []
     for two, one in SHAPES:
@@ -217,7 +216,8 @@ def _limits(presets: str) -> str:
             z = heads.filter(among)["z_99"].to_numpy()
             cells = [share(means[name].mean()) for name in names]
             cells += [", ".join(share(max(loss, 0.0)) for loss in lost), _quantiles(z)]
-            rows.append([preset, ", ".join(_shared(labels)), str(len(labels)), *cells])
+            shared, rest = divided(labels)
+            rows.append([preset, shared or rest[0], str(len(labels)), *cells])
     return _table(head, rows)
 
 
@@ -236,11 +236,6 @@ def _limit_tables(preset: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The findings of `ea study limit`, by seed and by head."""
     seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
     return seeds, heads
-
-
-def _shared(labels: list[str]) -> list[str]:
-    """The parts that labels of conditions have in common."""
-    return [part for part in labels[0].split(", ") if all(part in label.split(", ") for label in labels)]
 
 
 def _quantiles(z: np.ndarray[Any, Any]) -> str:

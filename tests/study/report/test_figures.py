@@ -13,6 +13,7 @@ from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.summaries import summaries
 from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.report.attention import AttentionMap
+from expressive_attention.study.report.drawing.description import Axis
 from expressive_attention.study.report.drawing.layout import ladder, most_different, narrowed
 from expressive_attention.study.report.drawing.theme import readable_on, styles, wrap
 from expressive_attention.study.report.drawing.with_matplotlib import image
@@ -20,6 +21,7 @@ from expressive_attention.study.report.figure import Material
 from expressive_attention.study.report.figures import FIGURES
 from expressive_attention.study.report.files import drawings_of
 from expressive_attention.study.report.files import save_figures as save
+from expressive_attention.study.report.parts import condition_rows
 
 from ..report_data import LADDER, MECHANISMS, make_condition, make_results, mixed_results, results_of, seed_row
 from ..tiny import tiny_config
@@ -270,6 +272,19 @@ def test_a_ceiling_below_one_is_marked_and_others_are_not():
 
 def test_labels_break_after_commas_only():
     assert wrap("sum, basis 16, delay 5, rope", 16) == ["sum, basis\u00a016,", "delay\u00a05, rope"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "title", "names"),
+    [
+        (["sum, basis 4, rope", "sum, basis 8, rope"], "sum, rope", [["basis\u00a04"], ["basis\u00a08"]]),
+        (["sum, rope", "sum, rope, heads 2"], "", [["sum, rope"], ["sum, rope, heads\u00a02"]]),
+        (["a task"], "", [["a\u00a0task"]]),
+    ],
+)
+def test_rows_are_named_by_how_conditions_differ(labels, title, names):
+    panel = condition_rows(labels, Axis("share", (0, 1)), [])
+    assert (panel.title, panel.y.ticks) == (title, names)
 
 
 def test_accuracy_figure_shows_seeds_means_and_chance():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
 
-__all__ = ["describe_interval", "describe_p", "mechanism_name"]
+__all__ = ["describe_interval", "describe_p", "divided", "mechanism_name"]
 
 
 _NAMES = {
@@ -27,6 +29,17 @@ def mechanism_name(mechanism: str) -> str:
     """Returns the name that people use: ``"EA"``, ``"DPA"``, or the mechanism itself."""
     first = mechanism.removesuffix("_again")
     return _NAMES.get(first, first) + (" again" if first != mechanism else "")
+
+
+def divided(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """The parts that labels of conditions have in common, and the others of each.
+
+    The parts of ``"sum, basis 16, rope"`` are between its commas. A label that has nothing else keeps all labels whole.
+    """
+    parts = [label.split(", ") for label in labels]
+    shared = [part for part in parts[0] if all(part in others for others in parts)]
+    rest = [", ".join(part for part in each if part not in shared) for each in parts]
+    return (", ".join(shared), rest) if all(rest) else ("", list(labels))
 
 
 def describe_interval(interval: Interval | None, n: int, spec: str) -> str:

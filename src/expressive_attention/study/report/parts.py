@@ -10,6 +10,7 @@ import polars as pl
 
 from ..analysis.estimators import LEVEL, MINIMUM_FOR_INTERVAL, Interval
 from ..analysis.summaries import Summary
+from ..analysis.wording import divided
 from ..config.condition import Condition
 from ..runs.results import StudyResults
 from ..words import plural
@@ -44,11 +45,12 @@ PLACE = {"condition": pl.String, "model": pl.String, "task": pl.String, "bits": 
 
 
 def condition_rows(labels: Sequence[str], along: Axis, parts: Iterable[Part]) -> Panel:
-    """A panel with one named row per condition, from the top."""
-    names = [wrap(label) for label in labels]
+    """A panel with one named row per condition, from the top; its title is what the names have in common."""
+    title, own = divided(labels)
+    names = [wrap(label) for label in own]
     rules = [Rule(boundary - 0.5, "y", GRID) for boundary in range(1, len(labels))]
     height = max(0.5, 0.1 + 0.14 * max(map(len, names))) * len(labels)
-    return Panel("", along, Axis("", (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
+    return Panel(title, along, Axis("", (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
 
 
 def tasks_axis(tasks: Sequence[Sequence[str]]) -> Axis:
