@@ -275,16 +275,16 @@ def test_labels_break_after_commas_only():
 
 
 @pytest.mark.parametrize(
-    ("labels", "title", "names"),
+    ("labels", "shared", "names"),
     [
         (["sum, basis 4, rope", "sum, basis 8, rope"], "sum, rope", [["basis\u00a04"], ["basis\u00a08"]]),
         (["sum, rope", "sum, rope, heads 2"], "", [["sum, rope"], ["sum, rope, heads\u00a02"]]),
         (["a task"], "", [["a\u00a0task"]]),
     ],
 )
-def test_rows_are_named_by_how_conditions_differ(labels, title, names):
+def test_rows_are_named_by_how_conditions_differ(labels, shared, names):
     panel = condition_rows(labels, Axis("share", (0, 1)), [])
-    assert (panel.title, panel.y.ticks) == (title, names)
+    assert (panel.y.label, panel.y.ticks) == (shared, names)
 
 
 def test_accuracy_figure_shows_seeds_means_and_chance():

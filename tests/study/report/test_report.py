@@ -570,6 +570,20 @@ def test_the_page_opens_with_a_table_for_everyone(tmp_path):
     assert [row[4] for row in body][:2] == ["EA ahead", "neither learned"]
 
 
+def test_several_mechanisms_have_their_verdicts_below_their_accuracies(tmp_path):
+    """In one column of all verdicts, twelve mechanisms made rows of a page's height."""
+    accuracies = {"expressive": 1.0, "dot_product": 0.5, "squared": 0.25, "quartic": 0.5}
+    condition = make_condition(4, 5, "rope")
+    rows = [seed_row(condition.label, name, seed, value) for name, value in accuracies.items() for seed in range(8)]
+    page = write(results_of(rows, [condition], mechanisms=list(accuracies)), tmp_path)
+    heading, row = page.tables[0]
+    assert heading == ["Task", "Rule", "EA", "DPA", "z²", "z⁴/(1 + z⁴)"]
+    assert row[2:] == ["100%ahead", "50%", "25%behind", "50%"]
+    assert "1 condition, EA, DPA, z² and z⁴/(1 + z⁴)" in page.text
+    assert "the others better" in page.text
+    assert "Each mechanism in sentences" in page.text
+
+
 def test_findings_are_a_table_of_three_decimals(quick):
     results, path = quick
     heading, *body = read(path).tables[1]

@@ -12,6 +12,7 @@ from ..analysis.comparisons import Comparison, comparisons
 from ..analysis.summaries import summaries
 from ..analysis.wording import mechanism_name
 from ..runs.results import StudyResults
+from ..words import listed
 from .attention import AttentionMap
 from .drawing.description import Drawing
 from .drawing.layout import finished_conditions, narrowed
@@ -55,12 +56,13 @@ class Material:
     @property
     def names(self) -> str:
         """All mechanisms in words."""
-        return " and ".join(name for _, name in self.key)
+        return listed([name for _, name in self.key])
 
     @property
     def candidates(self) -> str:
-        """The mechanisms that are compared with DPA, in words."""
-        return " or ".join(dict.fromkeys(mechanism_name(found.candidate.mechanism) for found in self.compared))
+        """The mechanisms that are compared with DPA, in words; more than two without their names."""
+        names = list(dict.fromkeys(mechanism_name(found.candidate.mechanism) for found in self.compared))
+        return " or ".join(names) if len(names) < 3 else "the others"
 
     @property
     def seeds(self) -> str:

@@ -60,6 +60,7 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
     environment.filters |= {"mechanism": mechanism_name, "duration": duration, "both_themes": css_color}
     page = environment.get_template("report.html.j2").render(
         results=results,
+        names=material.names,
         opening=opening_table(results) if charts else None,
         verdicts=verdicts(results, results.claims),
         overview=overview(results),

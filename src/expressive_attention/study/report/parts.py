@@ -45,12 +45,12 @@ PLACE = {"condition": pl.String, "model": pl.String, "task": pl.String, "bits": 
 
 
 def condition_rows(labels: Sequence[str], along: Axis, parts: Iterable[Part]) -> Panel:
-    """A panel with one named row per condition, from the top; its title is what the names have in common."""
-    title, own = divided(labels)
+    """A panel with one named row per condition, from the top; its axis is named by what these have in common."""
+    shared, own = divided(labels)
     names = [wrap(label) for label in own]
     rules = [Rule(boundary - 0.5, "y", GRID) for boundary in range(1, len(labels))]
     height = max(0.5, 0.1 + 0.14 * max(map(len, names))) * len(labels)
-    return Panel(title, along, Axis("", (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
+    return Panel("", along, Axis(shared, (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
 
 
 def tasks_axis(tasks: Sequence[Sequence[str]]) -> Axis:

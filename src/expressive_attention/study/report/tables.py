@@ -68,34 +68,36 @@ class Table:
 
 
 def opening_table(results: StudyResults) -> Table:
-    """Task, formula, accuracy of each mechanism and the verdict, for readers who want nothing else."""
+    """Task, formula, accuracy of each mechanism and the verdict, for readers who want nothing else.
+
+    Where several mechanisms are compared, each has its verdict below its accuracy.
+    """
     reached = {(found.condition, found.mechanism): found.accuracy for found in summaries(results)}
-    verdicts = {
-        label: [(mechanism_name(each.candidate.mechanism), each.verdict) for each in found]
-        for label, found in groupby(comparisons(results), key=lambda each: each.condition)
-    }
-    verdicts |= {
-        found.condition: [("", found.verdict)]
-        for found in findings_by_condition(results)
-        if found.condition not in verdicts
-    }
+    compared = {(found.condition, found.candidate.mechanism): found for found in comparisons(results)}
+    are_several = len({mechanism for _, mechanism in compared}) > 1
+    verdicts = {found.condition: found for found in findings_by_condition(results)}
     conditions = most_different(results, MOST_PANELS)
     formulas = {found.label: found.formula.replace(_MINUS, _MINUS_UNBROKEN) for found in conditions}
     shown = [name for name in results.mechanisms if any((found.label, name) in reached for found in conditions)]
     rows = []
     for condition in conditions:
-        found = verdicts[condition.label]
-        ahead = found[0][1] if len(found) == 1 else "; ".join(f"{name}: {verdict}" for name, verdict in found)
+        verdict = verdicts[condition.label].verdict
+        against = {
+            name: _against_baseline(compared.get((condition.label, name)))
+            for name in shown
+            if are_several and name != BASELINE
+        }
         rows.append([
             Cell(condition.label),
             *([Cell(formulas[condition.label] or _NONE)] if any(formulas.values()) else []),
-            *(_percent(reached.get((condition.label, name))) for name in shown),
-            Cell(ahead, is_strong=any(verdict.endswith("ahead") for _, verdict in found)),
+            *(_percent(reached.get((condition.label, name)), against.get(name, "")) for name in shown),
+            *([] if are_several else [Cell(verdict, is_strong=verdict.endswith("ahead"))]),
         ])  # fmt: skip
     finished = len({label for label, _ in reached})
     return Table(
         "Right answers on sequences that training never saw",
         "Means over seeds. A mechanism is called ahead only where a test says so."
+        + (f" Ahead or behind: of {mechanism_name(BASELINE)}; elsewhere no difference is shown." if are_several else "")
         + (
             f" Shown: the {len(rows)} of {finished} tasks with the largest differences." if len(rows) < finished else ""
         ),
@@ -103,7 +105,7 @@ def opening_table(results: StudyResults) -> Table:
             Column("Task", is_number=False),
             *([Column("Rule", is_number=False)] if any(formulas.values()) else []),
             *(Column(mechanism_name(name)) for name in shown),
-            Column("Who is ahead", is_number=False),
+            *([] if are_several else [Column("Who is ahead", is_number=False)]),
         ],
         rows,
     )
@@ -291,10 +293,19 @@ def _tuning(tried: Sequence[TuningSummary], protocol: int) -> Table:
     )
 
 
-def _percent(share: float | None) -> Cell:
+def _percent(share: float | None, verdict: str = "") -> Cell:
     if share is None:
         return Cell(_NONE)
-    return Cell(">99%" if 0.995 <= share < 1 else f"{100 * share:.0f}%", value=share)
+    return Cell(">99%" if 0.995 <= share < 1 else f"{100 * share:.0f}%", verdict, share, verdict == "ahead")
+
+
+def _against_baseline(found: Comparison | None) -> str:
+    """The verdict on one of several mechanisms, in the fewest words."""
+    if found is None:
+        return "not compared"
+    if found.leader is not None:
+        return "ahead" if found.leader == found.candidate.mechanism else "behind"
+    return "" if found.verdict == "no difference shown" else found.verdict
 
 
 def _ends(interval: Interval | None, spec: str) -> str:
