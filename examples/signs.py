@@ -3,10 +3,10 @@
     pip install '.[study]'
     python examples/signs.py [--seeds N] [--steps N]
 
-The task is the one of the ladder on which the mechanisms differ most: x_t = x_{t-1} + x_{t-5} mod 16, one layer, one
-head, RoPE. The digit that a query needs besides its own is at a fixed distance, the *target*. The script uses the seeds
-of `ea study run ladder` and the learning rates that it chose. At the end it sets the antiparallel half of the weights
-of trained EA models to zero, or the parallel half, and measures their accuracy.
+The task is one of the ladder: x_t = x_{t-1} + x_{t-5} mod 16, one layer, one head, RoPE. The digit that a query needs
+besides its own is at a fixed distance, the *target*. The script uses the seeds of `ea study run ladder`, with gains
+that start at 1 and a learning rate of 2e-2. At the end it sets the antiparallel half of the weights of trained EA
+models to zero, or the parallel half, and measures their accuracy.
 """
 
 import argparse
