@@ -11,7 +11,6 @@ from ..analysis.claims import verdicts
 from ..analysis.comparisons import MINIMUM_CONTEXTS, MINIMUM_PREDICTIONS
 from ..analysis.estimators import LEVEL, MINIMUM_FOR_INTERVAL, SIGNIFICANCE, SMALLEST_EFFECT
 from ..analysis.findings import findings_by_condition, overview
-from ..analysis.wording import mechanism_name
 from ..files import write_atomically
 from ..runs.results import StudyResults
 from ..runs.store import Store
@@ -57,7 +56,7 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"mechanism": mechanism_name, "duration": duration, "both_themes": css_color}
+    environment.filters |= {"duration": duration, "both_themes": css_color}
     page = environment.get_template("report.html.j2").render(
         results=results,
         names=material.names,
