@@ -121,7 +121,7 @@ def test_texts_are_shown_as_they_are():
 
 @pytest.mark.parametrize("count", [2, 12])
 def test_the_key_has_room_for_many_mechanisms(count):
-    """Of twelve the last five were cut, and the predictors."""
+    """The last five of twelve were cut, and the predictors."""
     drawing = FIGURES["accuracy"].draw(Material(make_results(LADDER[:4], seeds=8)))
     names = [f"softmax of {number}" for number in range(count)]
     figure = image(replace(drawing, key=[(STYLE, name) for name in names]))

@@ -111,7 +111,7 @@ class TrainingConfig(Strict):
     # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
     solved_accuracy: float = Field(default=0.995, gt=0, le=1)
     solved_evaluations: int = Field(default=3, ge=1)
-    # Of protocol 2 alone: a seed ended when it had reached that many evaluations in a row.
+    # Protocol 2 alone has this: a seed ended when it had reached that many evaluations in a row.
     early_stop: bool = Field(default=False, json_schema_extra={"protocol": 2})
 
     @model_validator(mode="after")
