@@ -13,9 +13,9 @@ from expressive_attention.study.analysis.comparisons import comparisons
 from expressive_attention.study.analysis.summaries import summaries
 from expressive_attention.study.analysis.wording import mechanism_name
 from expressive_attention.study.report.attention import AttentionMap
-from expressive_attention.study.report.drawing.description import Axis
+from expressive_attention.study.report.drawing.description import Axis, Note, Points
 from expressive_attention.study.report.drawing.layout import ladder, most_different, narrowed
-from expressive_attention.study.report.drawing.theme import readable_on, styles, wrap
+from expressive_attention.study.report.drawing.theme import MEAN, SEED, readable_on, styles, wrap
 from expressive_attention.study.report.drawing.with_matplotlib import image
 from expressive_attention.study.report.figure import Material
 from expressive_attention.study.report.figures import FIGURES
@@ -283,8 +283,26 @@ def test_labels_break_after_commas_only():
     ],
 )
 def test_rows_are_named_by_how_conditions_differ(labels, shared, names):
-    panel = condition_rows(labels, Axis("share", (0, 1)), [])
+    panel = condition_rows(labels, Axis("share", (0, 1)), [], ["expressive"])
     assert (panel.y.label, panel.y.ticks) == (shared, names)
+
+
+@pytest.mark.parametrize("mechanisms", [MECHANISMS[:2], MECHANISMS[:4], MECHANISMS])
+def test_mechanisms_of_a_row_keep_apart(mechanisms):
+    results = make_results(mechanisms=mechanisms)
+    (counts,) = FIGURES["solved"].draw(Material(results)).panels
+    inches = counts.height / len(results.conditions)
+    at = sorted(part.y for part in counts.parts if isinstance(part, Note))
+    assert len(at) == len(results.conditions) * len(mechanisms)
+    assert min(np.diff(at)) * inches > 0.12  # a line of text
+
+    (differences,) = FIGURES["difference"].draw(Material(results)).panels
+    marks = [part for part in differences.parts if isinstance(part, Points)]
+    means = sorted(y for part in marks if part.size == MEAN for y in part.y)
+    for part in marks:
+        if part.size == SEED:  # each lies below the mean of its own mechanism, above that of the next
+            own = next(other for other in marks if other.size == MEAN and other.style == part.style)
+            assert {max(mean for mean in means if mean < y) for y in part.y} == set(own.y)
 
 
 def test_accuracy_figure_shows_seeds_means_and_chance():

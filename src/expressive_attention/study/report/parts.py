@@ -16,7 +16,7 @@ from ..runs.results import StudyResults
 from ..words import plural
 from .drawing.description import Axis, Cells, Drawing, Group, Panel, Part, Rule
 from .drawing.layout import MOST_CONDITIONS, MOST_PANELS, ladder, most_different, narrowed
-from .drawing.theme import GRID, steps_reach, wrap
+from .drawing.theme import GRID, slot_height, steps_reach, wrap
 from .figure import Material
 
 __all__ = [
@@ -44,12 +44,15 @@ SOLVED = {"mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64, "share"
 PLACE = {"condition": pl.String, "model": pl.String, "task": pl.String, "bits": pl.Float64}
 
 
-def condition_rows(labels: Sequence[str], along: Axis, parts: Iterable[Part]) -> Panel:
-    """A panel with one named row per condition, from the top; its axis is named by what these have in common."""
+def condition_rows(labels: Sequence[str], along: Axis, parts: Iterable[Part], mechanisms: Sequence[str]) -> Panel:
+    """A panel with one named row per condition, from the top; its axis is named by what these have in common.
+
+    The `mechanisms` are those that a row shows below each other.
+    """
     shared, own = divided(labels)
     names = [wrap(label) for label in own]
     rules = [Rule(boundary - 0.5, "y", GRID) for boundary in range(1, len(labels))]
-    height = max(0.5, 0.1 + 0.14 * max(map(len, names))) * len(labels)
+    height = max(0.5, 0.1 + 0.14 * max(map(len, names)), slot_height(mechanisms)) * len(labels)
     return Panel("", along, Axis(shared, (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
 
 

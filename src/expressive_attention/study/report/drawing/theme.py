@@ -36,6 +36,7 @@ __all__ = [
     "dodge",
     "predictors_of",
     "readable_on",
+    "slot_height",
     "spread",
     "steps_reach",
     "styles",
@@ -50,6 +51,7 @@ EMPTY = "#e6e6e6"  # of a map where there is no number
 SHARE = "#1a6e52"  # of shares and weights, on white
 VEIL = "rgba(255, 255, 255, 0.8)"  # behind text that lies on lines
 AHEAD, BEHIND = "#0072B2", "#D55E00"  # of the margin: the colors of EA and DPA
+_DODGED = 0.7  # the part of a slot that mechanisms share
 
 # The same colors on a dark page; others stay as they are.
 DARK = {
@@ -125,12 +127,17 @@ def styles(mechanisms: Sequence[str]) -> dict[str, Style]:
 def dodge(mechanisms: Sequence[str]) -> dict[str, float]:
     """Positions beside each other, around 0, within a slot of width 1."""
     count = len(mechanisms)
-    return {mechanism: (index - (count - 1) / 2) * 0.7 / count for index, mechanism in enumerate(mechanisms)}
+    return {mechanism: (index - (count - 1) / 2) * _DODGED / count for index, mechanism in enumerate(mechanisms)}
 
 
-def crowding(mechanisms: Sequence[str]) -> float:
-    """Factor on distances inside a mechanism's slot of `dodge`, so that its seeds stay out of the next one's."""
-    return min(1.0, 3.5 / len(mechanisms))
+def slot_height(mechanisms: Sequence[str]) -> float:
+    """Inches that a slot needs in which each of the mechanisms, in the positions of `dodge`, has a line of text."""
+    return 0.125 * len(mechanisms) / _DODGED
+
+
+def crowding(mechanisms: Sequence[str], reach: float) -> float:
+    """Factor on distances up to `reach` from a mean, so that seeds stay out of the next mechanism's part of a slot."""
+    return min(1.0, 0.55 * _DODGED / len(mechanisms) / reach)
 
 
 def spread(count: int, width: float) -> list[float]:

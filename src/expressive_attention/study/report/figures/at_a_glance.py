@@ -54,7 +54,16 @@ def _draw(material: Material) -> Drawing:
             f"Right end: always right; grey stroke: a guess. Mean over seeds ({material.seeds}) with {BOOTSTRAP}, on "
             "sequences that training never saw."
         ),
-        groups=[Group("", [condition_rows(list(rows), Axis("share of right answers", SHARE_RANGE), parts)])],
+        groups=[
+            Group(
+                "",
+                [
+                    condition_rows(
+                        list(rows), Axis("share of right answers", SHARE_RANGE), parts, material.results.mechanisms
+                    )
+                ],
+            )
+        ],
         selected=material.shown_note(len(rows), "at_a_glance"),
         stacked=True,
         key=material.key,

@@ -10,7 +10,7 @@ from ...analysis.comparisons import Comparison, comparisons
 from ...analysis.wording import describe_interval, mechanism_name
 from ..drawing.description import Axis, Drawing, Group, Note, Part, Points, Rule
 from ..drawing.layout import finished_conditions
-from ..drawing.theme import INK, MEAN, SEED, Style, difference_reach, dodge, spread
+from ..drawing.theme import INK, MEAN, SEED, Style, crowding, difference_reach, dodge, spread
 from ..figure import Material, ReportFigure
 from ..parts import BOOTSTRAP, ENDS, condition_rows, ends
 
@@ -29,11 +29,12 @@ def _draw(material: Material) -> Drawing | None:
         Note("DPA better", "above left"),
         Note(f"{names} better", "above right"),
     ]
+    closer = crowding(candidates, 0.31)
     for candidate, shift in dodge(candidates).items():
         found = [
             (labels.index(each.condition) + shift, each) for each in compared if each.candidate.mechanism == candidate
         ]
-        parts += _points(found, mechanism_name(candidate), material.styles[candidate])
+        parts += _points(found, mechanism_name(candidate), material.styles[candidate], closer)
     along = Axis(f"{names} minus DPA", (-reach, reach))
     return Drawing(
         alternative=f"Accuracy of {names} minus that of DPA on each condition. Numbers: findings.",
@@ -41,19 +42,19 @@ def _draw(material: Material) -> Drawing | None:
             f"Small marks: accuracy of {names} minus that of DPA for one seed, from the same initial parameters and "
             f"batches ({material.pairs}). Large marks: mean over pairs with {BOOTSTRAP}."
         ),
-        groups=[Group("", [condition_rows(labels, along, parts)])],
+        groups=[Group("", [condition_rows(labels, along, parts, candidates)])],
         selected=material.shown_note(len(finished_conditions(material.shown)), "difference"),
         stacked=True,
         key=[(material.styles[candidate], f"{mechanism_name(candidate)} - DPA") for candidate in candidates],
     )
 
 
-def _points(found: list[tuple[float, Comparison]], name: str, style: Style) -> list[Points]:
+def _points(found: list[tuple[float, Comparison]], name: str, style: Style, closer: float) -> list[Points]:
     """Pairs of seeds and their means with intervals; the pairs stand below the mean."""
     x, y, texts = [], [], []
     for at, each in found:
         x += each.differences
-        y += [at + 0.24 + offset for offset in spread(len(each.differences), 0.14)]
+        y += [at + 0.24 * closer + offset for offset in spread(len(each.differences), 0.14 * closer)]
         texts += [f"seed {seed}" for seed in each.seeds]
     means = Points(
         [each.difference for _, each in found],

@@ -41,7 +41,9 @@ def _draw(material: Material) -> Drawing:
     return Drawing(
         alternative=f"Share of seeds solved by {material.names} on each condition. Numbers: table 1.",
         note=(f"Share of seeds that solved the task, with {LEVEL:.0%} Wilson interval ({material.seeds})."),
-        groups=[Group("", [condition_rows(labels, Axis("share of seeds solved", SHARE_RANGE), parts)])],
+        groups=[
+            Group("", [condition_rows(labels, Axis("share of seeds solved", SHARE_RANGE), parts, results.mechanisms)])
+        ],
         selected=material.shown_note(len(labels), "solved"),
         stacked=True,
         key=material.key,
