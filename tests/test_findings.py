@@ -91,6 +91,7 @@ def counted(*studies):
     ("heading", "studies"),
     [
         ("The ladder", ["ladder"]),
+        ("Beyond the ladder", ["frontier"]),
         ("Positions", ["positions"]),
         ("The recipe of text on these tasks", ["text_recipe"]),
         ("What makes the difference", ["geometry_ablation"]),
@@ -151,7 +152,6 @@ def test_the_readme_has_the_numbers_of_the_findings():
 @pytest.mark.parametrize(
     ("heading", "studies"),
     [
-        ("Beyond the ladder", ["frontier"]),
         ("Several tasks at once", ["multitask"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
         ("Text with narrow heads", ["language"]),
