@@ -66,7 +66,7 @@ def _mechanisms(material: Material, conditions: tuple[tuple[int, Condition], ...
     """Seeds of each mechanism, and its means with intervals; the seeds stand left of the mean."""
     mechanisms = material.results.mechanisms
     found = {(summary.condition, summary.mechanism): summary for summary in summaries(material.shown)}
-    closer, parts = crowding(mechanisms, 0.11), []
+    closer, parts = crowding(mechanisms, 0.06 + 0.1 / 2), []  # seeds reach as far, below
     for mechanism, shift in dodge(mechanisms).items():
         present: list[tuple[float, Summary]] = [
             (column + shift, found[condition.label, mechanism])

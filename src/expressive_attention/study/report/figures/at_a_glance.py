@@ -48,22 +48,14 @@ def _draw(material: Material) -> Drawing:
                 high=[interval and interval.high for interval in intervals],
             )
         )
+    along = Axis("share of right answers", SHARE_RANGE)
     return Drawing(
         alternative=f"Share of right answers of {material.names} on each condition. Numbers: the table below it.",
         note=(
             f"Right end: always right; grey stroke: a guess. Mean over seeds ({material.seeds}) with {BOOTSTRAP}, on "
             "sequences that training never saw."
         ),
-        groups=[
-            Group(
-                "",
-                [
-                    condition_rows(
-                        list(rows), Axis("share of right answers", SHARE_RANGE), parts, material.results.mechanisms
-                    )
-                ],
-            )
-        ],
+        groups=[Group("", [condition_rows(list(rows), along, parts, material.results.mechanisms)])],
         selected=material.shown_note(len(rows), "at_a_glance"),
         stacked=True,
         key=material.key,

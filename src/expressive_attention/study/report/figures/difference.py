@@ -29,7 +29,7 @@ def _draw(material: Material) -> Drawing | None:
         Note("DPA better", "above left"),
         Note(f"{names} better", "above right"),
     ]
-    closer = crowding(candidates, 0.31)
+    closer = crowding(candidates, 0.24 + 0.14 / 2)  # seeds reach as far, in _points
     for candidate, shift in dodge(candidates).items():
         found = [
             (labels.index(each.condition) + shift, each) for each in compared if each.candidate.mechanism == candidate

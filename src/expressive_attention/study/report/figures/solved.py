@@ -38,12 +38,11 @@ def _draw(material: Material) -> Drawing:
             high=[summary.solved_interval.high for summary in found],
         )
         parts += [points, *(Note(count, "beside", y) for count, y in zip(counts, at, strict=True))]
+    along = Axis("share of seeds solved", SHARE_RANGE)
     return Drawing(
         alternative=f"Share of seeds solved by {material.names} on each condition. Numbers: table 1.",
         note=(f"Share of seeds that solved the task, with {LEVEL:.0%} Wilson interval ({material.seeds})."),
-        groups=[
-            Group("", [condition_rows(labels, Axis("share of seeds solved", SHARE_RANGE), parts, results.mechanisms)])
-        ],
+        groups=[Group("", [condition_rows(labels, along, parts, results.mechanisms)])],
         selected=material.shown_note(len(labels), "solved"),
         stacked=True,
         key=material.key,
