@@ -208,3 +208,23 @@ def test_the_error_of_the_procedure_is_told_as_it_was_found():
         for alike in (True, False)
     )
     assert f"correlation of {same:.2f} at the same basis and {other:.2f} otherwise".replace("0.", ".") in text
+
+
+def test_the_choice_that_decides_a_verdict_is_told_as_it_was_found():
+    text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    told = " ".join(text.split("One choice decides a verdict.")[1].split("A check")[0].split())
+    seeds = pl.read_parquet(ROOT / "results" / "frontier" / "seeds.parquet").filter(
+        pl.col("condition") == "sum, basis 32, delay 10, rope, qk_norm True", mechanism="dot_product"
+    )
+
+    def reached(role, rate):
+        found = seeds.filter(role=role, learning_rate=rate)
+        return tables.share(found["validation"].mean()), len(found), found["solved"].sum()
+
+    tuned, other = reached("tuning", 2e-2), reached("tuning", 2.5e-3)
+    final, fresh = reached("final", 2e-2), reached("confirmation", 2e-2)
+    assert (
+        "DPA's chosen rate, 2e-2, reaches {} on the {} tuning seeds, of which {} solve the task,".format(*tuned) in told
+    )
+    assert "{} on the {} final seeds ({} solves) and {} on the {} fresh ones ({} solve).".format(*final, *fresh) in told
+    assert f"The rate 2.5e-3 reaches {other[0]} on the tuning seeds, of which {other[2]} solve." in told
