@@ -336,6 +336,14 @@ def test_difference_figure_needs_two_mechanisms():
     assert FIGURES["difference"].draw(material) is FIGURES["margin_map"].draw(material) is None
 
 
+def test_only_seeds_of_protocol_2_end_early():
+    results = make_results(seeds=2)
+    notes = [
+        FIGURES["learning_curves"].draw(Material(replace(results, protocol=protocol))).note for protocol in (2, 3)
+    ]
+    assert ["A seed ends when it has solved" in note for note in notes] == [True, False]
+
+
 def test_learning_figure_shows_each_seed_and_the_median():
     results = make_results(seeds=3)
     condition = results.conditions[1]

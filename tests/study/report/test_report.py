@@ -208,8 +208,8 @@ def test_report_of_less(results, plots, tmp_path):
 def test_report_without_tuning(tmp_path):
     whole = make_results()
     page = write(replace(whole, seeds=whole.seeds.filter(pl.col("role") == "final")), tmp_path)
-    assert "No learning rate was tuned" in page.text
-    assert "was chosen for each mechanism" not in page.text
+    assert "No setting was tuned" in page.text
+    assert "chosen for each mechanism" not in page.text
 
 
 @pytest.mark.pictures
@@ -261,7 +261,10 @@ def test_settings_are_pairs_of_rate_and_gain(tmp_path):
             (0.02, 1.0, "final", 0),
         ]
     ]
-    tuning = write(results_of(rows, [condition], ["expressive"]), tmp_path).tables[3]
+    tables = write(results_of(rows, [condition], ["expressive"]), tmp_path).tables
+    numbers, tuning = tables[1], tables[3]
+    assert numbers[0][2] == "Learningrate, gain"
+    assert numbers[1][2] == "0.02gain 1"
     assert tuning[0][2:] == [f"Rate{rate},gain{gain}" for rate in ("0.01", "0.02") for gain in ("0.5", "1")]
     assert tuning[1][2:] == ["0.5600/1", "0.6100/1", "0.5700/1", "0.6200/1, chosen"]
 

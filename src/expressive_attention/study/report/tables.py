@@ -153,7 +153,7 @@ def numbered_tables(results: StudyResults) -> dict[str, Table | None]:
     """The tables with a number, by their place on the page; None where there is nothing for one."""
     summarized, tried = summaries(results), tuning_summaries(results)
     return {
-        "numbers": _numbers(summarized) if summarized else None,
+        "numbers": _numbers(summarized, has_gains=_has_gains(tried)) if summarized else None,
         "worth": _worth(results),
         "tuning": _tuning(tried, results.protocol) if tried else None,
         "machine": Table(
@@ -169,9 +169,13 @@ def numbered_tables(results: StudyResults) -> dict[str, Table | None]:
     }
 
 
-def _numbers(summarized: Sequence[Summary]) -> Table:
+def _has_gains(tried: Sequence[TuningSummary]) -> bool:
+    return len({trial.setting.initial_gain for trial in tried}) > 1
+
+
+def _numbers(summarized: Sequence[Summary], *, has_gains: bool) -> Table:
     headings = (
-        "Learning\nrate",
+        f"Learning\nrate{', gain' if has_gains else ''}",
         "n",
         "Solved",
         "Mean\naccuracy",
@@ -192,7 +196,11 @@ def _numbers(summarized: Sequence[Summary]) -> Table:
             [
                 Cell(found.condition),
                 Cell(mechanism_name(found.mechanism)),
-                Cell(f"{found.setting.learning_rate:g}", value=found.setting.learning_rate),
+                Cell(
+                    f"{found.setting.learning_rate:g}",
+                    f"gain {found.setting.initial_gain:g}" if has_gains else "",
+                    found.setting.learning_rate,
+                ),
                 Cell(str(found.seeds), value=found.seeds),
                 Cell(f"{found.solved}/{found.seeds}", _ends(found.solved_interval, ".3f"), found.solved / found.seeds),
                 Cell(f"{found.accuracy:.3f}", _ends(found.accuracy_interval, ".3f"), found.accuracy),
@@ -263,8 +271,7 @@ def _worth(results: StudyResults) -> Table:
 
 def _tuning(tried: Sequence[TuningSummary], protocol: int) -> Table:
     """The results of each setting, per condition and mechanism."""
-    settings = sorted({trial.setting for trial in tried})
-    has_gains = len({setting.initial_gain for setting in settings}) > 1
+    settings, has_gains = sorted({trial.setting for trial in tried}), _has_gains(tried)
 
     def heading(setting: Setting) -> str:
         gain = f",\ngain\n{setting.initial_gain:g}" if has_gains else ""

@@ -42,7 +42,8 @@ def _draw(material: Material) -> Drawing:
         alternative=f"Validation accuracy of {material.names} against training steps on each condition.",
         note=(
             f"Thick: median over seeds; thin: one seed each ({material.seeds}); dotted grey: chance. "
-            "Accuracy on validation sequences. A seed ends when it has solved the task."
+            "Accuracy on validation sequences."
+            f"{' A seed ends when it has solved the task.' if material.results.protocol < 3 else ''}"
         ),
     )
 
