@@ -10,6 +10,7 @@ whether the pages hold what results/ says. KIND is one of:
     bits_by_seed  of several presets, the same with the lowest and the highest seed in the place of an interval
     bits_by_mechanism
                   likewise, a row per mechanism, a column per condition
+    repeated      of several presets, the conditions (task and model) that more than one of them has, in each and in all
     examples      the same where all seeds share their data: on the test and on the validation examples
     pairs         a row per pair of weight functions of one shape, a column per condition
     gains         a row per mechanism, a column per gain at the start: validation accuracy of the tuning seeds, at the
@@ -20,6 +21,7 @@ whether the pages hold what results/ says. KIND is one of:
     limits        of several presets, a row per task and position: EA with z^2 in the place of z^2 / (1 + z^2), by
                   accuracy on validation sequences
     limit_bits    a row per condition of one preset, by the cross-entropy in bits
+    trends        the trend of EA's lead with complexity over parts of a preset, and without each of EA's leads
     verdicts      a row per claim
 """
 
@@ -29,6 +31,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,11 @@ import numpy as np
 import polars as pl
 
 from expressive_attention.study.analysis.claims.two_sidedness import SHAPES
+from expressive_attention.study.analysis.estimators import mean_interval
+from expressive_attention.study.analysis.significance import sign_flip_p
+from expressive_attention.study.analysis.trend import trend
 from expressive_attention.study.analysis.wording import divided, mechanism_name
+from expressive_attention.study.config.condition import Condition
 from expressive_attention.study.runs.exported import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +55,12 @@ Row = dict[str, Any]
 
 def filled(page: str) -> str:
     """The page with all tables as results/ has them."""
-    return _TABLE.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->\n{_KINDS[found[1]](found[2])}<!-- end -->", page)
+    return _TABLE.sub(lambda found: f"<!-- {found[1]}: {found[2]} -->\n{_filled(found[1], found[2])}<!-- end -->", page)
+
+
+@cache
+def _filled(kind: str, presets: str) -> str:
+    return _KINDS[kind](presets)
 
 
 def share(value: float) -> str:
@@ -118,6 +130,41 @@ def _comparisons(preset: str) -> str:
             steps = f"**{steps}**"
         rows.append([condition, solved(ea), solved(dpa), difference, p, steps])
     return _table(head, rows)
+
+
+def _repeated(presets: str) -> str:
+    head = ["condition", "preset", "EA solved, accuracy", "DPA solved, accuracy", "EA - DPA (95% interval)", "p, alone"]
+    found: dict[str, dict[str, Condition]] = {}
+    for preset in presets.split():
+        for condition in load_results(ROOT / "results" / preset).conditions:
+            found.setdefault(repr((condition.task, condition.model)), {})[preset] = condition
+    rows = []
+    for conditions in found.values():
+        if len(conditions) < 2:
+            continue
+        pairs = {preset: _pairs_of_seeds(preset, each.label, "expressive") for preset, each in conditions.items()}
+        facts = next(iter(conditions.values()))
+        values = {**facts.task, **facts.model}
+        shared = ", ".join(f"{name} {values[name]}" for name in ("basis", "delay", "embed_dim", "heads"))
+        for preset, table in (pairs | {"all": pl.concat(pairs.values())}).items():
+            mine, baseline = (
+                f"{table[f'solved{end}'].sum()}/{len(table)}, {share(table[f'accuracy{end}'].mean())}"
+                for end in ("", "_baseline")
+            )
+            differences = (table["accuracy"] - table["accuracy_baseline"]).to_list()
+            interval = mean_interval(differences)
+            ends = {"difference": float(np.mean(differences))}
+            ends |= {f"difference_{end}": interval and getattr(interval, end) for end in ("low", "high")}
+            p = probability(sign_flip_p(differences))
+            rows.append([shared, preset, mine, baseline, between(ends, "difference"), p])
+    return _table(head, rows)
+
+
+def _pairs_of_seeds(preset: str, condition: str, mechanism: str) -> pl.DataFrame:
+    """A row per final seed, with the columns of DPA named ``..._baseline``."""
+    final = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="final", condition=condition)
+    mine, baseline = (final.filter(mechanism=name) for name in (mechanism, "dot_product"))
+    return mine.join(baseline, on="seed", suffix="_baseline", validate="1:1")
 
 
 def _examples(preset: str) -> str:
@@ -221,9 +268,7 @@ def _bits_by_mechanism(preset: str) -> str:
 
 def _of_seeds(preset: str, condition: str, mechanism: str) -> str:
     """The mean difference from DPA in bits, and the lowest and highest of a seed, ``-.012 (-.030 to +.004)``."""
-    final = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="final", condition=condition)
-    mine, baseline = (final.filter(mechanism=name) for name in (mechanism, "dot_product"))
-    pairs = mine.join(baseline, on="seed", suffix="_baseline", validate="1:1")
+    pairs = _pairs_of_seeds(preset, condition, mechanism)
     differences = (pairs["cross_entropy"] - pairs["cross_entropy_baseline"]).to_numpy() / math.log(2)
     return f"{signed(differences.mean())} ({signed(differences.min())} to {signed(differences.max())})"
 
@@ -271,11 +316,39 @@ def _limit_bits(preset: str) -> str:
 def _limit_tables(preset: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The findings of `ea study limit`, by seed and by head."""
     seeds, heads = (pl.read_parquet(ROOT / "results" / preset / f"{name}.parquet") for name in ("limit", "limit_heads"))
+    if missing := {condition for condition, _ in by_condition(preset)} - set(seeds["condition"]):
+        raise ValueError(f"results/{preset} has no limit of {sorted(missing)}: export the study again")
     return seeds, heads
 
 
 def _quantiles(z: np.ndarray[Any, Any]) -> str:
     return f"{rough(float(np.median(z)))}, {rough(float(z.max()))}"
+
+
+def _trends(preset: str) -> str:
+    conditions = load_results(ROOT / "results" / preset).conditions
+    pairs = [_pairs_of_seeds(preset, each.label, "expressive") for each in conditions]
+    margins = np.array([(each["accuracy"] - each["accuracy_baseline"]).to_numpy() for each in pairs])
+    bases = [each.task["basis"] if each.task["kind"] == "nt" else 0 for each in conditions]
+    widths = [each.model["embed_dim"] for each in conditions]
+    parts = {"all": [True] * len(conditions), "single rules": [basis > 0 for basis in bases]}
+    parts |= {f"width {width}": [each == width for each in widths] for width in sorted(set(widths))}
+    parts |= {"single rules of basis 2 and 4": [0 < basis < 8 for basis in bases]}
+    parts |= {"single rules of basis 8 to 32": [basis >= 8 for basis in bases]}
+    for label, found in by_condition(preset):
+        if leads(found["expressive"]) and found["expressive"]["difference"] > 0:
+            parts[f"without {label}"] = [each.label != label for each in conditions]
+    rows = []
+    for name, part in parts.items():
+        which = np.flatnonzero(part)
+        bits_of_state = [float(conditions[i].facts["complexity"]) for i in which]
+        found = trend(bits_of_state, margins[which], [widths[i] for i in which])
+        assert found is not None  # each part has several complexities
+        interval = found.interval
+        ends = "too few for an interval" if interval is None else f"{interval.low:+.4f} to {interval.high:+.4f}"
+        slope = f"{found.slope:+.4f} ({ends})"
+        rows.append([name, str(found.conditions), slope, f"{found.tau:+.2f} ({probability(found.tau_p)})"])
+    return _table(["part", "conditions", "per bit (95% interval)", "rank correlation (p)"], rows)
 
 
 def _verdicts(preset: str) -> str:
@@ -286,6 +359,7 @@ def _verdicts(preset: str) -> str:
 
 _KINDS: dict[str, Callable[[str], str]] = {
     "comparisons": _comparisons,
+    "repeated": _repeated,
     "examples": _examples,
     "bits": _bits,
     "bits_by_seed": _bits_by_seed,
@@ -296,6 +370,7 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "choices": _choices,
     "limits": _limits,
     "limit_bits": _limit_bits,
+    "trends": _trends,
     "verdicts": _verdicts,
 }
 

@@ -98,6 +98,7 @@ def counted(*studies):
         ("The z² limit", []),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
         ("Size of the model", ["model_size"]),
+        ("The same task in several presets", ["text_recipe"]),
         ("The field's probes", ["probes"]),
         ("Text", ["text"]),
         ("Images", ["vision"]),
