@@ -154,7 +154,8 @@ def test_the_command_measures_all_ea_models_and_export_writes_them(run):
     kept = {path: path.stat().st_mtime_ns for path in (run.directory / "limit").iterdir()}
     assert CliRunner().invoke(app, ["study", "limit", str(run.directory)]).exit_code == 0
     assert kept == {path: path.stat().st_mtime_ns for path in (run.directory / "limit").iterdir()}  # read, not measured
-    assert CliRunner().invoke(app, ["study", "export", str(run.directory), "-f", "parquet"]).exit_code == 0
+    done = CliRunner().invoke(app, ["study", "export", str(run.directory), "-f", "parquet"])
+    assert (done.exit_code, done.stderr) == (0, "")
     assert pl.read_parquet(run.directory / "export" / "limit.parquet").equals(tables["limit"])
     assert pl.read_parquet(run.directory / "export" / "limit_heads.parquet").equals(tables["limit_heads"])
     assert (run.directory / "export" / "config.toml").read_bytes() == (run.directory / "config.toml").read_bytes()

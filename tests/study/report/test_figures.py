@@ -338,9 +338,7 @@ def test_difference_figure_needs_two_mechanisms():
 
 def test_only_seeds_of_protocol_2_end_early():
     results = make_results(seeds=2)
-    notes = [
-        FIGURES["learning_curves"].draw(Material(replace(results, protocol=protocol))).note for protocol in (2, 3)
-    ]
+    notes = [FIGURES["learning_curves"].draw(Material(replace(results, protocol=protocol))).note for protocol in (2, 3)]
     assert ["A seed ends when it has solved" in note for note in notes] == [True, False]
 
 

@@ -156,6 +156,7 @@ def test_status_and_export_read_an_export(study, tmp_path):
     ]
     done = CliRunner().invoke(app, ["study", "export", str(tmp_path), "-f", "parquet", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
+    assert done.stderr == f"its z² limit lacks 1 condition: {study.conditions[0].label}\n"
     assert not list(tmp_path.glob("*.csv"))
     assert_frame_equal(pl.read_parquet(tmp_path / "limit.parquet"), LIMIT)
     assert findings(load_results(tmp_path)) == findings(study)

@@ -40,6 +40,7 @@ __all__ = [
     "limit_of",
     "limit_sentences",
     "limit_tables",
+    "not_measured",
     "write_limit",
 ]
 
@@ -187,6 +188,14 @@ def limit_tables(results: StudyResults, store: Store, *, trust: bool = False) ->
         for parts, table in zip(tables.values(), (seeds, kept[1]), strict=True):
             parts.append(table.filter(counts).select(pl.lit(cell.condition).alias("condition"), pl.all()))
     return {name: pl.concat(parts) for name, parts in tables.items() if parts}
+
+
+def not_measured(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -> list[str]:
+    """The conditions with final seeds of EA that `limit_tables` lacks, where it has others."""
+    if not tables:
+        return []
+    final = results.seeds.filter(role="final", mechanism="expressive")["condition"].unique(maintain_order=True)
+    return [label for label in final if label not in set(tables["limit"]["condition"])]
 
 
 def limit_sentences(results: StudyResults, tables: Mapping[str, pl.DataFrame]) -> list[str]:

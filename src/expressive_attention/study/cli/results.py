@@ -122,7 +122,7 @@ def export(
 
     Example: ea study export runs/quick --format parquet --format latex
     """
-    from ..analysis.limit import limit_tables
+    from ..analysis.limit import limit_tables, not_measured
     from ..report.export import export_study
     from ..runs.exported import load_results
     from ..runs.store import Store
@@ -139,6 +139,8 @@ def export(
         typer.echo(file)
     if results.unfinished:
         typer.echo(f"{_unfinished(results)}, and not in it", err=True)
+    if missing := not_measured(results, tables):
+        typer.echo(f"its z² limit lacks {plural(len(missing), 'condition')}: {'; '.join(missing)}", err=True)
 
 
 def _unfinished(results: StudyResults) -> str:
