@@ -148,7 +148,7 @@ def _repeated(presets: str) -> str:
         shared = ", ".join(f"{name} {values[name]}" for name in ("basis", "delay", "embed_dim", "heads"))
         for preset, table in (pairs | {"all": pl.concat(pairs.values())}).items():
             mine, baseline = (
-                f"{table[f'solved{end}'].sum()}/{len(table)}, {share(table[f'accuracy{end}'].mean())}"
+                f"{table[f'solved{end}'].sum()}/{len(table)}, {share(float(table[f'accuracy{end}'].to_numpy().mean()))}"
                 for end in ("", "_baseline")
             )
             differences = (table["accuracy"] - table["accuracy_baseline"]).to_list()
@@ -308,7 +308,7 @@ def _limit_bits(preset: str) -> str:
     rows = []
     for condition in seeds["condition"].unique(maintain_order=True):
         mine, z = seeds.filter(condition=condition), heads.filter(condition=condition)["z_99"].to_numpy()
-        cells = [f"{mine[f'{name}_cross_entropy'].mean() / math.log(2):.3f}" for name in models]
+        cells = [f"{mine[f'{name}_cross_entropy'].to_numpy().mean() / math.log(2):.3f}" for name in models]
         rows.append([condition, _quantiles(z), *cells])
     return _table(["condition", _QUANTILES, *models.values()], rows)
 
