@@ -102,6 +102,7 @@ def counted(*studies):
         ("The same task in several presets", ["text_recipe"]),
         ("The field's probes", ["probes"]),
         ("Text", ["text"]),
+        ("Text: positions and heads", ["text_codes", "text"]),
         ("Images", ["vision"]),
     ],
 )
