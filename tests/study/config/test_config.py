@@ -31,7 +31,7 @@ def test_the_quick_preset_compares_what_it_says():
 def test_the_ladder_preset_spells_out_the_defaults():
     text = preset_text("ladder")
     config, _ = load_config("ladder")
-    training = TrainingConfig(initial_gains=(0.0625,))  # which it says
+    training = TrainingConfig(initial_gains=(0.0625, 1.0))  # which it says
     assert (config.model, config.training, config.seeds) == (ModelConfig(), training, SeedsConfig())
     written = tomllib.loads(text)
     for name, model in {"model": ModelConfig, "training": TrainingConfig, "seeds": SeedsConfig}.items():
