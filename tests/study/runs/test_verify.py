@@ -8,14 +8,16 @@ from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.config.toml import tomllib
+from expressive_attention.study.report.export import export_study
 from expressive_attention.study.runs import verify
 from expressive_attention.study.runs.cell_files import sealed
 from expressive_attention.study.runs.environment import environment
+from expressive_attention.study.runs.results import collect
 from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
 from expressive_attention.study.runs.verify import compare, sample_cells, verify_cell
 from expressive_attention.study.training.loop import train_cell
-from tests.study.tiny import TINY, tiny_config
+from tests.study.tiny import TINY, tiny, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_a_cell_is_trained_with_the_threads_it_had(store, trained, monkeypatch):
 def test_a_sample_depends_on_its_seed_alone(store):
     cells, unfinished = finished_cells(store, store.config()[0])
     assert (len(cells), len(unfinished)) == (4, 2)
-    drawn = [[cell.identity for cell in sample_cells(store, 2, seed)] for seed in (0, 0, *range(1, 9))]
+    drawn = [[cell.identity for cell in sample_cells(store.directory, 2, seed)[1]] for seed in (0, 0, *range(1, 9))]
     assert drawn[0] == drawn[1]
     assert len(set(map(tuple, drawn))) > 2
     assert {identity for pair in drawn for identity in pair} == {cell.identity for cell in cells}
@@ -149,3 +151,39 @@ def test_wrong_use_ends_with_one_line(store, tmp_path):
     done = ea(store, "--sample", "4")
     assert done.exit_code == 2
     assert done.stderr == f"ea: {store.path(cells[0]) / 'weights.safetensors'} is missing\n"
+
+
+def test_exported_tables_are_compared_without_weights(store, trained, tmp_path):
+    folder = tmp_path / "tables"
+    for ending in ("parquet", "csv"):
+        export_study(collect(store), folder, [ending])
+        kept, cells = sample_cells(folder, 99, 0)
+        assert {cell.identity for cell in cells} == {cell.identity for cell, _ in trained}
+        assert [verify_cell(cell, kept).differences for cell in cells] == [()] * 4
+    first = (pl.int_range(pl.len()) == 0).cast(pl.Float64)
+    pl.read_csv(folder / "seeds.csv").with_columns(loss=pl.col("loss") + first).write_csv(folder / "seeds.csv")
+    done = ea(Store(folder), "--sample", "99")
+    assert done.exit_code == 1
+    assert done.stdout.count(": seeds: validation by up to 0, also loss  (") == 1
+    assert done.stdout.endswith("\n3 of 4 cells have the same bits\n")
+
+
+@pytest.mark.parametrize(("together", "told"), [(2, True), (1, False)])
+def test_final_seeds_of_an_export_are_those_of_the_setting_it_says(together, told, tmp_path):
+    """Examples of several cells lie in one table without the names of cells, and are not compared."""
+    text = tiny(learning_rates="[1e-2]", mechanisms='["expressive"]', together=str(together))
+    study = Store(tmp_path / "study")
+    study.create(text.replace("{ basis = 4, delay = 2 }", '{ kind = "digits", patch = 4 }')).release()
+    (arm,) = study.config()[0].arms()
+    for cell in arm.final_cells(arm.training.settings[0]):
+        study.save(cell, train_cell(cell))
+    results, folder = collect(study), tmp_path / "tables"
+    confirming = results.seeds.with_columns(pl.col("seed") + 2_000_000, role=pl.lit("confirmation"))
+    export_study(dataclasses.replace(results, seeds=pl.concat([results.seeds, confirming])), folder, ["parquet"])
+    kept, cells = sample_cells(folder, 99, 0)
+    for role, start in (("final", 0), ("confirmation", 2_000_000)):
+        groups = [tuple(range(first, first + together)) for first in range(start, start + 2, together)]
+        assert sorted(cell.seeds for cell in cells if cell.role == role) == groups
+    final = next(cell for cell in cells if cell.role == "final")
+    assert ("examples" not in kept.lacks(final)) is told
+    assert verify_cell(final, kept).differences == ()

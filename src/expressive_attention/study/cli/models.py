@@ -97,23 +97,23 @@ def verify(
 ) -> None:
     """Train some finished cells again, here and with this code, and compare all tables and weights to the bit.
 
-    Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
+    DIR may also be a folder of exported tables, such as results/ladder of the repository; they have no weights to
+    compare. Exit code 0: all are the same. 1: some differ, as may be expected with other versions, another processor or
     another number of threads or device, which are named.
 
     Example: ea study verify runs/quick --sample 5
     """
-    from ..runs.store import Store
     from ..runs.verify import sample_cells, verify_cell
     from ..training.devices import devices
 
     if sample < 1:
         fail(f"--sample must be at least 1, got {sample}")
-    store, differ = Store(directory), 0
+    differ = 0
     with one_line_errors():
         place = devices(device)[0]
-        cells = sample_cells(store, sample, seed, trust=trust)
+        kept, cells = sample_cells(directory, sample, seed, trust=trust)
         for cell in cells:
-            found = verify_cell(cell, store, place)
+            found = verify_cell(cell, kept, place)
             outcome = "; ".join(found.differences) or "same bits"
             typer.echo(f"{cell.identity}  {cell}: {outcome}  ({found.seconds:.0f} s)")
             if found.circumstances:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from ..config.cells import Arm, Cell
 from ..config.condition import Setting
 from ..config.declared import PRIMARY_COMPARISONS
 from ..files import read_parquet
-from ..training.result import TABLES
+from ..training.result import TABLES, CellResult
 from .cell_files import is_duration
-from .results import StudyResults, collect
+from .results import StudyResults, collect, setting_of
 from .store import Store, StoreError
 
-__all__ = ["ABOUT", "about", "load_results", "read_table"]
+__all__ = ["ABOUT", "ExportedCells", "about", "load_results", "read_table"]
 
 ABOUT = "about.json"  # beside the tables: what these do not say
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
@@ -52,6 +53,56 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
         record=config.record() if config.has_files else None, **_about(directory / ABOUT),
     )  # fmt: skip
+
+
+class ExportedCells:
+    """The cells whose rows are in exported tables, which have no trained parameters.
+
+    Args:
+        directory: Folder of the tables.
+        trust: As for `load_results`.
+
+    Raises:
+        StoreError: As `load_results`.
+        ConfigError: Likewise.
+    """
+
+    def __init__(self, directory: Path, *, trust: bool = False) -> None:
+        self._results = load_results(directory, trust=trust)
+
+    def finished(self, arms: Iterable[Arm]) -> list[Cell]:
+        """The cells of these arms of which all seeds are in the tables."""
+        cells: list[Cell] = []
+        for arm in arms:
+            final = self._results.seeds.filter(condition=arm.condition, mechanism=arm.mechanism, role="final")
+            cells += arm.tuning_cells()
+            if len(final):
+                cells += arm.final_cells(setting_of(final)) + arm.confirmation_cells(setting_of(final))
+        return [cell for cell in cells if len(self._rows("seeds", cell)) == len(cell.seeds)]
+
+    def load(self, cell: Cell) -> CellResult:
+        """The result of a cell: its rows, without parameters and time."""
+        return CellResult(**{name: self._rows(name, cell) for name in TABLES}, weights={}, seconds=0.0)
+
+    def lacks(self, cell: Cell) -> set[str]:
+        """The parts of a `CellResult` that the tables do not have of this cell by itself."""
+        examples = self._rows("examples", cell)["example"]
+        is_alone = len(examples) > 0 and not examples.is_duplicated().any()  # else rows of several cells are there
+        return {"weights"} if is_alone else {"weights", "examples"}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Versions and machine with which the study was run."""
+        return self._results.environment
+
+    def _rows(self, name: str, cell: Cell) -> pl.DataFrame:
+        table: pl.DataFrame = getattr(self._results, name)
+        rows = table.filter(
+            condition=cell.condition, mechanism=cell.mechanism, role=cell.role, **cell.setting._asdict()
+        )
+        if "seed" in rows.columns:
+            rows = rows.filter(pl.col("seed").is_in(cell.seeds))
+        return rows.select(*TABLES[name])
 
 
 def about(results: StudyResults) -> dict[str, Any]:

@@ -146,8 +146,8 @@ class Store:
         """
         if self.is_exported:
             raise StoreError(
-                f"{self.directory} has exported tables and no trained models: `ea study report`, `status`, `compare` "
-                "and `export` read them; for all else, pass the run folder, e.g. runs/quick"
+                f"{self.directory} has exported tables and no trained models: `ea study report`, `status`, `compare`, "
+                "`export` and `verify` read them; for all else, pass the run folder, e.g. runs/quick"
             )
 
     def _text(self) -> str:

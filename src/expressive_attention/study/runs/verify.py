@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 import torch
@@ -15,10 +17,13 @@ from ..training.devices import CPU
 from ..training.loop import train_cell
 from ..training.result import CellResult
 from .environment import environment, threads_of
+from .exported import ExportedCells
 from .selection import finished_cells
 from .store import Store, StoreError
 
-__all__ = ["Recheck", "sample_cells", "verify_cell"]
+__all__ = ["Kept", "Recheck", "sample_cells", "verify_cell"]
+
+Kept = Store | ExportedCells  # where results are: with weights, or as tables alone
 
 # The columns that make a row of each table unique.
 _KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
@@ -32,7 +37,7 @@ class Recheck:
     """A cell that was run again.
 
     Attributes:
-        differences: The differences and their sizes, one phrase each; none: all tables and weights are the same.
+        differences: The differences and their sizes, one phrase each; none: all that was kept is the same.
         circumstances: Changes since the cell ran first: versions, processor, threads, device.
         seconds: Time of the second training.
     """
@@ -42,47 +47,55 @@ class Recheck:
     seconds: float
 
 
-def sample_cells(store: Store, count: int, seed: int, *, trust: bool = False) -> list[Cell]:
-    """Up to `count` finished cells of a study, drawn at random.
+def sample_cells(directory: Path, count: int, seed: int, *, trust: bool = False) -> tuple[Kept, list[Cell]]:
+    """Up to `count` finished cells of a study, drawn at random, and where their results are.
 
     Args:
-        store: The study.
+        directory: Folder of the study, or of its exported tables.
         count: Largest number of cells.
         seed: Random seed of the choice.
         trust: Run the study's Python files, which a study that has any needs.
 
     Raises:
-        StoreError: The folder is not a study, or an export, has no finished cell, is of another protocol than this
-            version runs, or has Python files and is not trusted.
+        StoreError: The folder is not a study, has no finished cell, is of another protocol than this version runs, or
+            has Python files and is not trusted.
         ConfigError: Its configuration does not fit.
     """
-    store.check_cells()
+    store = Store(directory)
     config, _ = store.config(trust=trust)
     if config.protocol != PROTOCOL:
         raise StoreError(
-            f"{store.directory} is of protocol {config.protocol}: this version trains by protocol {PROTOCOL}, and "
-            "would find something else"
+            f"{directory} is of protocol {config.protocol}: this version trains by protocol {PROTOCOL}, and would find "
+            "something else"
         )
     if config.has_files and not trust:
-        raise StoreError(f"{store.directory} has tasks or mechanisms in Python files, which --trust runs")
-    cells, _ = finished_cells(store, config)
+        raise StoreError(f"{directory} has tasks or mechanisms in Python files, which --trust runs")
+    kept: Kept
+    if store.is_exported:
+        kept = ExportedCells(directory, trust=trust)
+        cells = kept.finished(config.arms())
+    else:
+        kept, (cells, _) = store, finished_cells(store, config)
     if not cells:
-        raise StoreError(f"{store.directory}: no cell is finished yet")
-    return random.Random(seed).sample(cells, min(count, len(cells)))
+        raise StoreError(f"{directory}: no cell is finished yet")
+    return kept, random.Random(seed).sample(cells, min(count, len(cells)))
 
 
-def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck:
+def verify_cell(cell: Cell, kept: Kept, device: torch.device = CPU) -> Recheck:
     """Train a finished cell again with as many threads as it had, one if that was not kept.
 
     Args:
         cell: The cell.
-        store: Store of its study.
+        kept: Where its result is.
         device: Device to train on.
 
     Raises:
         CorruptCellError: The stored result cannot be read; the message names the file.
     """
-    then, kept = store.about(cell)["environment"], store.load(cell, weights=True)
+    if isinstance(kept, ExportedCells):
+        result, then, lacks = kept.load(cell), kept.environment, kept.lacks(cell)
+    else:
+        result, then, lacks = kept.load(cell, weights=True), kept.about(cell)["environment"], ()
     with threads_of(then):
         again, now = train_cell(cell, device=device), environment(device)
     circumstances = [
@@ -90,16 +103,20 @@ def verify_cell(cell: Cell, store: Store, device: torch.device = CPU) -> Recheck
         for name in dict.fromkeys([*then, *now])
         if then.get(name) != now.get(name)
     ]
-    return Recheck(tuple(compare(kept, again)), tuple(circumstances), again.seconds)
+    return Recheck(tuple(compare(result, again, lacks)), tuple(circumstances), again.seconds)
 
 
-def compare(kept: CellResult, again: CellResult) -> list[str]:
-    """The differences between two results of a cell, and their sizes; NaN equals NaN."""
+def compare(kept: CellResult, again: CellResult, lacks: Collection[str] = ()) -> list[str]:
+    """The differences between two results of a cell, and their sizes; NaN equals NaN, and parts in `lacks` are left out."""
     differences = []
     for table, keys in _KEYS.items():
+        if table in lacks:
+            continue
         before, after = getattr(kept, table), getattr(again, table)
         if not before.equals(after):
             differences.append(f"{table}: {_table_difference(before, after, keys)}")
+    if "weights" in lacks:
+        return differences
     if kept.weights.keys() != again.weights.keys():
         names = sorted(kept.weights.keys() ^ again.weights.keys())
         differences.append(f"weights: only one of the two has {', '.join(names)}")
