@@ -107,7 +107,7 @@ def verify_cell(cell: Cell, kept: Kept, device: torch.device = CPU) -> Recheck:
 
 
 def compare(kept: CellResult, again: CellResult, lacks: Collection[str] = ()) -> list[str]:
-    """The differences between two results of a cell, and their sizes; NaN equals NaN, and parts in `lacks` are left out."""
+    """Differences between two results of a cell, and their sizes; NaN equals NaN. Parts in `lacks` are left out."""
     differences = []
     for table, keys in _KEYS.items():
         if table in lacks:
