@@ -181,7 +181,7 @@ def test_findings_count_and_tell_every_condition():
     assert solved == "On 1 of 2 conditions EA solved more seeds than DPA, on 1 fewer, on 0 equally many."
     assert accuracy == (
         "By the paired difference in accuracy EA is ahead on 1 of 2 conditions, DPA on 0; on 0 no difference is shown. "
-        "1 condition not counted."
+        "1 condition not counted: fewer than 6 pairs of seeds."
     )
     assert missing == "Not compared yet: 1 condition of 3, where EA and DPA have not both finished."
     assert learned == (

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import matplotlib as mpl
@@ -17,6 +18,7 @@ from expressive_attention.study.report.drawing.description import Axis, Note, Po
 from expressive_attention.study.report.drawing.layout import ladder, most_different, narrowed
 from expressive_attention.study.report.drawing.theme import MEAN, SEED, readable_on, styles, wrap
 from expressive_attention.study.report.drawing.with_matplotlib import image
+from expressive_attention.study.report.drawing.with_plotly import plot
 from expressive_attention.study.report.figure import Material
 from expressive_attention.study.report.figures import FIGURES
 from expressive_attention.study.report.files import drawings_of
@@ -285,6 +287,20 @@ def test_labels_break_after_commas_only():
 def test_rows_are_named_by_how_conditions_differ(labels, shared, names):
     panel = condition_rows(labels, Axis("share", (0, 1)), [], ["expressive"])
     assert (panel.y.label, panel.y.ticks) == (shared, names)
+
+
+def test_a_long_common_name_has_lines_that_fit_beside_its_rows():
+    """Of four conditions the name "mixed sum, basis 16, context 20, rope" was cut off at the top."""
+    labels = [f"mixed sum, basis 16, {own}, context 20, rope" for own in ("delays 4 5", "delays 5 6")]
+    panel = condition_rows(labels, Axis("share", (0, 1)), [], ["expressive"])
+    lines = panel.y.label.split("\n")
+    assert (
+        ", ".join(line.rstrip(",") for line in lines).replace("\u00a0", " ") == "mixed sum, basis 16, context 20, rope"
+    )
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 20
+    content = json.loads(str(plot([panel])).partition('json">')[2].partition("</script>")[0])
+    assert content["layout"]["yaxis"]["title"]["text"] == "<br>".join(lines)
 
 
 @pytest.mark.parametrize("mechanisms", [MECHANISMS[:2], MECHANISMS[:4], MECHANISMS])

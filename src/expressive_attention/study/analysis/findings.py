@@ -133,8 +133,9 @@ def _counts(compared: list[Comparison]) -> list[str]:
     leaders = [comparison.leader for comparison in compared]
     ahead, behind = leaders.count(first.candidate.mechanism), leaders.count(first.baseline.mechanism)
     neither = sum(comparison.verdict == "neither learned" for comparison in compared)
-    uncounted = sum(comparison.verdict == "not counted" for comparison in compared)
-    rest = leaders.count(None) - neither - uncounted
+    uncounted = [comparison.untested for comparison in compared if comparison.verdict == "not counted"]
+    rest = leaders.count(None) - neither - len(uncounted)
+    why = f": {uncounted[0]}" if len(set(uncounted)) == 1 else ""
     solved = (
         f"On {more} of {total} {candidate} solved more seeds than {baseline}, on {fewer} fewer, "
         f"on {margins.count(0)} equally many."
@@ -143,7 +144,7 @@ def _counts(compared: list[Comparison]) -> list[str]:
         f"By the paired difference in accuracy {candidate} is ahead on {ahead} of {total}, "
         f"{baseline} on {behind}; on {rest} no difference is shown."
         + (f" On {neither} neither learned." if neither else "")
-        + (f" {plural(uncounted, 'condition')} not counted." if uncounted else "")
+        + (f" {plural(len(uncounted), 'condition')} not counted{why}." if uncounted else "")
     )
     return [solved, accuracy]
 

@@ -20,7 +20,7 @@ from .drawing.layout import MOST_CONDITIONS, most_different
 from .drawing.theme import DARK, MUTED, PREDICTORS, css_color
 from .figure import Material
 from .files import archive_link, drawings_of, save_figures
-from .tables import duration, findings_table, numbered_tables, opening_table
+from .tables import cross_entropy_table, duration, findings_table, numbered_tables, opening_table
 
 __all__ = ["write_report"]
 
@@ -65,6 +65,7 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
         overview=overview(results),
         findings=findings_by_condition(results),
         compared=findings_table(results) if material.compared else None,
+        cross_entropies=cross_entropy_table(results),
         charts=charts,
         chart_numbers={chart.name: number for number, chart in enumerate(charts, 1)},
         predictor_names={fact: name for fact, (name, _, _, _) in PREDICTORS.items()},

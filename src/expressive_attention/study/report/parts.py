@@ -39,6 +39,7 @@ __all__ = [
 SHARE_RANGE = (-0.03, 1.03)  # a share, with room for marks at both ends
 BOOTSTRAP = f"{LEVEL:.0%} bootstrap interval (none below {MINIMUM_FOR_INTERVAL} seeds or where all are equal)"
 ORDERED = "Tasks are ordered by the size of their state space in bits, equally spaced."
+_LETTERS = 15  # of the title of a vertical axis in an inch of it
 ENDS = {"low": pl.Float64, "high": pl.Float64}
 SOLVED = {"mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64, "share": pl.Float64}
 PLACE = {"condition": pl.String, "model": pl.String, "task": pl.String, "bits": pl.Float64}
@@ -53,7 +54,8 @@ def condition_rows(labels: Sequence[str], along: Axis, parts: Iterable[Part], me
     names = [wrap(label) for label in own]
     rules = [Rule(boundary - 0.5, "y", GRID) for boundary in range(1, len(labels))]
     height = max(0.5, 0.1 + 0.14 * max(map(len, names)), slot_height(mechanisms)) * len(labels)
-    return Panel("", along, Axis(shared, (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
+    title = "\n".join(wrap(shared, max(20, int(_LETTERS * height))))  # a longer one would be cut off
+    return Panel("", along, Axis(title, (len(labels) - 0.5, -0.5), names), [*rules, *parts], height)
 
 
 def tasks_axis(tasks: Sequence[Sequence[str]]) -> Axis:

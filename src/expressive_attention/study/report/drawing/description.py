@@ -131,7 +131,7 @@ class Axis:
     """One axis of a panel.
 
     Attributes:
-        label: Its title.
+        label: Its title; lines are separated by line feeds.
         limits: Its ends, from left to right and from bottom to top; None: those of the cells.
         ticks: Lines of the names at 0, 1, 2, ...; None: numbers.
         step: Distance of numbers; None: any.

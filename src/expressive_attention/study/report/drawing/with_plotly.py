@@ -65,7 +65,7 @@ def _has_text_above(panel: Panel) -> bool:
 def _axis(axis: Axis) -> dict[str, Any]:
     """An axis in the style of the page; touch scrolls the page, not the plot."""
     found: dict[str, Any] = {
-        "title": {"text": _escaped(axis.label), "standoff": 8},
+        "title": {"text": _escaped(axis.label).replace("\n", "<br>"), "standoff": 8},
         "fixedrange": True,
         "gridcolor": GRID,
         "linecolor": MUTED,
