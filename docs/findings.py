@@ -8,6 +8,8 @@ whether the pages hold what results/ says. KIND is one of:
     comparisons   a row per condition: EA against DPA, by accuracy
     bits          the same by the cross-entropy in bits
     bits_by_seed  of several presets, the same with the lowest and the highest seed in the place of an interval
+    bits_by_mechanism
+                  likewise, a row per mechanism, a column per condition
     repeated      of several presets, the conditions (task and model) that more than one of them has, in each and in all
     examples      the same where all seeds share their data: on the test and on the validation examples
     pairs         a row per pair of weight functions of one shape, a column per condition
@@ -140,7 +142,7 @@ def _repeated(presets: str) -> str:
     for conditions in found.values():
         if len(conditions) < 2:
             continue
-        pairs = {preset: _pairs_of_seeds(preset, each.label) for preset, each in conditions.items()}
+        pairs = {preset: _pairs_of_seeds(preset, each.label, "expressive") for preset, each in conditions.items()}
         facts = next(iter(conditions.values()))
         values = {**facts.task, **facts.model}
         shared = ", ".join(f"{name} {values[name]}" for name in ("basis", "delay", "embed_dim", "heads"))
@@ -158,10 +160,10 @@ def _repeated(presets: str) -> str:
     return _table(head, rows)
 
 
-def _pairs_of_seeds(preset: str, condition: str) -> pl.DataFrame:
-    """A row per final seed of EA, with the columns of DPA named ``..._baseline``."""
+def _pairs_of_seeds(preset: str, condition: str, mechanism: str) -> pl.DataFrame:
+    """A row per final seed, with the columns of DPA named ``..._baseline``."""
     final = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="final", condition=condition)
-    mine, baseline = (final.filter(mechanism=name) for name in ("expressive", "dot_product"))
+    mine, baseline = (final.filter(mechanism=name) for name in (mechanism, "dot_product"))
     return mine.join(baseline, on="seed", suffix="_baseline", validate="1:1")
 
 
@@ -246,13 +248,27 @@ def _bits_by_seed(presets: str) -> str:
     for preset in presets.split():
         for condition, found in by_condition(preset):
             ea, dpa = found["expressive"], found["dot_product"]
-            rows.append([condition, bits(ea), bits(dpa), _of_seeds(preset, condition), str(ea["n"])])
+            rows.append([condition, bits(ea), bits(dpa), _of_seeds(preset, condition, "expressive"), str(ea["n"])])
     return _table(head, rows)
 
 
-def _of_seeds(preset: str, condition: str) -> str:
-    """EA's mean difference from DPA in bits, and the lowest and highest of a seed, ``-.012 (-.030 to +.004)``."""
-    pairs = _pairs_of_seeds(preset, condition)
+def _bits_by_mechanism(preset: str) -> str:
+    conditions = by_condition(preset)
+    rows = []
+    for mechanism in conditions[0][1]:
+        cells = [
+            bits(found[mechanism])
+            + ("" if mechanism == "dot_product" else f"; {_of_seeds(preset, condition, mechanism)}")
+            for condition, found in conditions
+        ]
+        rows.append([mechanism_name(mechanism), *cells])
+    _, names = divided([condition for condition, _ in conditions])
+    return _table(["bits; minus DPA (lowest to highest seed)", *names], rows)
+
+
+def _of_seeds(preset: str, condition: str, mechanism: str) -> str:
+    """The mean difference from DPA in bits, and the lowest and highest of a seed, ``-.012 (-.030 to +.004)``."""
+    pairs = _pairs_of_seeds(preset, condition, mechanism)
     differences = (pairs["cross_entropy"] - pairs["cross_entropy_baseline"]).to_numpy() / math.log(2)
     return f"{signed(differences.mean())} ({signed(differences.min())} to {signed(differences.max())})"
 
@@ -311,7 +327,7 @@ def _quantiles(z: np.ndarray[Any, Any]) -> str:
 
 def _trends(preset: str) -> str:
     conditions = load_results(ROOT / "results" / preset).conditions
-    pairs = [_pairs_of_seeds(preset, each.label) for each in conditions]
+    pairs = [_pairs_of_seeds(preset, each.label, "expressive") for each in conditions]
     margins = np.array([(each["accuracy"] - each["accuracy_baseline"]).to_numpy() for each in pairs])
     bases = [each.task["basis"] if each.task["kind"] == "nt" else 0 for each in conditions]
     widths = [each.model["embed_dim"] for each in conditions]
@@ -347,6 +363,7 @@ _KINDS: dict[str, Callable[[str], str]] = {
     "examples": _examples,
     "bits": _bits,
     "bits_by_seed": _bits_by_seed,
+    "bits_by_mechanism": _bits_by_mechanism,
     "pairs": _pairs,
     "gains": _gains,
     "gains_bits": _gains_bits,

@@ -103,6 +103,7 @@ def counted(*studies):
         ("The field's probes", ["probes"]),
         ("Text", ["text"]),
         ("Text: positions and heads", ["text_codes", "text"]),
+        ("Text: the parts of EA", ["text_mechanisms"]),
         ("Images", ["vision"]),
     ],
 )
@@ -122,7 +123,7 @@ def test_the_first_table_has_the_numbers_of_the_others():
     assert len(of_protocol_3) > 6
     evidence = "".join(FILLED.findall(TEXT))
     for line in of_protocol_3:
-        told = re.sub(r"; on mixtures .*|Heads of 16: .*?\(protocol 2\)", "", line)
+        told = re.sub(r"; on mixtures .*", "", line)
         assert unknown(told, evidence) == set()
         assert counts(told) - counts(evidence) - counted("ladder", "probes", "optimization") == set()
 
@@ -156,7 +157,6 @@ def test_the_readme_has_the_numbers_of_the_findings():
     ("heading", "studies"),
     [
         ("Several tasks at once", ["multitask"]),
-        ("Text with narrow heads", ["language"]),
     ],
 )
 def test_every_condition_is_told_as_it_was_found(heading, studies):
@@ -171,22 +171,6 @@ def test_every_condition_is_told_as_it_was_found(heading, studies):
         ends = f"({tables.signed(best['difference_low'])} to {tables.signed(best['difference_high'])})"
         assert difference == f"{tables.signed(best['difference'])} {ends}"
         assert p == tables.probability(best["p"])
-
-
-def test_bits_per_byte_are_told_as_they_were_found():
-    seeds = pl.read_parquet(ROOT / "results" / "language" / "seeds.parquet").filter(pl.col("role") == "final")
-
-    def bits(position, mechanism):
-        found = seeds.filter(pl.col("condition").str.ends_with(position), pl.col("mechanism") == mechanism)
-        return f"{found['cross_entropy'].mean() / math.log(2):.2f}"
-
-    ea, dpa = ({position: bits(position, x) for position in ("rope", "learned")} for x in ("expressive", "dot_product"))
-    text = " ".join(TEXT.split())
-    assert f"Heads of 16: {ea['rope']} bits against {dpa['rope']} (protocol 2) |" in text
-    assert (
-        f"DPA needs {dpa['rope']} bits per byte where EA needs {ea['rope']} with rotary positions, "
-        f"and {dpa['learned']} against {ea['learned']} with learned ones."
-    ) in text
 
 
 def test_the_error_of_the_procedure_is_told_as_it_was_found():
