@@ -1,7 +1,6 @@
 """The numbers in docs/findings.md are those in results/."""
 
 import importlib.util
-import math
 import re
 from pathlib import Path
 

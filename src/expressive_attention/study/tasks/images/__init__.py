@@ -1,0 +1,1 @@
+"""Real images that a small vision transformer names, read as a sequence of patches."""
