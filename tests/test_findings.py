@@ -172,6 +172,10 @@ def test_every_condition_is_told_as_it_was_found(heading, studies):
         assert p == tables.probability(best["p"])
 
 
+def test_the_results_are_small_enough_for_every_clone():
+    assert sum(path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()) <= 6_000_000
+
+
 def test_the_error_of_the_procedure_is_told_as_it_was_found():
     results = load_results(ROOT / "results" / "calibration")
     compared = comparisons(results)

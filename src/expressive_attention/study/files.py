@@ -24,9 +24,18 @@ def read_parquet(path: Path) -> pl.DataFrame:
         return pl.read_parquet(path)
 
 
-def parquet(table: pl.DataFrame) -> bytes:
-    """The content of a table's file. Written by polars itself, a full disk would not be an `OSError`."""
-    table.write_parquet(content := BytesIO())
+def parquet(table: pl.DataFrame, *, dense: bool = False) -> bytes:
+    """The content of a table's file. Written by polars itself, a full disk would not be an `OSError`.
+
+    Args:
+        table: The table.
+        dense: Compress it as far as possible: a fifth smaller than otherwise, and seconds for a large one.
+    """
+    content = BytesIO()
+    if dense:
+        table.write_parquet(content, compression="brotli", compression_level=11)
+    else:
+        table.write_parquet(content)
     return content.getvalue()
 
 

@@ -134,7 +134,7 @@ def export_study(
         if "csv" in formats:
             files[f"{name}.csv"] = table.write_csv().encode()
         if "parquet" in formats:
-            files[f"{name}.parquet"] = parquet(table)
+            files[f"{name}.parquet"] = parquet(table, dense=True)
     if "latex" in formats:
         files[_LATEX_FILE] = latex_table(results).encode()
     directory.mkdir(parents=True, exist_ok=True)
