@@ -290,7 +290,7 @@ def test_rows_are_named_by_how_conditions_differ(labels, shared, names):
 
 
 def test_a_long_common_name_has_lines_that_fit_beside_its_rows():
-    """Of four conditions the name "mixed sum, basis 16, context 20, rope" was cut off at the top."""
+    """The name "mixed sum, basis 16, context 20, rope" of four conditions was cut off at the top."""
     labels = [f"mixed sum, basis 16, {own}, context 20, rope" for own in ("delays 4 5", "delays 5 6")]
     panel = condition_rows(labels, Axis("share", (0, 1)), [], ["expressive"])
     lines = panel.y.label.split("\n")

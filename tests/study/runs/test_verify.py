@@ -165,7 +165,7 @@ def test_exported_tables_are_compared_without_weights(store, trained, tmp_path):
     done = ea(Store(folder), "--sample", "99")
     assert done.exit_code == 1
     assert done.stdout.count(": seeds: validation by up to 0, also loss  (") == 1
-    assert done.stdout.endswith("\n3 of 4 cells have the same bits\n")
+    assert done.stdout.endswith("\n3 of 4 cells have the same bits in their tables; an export has no weights\n")
 
 
 @pytest.mark.parametrize(("together", "told"), [(2, True), (1, False)])

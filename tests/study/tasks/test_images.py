@@ -36,7 +36,7 @@ def data_of(task):
 
 
 def read(image, patch):
-    """What the model reads of an image: patches row by row, the pixels of each row by row, and the class token."""
+    """The input of the model for an image: patches row by row, the pixels of each row by row, and the class token."""
     side = len(image)
     mean, deviation = SCALES[side]
     corners = [(top, left) for top in range(0, side, patch) for left in range(0, side, patch)]

@@ -103,6 +103,7 @@ def verify(
 
     Example: ea study verify runs/quick --sample 5
     """
+    from ..runs.exported import ExportedCells
     from ..runs.verify import sample_cells, verify_cell
     from ..training.devices import devices
 
@@ -120,7 +121,8 @@ def verify(
                 typer.echo(f"  not as it was: {'; '.join(found.circumstances)}")
             differ += bool(found.differences)
     have = "has" if len(cells) == 1 else "have"
-    typer.echo(f"{len(cells) - differ} of {plural(len(cells), 'cell')} {have} the same bits")
+    where = " in their tables; an export has no weights" if isinstance(kept, ExportedCells) else ""
+    typer.echo(f"{len(cells) - differ} of {plural(len(cells), 'cell')} {have} the same bits{where}")
     if differ:
         raise typer.Exit(1)
 
