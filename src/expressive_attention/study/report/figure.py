@@ -15,7 +15,7 @@ from ..runs.results import StudyResults
 from ..words import listed
 from .attention import AttentionMap
 from .drawing.description import Drawing
-from .drawing.layout import finished_conditions, narrowed
+from .drawing.layout import finished_conditions, ladder, narrowed
 from .drawing.theme import Style, styles
 
 __all__ = ["Material", "ReportFigure"]
@@ -74,6 +74,13 @@ class Material:
     def pairs(self) -> str:
         """``"n = 8 per condition"``, of pairs of seeds."""
         return f"n\u00a0=\u00a0{_range([len(found.differences) for found in self.compared])} per condition"
+
+    @property
+    def ordered(self) -> str:
+        """A sentence on the order of the tasks, if there are several."""
+        if len(ladder(self.shown).tasks) < 2:
+            return ""
+        return " Tasks are ordered by the size of their state space in bits, equally spaced."
 
     def shown_note(self, shown: int, name: str) -> str:
         """A sentence on the number of conditions that a figure shows, if not all; `name` is the figure's."""

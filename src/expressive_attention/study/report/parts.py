@@ -22,7 +22,6 @@ from .figure import Material
 __all__ = [
     "BOOTSTRAP",
     "ENDS",
-    "ORDERED",
     "PLACE",
     "SHARE_RANGE",
     "SOLVED",
@@ -38,7 +37,6 @@ __all__ = [
 
 SHARE_RANGE = (-0.03, 1.03)  # a share, with room for marks at both ends
 BOOTSTRAP = f"{LEVEL:.0%} bootstrap interval (none below {MINIMUM_FOR_INTERVAL} seeds or where all are equal)"
-ORDERED = "Tasks are ordered by the size of their state space in bits, equally spaced."
 _LETTERS = 15  # of the title of a vertical axis in an inch of it
 ENDS = {"low": pl.Float64, "high": pl.Float64}
 SOLVED = {"mechanism": pl.String, "solved": pl.Int64, "seeds": pl.Int64, "share": pl.Float64}

@@ -1,4 +1,4 @@
-"""Accuracy against complexity: one panel per model, one column per task."""
+"""Accuracy: one panel per model, one column per task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..drawing.description import Axis, Drawing, Group, Panel, Part, Points, Ref
 from ..drawing.layout import finished_conditions, ladder
 from ..drawing.theme import GRID, MEAN, PREDICTORS, SEED, crowding, dodge, predictors_of, spread
 from ..figure import Material, ReportFigure
-from ..parts import BOOTSTRAP, ENDS, ORDERED, SHARE_RANGE, ends, tasks_axis
+from ..parts import BOOTSTRAP, ENDS, SHARE_RANGE, ends, tasks_axis
 
 __all__ = ["FIGURE"]
 
@@ -36,7 +36,8 @@ def _draw(material: Material) -> Drawing:
     return Drawing(
         alternative=f"Held-out accuracy of {material.names} on each task, by state space. Numbers: table 1.",
         note=(
-            f"Small marks: one seed each ({material.seeds}). Large marks: mean over seeds with {BOOTSTRAP}. {ORDERED}"
+            f"Small marks: one seed each ({material.seeds}). Large marks: mean over seeds with {BOOTSTRAP}."
+            f"{material.ordered}"
         ),
         groups=[Group("", panels)],
         selected=material.shown_note(len(finished_conditions(results)), "accuracy"),
@@ -118,4 +119,4 @@ def _table(material: Material) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=columns | {"seed": pl.Int64, "accuracy": pl.Float64} | ENDS)
 
 
-FIGURE = ReportFigure(30, "Accuracy against complexity", _draw, _table)
+FIGURE = ReportFigure(30, "Accuracy by task", _draw, _table)

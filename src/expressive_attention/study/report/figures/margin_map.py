@@ -10,7 +10,7 @@ from ..drawing.description import Drawing, Group
 from ..drawing.layout import finished_conditions, ladder
 from ..drawing.theme import AHEAD, BEHIND
 from ..figure import Material, ReportFigure
-from ..parts import ENDS, ORDERED, PLACE, ends, map_panel, place_in_map
+from ..parts import ENDS, PLACE, ends, map_panel, place_in_map
 
 __all__ = ["FIGURE"]
 
@@ -51,7 +51,7 @@ def _draw(material: Material) -> Drawing | None:
             f"Mean accuracy of {names} minus that of DPA over pairs of seeds ({material.pairs}). "
             f"Blue: {names} better; orange: DPA better. Star: p < {SIGNIFICANCE:g} in the sign-flip test of the paired "
             "differences, adjusted over the family of comparisons (Holm), and "
-            f"{SMALLEST_EFFECT:g} or more. {ORDERED}"
+            f"{SMALLEST_EFFECT:g} or more.{material.ordered}"
         ),
         groups=[Group("", panels)],
         selected=material.shown_note(len(finished_conditions(material.shown)), "margin_map"),
@@ -78,4 +78,4 @@ def _table(material: Material) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=PLACE | columns | {"pairs": pl.Int64, "ahead": pl.String})
 
 
-FIGURE = ReportFigure(10, "Margin by complexity and model", _draw, _table)
+FIGURE = ReportFigure(10, "Margin by task and model", _draw, _table)

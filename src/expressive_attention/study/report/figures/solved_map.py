@@ -11,7 +11,7 @@ from ..drawing.description import Drawing, Group
 from ..drawing.layout import finished_conditions, ladder
 from ..drawing.theme import SHARE
 from ..figure import Material, ReportFigure
-from ..parts import ORDERED, PLACE, SOLVED, map_panel, place_in_map, solved_of
+from ..parts import PLACE, SOLVED, map_panel, place_in_map, solved_of
 
 __all__ = ["FIGURE"]
 
@@ -40,7 +40,7 @@ def _draw(material: Material) -> Drawing:
         alternative=f"Share of seeds solved by {material.names} for each model and task. Numbers: table 1.",
         note=(
             f"Seeds that solved the task, of all ({material.seeds}); full green: all. Intervals: {LEVEL:.0%} "
-            f"Wilson, in table 1. {ORDERED}"
+            f"Wilson, in table 1.{material.ordered}"
         ),
         groups=[Group("", panels)],
         selected=material.shown_note(len(finished_conditions(material.shown)), "solved_map"),
@@ -58,4 +58,4 @@ def _table(material: Material) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=PLACE | SOLVED)
 
 
-FIGURE = ReportFigure(20, "Seeds solved by complexity and model", _draw, _table)
+FIGURE = ReportFigure(20, "Seeds solved by task and model", _draw, _table)
