@@ -94,7 +94,7 @@ def counted(*studies):
         ("Positions", ["positions"]),
         ("The recipe of text on these tasks", ["text_recipe"]),
         ("What makes the difference", ["geometry_ablation"]),
-        ("The z² limit", []),
+        ("The z² limit", ["probes"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
         ("Size of the model", ["model_size"]),
