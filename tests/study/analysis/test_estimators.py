@@ -361,7 +361,7 @@ def test_two_errors_add_in_quadrature_and_keep_their_skew():
     reach = stats.norm.ppf(0.975) * 0.1
     assert (found.low, found.high) == pytest.approx((0.5 - np.hypot(0.3, reach), 0.5 + np.hypot(0.1, reach)))
     assert wider(0.5, Interval(0.2, 0.6), 0.0) == Interval(pytest.approx(0.2), pytest.approx(0.6))
-    assert wider(0.5, None, 0.1).high == pytest.approx(0.5 + reach)
+    assert wider(0.5, Interval(0.5, 0.5), 0.1).high == pytest.approx(0.5 + reach)
 
 
 def test_both_errors_are_covered(few_resamples):

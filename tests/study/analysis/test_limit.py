@@ -1,7 +1,10 @@
 """The limit of small scores: quantiles and measures of trained models, and what z^2 does to them."""
 
+import errno
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -206,6 +209,19 @@ def test_a_damaged_file_is_measured_again_and_another_share_as_well(run):
     seeds.unlink()  # as where the command was killed before it was written
     assert limit_tables(collect(run), run) == {}
     assert CliRunner().invoke(app, arguments).stdout == first.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(run, tmp_path, monkeypatch):
+    def fails(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    folder = tmp_path / "run"
+    shutil.copytree(run.directory, folder, ignore=shutil.ignore_patterns("limit"))
+    monkeypatch.setattr(limit.tempfile, "TemporaryFile", fails)
+    monkeypatch.setattr(limit, "limit_of", lambda *_: pytest.fail("a cell is measured"))
+    done = CliRunner().invoke(app, ["study", "limit", str(folder)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"ea: {folder / 'limit'} cannot be written: Read-only file system"
 
 
 def test_sentences_say_how_many_seeds_diverged(trained):

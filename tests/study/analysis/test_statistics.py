@@ -332,6 +332,9 @@ def test_with_fixed_data_the_drawing_of_test_examples_counts():
     assert diverged.cross_entropy_difference is diverged.cross_entropy_interval is None
     (plain,) = comparisons(paired([1.0] * 8, [0.5] * 8))
     assert plain.example_interval is None
+    for count in (5, 6):  # few seeds may be alike by chance: the drawing of examples alone makes no interval
+        (small,) = comparisons(replace(unknown, seeds=unknown.seeds.filter(pl.col("seed") < count)))
+        assert (small.example_interval is None) is (count < 6), count
 
 
 def test_fixed_data_of_one_test_example_are_not_counted():

@@ -1,5 +1,6 @@
 """The command ``ea`` starts with what its help and completion need, whichever way it is called."""
 
+import json
 import os
 import re
 import shlex
@@ -10,12 +11,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from expressive_attention.study.cli.app import app
 from expressive_attention.study.cli.common import print_table
 from expressive_attention.study.config.presets import preset_names, preset_text
-from expressive_attention.study.report.export import FORMATS
+from expressive_attention.study.report.export import FORMATS, export_study
 from expressive_attention.study.runs.loggers import LOGGERS
+from tests.study.report_data import make_condition, results_of, seed_row
+from tests.study.tiny import tiny
 
 HEAVY = {"torch", "numpy", "scipy", "polars", "matplotlib"}
 
@@ -129,3 +133,23 @@ def test_a_terminal_gets_all_of_a_label_too(monkeypatch, capsys):
     table.add_row("x" * 50)
     print_table(table)
     assert sum(line.count("x") for line in capsys.readouterr().out.splitlines()) == 50
+
+
+@pytest.mark.parametrize("gains", [(0.0625,), (0.0625, 1.0)])
+def test_status_has_the_gain_that_was_chosen_where_several_were_tried(gains, tmp_path):
+    condition = make_condition(4, 2, "rope")
+    rows = [seed_row(condition.label, "expressive", seed, 0.5, initial_gain=0.0625) for seed in range(2)]
+    text = tiny(warmup=f"5\ninitial_gains = {list(gains)}")
+    export_study(results_of(rows, [condition], config=text), tmp_path, ["csv"])
+    heading, first, second, _ = CliRunner().invoke(app, ["study", "status", str(tmp_path)]).stdout.splitlines()
+    shown = ["gain"] if len(gains) > 1 else []
+    assert re.split(" {2,}", heading.strip()) == [
+        *("condition", "mechanism", "learning rate"), *shown, *("seeds", "solved", "mean accuracy")
+    ]  # fmt: skip
+    chosen = ["0.01", *(["0.0625"] if shown else [])]
+    assert re.split(" {2,}", first.strip()) == [condition.label, "expressive", *chosen, "2 of 2", "0", "0.5000"]
+    assert re.split(" {2,}", second.strip()) == [condition.label, "dot_product", "0 of 2", "0"]
+    cells = json.loads(CliRunner().invoke(app, ["study", "status", str(tmp_path), "--json"]).stdout)["cells"]
+    assert [(cell["condition"], cell["initial_gain"]) for cell in cells] == [
+        (condition.label, 0.0625), (condition.label, None)
+    ]  # fmt: skip

@@ -49,6 +49,11 @@ def test_a_claim_is_one_that_has_a_file(name):
     ("replaced", "words"),
     [
         ({"steps": "0"}, ["training.steps", "greater than or equal to 1", "got 0"]),
+        ({"learning_rates": "[0.1, 1e308]"}, ["training.learning_rates.1: must be less than or equal to 1000000000"]),
+        ({"warmup": "5\ninitial_gains = [1e308]"}, ["training.initial_gains.0: must be less", "got 1e+308"]),
+        ({"warmup": "5\nweight_decay = 1e308"}, ["training.weight_decay: must be less", "got 1e+308"]),
+        ({"embed_dim": "8\nembedding_std = 1e308"}, ["model.embedding_std: must be less", "got 1e+308"]),
+        ({"embed_dim": "8\nembedding_shift = -1e308"}, ["model.embedding_shift: must be greater", "got -1e+308"]),
         ({"embed_dim": "7"}, ["model", "rope needs an even", "7"]),
         ({"learning_rates": "[]"}, ["training.learning_rates"]),
         ({"learning_rates": "[0.1, 0.1]"}, ["training.learning_rates", "differ"]),

@@ -125,8 +125,8 @@ def test_what_cannot_be_exported_ends_with_one_line(tmp_path, few):
     for arguments, line in (
         ([tmp_path / "empty"], "ea: no cell is finished yet: there is nothing to export\n"),
         (
-            [tmp_path / "nothing"],
-            f"ea: {tmp_path / 'nothing'} is not a study: it has no config.toml; pass the run folder, e.g. runs/quick\n",
+            [nothing := tmp_path / "nothing"],
+            f"ea: {nothing} is not a study: the path does not exist; pass the run folder, e.g. runs/quick\n",
         ),
         ([tmp_path / "empty", "-f", "xlsx"], "ea: format must be one of ['csv', 'parquet', 'latex'], got 'xlsx'\n"),
     ):

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from expressive_attention.study.analysis.comparisons import comparisons
+from expressive_attention.study.config.load import parse_config
 from expressive_attention.study.report.page import write_report
-from expressive_attention.study.report.tables import cross_entropy_table
+from expressive_attention.study.report.tables import cross_entropy_table, numbered_tables
 from tests.study.report_data import MECHANISMS, make_condition, results_of, seed_row
+from tests.study.tiny import tiny
 
 
 @pytest.mark.parametrize("mechanisms", [MECHANISMS, (*MECHANISMS, "squared")])
@@ -45,3 +47,19 @@ def test_the_page_has_bits_where_data_are_fixed(tmp_path):
         made = replace(condition, facts=condition.facts | {"fixed_data": is_fixed})
         pages.append(write_report(results_of(rows, [made]), tmp_path / str(is_fixed)).read_text())
     assert ["Bits per prediction" in page for page in pages] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (tiny(task="{ basis = 16, delay = 5 }"), "16"),
+        (tiny(task="{ basis = 16, delay = 5 }", test_sequences="3000"), "3,000"),
+        (tiny(task='{ kind = "language", context = 8 }'), "16"),
+        (tiny(task='{ kind = "digits" }', test_sequences="3000"), "540"),  # all that there are
+    ],
+)
+def test_the_number_of_test_sequences_is_that_of_the_configuration(text, shown):
+    """It was 2,048 for all tasks."""
+    worth = numbered_tables(results_of([], parse_config(text, "tiny").conditions()))["worth"]
+    place = [column.heading for column in worth.columns].index("Test\nsequences")
+    assert [row[place].text for row in worth.rows] == [shown]

@@ -69,6 +69,35 @@ def test_an_export_without_its_configuration_says_what_it_needs(study, tmp_path)
         load_results(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_name_of_a_folder_is_no_pattern(study, ending, tmp_path):
+    """``e[1]`` matched no file, and ``e*`` those of other studies as well."""
+    for name in ("e[1]", "e*", "e1"):
+        export_study(study, tmp_path / name, [ending])
+        assert load_results(tmp_path / name).seeds.height == study.seeds.height
+
+
+def test_facts_are_those_that_were_exported(study, tmp_path):
+    """The text of another Python has other facts."""
+    export_study(study, tmp_path, ["parquet"])
+    about = tmp_path / "about.json"
+    content = json.loads(about.read_text())
+    label = study.conditions[0].label
+    content["facts"][label]["majority"] = 0.125
+    about.write_text(json.dumps(content))
+    assert load_results(tmp_path).conditions[0].facts["majority"] == 0.125
+    del content["facts"][label]  # as an older export
+    about.write_text(json.dumps(content))
+    assert load_results(tmp_path).conditions == study.conditions
+
+
+def test_rows_that_are_there_twice_are_named(study, tmp_path):
+    export_study(study, tmp_path, ["csv"])
+    pl.concat([study.curves, study.curves.head(1)]).write_csv(tmp_path / "curves.csv")
+    with pytest.raises(StoreError, match="the table of curves has a row twice"):
+        load_results(tmp_path)
+
+
 def test_a_table_that_is_none_is_named(study, tmp_path):
     export_study(study, tmp_path, ["parquet"])
     (tmp_path / "seeds.parquet").write_bytes(b"PAR1")
@@ -86,6 +115,8 @@ def test_a_table_that_is_none_is_named(study, tmp_path):
         ('{"unfinished": [3]}', "about.json is not what `ea study export` writes"),
         ('{"environment": {"torch": 2}}', "about.json is not what `ea study export` writes"),
         ('{"seconds": NaN}', "about.json is not what `ea study export` writes"),
+        ('{"environment": {"threads": "999999"}}', "about.json is not what `ea study export` writes"),
+        ('{"facts": {"a": {"complexity": "high"}}}', "about.json is not what `ea study export` writes"),
     ],
 )
 def test_a_damaged_account_of_the_study_is_named(study, content, said, tmp_path):
@@ -173,6 +204,10 @@ def test_status_and_export_read_an_export(study, tmp_path):
         (pl.lit(None, pl.Int64).alias("steps"), "a row has no steps"),
         (pl.lit(0).alias("seed"), "a seed is there twice"),
         (pl.col("learning_rate") + pl.col("seed"), "final seeds ran at several learning rates"),
+        (pl.lit("other").alias("condition"), "config.toml has no other, expressive, "),
+        (pl.lit("checked").alias("role"), "config.toml has no .*, checked"),
+        (pl.col("seed") + 100, "config.toml has no seed \\d+ of "),
+        (pl.lit(9.0).alias("initial_gain"), "config.toml has no learning rate .*, gain 9"),
     ],
 )
 def test_seeds_that_a_hand_has_changed_are_named(study, changed, said, tmp_path):

@@ -98,6 +98,7 @@ def test_status_in_the_form_that_scripts_rely_on(undisturbed):
         assert (c["position"], c["seeds"], c["done"], c["solved"]) == ("rope", 2, True, own["solved"].sum())
         assert c["accuracy_mean"] == pytest.approx(own["accuracy"].mean())
         assert (c["task"]["basis"], c["task"]["delay"]) == (4, 2)
+        assert (c["condition"], c["initial_gain"]) == ("sum, basis 4, delay 2, rope", 1.0)
     assert "all cells are finished" in ea("study", "status", directory, check=0).stdout
 
 

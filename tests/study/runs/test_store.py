@@ -132,10 +132,15 @@ def test_a_damaged_file_is_named_and_never_read(store, trained, name, how):
 
 
 def test_folders_that_are_no_study_are_refused(tmp_path, store):
-    with pytest.raises(StoreError, match=r"nothing is not a study: it has no config\.toml"):
-        Store(tmp_path / "nothing").config()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for path, lack in (
+        (tmp_path / "nothing", "the path does not exist"),
+        (tmp_path / "full" / "thesis.txt", "it is a file"),
+        (tmp_path / "full", r"it has no config\.toml"),
+    ):
+        with pytest.raises(StoreError, match=f"{path.name} is not a study: {lack}; pass the run folder, e.g. "):
+            Store(path).config()
     with pytest.raises(StoreError, match="not empty and not a study"):
         Store(tmp_path / "full").create(TINY)
     with pytest.raises(StoreError, match="is not a directory"):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import polars as pl
 import pytest
@@ -17,6 +18,7 @@ from expressive_attention.study.runs.selection import finished_cells
 from expressive_attention.study.runs.store import Store
 from expressive_attention.study.runs.verify import compare, sample_cells, verify_cell
 from expressive_attention.study.training.loop import train_cell
+from expressive_attention.study.training.result import SPLIT_SCHEMA
 from tests.study.tiny import TINY, tiny, tiny_config
 
 
@@ -98,10 +100,16 @@ def test_rows_and_columns_that_differ_are_told(trained):
     curves = result.curves.with_columns(loss=pl.col("loss") + 1, accuracy=pl.lit(0.0))
     largest = result.curves["accuracy"].max()
     changed = dataclasses.replace(result, curves=curves)
-    assert compare(result, changed) == [f"curves: accuracy by up to {largest:.2g}, also loss"]
+    assert compare(result, changed) == [f"curves: loss by up to 1, accuracy by up to {largest:.2g}"]
     shorter = dataclasses.replace(result, curves=result.curves.filter(pl.col("step") < 30))
-    assert compare(result, shorter) == ["curves: accuracy by up to 0, 1 row in one alone"]
-    assert compare(shorter, result) == ["curves: accuracy by up to 0, 1 row in one alone"]
+    assert compare(result, shorter) == ["curves: 1 row in one alone"]
+    assert compare(shorter, result) == ["curves: 1 row in one alone"]
+    rows = [(0, "rule", group, f"rule {group}", 1, 0.5, None) for group in range(2)]
+    split = dataclasses.replace(result, splits=pl.DataFrame(rows, SPLIT_SCHEMA, orient="row"))
+    named = dataclasses.replace(split, splits=split.splits.with_columns(name=pl.lit("other")))
+    assert compare(split, named) == ["splits: name"]
+    turned = dataclasses.replace(split, splits=split.splits.reverse())  # the order of rows is no result
+    assert compare(split, turned) == []
 
 
 def test_other_circumstances_are_named(store, trained, monkeypatch):
@@ -164,8 +172,41 @@ def test_exported_tables_are_compared_without_weights(store, trained, tmp_path):
     pl.read_csv(folder / "seeds.csv").with_columns(loss=pl.col("loss") + first).write_csv(folder / "seeds.csv")
     done = ea(Store(folder), "--sample", "99")
     assert done.exit_code == 1
-    assert done.stdout.count(": seeds: validation by up to 0, also loss  (") == 1
+    assert done.stdout.count(": seeds: loss by up to 1  (") == 1
     assert done.stdout.endswith("\n3 of 4 cells have the same bits in their tables; an export has no weights\n")
+
+
+def test_an_export_without_some_of_its_rows_is_not_verified(store, tmp_path):
+    folder = tmp_path / "tables"
+    export_study(collect(store), folder, ["csv"])
+    seeds = pl.read_csv(folder / "seeds.csv")
+    seeds.filter(pl.int_range(pl.len()) > 0).write_csv(folder / "seeds.csv")
+    assert len(sample_cells(folder, 99, 0)[1]) == 3  # not all were finished when it was exported
+    about = folder / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"unfinished": []}))
+    done = ea(Store(folder))
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "expressive: no final seed is there" in done.stderr
+
+
+def test_seeds_that_trained_in_other_groups_are_not_verified_from_tables(tmp_path):
+    """They have other bits than those that train alone, and the tables do not say which trained together."""
+    study = Store(tmp_path / "study")
+    for final in ("1", "2"):  # extended by a seed
+        text = tiny(learning_rates="[1e-2]", mechanisms='["expressive"]', final=final)
+        study.create(text).release()
+        (arm,) = study.config()[0].arms()
+        for cell in arm.final_cells(arm.training.settings[0], study):
+            if not study.has(cell):
+                study.save(cell, train_cell(cell))
+        export_study(collect(study), tmp_path / final, ["parquet"])
+    assert len(sample_cells(tmp_path / "1", 9, 0)[1]) == 1
+    assert len(sample_cells(tmp_path / "study", 9, 0)[1]) == 2
+    done = ea(Store(tmp_path / "2"))
+    assert done.stderr == (
+        f"ea: {tmp_path / '2'}: the study was extended or cut, and its tables do not say which seeds trained together: "
+        "pass the run folder\n"
+    )
 
 
 @pytest.mark.parametrize(("together", "told"), [(2, True), (1, False)])

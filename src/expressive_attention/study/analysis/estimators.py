@@ -205,7 +205,7 @@ def example_error(right: Sequence[float], scored: Sequence[int]) -> float:
     return float(np.sqrt(len(x) / (len(x) - 1) * (residuals**2).sum()) / w.sum())
 
 
-def wider(value: float, interval: Interval | None, error: float) -> Interval:
+def wider(value: float, interval: Interval, error: float) -> Interval:
     """An interval over seeds, made to cover another, independent error of the same value as well.
 
     The distances to its ends and the 95% quantile of the error are added in quadrature (MOVER; Zou and Donner 2008,
@@ -213,12 +213,11 @@ def wider(value: float, interval: Interval | None, error: float) -> Interval:
 
     Args:
         value: The value that both describe.
-        interval: Its interval over seeds; None: they do not differ.
+        interval: Its interval over seeds.
         error: The other standard error, of a normal distribution.
     """
     reach = stats.norm.ppf((1 + LEVEL) / 2) * error
-    known = interval or Interval(value, value)
-    return Interval(value - math.hypot(value - known.low, reach), value + math.hypot(known.high - value, reach))
+    return Interval(value - math.hypot(value - interval.low, reach), value + math.hypot(interval.high - value, reach))
 
 
 def clustered_interval(margins: ArrayLike) -> Interval | None:

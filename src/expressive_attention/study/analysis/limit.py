@@ -8,6 +8,7 @@ DIR/limit/<identity>.seeds.parquet, .heads.parquet    of one finished cell, writ
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def write_limit(
 
     Raises:
         CorruptCellError: The cell is not what was written; the message names the file.
+        StoreError: The result cannot be kept.
     """
     steps = max(1, round(share * cell.training.steps))
     try:
@@ -123,9 +125,9 @@ def write_limit(
         if note is not None:
             note(f"{error}; it is measured again")
     if kept is None or (kept[0]["steps"] != steps).any():
+        _make_writable(store.directory / "limit")
         with threads_of(store.about(cell)["environment"]):
             kept = limit_of(cell, store.load(cell, weights=True).weights, steps)
-        (store.directory / "limit").mkdir(exist_ok=True)
         for path, table in zip(_paths(store, cell)[::-1], kept[::-1], strict=True):  # seeds last: then it is whole
             write_atomically(path, parquet(table))
     return kept[0]
@@ -242,6 +244,20 @@ def _cells(results: StudyResults, store: Store, *, trust: bool = False) -> list[
 
 def _paths(store: Store, cell: Cell) -> list[Path]:
     return [store.directory / "limit" / f"{cell.identity}.{table}.parquet" for table in ("seeds", "heads")]
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder, and a file in it for a moment.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 class _DamagedError(ValueError):

@@ -56,12 +56,15 @@ def status(
     if as_json:
         typer.echo(json.dumps({"cells": rows}, indent=2))
         return
-    table = Table("condition", "mechanism", "learning rate", "seeds", "solved", "mean accuracy", box=None)
-    for condition, row in zip(_conditions_by_mechanism(results), rows, strict=True):
+    has_gains = len(config.training.initial_gains) > 1
+    chosen = ["learning rate", *(["gain"] if has_gains else [])]
+    table = Table("condition", "mechanism", *chosen, "seeds", "solved", "mean accuracy", box=None)
+    for row in rows:
         accuracy = "" if row["accuracy_mean"] is None else f"{row['accuracy_mean']:.4f}"
-        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        names = ("learning_rate", "initial_gain") if has_gains else ("learning_rate",)
+        setting = ["" if row[name] is None else f"{row[name]:g}" for name in names]
         seeds = f"{row['seeds']} of {config.seeds.final}"
-        table.add_row(condition, row["mechanism"], rate, seeds, str(row["solved"]), accuracy)
+        table.add_row(row["condition"], row["mechanism"], *setting, seeds, str(row["solved"]), accuracy)
     print_table(table)
     typer.echo(_unfinished(results) or "all cells are finished")
 
@@ -149,10 +152,6 @@ def _unfinished(results: StudyResults) -> str:
     return f"{plural(count, 'cell')} {'is' if count == 1 else 'are'} not finished" if count else ""
 
 
-def _conditions_by_mechanism(results: StudyResults) -> list[str]:
-    return [condition.label for condition in results.conditions for _ in results.mechanisms]
-
-
 def _status_rows(results: StudyResults, wanted: int) -> list[dict[str, Any]]:
     import polars as pl
 
@@ -165,11 +164,13 @@ def _status_rows(results: StudyResults, wanted: int) -> list[dict[str, Any]]:
                 & (pl.col("role") == "final")
             )
             rows.append({
+                "condition": condition.label,
                 "task": condition.task,
                 "mechanism": mechanism,
                 "position": condition.model["position"],
                 "model": condition.model,
                 "learning_rate": final["learning_rate"][0] if len(final) else None,
+                "initial_gain": final["initial_gain"][0] if len(final) else None,
                 "seeds": len(final),
                 "solved": int(final["solved"].sum()),
                 "accuracy_mean": final["accuracy"].mean(),

@@ -116,19 +116,28 @@ class Arm(Strict):
         settings = self.training.settings
         if len(settings) == 1:
             return []
-        return [cell for setting in settings for cell in self._cells("tuning", setting, self.seeds.tuning, finished)]
+        return [cell for setting in settings for cell in self._cells("tuning", setting, finished)]
 
     def final_cells(self, setting: Setting, finished: Finished | None = None) -> list[Cell]:
         """The cells of the reported seeds; `finished` as in `tuning_cells`."""
-        return self._cells("final", setting, self.seeds.final, finished)
+        return self._cells("final", setting, finished)
 
     def confirmation_cells(self, setting: Setting, finished: Finished | None = None) -> list[Cell]:
         """The cells of the seeds that confirm what the reported ones show; `finished` as in `tuning_cells`."""
-        return self._cells("confirmation", setting, self.seeds.confirmation, finished)
+        return self._cells("confirmation", setting, finished)
 
-    def _cells(self, role: Role, setting: Setting, count: int, finished: Finished | None) -> list[Cell]:
+    def seeds_of(self, role: Role) -> range:
+        """The seeds of a role that the study asks for."""
         first = self.seeds.start + {"tuning": TUNING_SEEDS, "final": 0, "confirmation": _CONFIRMATION_SEEDS}[role]
-        wanted, together, cells, at = range(first, first + count), self.seeds.together, [], first
+        return range(first, first + getattr(self.seeds, role))
+
+    def makes(self, cell: Cell) -> bool:
+        """Whether the seeds of a cell train together where none are finished yet."""
+        return any(cell.seeds == fresh.seeds for fresh in self._cells(cell.role, cell.setting, None))
+
+    def _cells(self, role: Role, setting: Setting, finished: Finished | None) -> list[Cell]:
+        wanted, together, cells = self.seeds_of(role), self.seeds.together, list[Cell]()
+        at = first = wanted.start
         while at < wanted.stop:
             group = range(at, min(at + together - (at - first) % together, wanted.stop))
             cell = self._cell(role, setting, group)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
+from ..tasks.images.image_task import ImageTask
 from .mechanism_files import load_mechanism_files
 from .presets import preset_names, preset_text
 from .record import Record, RecordedTask
@@ -28,10 +29,10 @@ _OLDER_DEFAULTS = {2: {"training": {"early_stop": True}, "seeds": {"tuning": 4, 
 
 
 def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
-    """The configuration of a preset or a TOML file, and its text.
+    """The configuration of a preset or a TOML file, to be run, and its text.
 
     Raises:
-        ConfigError: No such preset or file, not TOML, or a key or value does not fit.
+        ConfigError: No such preset or file, not TOML, a key or value does not fit, or images cannot be read.
     """
     path = Path(preset_or_file)
     if preset_or_file in preset_names():
@@ -48,7 +49,11 @@ def load_config(preset_or_file: str) -> tuple[StudyConfig, str]:
     # In a run folder, copies of the files lie beside the configuration, wherever it has them from.
     is_of_a_run = path.name == "config.toml" and (path.parent / "cells").is_dir()
     find = lambda name: path.parent / (Path(name).name if is_of_a_run else name)  # noqa: E731
-    return parse_config(text, preset_or_file, find), text
+    config = parse_config(text, preset_or_file, find)
+    for _, task, _ in config.expanded():
+        if isinstance(task, ImageTask):
+            task.check_images()
+    return config, text
 
 
 def parse_config(

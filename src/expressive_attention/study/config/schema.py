@@ -25,6 +25,9 @@ __all__ = [
 # Raise it when a change of the code changes what a run means; docs/protocol.md describes each.
 PROTOCOL = 3
 
+# No number that is a scale may be larger; float32 has room for its square.
+_LARGEST = 1e9
+
 # Seeds on which learning rates and gains are chosen start so much further on than the reported ones.
 TUNING_SEEDS = 1_000_000
 
@@ -47,6 +50,7 @@ def _one_spelling(position: str) -> str:
     return "+".join(position_codes(position)) or "none"
 
 
+_Scale = Annotated[float, Field(gt=0, le=_LARGEST)]
 Position = Annotated[str, AfterValidator(_one_spelling)]
 Role = Literal["tuning", "final", "confirmation"]
 
@@ -67,8 +71,8 @@ class ModelConfig(Strict):
     qk_norm: bool = False
     qkv_bias: bool = False
     bias: bool = True
-    embedding_std: float = Field(default=0.5, gt=0)
-    embedding_shift: float = 0.0
+    embedding_std: float = Field(default=0.5, gt=0, le=_LARGEST)
+    embedding_shift: float = Field(default=0.0, ge=-_LARGEST, le=_LARGEST)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -90,15 +94,13 @@ class TrainingConfig(Strict):
     batch_size: int = Field(default=32, ge=1)
     # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
     # the best.
-    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(distinct)] = Field(
+    learning_rates: Annotated[tuple[_Scale, ...], AfterValidator(distinct)] = Field(
         default=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), min_length=1
     )
-    initial_gains: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(distinct)] = Field(
-        default=(1.0,), min_length=1
-    )
+    initial_gains: Annotated[tuple[_Scale, ...], AfterValidator(distinct)] = Field(default=(1.0,), min_length=1)
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
-    weight_decay: float = Field(default=0.0, ge=0)  # decoupled in adam (AdamW)
+    weight_decay: float = Field(default=0.0, ge=0, le=_LARGEST)  # decoupled in adam (AdamW)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     warmup: int = Field(default=100, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def export_study(
     old: list[Path] = []
     if {"csv", "parquet"} & set(formats):  # with these, the tables can be read as a study
         old = _exported_before(directory)
-        files |= {"config.toml": results.config.encode(), ABOUT: json.dumps(about(results), indent=1).encode()}
+        files |= {"config.toml": results.config.encode(), ABOUT: about(results).encode()}
         if results.record is not None:
             files[RECORD] = results.record.to_json().encode()
     for name, table in tables.items():

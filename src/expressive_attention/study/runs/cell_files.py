@@ -136,8 +136,13 @@ def _describes_a_cell(about: dict[str, Any]) -> bool:
     return (
         all(isinstance(table, dict) and all(isinstance(x, str) for x in table.values()) for table in tables)
         and is_duration(about.get("seconds"))
-        and re.fullmatch("[1-9][0-9]{0,3}", about["environment"].get("threads", "1")) is not None
+        and names_threads(about["environment"])
     )
+
+
+def names_threads(environment: dict[str, str]) -> bool:
+    """Whether the number of threads that an environment has, if any, can be one."""
+    return re.fullmatch("[1-9][0-9]{0,3}", environment.get("threads", "1")) is not None
 
 
 def is_duration(seconds: Any) -> bool:

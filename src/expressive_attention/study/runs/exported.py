@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 
 from ..config.cells import Arm, Cell
-from ..config.condition import Setting
+from ..config.condition import Condition, Setting
 from ..config.declared import PRIMARY_COMPARISONS
+from ..config.schema import PROTOCOL, Role
+from ..config.study import StudyConfig
 from ..files import read_parquet
 from ..training.result import TABLES, CellResult
-from .cell_files import is_duration
+from .cell_files import is_duration, names_threads
+from .facts import plain_number
 from .results import StudyResults, collect, setting_of
 from .store import Store, StoreError
 
 __all__ = ["ABOUT", "ExportedCells", "about", "load_results", "read_table"]
 
 ABOUT = "about.json"  # beside the tables: what these do not say
+_ABOUT: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": [], "regrouped": False}  # with its defaults
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
+# Columns in which no two rows are the same.
+_UNIQUE = {"curves": ("seed", "step"), "splits": ("seed", "split", "group")}
 
 
 def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
@@ -45,13 +52,18 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
         )
     config, text = store.config(trust=trust)
     tables = {name: _table(directory, name) for name in TABLES}
-    if (wrong := _wrong_with(tables["seeds"])) is not None:
+    if (wrong := _wrong_with(tables["seeds"]) or _strange_to(config, tables["seeds"])) is not None:
         raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
+    for name, columns in _UNIQUE.items():
+        if tables[name].select(*_KEYS, *columns).is_duplicated().any():
+            raise StoreError(f"{directory}: the table of {name} has a row twice: export the study again")
+    about = _about(directory / ABOUT)
     return StudyResults(
-        name=config.name, config=text, conditions=config.conditions(), mechanisms=list(config.mechanisms),
+        name=config.name, config=text, conditions=_conditions(config, about.pop("facts")),
+        mechanisms=list(config.mechanisms),
         **tables, claims=list(config.claims), protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
-        record=config.record() if config.has_files else None, **_about(directory / ABOUT),
+        record=config.record() if config.has_files else None, **about,
     )  # fmt: skip
 
 
@@ -63,22 +75,42 @@ class ExportedCells:
         trust: As for `load_results`.
 
     Raises:
-        StoreError: As `load_results`.
-        ConfigError: Likewise.
+        StoreError: As `load_results`; or the tables do not say which seeds trained together.
+        ConfigError: As `load_results`.
     """
 
     def __init__(self, directory: Path, *, trust: bool = False) -> None:
-        self._results = load_results(directory, trust=trust)
+        self._directory, self._results = directory, load_results(directory, trust=trust)
+        if self._results.regrouped:
+            raise StoreError(
+                f"{directory}: the study was extended or cut, and its tables do not say which seeds trained together: "
+                "pass the run folder"
+            )
 
     def finished(self, arms: Iterable[Arm]) -> list[Cell]:
-        """The cells of these arms of which all seeds are in the tables."""
+        """The cells of these arms that the tables have.
+
+        Raises:
+            StoreError: Seeds of a cell are missing, although others are there or all cells are said to be finished.
+        """
         cells: list[Cell] = []
         for arm in arms:
             final = self._results.seeds.filter(condition=arm.condition, mechanism=arm.mechanism, role="final")
-            cells += arm.tuning_cells()
+            needed, more = arm.tuning_cells(), list[Cell]()
             if len(final):
-                cells += arm.final_cells(setting_of(final)) + arm.confirmation_cells(setting_of(final))
-        return [cell for cell in cells if len(self._rows("seeds", cell)) == len(cell.seeds)]
+                needed += arm.final_cells(setting_of(final))
+                more = arm.confirmation_cells(setting_of(final))
+            elif not self._results.unfinished:
+                raise StoreError(f"{self._directory}: {arm.condition}, {arm.mechanism}: no final seed is there")
+            cells += [cell for cell in needed if self._has(cell, not self._results.unfinished)]
+            cells += [cell for cell in more if self._has(cell, False)]
+        return cells
+
+    def _has(self, cell: Cell, is_needed: bool) -> bool:
+        found = len(self._rows("seeds", cell))
+        if found < len(cell.seeds) and (found or is_needed):
+            raise StoreError(f"{self._directory}: {cell}: {found} of {len(cell.seeds)} seeds are there")
+        return found > 0
 
     def load(self, cell: Cell) -> CellResult:
         """The result of a cell: its rows, without parameters and time."""
@@ -105,17 +137,29 @@ class ExportedCells:
         return rows.select(*TABLES[name])
 
 
-def about(results: StudyResults) -> dict[str, Any]:
-    """The content of `ABOUT`."""
-    return {name: getattr(results, name) for name in ("environment", "seconds", "unfinished")}
+def about(results: StudyResults) -> str:
+    """The text of `ABOUT`."""
+    found = {name: getattr(results, name) for name in _ABOUT}
+    found["facts"] = {condition.label: condition.facts for condition in results.conditions}
+    return json.dumps(found, indent=1, default=plain_number)
+
+
+def _conditions(config: StudyConfig, facts: dict[str, dict[str, Any]]) -> list[Condition]:
+    """The conditions with their facts as they were: of a text, this machine's may be others; older exports had none."""
+    bare = config.conditions(lambda *_: {})
+    if any(condition.label not in facts for condition in bare):
+        return config.conditions()
+    return [replace(condition, facts=facts[condition.label]) for condition in bare]
 
 
 def _about(path: Path) -> dict[str, Any]:
-    known: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": []}
+    known = _ABOUT | {"facts": {}}
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
             raise StoreError(f"{path} is not JSON: {error}") from None
         if not isinstance(found, dict) or not _describes_a_study(known | found):
             raise StoreError(f"{path} is not what `ea study export` writes; export the study again")
@@ -129,7 +173,11 @@ def _describes_a_study(about: dict[str, Any]) -> bool:
         is_duration(about["seconds"])
         and isinstance(environment, dict)
         and isinstance(unfinished, list)
+        and isinstance(about["regrouped"], bool)
+        and isinstance(about["facts"], dict)
+        and all(isinstance(facts, dict) and is_duration(facts.get("complexity")) for facts in about["facts"].values())
         and all(isinstance(text, str) for text in (*environment.values(), *unfinished))
+        and names_threads(environment)
     )
 
 
@@ -152,6 +200,22 @@ def _wrong_with(seeds: pl.DataFrame) -> str | None:
         return "a seed is there twice"
     if (final.group_by(arm).agg(pl.col("learning_rate").n_unique())["learning_rate"] > 1).any():
         return "final seeds ran at several learning rates"
+    return None
+
+
+def _strange_to(config: StudyConfig, seeds: pl.DataFrame) -> str | None:
+    """The reason why rows cannot be of seeds that a configuration asks for; None: they can."""
+    if config.protocol != PROTOCOL:
+        return None
+    arms = {(arm.condition, arm.mechanism): arm for arm in config.arms()}
+    for (condition, mechanism, role), rows in seeds.group_by("condition", "mechanism", "role", maintain_order=True):
+        arm = arms.get((str(condition), str(mechanism)))
+        if arm is None or role not in get_args(Role):
+            return f"config.toml has no {condition}, {mechanism}, {role}"
+        if strange := set(rows["seed"]).difference(arm.seeds_of(role)):
+            return f"config.toml has no seed {min(strange)} of {condition}, {mechanism}, {role}"
+        if strange := set(rows.select(Setting._fields).rows()).difference(arm.training.settings):
+            return f"config.toml has no {Setting(*strange.pop())} of {condition}, {mechanism}, {role}"
     return None
 
 
@@ -180,7 +244,10 @@ def read_table(directory: Path, name: str, schema: Mapping[str, Any]) -> pl.Data
 
 def _read(path: Path, schema: Mapping[str, Any]) -> pl.DataFrame:
     try:
-        found = read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, schema_overrides=schema)
+        if path.suffix == ".parquet":
+            found = read_parquet(path)
+        else:
+            found = pl.read_csv(path, schema_overrides=schema, glob=False)
         missing = [pl.lit(None, kind).alias(column) for column, kind in schema.items() if column not in found.columns]
         return found.with_columns(missing).select(pl.col(name).cast(kind) for name, kind in schema.items())
     except pl.exceptions.PolarsError as error:

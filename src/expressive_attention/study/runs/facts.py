@@ -16,7 +16,7 @@ from ..config.task_files import file_of
 from ..files import write_atomically
 from ..tasks import Task
 
-__all__ = ["KnownFacts"]
+__all__ = ["KnownFacts", "plain_number"]
 
 
 class KnownFacts:
@@ -44,7 +44,7 @@ class KnownFacts:
         key = hashlib.sha256(content.encode()).hexdigest()
         if key not in self.known:
             facts = facts_of(task, test_sequences)
-            self.known[key] = json.loads(json.dumps(facts, default=_number))
+            self.known[key] = json.loads(json.dumps(facts, default=plain_number))
             self.found[key] = self.known[key]
         return self.known[key]
 
@@ -79,8 +79,8 @@ def _code() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def _number(value: Any) -> Any:
-    """A number of numpy as one of Python."""
+def plain_number(value: Any) -> Any:
+    """A number of numpy as one of Python, for `json.dumps`."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"facts must be numbers, text or truth values, got {value!r}")

@@ -41,6 +41,8 @@ class StudyResults:
         record: The tasks and mechanisms of the study's own files; None: it has none.
         environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
         seconds: Sum of the cells' training times in seconds.
+        regrouped: Whether some seeds trained together with others than the configuration says, as the study had fewer
+            or more of them when they ran.
     """
 
     name: str
@@ -58,6 +60,7 @@ class StudyResults:
     protocol: int = 3
     family: int = 0
     record: Record | None = None
+    regrouped: bool = False
 
 
 _FACTS = "facts.json"
@@ -87,6 +90,7 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
     fixed = {condition.label for condition in conditions if condition.facts.get("fixed_data")}
     tables: dict[str, list[pl.DataFrame]] = {name: [] for name in TABLES}
     finished, unfinished = finished_cells(store, config)
+    arms = {(arm.condition, arm.mechanism): arm for arm in config.arms()}
     found: dict[str, str] = {}
     seconds = 0.0
     for cell in finished:
@@ -110,4 +114,5 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
         seconds=seconds, protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
         record=config.record() if config.has_files else None,
+        regrouped=not all(arms[cell.condition, cell.mechanism].makes(cell) for cell in finished),
     )  # fmt: skip

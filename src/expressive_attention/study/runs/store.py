@@ -120,7 +120,7 @@ class Store:
         """
         path = self.directory / "config.toml"
         if not path.is_file():
-            raise StoreError(f"{self.directory} is not a study: it has no config.toml; {self._hint()}")
+            raise StoreError(f"{self.directory} is not a study: {self._lack()}; {self._hint()}")
         text = self._text()
         names = [Path(name).name for name in own_files(text)]
         try:
@@ -168,6 +168,12 @@ class Store:
         if "grid" not in content:
             raise StoreError(f"{path} is damaged: it has no grid")
         return content.get("protocol", 2)
+
+    def _lack(self) -> str:
+        """The reason why the path is not the folder of a study."""
+        if not self.directory.exists():
+            return "the path does not exist"
+        return "it has no config.toml" if self.directory.is_dir() else "it is a file"
 
     def _hint(self) -> str:
         """The folder that was probably meant."""

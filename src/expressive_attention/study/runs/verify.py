@@ -28,9 +28,6 @@ Kept = Store | ExportedCells  # where results are: with weights, or as tables al
 # The columns that make a row of each table unique.
 _KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
 
-# Columns that a difference is measured in; the first that a table has is used.
-_MEASURES = ("right", "accuracy", "validation")
-
 
 @dataclass(frozen=True)
 class Recheck:
@@ -69,7 +66,8 @@ def sample_cells(directory: Path, count: int, seed: int, *, trust: bool = False)
             "something else"
         )
     if config.has_files and not trust:
-        raise StoreError(f"{directory} has tasks or mechanisms in Python files, which --trust runs")
+        copied = "; copy them from the run folder beside config.toml" if store.is_exported else ""
+        raise StoreError(f"{directory} has tasks or mechanisms in Python files, which --trust runs{copied}")
     kept: Kept
     if store.is_exported:
         kept = ExportedCells(directory, trust=trust)
@@ -113,7 +111,7 @@ def compare(kept: CellResult, again: CellResult, lacks: Collection[str] = ()) ->
         if table in lacks:
             continue
         before, after = getattr(kept, table), getattr(again, table)
-        if not before.equals(after):
+        if not before.sort(keys).equals(after.sort(keys)):
             differences.append(f"{table}: {_table_difference(before, after, keys)}")
     if "weights" in lacks:
         return differences
@@ -132,16 +130,18 @@ def compare(kept: CellResult, again: CellResult, lacks: Collection[str] = ()) ->
 
 def _table_difference(before: pl.DataFrame, after: pl.DataFrame, keys: list[str]) -> str:
     joined = before.join(after, on=keys, suffix="_again", validate="1:1")
-    # Tuning seeds have no accuracy on test sequences, but one on validation sequences.
-    present = [name for name in _MEASURES if name in before.columns and before[name].null_count() < len(before)]
-    found = [f"{measure} by up to {_largest(*_tensors(joined, measure)):.2g}" for measure in present[:1]]
+    changed = [name for name in before.columns if name not in keys and not _same(joined, name)]
+    found = [
+        name if before[name].dtype == pl.String else f"{name} by up to {_largest(*_tensors(joined, name)):.2g}"
+        for name in changed
+    ]
     if (alone := max(len(before), len(after)) - len(joined)) > 0:
         found.append(f"{alone} {'row' if alone == 1 else 'rows'} in one alone")
-    others = [name for name in before.columns if name not in (*keys, *present[:1])]
-    others = [name for name in others if not joined[name].equals(joined[f"{name}_again"])]
-    if others:
-        found.append(f"also {', '.join(others)}")
     return ", ".join(found)
+
+
+def _same(joined: pl.DataFrame, name: str) -> bool:
+    return joined[name].equals(joined[f"{name}_again"])
 
 
 def _tensors(joined: pl.DataFrame, measure: str) -> tuple[Tensor, Tensor]:

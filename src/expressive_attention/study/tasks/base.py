@@ -190,7 +190,6 @@ class Task(BaseModel, ABC):
             "complexity": self.complexity,
             "chance": self.chance,
             "majority": float(np.bincount(answers).max() / answers.size),
-            "test_sequences": len(test),
         }
         if self.input_dim is None:
             facts["copy_last"] = float((answers == test.inputs[counted]).mean())

