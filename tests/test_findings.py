@@ -103,7 +103,7 @@ def counted(*studies):
         ("Text", ["text"]),
         ("Text: positions and heads", ["text_codes", "text"]),
         ("Text: the parts of EA", ["text_mechanisms"]),
-        ("Images", ["vision"]),
+        ("Images", ["vision", "mnist"]),
     ],
 )
 def test_sentences_have_the_numbers_of_their_tables(heading, studies):
