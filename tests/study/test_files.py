@@ -36,9 +36,9 @@ def test_ctrl_c_waits_for_a_table_and_then_interrupts(tmp_path, monkeypatch):
     pl.DataFrame({"x": [1, 2]}).write_parquet(path)
     read_by_polars = pl.read_parquet
 
-    def interrupted(path):
+    def interrupted(path, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        read.append(read_by_polars(path))
+        read.append(read_by_polars(path, **options))
         return read[0]
 
     monkeypatch.setattr(pl, "read_parquet", interrupted)
