@@ -57,13 +57,13 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
     for name, columns in _UNIQUE.items():
         if tables[name].select(*_KEYS, *columns).is_duplicated().any():
             raise StoreError(f"{directory}: the table of {name} has a row twice: export the study again")
-    about = _about(directory / ABOUT)
+    kept = _about(directory / ABOUT)
     return StudyResults(
-        name=config.name, config=text, conditions=_conditions(config, about.pop("facts")),
+        name=config.name, config=text, conditions=_conditions(config, kept.pop("facts")),
         mechanisms=list(config.mechanisms),
         **tables, claims=list(config.claims), protocol=config.protocol,
         family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
-        record=config.record() if config.has_files else None, **about,
+        record=config.record() if config.has_files else None, **kept,
     )  # fmt: skip
 
 
