@@ -16,7 +16,7 @@ from ..config.declared import PRIMARY_COMPARISONS
 from ..config.schema import PROTOCOL, Role
 from ..config.study import StudyConfig
 from ..files import read_parquet
-from ..training.result import TABLES, CellResult
+from ..training.result import ROW_KEYS, TABLES, CellResult
 from .cell_files import is_duration, names_threads
 from .facts import plain_number
 from .results import StudyResults, collect, setting_of
@@ -27,8 +27,6 @@ __all__ = ["ABOUT", "ExportedCells", "about", "load_results", "read_table"]
 ABOUT = "about.json"  # beside the tables: what these do not say
 _ABOUT: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": [], "regrouped": False}  # with its defaults
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
-# Columns in which no two rows are the same.
-_UNIQUE = {"curves": ("seed", "step"), "splits": ("seed", "split", "group")}
 
 
 def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
@@ -54,8 +52,8 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
     tables = {name: _table(directory, name) for name in TABLES}
     if (wrong := _wrong_with(tables["seeds"]) or _strange_to(config, tables["seeds"])) is not None:
         raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
-    for name, columns in _UNIQUE.items():
-        if tables[name].select(*_KEYS, *columns).is_duplicated().any():
+    for name in ("curves", "splits"):  # examples of several cells lie in one table
+        if tables[name].select(*_KEYS, *ROW_KEYS[name]).is_duplicated().any():
             raise StoreError(f"{directory}: the table of {name} has a row twice: export the study again")
     kept = _about(directory / ABOUT)
     return StudyResults(

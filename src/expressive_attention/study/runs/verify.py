@@ -15,7 +15,7 @@ from ..config.cells import Cell
 from ..config.schema import PROTOCOL
 from ..training.devices import CPU
 from ..training.loop import train_cell
-from ..training.result import CellResult
+from ..training.result import ROW_KEYS, CellResult
 from .environment import environment, threads_of
 from .exported import ExportedCells
 from .selection import finished_cells
@@ -24,9 +24,6 @@ from .store import Store, StoreError
 __all__ = ["Kept", "Recheck", "sample_cells", "verify_cell"]
 
 Kept = Store | ExportedCells  # where results are: with weights, or as tables alone
-
-# The columns that make a row of each table unique.
-_KEYS = {"seeds": ["seed"], "curves": ["seed", "step"], "splits": ["seed", "split", "group"], "examples": ["example"]}
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def verify_cell(cell: Cell, kept: Kept, device: torch.device = CPU) -> Recheck:
 def compare(kept: CellResult, again: CellResult, lacks: Collection[str] = ()) -> list[str]:
     """Differences between two results of a cell, and their sizes; NaN equals NaN. Parts in `lacks` are left out."""
     differences = []
-    for table, keys in _KEYS.items():
+    for table, keys in ROW_KEYS.items():
         if table in lacks:
             continue
         before, after = getattr(kept, table), getattr(again, table)

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 from torch import Tensor
 
-__all__ = ["CURVE_SCHEMA", "EXAMPLE_SCHEMA", "SEED_SCHEMA", "SPLIT_SCHEMA", "TABLES", "CellResult"]
+__all__ = ["CURVE_SCHEMA", "EXAMPLE_SCHEMA", "ROW_KEYS", "SEED_SCHEMA", "SPLIT_SCHEMA", "TABLES", "CellResult"]
 
 
 # One row per trained seed.
@@ -83,3 +83,11 @@ class CellResult:
 
 
 TABLES = {"seeds": SEED_SCHEMA, "curves": CURVE_SCHEMA, "splits": SPLIT_SCHEMA, "examples": EXAMPLE_SCHEMA}
+
+# The columns that tell the rows of each table of a cell apart.
+ROW_KEYS = {
+    "seeds": ["seed"],
+    "curves": ["seed", "step"],
+    "splits": ["seed", "split", "group"],
+    "examples": ["example"],
+}
