@@ -83,6 +83,8 @@ def test_saved_copied_reordered(tmp_path):
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"path must be a file that SquaredState.save has written"):
         SquaredState.load(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        state.save(tmp_path / "missing" / "state.safetensors")
 
 
 def test_size_of_a_head_of_64():

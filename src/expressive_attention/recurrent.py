@@ -353,12 +353,15 @@ class SquaredState:
         return self.sums.nbytes + self.moment.nbytes
 
     def save(self, path: str | Path) -> None:
-        """Write it as safetensors (extra `geometry` or `study`)."""
-        from safetensors.torch import save_file
+        """Write it as safetensors (extra `geometry` or `study`).
 
-        save_file(
-            {"sums": self.sums.contiguous(), "moment": self.moment.contiguous()}, str(path), {_MAGIC: str(self.dim)}
-        )
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from safetensors.torch import save
+
+        tensors = {"sums": self.sums.contiguous(), "moment": self.moment.contiguous()}
+        Path(path).write_bytes(save(tensors, {_MAGIC: str(self.dim)}))
 
     @classmethod
     def load(cls, path: str | Path) -> SquaredState:

@@ -207,6 +207,8 @@ def test_a_record_is_saved_loaded_and_gone_on_with(tmp_path):
         model(other)
     assert str(both) == str(again) != str(record)
     assert str(again).splitlines()[1].startswith("blocks.0.attention.head.0  expressive")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        record.save(tmp_path / "missing" / "record.safetensors")
 
 
 def test_heads_that_tell_no_key_from_another_are_dead():

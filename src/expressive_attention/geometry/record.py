@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..call import Call
@@ -311,7 +311,11 @@ class Record(Table):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the record as safetensors."""
+        """Write the record as safetensors.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for number, (name, layer) in enumerate(self.layers.items()):
@@ -319,7 +323,7 @@ class Record(Table):
             parts = {each: getattr(layer, each) for each in ("pairs", "mass", "query", "key", "keep", "bias")}
             parts |= {f"sums.{key}": value for key, value in layer.sums.items()}
             tensors |= {f"{number}.{key}": value.contiguous() for key, value in parts.items() if value is not None}
-        save_file(tensors, str(path), {_KEY: json.dumps(about), _MODEL: self.model})
+        Path(path).write_bytes(save(tensors, {_KEY: json.dumps(about), _MODEL: self.model}))
 
     @classmethod
     def load(cls, path: str | Path) -> Record:

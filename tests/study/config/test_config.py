@@ -49,6 +49,9 @@ def test_a_claim_is_one_that_has_a_file(name):
     ("replaced", "words"),
     [
         ({"steps": "0"}, ["training.steps", "greater than or equal to 1", "got 0"]),
+        ({"steps": f"{10**30}"}, ["training.steps: must be less than or equal to 1000000000", f"got {10**30}"]),
+        ({"warmup": f"{10**30}"}, ["training.warmup: must be less", f"got {10**30}"]),
+        ({"embed_dim": f"{10**30}"}, ["model.embed_dim: must be less", f"got {10**30}"]),
         ({"learning_rates": "[0.1, 1e308]"}, ["training.learning_rates.1: must be less than or equal to 1000000000"]),
         ({"warmup": "5\ninitial_gains = [1e308]"}, ["training.initial_gains.0: must be less", "got 1e+308"]),
         ({"warmup": "5\nweight_decay = 1e308"}, ["training.weight_decay: must be less", "got 1e+308"]),

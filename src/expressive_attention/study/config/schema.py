@@ -25,8 +25,8 @@ __all__ = [
 # Raise it when a change of the code changes what a run means; docs/protocol.md describes each.
 PROTOCOL = 3
 
-# No number that is a scale may be larger; float32 has room for its square.
-_LARGEST = 1e9
+# No scale and no count may be larger; float32 has room for the square of such a scale.
+_LARGEST = 1_000_000_000
 
 # Seeds on which learning rates and gains are chosen start so much further on than the reported ones.
 TUNING_SEEDS = 1_000_000
@@ -51,6 +51,7 @@ def _one_spelling(position: str) -> str:
 
 
 _Scale = Annotated[float, Field(gt=0, le=_LARGEST)]
+_Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 Position = Annotated[str, AfterValidator(_one_spelling)]
 Role = Literal["tuning", "final", "confirmation"]
 
@@ -58,20 +59,20 @@ Role = Literal["tuning", "final", "confirmation"]
 class ModelConfig(Strict):
     """The transformer that all mechanisms sit in; see `expressive_attention.nn.Transformer`."""
 
-    layers: int = Field(default=1, ge=1)
-    embed_dim: int = Field(default=16, ge=1)
-    heads: int = Field(default=1, ge=1)
+    layers: _Count = 1
+    embed_dim: _Count = 16
+    heads: _Count = 1
     position: Position = "rope"
     rope_base: float | None = Field(default=None, gt=0)  # None: max(10, 2 * length)
     norm: Literal["pre", "post", "none"] = "pre"
     norm_affine: bool = False
-    mlp_ratio: int = Field(default=4, ge=1)
+    mlp_ratio: _Count = 4
     activation: Literal["relu", "gelu"] = "relu"
     gain: bool = True
     qk_norm: bool = False
     qkv_bias: bool = False
     bias: bool = True
-    embedding_std: float = Field(default=0.5, gt=0, le=_LARGEST)
+    embedding_std: _Scale = 0.5
     embedding_shift: float = Field(default=0.0, ge=-_LARGEST, le=_LARGEST)
 
     @model_validator(mode="after")
@@ -89,9 +90,9 @@ class ModelConfig(Strict):
 class TrainingConfig(Strict):
     """The training and evaluation of one seed, the same for all mechanisms."""
 
-    steps: int = Field(default=3000, ge=1)
-    tuning_steps: int | None = Field(default=None, ge=1)  # of a tuning seed; None: as many as of all others
-    batch_size: int = Field(default=32, ge=1)
+    steps: _Count = 3000
+    tuning_steps: _Count | None = None  # of a tuning seed; None: as many as of all others
+    batch_size: _Count = 32
     # Every pair of a learning rate and a gain is tried for each mechanism on the tuning seeds; the final seeds run at
     # the best.
     learning_rates: Annotated[tuple[_Scale, ...], AfterValidator(distinct)] = Field(
@@ -102,17 +103,17 @@ class TrainingConfig(Strict):
     momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(default=0.0, ge=0, le=_LARGEST)  # decoupled in adam (AdamW)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    warmup: int = Field(default=100, ge=0)
+    warmup: int = Field(default=100, ge=0, le=_LARGEST)
     schedule: Literal["cosine", "constant"] = "cosine"
     gradient_clip: float | None = Field(default=None, gt=0)  # norm of a seed's gradient; None: not clipped
-    evaluate_every: int = Field(default=100, ge=1)
-    validation_sequences: int = Field(default=1024, ge=1)
-    test_sequences: int = Field(default=2048, ge=1)
-    rollouts: int = Field(default=256, ge=1)
-    rollout_digits: int = Field(default=32, ge=1)
+    evaluate_every: _Count = 100
+    validation_sequences: _Count = 1024
+    test_sequences: _Count = 2048
+    rollouts: _Count = 256
+    rollout_digits: _Count = 32
     # A seed is solved if its last `solved_evaluations` and the final test reach this accuracy.
     solved_accuracy: float = Field(default=0.995, gt=0, le=1)
-    solved_evaluations: int = Field(default=3, ge=1)
+    solved_evaluations: _Count = 3
     # Protocol 2 alone has this: a seed ended when it had reached that many evaluations in a row.
     early_stop: bool = Field(default=False, json_schema_extra={"protocol": 2})
 
@@ -137,12 +138,12 @@ class SeedsConfig(Strict):
     """The numbers of seeds, and of seeds that train together in one program."""
 
     tuning: int = Field(default=8, ge=0)
-    final: int = Field(default=16, ge=1)
+    final: _Count = 16
     # Fresh seeds, for conditions on which the final seeds show an exclusive range.
     confirmation: int = Field(default=32, ge=0)
     # The first of the final seeds: another start repeats a study on other seeds, tuning seeds included.
     start: int = Field(default=0, ge=0, lt=TUNING_SEEDS)
-    together: int = Field(default=16, ge=1)
+    together: _Count = 16
 
     @model_validator(mode="after")
     def _seeds_are_others(self) -> SeedsConfig:
