@@ -26,7 +26,7 @@ def all_to_all(
         links: The ranks.
         shards: Which tokens each rank has.
         tensors: Query, key and value of this rank's tokens.
-        options: Of `expressive_attention`; of ``attn_mask`` the rows, of ``log_decay`` the keys of this rank.
+        options: Arguments of `expressive_attention`; ``attn_mask`` has the rows of this rank, ``log_decay`` its keys.
     """
     query, key, value = tensors
     heads, kv_heads = query.shape[1], key.shape[1]

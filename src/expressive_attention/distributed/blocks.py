@@ -36,7 +36,7 @@ class Problem(NamedTuple):
         shards: Which tokens each rank has.
         left: How many keys before its place a query sees; None: all.
         right: How many after it; None: all.
-        slopes: Of ALiBi, ``(B | 1, Hq)``, or None.
+        slopes: ALiBi's, ``(B | 1, Hq)``, or None.
         key_lengths: How many keys of each sequence of the batch exist, ``(B,)``, or None.
         scale: Factor on the dot product.
         form: The weight function.

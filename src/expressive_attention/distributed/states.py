@@ -28,7 +28,7 @@ __all__ = ["states"]
 
 _CHUNK = 256
 
-# Of |q|^2 sum_j |k_j|^2, as in the backend `linear`: a row whose normalizer is a smaller share lost digits.
+# A share of |q|^2 sum_j |k_j|^2, as in the backend `linear`: a row whose normalizer is less lost digits.
 _LEAST_SHARE_OF_RANDOM = 0.25
 _LEAST_SUM = 2.0**-80
 

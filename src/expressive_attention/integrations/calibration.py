@@ -2,7 +2,7 @@
 
     z = gain_h * scale * q . k
 
-Softmax is used to scores of any size. Of f(z) = z^2 / (1 + z^2) the slope, d log f / d log z = 2 / (1 + z^2), vanishes
+Softmax is used to scores of any size. The slope of f(z) = z^2 / (1 + z^2), d log f / d log z = 2 / (1 + z^2), vanishes
 where |z| is large: all keys weigh the same, and none can be preferred. A gain per head that brings the root mean square
 of z to about 1 puts it where f is neither saturated nor its leading order.
 """
@@ -31,9 +31,9 @@ class Spread:
     """How large the scores of a layer are on some data, over the pairs of query and key that its mask leaves.
 
     Attributes:
-        root_mean_square: Of z, per head ``(H,)``.
+        root_mean_square: Its value for z, per head ``(H,)``.
         saturated: Share of pairs with |z| > 3, per head ``(H,)``: f is at least 0.9 there.
-        dtype: Of the queries.
+        dtype: Data type of the queries.
     """
 
     root_mean_square: Tensor

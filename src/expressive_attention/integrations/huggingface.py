@@ -73,7 +73,7 @@ __all__ = ["IMPLEMENTATIONS", "check", "find", "form_of_layer", "from_pretrained
 IMPLEMENTATIONS = {"expressive": "expressive", "squared": "expressive_squared"}
 _FORMS: dict[str | None, str] = {name: form for form, name in IMPLEMENTATIONS.items()}
 
-# Of a model that was saved with expressive attention in some layers alone, which no loader but ours can restore.
+# The name in a saved model that has expressive attention in some layers alone, which no loader but ours can restore.
 _PARTLY = "expressive_partly"
 
 # Key of config.json with the switched layers by form; None: all.
@@ -481,7 +481,7 @@ def form_of_layer(module: nn.Module) -> str | None:
 
 
 def _name_of(module: Any) -> str | None:
-    """Of a layer of the attention interface, the name by which it goes."""
+    """The name by which a layer goes in the attention interface."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return name and name.removeprefix("paged|")
 

@@ -42,8 +42,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         kdim: Width of keys; D if None.
         vdim: Width of values; D if None.
         batch_first: Input and output are ``(N, L, D)``, not ``(L, N, D)``.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
         form: ``"expressive"`` or ``"squared"``, as in `expressive_attention`.
 
     Example:
@@ -300,7 +300,7 @@ def _merged(
 
 
 def _kept(name: str, mask: Tensor) -> Tensor:
-    """Of a bool mask of torch's modules, in which True is blocked, that of `expressive_attention`."""
+    """A mask of torch's modules, in which True is blocked, as `expressive_attention` takes it."""
     if mask.dtype == torch.bool:
         return ~mask
     if not mask.is_floating_point():

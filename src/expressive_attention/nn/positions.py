@@ -268,7 +268,7 @@ def alibi_bias(
         num_heads: H.
         queries: L.
         keys: S.
-        device: Of the mask.
+        device: Device of the mask.
         is_causal: The attention is causal. Then -slope * (i - j) does as well, in which -slope * i is common to a row
             and cancels: the mask is ``(H, 1, S)``, and nothing of the size of L x S is made. To be kept in float32.
 

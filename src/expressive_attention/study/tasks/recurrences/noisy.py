@@ -22,8 +22,8 @@ _ENUMERABLE = 1 << 12
 class NoisyTask(SampledTask):
     """A sum or difference NT task whose digits are read wrong with a probability; the target is the next true one.
 
-    The sequence x itself goes on undisturbed. Of each of its digits the model reads y_t = x_t with probability
-    1 - noise, else one of the ``basis - 1`` others, uniformly. The posterior is exact: with all starting
+    The sequence x itself goes on undisturbed. In place of a digit x_t the model reads y_t: x_t itself with
+    probability 1 - noise, else one of the ``basis - 1`` others, uniformly. The posterior is exact: with all starting
     states s equally probable at first,
 
         P(s | y_1 ... y_t) ~ (1 - noise)^(t - m_s) (noise / (basis - 1))^m_s
