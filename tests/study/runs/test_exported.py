@@ -32,8 +32,8 @@ def study(tmp_path_factory):
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_an_export_is_the_study_without_its_models(study, ending, tmp_path):
-    export_study(study, tmp_path, [ending])
-    again = load_results(tmp_path)
+    export_study(study, str(tmp_path), [ending])
+    again = load_results(str(tmp_path))
     for name in ("seeds", "curves", "splits", "examples"):
         table = getattr(study, name)
         assert_frame_equal(getattr(again, name), table.cast(getattr(again, name).schema), check_column_order=False)

@@ -41,7 +41,9 @@ class Look:
     diverged: list[str]
 
 
-def look_into(directory: Path, condition: str | None = None, seed: int | None = None, *, trust: bool = False) -> Look:
+def look_into(
+    directory: Path | str, condition: str | None = None, seed: int | None = None, *, trust: bool = False
+) -> Look:
     """Capture the trained models of a study on validation examples.
 
     Args:

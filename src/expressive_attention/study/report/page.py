@@ -28,7 +28,7 @@ __all__ = ["write_report"]
 _MOST_MAPPED = 3  # conditions whose models' attention is shown
 
 
-def write_report(results: StudyResults, directory: Path, *, trust: bool = False) -> Path:
+def write_report(results: StudyResults, directory: Path | str, *, trust: bool = False) -> Path:
     """Writes ``report.html``, ``figures/*.png`` and ``figures/*.csv``, each file at once or not at all.
 
     Where `directory` also holds the study's cells, the report shows attention maps of their models.
@@ -45,6 +45,7 @@ def write_report(results: StudyResults, directory: Path, *, trust: bool = False)
         ValueError: If a measure of a final or tuning seed is not a finite number.
         CorruptCellError: If stored parameters are not what was written.
     """
+    directory = Path(directory)
     maps = attention_maps(results, Store(directory), most_different(results, _MOST_MAPPED), trust=trust)
     material = Material(results, maps)
     drawings = drawings_of(material)

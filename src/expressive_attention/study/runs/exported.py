@@ -29,7 +29,7 @@ _ABOUT: dict[str, Any] = {"environment": {}, "seconds": 0.0, "unfinished": [], "
 _KEYS = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
 
 
-def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
+def load_results(directory: Path | str, *, trust: bool = False) -> StudyResults:
     """The results of a study from its folder, or from a folder of tables that were exported as CSV or parquet.
 
     Args:
@@ -43,6 +43,7 @@ def load_results(directory: Path, *, trust: bool = False) -> StudyResults:
     store = Store(directory)
     if not store.is_exported:
         return collect(store, trust=trust)
+    directory = store.directory
     if not (directory / "config.toml").is_file():
         raise StoreError(
             f"{directory} has exported tables and no config.toml, which says what was run: pass the run folder, e.g. "
@@ -77,7 +78,7 @@ class ExportedCells:
         ConfigError: As `load_results`.
     """
 
-    def __init__(self, directory: Path, *, trust: bool = False) -> None:
+    def __init__(self, directory: Path | str, *, trust: bool = False) -> None:
         self._directory, self._results = directory, load_results(directory, trust=trust)
         if self._results.regrouped:
             raise StoreError(

@@ -47,9 +47,9 @@ class Store:
         directory: Its path; it need not exist yet.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.cells = directory / "cells"
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.cells = self.directory / "cells"
         self._lengths = Lengths(self.cells)
 
     # ---- the configuration ----

@@ -41,7 +41,7 @@ class Recheck:
     seconds: float
 
 
-def sample_cells(directory: Path, count: int, seed: int, *, trust: bool = False) -> tuple[Kept, list[Cell]]:
+def sample_cells(directory: Path | str, count: int, seed: int, *, trust: bool = False) -> tuple[Kept, list[Cell]]:
     """Up to `count` finished cells of a study, drawn at random, and where their results are.
 
     Args:
