@@ -6,7 +6,10 @@ A table stands between the lines `<!-- KIND: PRESET -->` and `<!-- end -->`. Wit
 whether the pages hold what results/ says. KIND is one of:
 
     comparisons   a row per condition: EA against DPA, by accuracy
-    bits          the same by the cross-entropy in bits
+    restarts      of several presets, a row per condition on which one of EA and DPA is ahead: one seed, and the best of
+                  three by validation
+    thresholds    of several presets, a row per candidate for an exclusive range: how many fresh seeds reach what
+    bits          as comparisons, by the cross-entropy in bits
     bits_by_seed  of several presets, the same with the lowest and the highest seed in the place of an interval
     bits_by_mechanism
                   likewise, a row per mechanism, a column per condition
@@ -37,9 +40,16 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from scipy import stats
 
 from expressive_attention.study.analysis.claims.two_sidedness import SHAPES
-from expressive_attention.study.analysis.estimators import mean_interval
+from expressive_attention.study.analysis.estimators import (
+    Interval,
+    best_of,
+    mean_interval,
+    percentiles,
+    widened_level,
+)
 from expressive_attention.study.analysis.significance import sign_flip_p
 from expressive_attention.study.analysis.trend import trend
 from expressive_attention.study.analysis.wording import divided, mechanism_name
@@ -78,6 +88,11 @@ def between(row: Row, name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     ends = "seeds do not differ" if low is None else f"{signed(low)} to {signed(high)}"
     return f"{signed(row[name])} ({ends})"
+
+
+def with_ends(value: float, interval: Interval | None) -> str:
+    """The same of a value and its interval."""
+    return between({"": value, "_low": interval and interval.low, "_high": interval and interval.high}, "")
 
 
 def probability(p: float) -> str:
@@ -134,6 +149,7 @@ def _comparisons(preset: str) -> str:
 
 def _repeated(presets: str) -> str:
     head = ["condition", "preset", "EA solved, accuracy", "DPA solved, accuracy", "EA - DPA (95% interval)", "p, alone"]
+    head += _RESTARTS
     found: dict[str, dict[str, Condition]] = {}
     for preset in presets.split():
         for condition in load_results(ROOT / "results" / preset).conditions:
@@ -152,11 +168,60 @@ def _repeated(presets: str) -> str:
                 for end in ("", "_baseline")
             )
             differences = (table["accuracy"] - table["accuracy_baseline"]).to_list()
-            interval = mean_interval(differences)
-            ends = {"difference": float(np.mean(differences))}
-            ends |= {f"difference_{end}": interval and getattr(interval, end) for end in ("low", "high")}
-            p = probability(sign_flip_p(differences))
-            rows.append([shared, preset, mine, baseline, between(ends, "difference"), p])
+            told = with_ends(float(np.mean(differences)), mean_interval(differences))
+            own = [(each["accuracy"] - each["accuracy_baseline"]).to_numpy().mean() for each in pairs.values()]
+            if preset == "all" and len(own) > 2:  # seeds of a preset share their setting
+                reach = stats.t.ppf(0.975, len(own) - 1) * np.std(own, ddof=1) / math.sqrt(len(own))
+                told += f"; presets as units: {signed(np.mean(own) - reach)} to {signed(np.mean(own) + reach)}"
+            restarts = _restarted(list(pairs.values()) if preset == "all" else [table])
+            rows.append([shared, preset, mine, baseline, told, probability(sign_flip_p(differences)), *restarts])
+    return _table(head, rows)
+
+
+_RESTARTS = ["best of three seeds: EA, DPA", "seeds below .9: EA, DPA"]
+
+
+def _restarted(runs: list[pl.DataFrame]) -> list[str]:
+    """The cells of `_RESTARTS`; seeds of one run, which share their setting, are the choice of three."""
+    names = ("", "_baseline")
+    best = [share(float(np.mean([_best(run, name) for run in runs]))) for name in names]
+    low = [str(sum(run.filter(pl.col(f"accuracy{name}") < 0.9).height for run in runs)) for name in names]
+    return [", ".join(best), ", ".join(low)]
+
+
+def _best(pairs: pl.DataFrame, name: str) -> float:
+    return best_of(pairs[f"validation{name}"].to_numpy(), pairs[f"accuracy{name}"].to_numpy())
+
+
+def _restarts(presets: str) -> str:
+    head = ["preset", "condition", "EA - DPA (95% interval)", *_RESTARTS, "best of three: EA - DPA (95% interval)"]
+    rows = []
+    for preset in presets.split():
+        for condition, found in by_condition(preset):
+            if not leads(found["expressive"]):
+                continue
+            pairs = _pairs_of_seeds(preset, condition, "expressive")
+            rng, n = np.random.default_rng(0), len(pairs)
+            drawn = [pairs[rng.integers(n, size=n)] for _ in range(1999)]
+            again = np.array([_best(each, "") - _best(each, "_baseline") for each in drawn])
+            interval = percentiles(again, widened_level(n, n - 1))
+            difference = _best(pairs, "") - _best(pairs, "_baseline")
+            told = [between(found["expressive"], "difference"), *_restarted([pairs]), with_ends(difference, interval)]
+            rows.append([preset, condition, *told])
+    return _table(head, rows)
+
+
+def _thresholds(presets: str) -> str:
+    reached = (0.99, 0.98)
+    head = ["preset", "condition", "solved: EA, DPA", *(f"{rough(level)} or more: EA, DPA" for level in reached)]
+    rows = []
+    for preset in presets.split():
+        fresh = pl.read_parquet(ROOT / "results" / preset / "seeds.parquet").filter(role="confirmation")
+        for condition in fresh["condition"].unique(maintain_order=True):
+            arms = [fresh.filter(condition=condition, mechanism=name) for name in ("expressive", "dot_product")]
+            cells = [", ".join(f"{arm['solved'].sum()}/{len(arm)}" for arm in arms)]
+            cells += [", ".join(f"{(arm['accuracy'] >= level).sum()}/{len(arm)}" for arm in arms) for level in reached]
+            rows.append([preset, condition, *cells])
     return _table(head, rows)
 
 
@@ -232,23 +297,36 @@ def _choices(presets: str) -> str:
 
 
 def _bits(preset: str) -> str:
-    head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (95% interval)", "seeds"]
+    head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (95% interval)", "on validation windows", "seeds"]
     rows = []
     for condition, found in by_condition(preset):
         ea, dpa = found["expressive"], found["dot_product"]
-        names = ("cross_entropy_difference", "cross_entropy_difference_low", "cross_entropy_difference_high")
-        in_bits = {name: None if ea[name] is None else ea[name] / math.log(2) for name in names}
-        rows.append([condition, bits(ea), bits(dpa), between(in_bits, names[0]), str(ea["n"])])
+        told = [
+            with_ends(float(differences.mean()), mean_interval(differences.tolist()))
+            for differences in (_in_bits(preset, condition, "expressive", name) for name in _WINDOWS)
+        ]
+        rows.append([condition, bits(ea), bits(dpa), *told, str(ea["n"])])
     return _table(head, rows)
 
 
+# Columns of the cross-entropy on test windows and on validation windows.
+_WINDOWS = ("cross_entropy", "validation_cross_entropy")
+
+
+def _in_bits(preset: str, condition: str, mechanism: str, name: str) -> np.ndarray[Any, Any]:
+    """The differences of a mechanism from DPA, one for each seed."""
+    pairs = _pairs_of_seeds(preset, condition, mechanism)
+    return (pairs[name] - pairs[f"{name}_baseline"]).to_numpy() / math.log(2)
+
+
 def _bits_by_seed(presets: str) -> str:
-    head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (lowest to highest seed)", "seeds"]
+    head = ["condition", "EA, bits", "DPA, bits", "EA - DPA (lowest to highest seed)", "on validation windows", "seeds"]
     rows = []
     for preset in presets.split():
         for condition, found in by_condition(preset):
             ea, dpa = found["expressive"], found["dot_product"]
-            rows.append([condition, bits(ea), bits(dpa), _of_seeds(preset, condition, "expressive"), str(ea["n"])])
+            told = [_of_seeds(preset, condition, "expressive", name) for name in _WINDOWS]
+            rows.append([condition, bits(ea), bits(dpa), *told, str(ea["n"])])
     return _table(head, rows)
 
 
@@ -266,10 +344,9 @@ def _bits_by_mechanism(preset: str) -> str:
     return _table(["bits; minus DPA (lowest to highest seed)", *names], rows)
 
 
-def _of_seeds(preset: str, condition: str, mechanism: str) -> str:
+def _of_seeds(preset: str, condition: str, mechanism: str, name: str = "cross_entropy") -> str:
     """The mean difference from DPA in bits, and the lowest and highest of a seed, ``-.012 (-.030 to +.004)``."""
-    pairs = _pairs_of_seeds(preset, condition, mechanism)
-    differences = (pairs["cross_entropy"] - pairs["cross_entropy_baseline"]).to_numpy() / math.log(2)
+    differences = _in_bits(preset, condition, mechanism, name)
     return f"{signed(differences.mean())} ({signed(differences.min())} to {signed(differences.max())})"
 
 
@@ -360,6 +437,8 @@ def _verdicts(preset: str) -> str:
 _KINDS: dict[str, Callable[[str], str]] = {
     "comparisons": _comparisons,
     "repeated": _repeated,
+    "restarts": _restarts,
+    "thresholds": _thresholds,
     "examples": _examples,
     "bits": _bits,
     "bits_by_seed": _bits_by_seed,

@@ -1,6 +1,7 @@
 """The numbers in docs/findings.md are those in results/."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def counted(*studies):
     return found
 
 
+def ceilings(study):
+    """What the best possible predictor reaches on each condition."""
+    about = json.loads((ROOT / "results" / study / "about.json").read_text(encoding="utf-8"))
+    return " ".join(tables.share(facts["ceiling"]) for facts in about["facts"].values() if facts.get("ceiling"))
+
+
 @pytest.mark.parametrize(
     ("heading", "studies"),
     [
@@ -93,12 +100,13 @@ def counted(*studies):
         ("Beyond the ladder", ["frontier"]),
         ("Positions", ["positions"]),
         ("The recipe of text on these tasks", ["text_recipe"]),
-        ("What makes the difference", ["geometry_ablation"]),
-        ("The z² limit", ["probes"]),
+        ("Two-sidedness and saturation", ["geometry_ablation"]),
+        ("The limit of small scores", ["probes"]),
         ("A search for mixtures on which EA leads", ["multitask_regime"]),
         ("Recipes of training", ["optimization", "optimization_sgd"]),
         ("Size of the model", ["model_size"]),
         ("The same task in several presets", ["text_recipe"]),
+        ("One seed, or the best of three", ["ladder"]),
         ("The field's probes", ["probes"]),
         ("Text", ["text"]),
         ("Text: positions and heads", ["text_codes", "text"]),
@@ -111,6 +119,7 @@ def test_sentences_have_the_numbers_of_their_tables(heading, studies):
     in_tables = [line for line in section.splitlines() if line.startswith("|")]
     evidence, sentences = "".join(in_tables), "\n".join(line for line in section.splitlines() if line not in in_tables)
     evidence += str(PRIMARY_COMPARISONS) + "".join((ROOT / "results" / x / "config.toml").read_text() for x in studies)
+    evidence += " ".join(ceilings(study) for study in studies)
     assert numbers(sentences)
     assert unknown(sentences, evidence) == set()
     assert counts(sentences) - counts(evidence) - counted(*studies) - HISTORY == set()
@@ -151,6 +160,23 @@ def test_the_readme_has_the_numbers_of_the_findings():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## When to use it\n")[1].split("\n## ")[0]
     assert len(numbers(section)) > 4
     assert unknown(section, TEXT) == set()
+
+
+def anchored(anchor):
+    """The section of the findings that a link leads to; the whole page, without an anchor."""
+    sections = {
+        "-".join(re.findall(r"\w+", text.split("\n")[0].lower().replace("'", ""))): text for text in TEXT.split("\n## ")
+    }
+    return sections[anchor] if anchor else TEXT
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_that_cites_the_findings_has_their_numbers(page):
+    for text in re.split(r"\n\s*\n|\n(?=[-*] |\d+\. |\|)", page.read_text(encoding="utf-8")):
+        cited = re.findall(r"findings\.md(?:#([\w-]+))?\)", text)
+        if cited and page.name not in ("protocol.md", "when-to-use.md"):  # which have more, and tests of their own
+            assert unknown(text, " ".join(anchored(anchor) for anchor in cited)) == set()
+        assert all(anchored(anchor) for anchor in cited)
 
 
 @pytest.mark.parametrize(

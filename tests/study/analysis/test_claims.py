@@ -134,7 +134,8 @@ def test_at_least_as_good(margins, answer):
     assert found.answer == answer
     assert found.n == "3 conditions, 16 pairs of seeds each"
     lowest = comparisons(results)[int(np.argmin(margins))]
-    assert f"least certain on {lowest.condition}: {lowest.difference:+.3f} " in found.effect
+    what = "DPA is furthest ahead" if answer == "contradicted" else "the lowest interval is"
+    assert f"{what} on {lowest.condition}: {lowest.difference:+.3f} " in found.effect
     assert f"(95% interval {lowest.interval:+.3f})" in found.effect
     if answer == "contradicted":
         assert "EA is ahead on 2 of 3 conditions, DPA on 1; no difference is shown on 0." in found.where
@@ -166,7 +167,7 @@ def test_fewer_pairs_than_declared_do_not_exclude_a_loss():
 
 def test_what_the_seeds_cannot_exclude_is_told_by_an_exact_bound():
     results = study([condition(i) for i in range(2)], [0.2, 0.3])
-    assert f"short by more than 0.01 on {upper_bound(0, 16):.0%} of seeds on any condition" in (
+    assert f"short by more than 0.01 on up to {upper_bound(0, 16):.0%} of seeds on its best condition" in (
         verdict(results, "at_least_as_good").effect
     )
     rows = results.seeds.with_columns(
@@ -175,7 +176,21 @@ def test_what_the_seeds_cannot_exclude_is_told_by_an_exact_bound():
         ).then(0.1).otherwise(pl.col("accuracy"))
     )  # fmt: skip
     effect = verdict(replace(results, seeds=rows), "at_least_as_good").effect
-    assert effect.endswith(f"and on {upper_bound(3, 16):.0%} on condition 1")
+    assert effect.endswith(f"and on up to {upper_bound(3, 16):.0%} on condition 1")
+
+
+def test_the_condition_that_contradicts_is_named_before_one_that_is_less_certain():
+    # EA and DPA are far apart on condition 1, with either sign; DPA is ahead by little, and surely, on condition 0
+    conditions = [condition(0), condition(1)]
+    rows = [
+        seed_row(made.label, mechanism, seed, 0.5 + sign * (mechanism == "expressive"))
+        for seed in range(16)
+        for made, sign in zip(conditions, (-0.02 - 0.0001 * seed, 0.4 * (-1) ** seed), strict=True)
+        for mechanism in ("expressive", "dot_product")
+    ]
+    found = verdict(results_of(rows, conditions), "at_least_as_good")
+    assert found.answer == "contradicted"
+    assert "DPA is furthest ahead on condition 0: -0.021 " in found.effect
 
 
 def test_where_neither_has_learned_nothing_is_as_good():

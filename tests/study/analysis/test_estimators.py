@@ -10,6 +10,7 @@ from scipy import stats
 from expressive_attention.study.analysis import estimators as inference
 from expressive_attention.study.analysis.estimators import (
     Interval,
+    best_of,
     clustered_interval,
     exact_interval,
     example_error,
@@ -374,6 +375,22 @@ def test_both_errors_are_covered(few_resamples):
         interval = wider(float(np.mean(values)), mean_interval(values), example_error(right, [1] * 300))
         covered.append(interval.low <= 0.3 <= interval.high)
     assert 0.91 < np.mean(covered) < 0.99
+
+
+# ---- the best of a few seeds ----
+
+
+@pytest.mark.parametrize("among", [1, 2, 3, 7])
+def test_best_of_is_the_mean_over_all_choices(among):
+    rng = np.random.default_rng(among)
+    validation, accuracy = rng.random((2, 7))
+    validation[3] = np.nan  # a seed that diverged
+    order = np.nan_to_num(validation, nan=-1)
+    expected = np.mean([accuracy[max(each, key=order.__getitem__)] for each in itertools.combinations(range(7), among)])
+    assert best_of(validation, accuracy, among) == pytest.approx(expected)
+    assert best_of(np.ones(7), accuracy, 7) == accuracy[0]  # of equal seeds, the first
+    with pytest.raises(ValueError, match="validation must have at least 8 seeds, got 7"):
+        best_of(validation, accuracy, 8)
 
 
 # ---- time before a task is solved ----

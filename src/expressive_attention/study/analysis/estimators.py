@@ -25,6 +25,7 @@ __all__ = [
     "SMALLEST_EFFECT",
     "Array",
     "Interval",
+    "best_of",
     "clustered_interval",
     "exact_interval",
     "example_error",
@@ -67,6 +68,29 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         return f"{self.low:{spec}} to {self.high:{spec}}"
+
+
+def best_of(validation: ArrayLike, accuracy: ArrayLike, among: int = 3) -> float:
+    """Mean accuracy of the seed that does best on validation among some seeds, over all choices of so many.
+
+    Sorted by validation, the seed of rank i (from 0) of n is the best in ``C(n - 1 - i, k - 1)`` of the ``C(n, k)``
+    choices of k seeds. The first of equal seeds counts as better, and NaN as the worst.
+
+    Args:
+        validation: Accuracy on validation sequences, ``(n,)``.
+        accuracy: Accuracy on test sequences, likewise.
+        among: The number k of seeds.
+
+    Raises:
+        ValueError: There are fewer than k seeds.
+    """
+    ranked = np.nan_to_num(np.asarray(validation, np.float64), nan=-np.inf)
+    reached = np.asarray(accuracy, np.float64)
+    n = len(ranked)
+    if n < among:
+        raise ValueError(f"validation must have at least {among} seeds, got {n}")
+    choices = np.array([math.comb(n - 1 - rank, among - 1) for rank in range(n)])
+    return float(reached[np.argsort(-ranked, kind="stable")] @ choices / math.comb(n, among))
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ import polars as pl
 
 from ..config.condition import Setting
 from ..runs.results import StudyResults, setting_of
-from .estimators import Interval, finite, mean_interval, wilson_interval
+from .estimators import Interval, best_of, finite, mean_interval, wilson_interval
 from .survival import median_steps, restricted_steps
 from .wording import mechanism_name
 
@@ -30,6 +30,7 @@ class Summary:
         solved_interval: Wilson interval of the share solved.
         accuracy: Mean accuracy over the seeds.
         accuracy_interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
+        best_of_three: Mean accuracy of the best of three seeds, see `best_of`; None with fewer seeds.
         cross_entropy: Mean over the seeds of their cross-entropy, in nats; infinite or NaN where a seed diverged.
         rollout_digits: Mean share of tokens right in rollouts, None where the task has none.
         rollout_exact: Mean share of rollouts right as a whole, likewise.
@@ -47,6 +48,7 @@ class Summary:
     solved_interval: Interval
     accuracy: float
     accuracy_interval: Interval | None
+    best_of_three: float | None
     cross_entropy: float
     rollout_digits: float | None
     rollout_exact: float | None
@@ -192,6 +194,7 @@ def summarize(rows: pl.DataFrame) -> Summary:
         solved_interval=wilson_interval(solved, rows.height),
         accuracy=float(accuracy.mean()),
         accuracy_interval=mean_interval(accuracy.tolist()),
+        best_of_three=best_of(rows["validation"].to_numpy(), accuracy) if rows.height >= 3 else None,
         cross_entropy=float(rows["cross_entropy"].to_numpy().mean()),
         rollout_digits=_mean_if_any(rows, "rollout_digits"),
         rollout_exact=_mean_if_any(rows, "rollout_exact"),

@@ -48,6 +48,7 @@ SUMMARY_SCHEMA: dict[str, Any] = {
     "accuracy": pl.Float64,  # mean over the final seeds
     "accuracy_low": pl.Float64,
     "accuracy_high": pl.Float64,
+    "best_of_three": pl.Float64,  # accuracy of the best of three seeds by validation, mean over all choices of three
     "pairs": pl.Int64,  # seeds shared with DPA; null: not compared, as DPA itself
     "difference": pl.Float64,  # mean over them of the accuracy minus that of DPA
     "difference_low": pl.Float64,
@@ -93,7 +94,7 @@ _LATEX = str.maketrans({
 
 def export_study(
     results: StudyResults,
-    directory: Path,
+    directory: Path | str,
     formats: Sequence[str],
     more: Mapping[str, pl.DataFrame] | None = None,
 ) -> list[Path]:
@@ -121,6 +122,7 @@ def export_study(
             raise ValueError(f"format must be one of {list(FORMATS)}, got {wanted!r}")
     if results.seeds.is_empty():
         raise ValueError("no cell is finished yet: there is nothing to export")
+    directory = Path(directory)
     tables = {**study_tables(results), **(more or {})}
     files: dict[str, bytes] = {}
     old: list[Path] = []
@@ -180,6 +182,7 @@ def summary_table(results: StudyResults) -> pl.DataFrame:
             "solved": summary.solved,
             "solved_share": summary.solved / summary.seeds,
             "accuracy": summary.accuracy,
+            "best_of_three": summary.best_of_three,
             "pairs": comparison and len(comparison.seeds),
             "difference": comparison and comparison.difference,
             "p": comparison and comparison.p,

@@ -48,6 +48,7 @@ def _numbers(summarized: Sequence[Summary], *, has_gains: bool) -> Table:
         "n",
         "Solved",
         "Mean\naccuracy",
+        "Best\nof 3",
         "Rollout\ndigits",
         "Rollout\nexact",
         "Steps\nto solve",
@@ -55,7 +56,8 @@ def _numbers(summarized: Sequence[Summary], *, has_gains: bool) -> Table:
     return Table(
         "Every condition and mechanism",
         f"Final seeds; n counts them. Brackets: {LEVEL:.0%} interval, Wilson for the share solved, bootstrap for the "
-        f"mean accuracy (none: fewer than {MINIMUM_FOR_INTERVAL} seeds, or all equal). Rollouts: means over seeds. "
+        f"mean accuracy (none: fewer than {MINIMUM_FOR_INTERVAL} seeds, or all equal). Best of 3: mean accuracy of the "
+        "best of three seeds by validation, over all choices of three. Rollouts: means over seeds. "
         "Steps to solve: by when half of the seeds had solved; > x: fewer than half within x steps.",
         [
             *(Column(each, is_number=False) for each in ("Condition", "Mechanism")),
@@ -75,7 +77,7 @@ def _numbers(summarized: Sequence[Summary], *, has_gains: bool) -> Table:
                 Cell(f"{found.accuracy:.3f}", ends(found.accuracy_interval, ".3f"), found.accuracy),
                 *(
                     Cell(NONE) if share is None else Cell(f"{share:.3f}", value=share)
-                    for share in (found.rollout_digits, found.rollout_exact)
+                    for share in (found.best_of_three, found.rollout_digits, found.rollout_exact)
                 ),
                 Cell(
                     f"> {found.steps:,}" if found.median_steps is None else f"{found.median_steps:,.0f}",
