@@ -25,7 +25,7 @@ def test_the_quick_preset_compares_what_it_says():
     labels = [label for label, _, _ in config.expanded()]
     assert labels == [f"sum, basis {b}, delay 5, {p}" for b, p in ((8, "rope"), (16, "rope"), (16, "learned"))]
     assert (config.seeds.final, config.training.steps) == (8, 2000)
-    assert config.training.learning_rates == (5e-3, 1e-2, 2e-2)
+    assert (config.training.learning_rates, config.training.initial_gains) == ((5e-3, 1e-2, 2e-2), (0.0625,))
 
 
 def test_the_ladder_preset_spells_out_the_defaults():
