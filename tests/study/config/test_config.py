@@ -165,7 +165,7 @@ def test_the_primary_family_is_what_the_presets_declare():
 
 
 # Where a step is expensive; the presets say what they depart from, and docs/protocol.md lists them.
-ON_TEXT = {"text", "text_codes", "text_mechanisms"}
+ON_TEXT = {"text", "text_codes", "text_mechanisms", "text_wide"}
 
 
 @pytest.mark.parametrize("name", sorted(set(preset_names()) - {"quick", "vision"} - ON_TEXT))
