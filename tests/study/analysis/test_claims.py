@@ -328,7 +328,15 @@ def fresh(results, shares, seeds=32):
         for mechanism, solved in zip(("expressive", "dot_product"), pair, strict=True)
         for seed in range(seeds)
     ]
-    return replace(results, seeds=pl.concat([results.seeds, results_of(rows, []).seeds]))
+    return replace(results, seeds=pl.concat([results.seeds, results_of(rows, []).seeds]), confirmation=32)
+
+
+def test_a_range_is_not_confirmed_by_a_part_of_the_fresh_seeds():
+    results = fresh(solving([(16, 0)], seeds=16), {"condition 0": (31, 0)}, seeds=31)
+    found = verdict(results, "exclusive_range")
+    assert found.answer == "undecided"
+    assert "Not all fresh seeds are there yet on: condition 0." in found.where
+    assert verdict(replace(results, confirmation=31), "exclusive_range").answer == "supported"
 
 
 def test_an_exclusive_range_is_confirmed_by_fresh_seeds():
@@ -338,7 +346,7 @@ def test_an_exclusive_range_is_confirmed_by_fresh_seeds():
     assert found.where.startswith(
         "EA has 2 candidates by the final seeds, at 10 to 20 bits: condition 1; condition 2. DPA has no candidate."
     )
-    assert "No fresh seeds yet on: condition 1; condition 2." in found.where
+    assert "Not all fresh seeds are there yet on: condition 1; condition 2." in found.where
     found = verdict(fresh(results, {"condition 1": (29, 15), "condition 2": (28, 3)}), "exclusive_range")
     assert found.answer == "supported"
     assert "EA: 2 candidates, 1 confirmed; DPA: 0 candidates, 0 confirmed." in found.effect

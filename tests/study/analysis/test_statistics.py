@@ -60,6 +60,19 @@ def test_summary_of_final_seeds_alone():
     assert summary.rollout_digits == pytest.approx(sum(value**5 for value in accuracies) / 4)
     assert summary.rollout_exact == pytest.approx(sum(value**10 for value in accuracies) / 4)
     assert (summary.median_steps, summary.steps) == (1000, 2000)
+    assert summary.best_of_three == 1.0  # each choice of three has one of the best two
+
+
+def test_seeds_that_all_diverged_count_with_all_steps():
+    rows = rows_of(ROPE, "expressive", [0.1] * 6, steps=100, diverged_at=100)
+    (summary,) = summaries(results_of(rows, [ROPE], steps=2000))
+    assert (summary.median_steps, summary.restricted_steps, summary.steps) == (None, 2000, 2000)
+
+
+def test_no_seed_is_the_best_without_validation():
+    rows = rows_of(ROPE, "expressive", [0.1, 0.9, 0.9], validation=None)
+    assert summaries(results_of(rows, [ROPE]))[0].best_of_three is None
+    assert summaries(results_of(rows_of(ROPE, "expressive", [0.1, 0.9]), [ROPE]))[0].best_of_three is None
 
 
 def test_summaries_refuse_what_is_not_a_number_and_say_where():
@@ -108,6 +121,8 @@ FINE = [1.0, 0.999, 0.998, 1.0, 0.997, 1.0, 0.999, 0.996]
         ([0.98] * 6, [0.99] * 6, "DPA ahead"),
         # chance is 1/16
         ([0.05, 0.06, 0.07] * 2, [0.06] * 6, "neither learned"),
+        # a difference of two mechanisms that are no better than a guess is no lead
+        ([0.06] * 6, [0.02] * 6, "neither learned"),
     ],
 )
 def test_verdict(ours, theirs, verdict):

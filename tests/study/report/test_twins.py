@@ -38,7 +38,7 @@ def test_the_models_are_those_of_the_study(run, tmp_path):
     results, directory = run
     label = results.conditions[0].label
     seed = results.seeds.filter(role="final", condition=label)["seed"].max()
-    files = write_twins(directory, tmp_path / "twins", label, seed)
+    files = write_twins(str(directory), str(tmp_path / "twins"), label, seed)
     assert sorted(path.name for path in files) == sorted(path.name for path in (tmp_path / "twins").iterdir())
     twins = load_twins(tmp_path / "twins")
     assert sorted(twins.models) == sorted(results.mechanisms)

@@ -40,6 +40,7 @@ def test_what_is_saved_is_loaded(store, trained):
     assert_frame_equal(loaded.seeds, trained.seeds)
     assert_frame_equal(loaded.curves, trained.curves)
     assert all(torch.equal(x, loaded.weights[name]) for name, x in trained.weights.items())
+    assert store.path(cell()).stat().st_mode & 0o777 == 0o755  # others may read it
 
 
 def test_the_machine_and_its_threads_are_kept_and_need_not_be(store, trained):

@@ -7,8 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from expressive_attention.study.tasks import IGNORED
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.recurrences.noisy import NoisyTask
 from expressive_attention.study.tasks.rng import stream
+from tests.study.tiny import cell
 
 SMALL = [
     {"basis": 2, "delay": 3, "noise": 0.25, "context": 5},
@@ -72,6 +74,32 @@ def test_targets_are_the_true_digits(fields):
     shifts = np.bincount((read - true) % task.basis, minlength=task.basis) / read.size
     expected = [1 - task.noise] + [task.noise / (task.basis - 1)] * (task.basis - 1)
     assert shifts.tolist() == pytest.approx(expected, abs=5 * 0.5 / read.size**0.5)
+
+
+def test_few_states_leave_many_inputs_of_which_none_is_shared():
+    task = NoisyTask()  # of 64 states
+    parts = [
+        task.training_examples(stream(0, "training"), 20000),
+        *(task.held_out_examples(500, purpose) for purpose in ("validation", "test")),
+    ]
+    training, validation, test = ({tuple(row) for row in part.inputs.tolist()} for part in parts)
+    assert not (training & validation)
+    assert not (training & test)
+    assert not (validation & test)
+    # beginnings of what is held out do occur in training
+    beginnings = {row[:end] for row in training for end in range(task.delay, task.length + 1)}
+    asked = [row[:end] for row in parts[2].inputs.tolist() for end in range(task.delay, task.length + 1)]
+    new = [tuple(row) for row in asked if tuple(row) not in beginnings]
+    found = unseen(task, parts[:1], parts[2])
+    assert (found.predictions, found.contexts) == (len(new), len(set(new)))
+    assert 500 <= len(new) < 0.5 * len(asked)
+    assert found.seen == pytest.approx(1 - len(new) / len(asked))
+
+
+def test_cells_of_the_time_when_examples_were_shared_are_others(monkeypatch):
+    now = cell(task=NoisyTask()).identity
+    monkeypatch.setattr(NoisyTask, "revision", 1)
+    assert cell(task=NoisyTask()).identity != now
 
 
 def test_almost_no_noise_leaves_the_clean_task():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from expressive_attention.study.tasks import IGNORED, TASKS
+from expressive_attention.study.tasks.contexts import unseen
 from expressive_attention.study.tasks.rng import stream
 from expressive_attention.study.tasks.sampled import SampledTask, by_distance, distinct, prefix_identifiers
 from expressive_attention.study.training.loop import train_cell
@@ -54,6 +55,12 @@ def test_no_input_is_in_two_of_training_validation_and_test(kind):
     assert [len(part) for part in parts] == [6000, 500, 500]
     assert all(len(set(rows(part))) > 100 for part in parts)
     assert not any(set(rows(a)) & set(rows(b)) for a, b in itertools.combinations(parts, 2))
+
+
+def test_with_few_inputs_the_test_was_seen_in_training():
+    task = TASKS["mqar"](pairs=1, vocab=8, context=64)
+    found = unseen(task, [task.training_examples(stream(0, "training"), 20000)], task.held_out_examples(500, "test"))
+    assert (found.seen, found.predictions, found.contexts) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("kind", PROBES)

@@ -59,7 +59,8 @@ class Comparison:
         example_interval: As `interval`, for the drawing of the test examples as well; None where there are more
             examples than are tested, so that it does not matter.
         untested: Reason why there is no test; None: there is one.
-        neither_learned: Neither mechanism is better than a guess.
+        neither_learned: Neither mechanism is better, by `SMALLEST_EFFECT`, than a guess and than the most frequent
+            target.
     """
 
     candidate: Summary
@@ -90,10 +91,10 @@ class Comparison:
     def leader(self) -> str | None:
         """The mechanism that is ahead, the one that the mean favours; None where none is.
 
-        One is where `p` is below 0.05, the mean at least `SMALLEST_EFFECT`, and 0 outside of `example_interval`, if
-        there is one.
+        One is where some mechanism has learned, `p` is below 0.05, the mean at least `SMALLEST_EFFECT`, and 0 outside
+        of `example_interval`, if there is one.
         """
-        if self.p is None or self.p >= SIGNIFICANCE or abs(self.difference) < SMALLEST_EFFECT:
+        if self.neither_learned or self.p is None or self.p >= SIGNIFICANCE or abs(self.difference) < SMALLEST_EFFECT:
             return None
         if self.example_interval is not None and self.example_interval.low <= 0 <= self.example_interval.high:
             return None

@@ -196,7 +196,7 @@ def _bca(values: tuple[float, ...]) -> Interval:
     ).confidence_interval
     low, high = float(ends.low), float(ends.high)
     ties = (np.abs(np.subtract.outer(values, values)) < ROUNDING).sum(0)
-    if n - ties.max() < MINIMUM_FOR_INTERVAL:
+    if ties.max() > 1 and n - ties.max() < MINIMUM_FOR_INTERVAL:
         frequent = values[int(ties.argmax())]
         low, high = min(low, frequent), max(high, frequent)
     return Interval(low, high)

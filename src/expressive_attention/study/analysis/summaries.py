@@ -30,13 +30,14 @@ class Summary:
         solved_interval: Wilson interval of the share solved.
         accuracy: Mean accuracy over the seeds.
         accuracy_interval: Bootstrap interval of that mean, None where `mean_interval` gives none.
-        best_of_three: Mean accuracy of the best of three seeds, see `best_of`; None with fewer seeds.
+        best_of_three: Mean accuracy of the best of three seeds, see `best_of`; None with fewer seeds, or without
+            accuracies on validation sequences.
         cross_entropy: Mean over the seeds of their cross-entropy, in nats; infinite or NaN where a seed diverged.
         rollout_digits: Mean share of tokens right in rollouts, None where the task has none.
         rollout_exact: Mean share of rollouts right as a whole, likewise.
         median_steps: Steps by which at least half of the seeds had solved, None if fewer than half did.
         restricted_steps: Mean over all seeds of the steps before the task was solved, all steps where it was not.
-        steps: Most optimizer steps that any of the seeds took.
+        steps: Optimizer steps of a seed that does not end early.
         diverged: Number of seeds whose loss stopped being finite.
     """
 
@@ -141,7 +142,7 @@ def summaries(results: StudyResults) -> list[Summary]:
         ValueError: If an accuracy is not a finite number, or final seeds ran at several learning rates.
     """
     return [
-        summarize(rows)
+        summarize(rows, results.steps)
         for condition in results.conditions
         for mechanism in results.mechanisms
         if not (rows := evidence(results.seeds, condition.label, mechanism)).is_empty()
@@ -177,13 +178,19 @@ def tuning_summaries(results: StudyResults) -> list[TuningSummary]:
     return found
 
 
-def summarize(rows: pl.DataFrame) -> Summary:
-    """Summary of the final rows of one condition and mechanism."""
+def summarize(rows: pl.DataFrame, all_steps: int = 0) -> Summary:
+    """Summary of the final rows of one condition and mechanism.
+
+    Args:
+        rows: The rows.
+        all_steps: Steps of a seed that does not end early; fewer than some seed took: that many.
+    """
     rates = rows["learning_rate"].unique().sort().to_list()
     if len(rates) > 1:
         raise ValueError(f"{_where(rows)}: final seeds ran at several learning rates: {rates}")
     accuracy = finite(rows["accuracy"].to_list(), f"{_where(rows)}: accuracy")
-    steps = int(rows["steps"].to_numpy().max())
+    steps = max(all_steps, int(rows["steps"].to_numpy().max()))
+    few, unknown = rows.height < 3, rows["validation"].null_count() > 0
     solved = int(rows["solved"].sum())
     return Summary(
         condition=rows["condition"][0],
@@ -194,7 +201,7 @@ def summarize(rows: pl.DataFrame) -> Summary:
         solved_interval=wilson_interval(solved, rows.height),
         accuracy=float(accuracy.mean()),
         accuracy_interval=mean_interval(accuracy.tolist()),
-        best_of_three=best_of(rows["validation"].to_numpy(), accuracy) if rows.height >= 3 else None,
+        best_of_three=None if few or unknown else best_of(rows["validation"].to_numpy(), accuracy),
         cross_entropy=float(rows["cross_entropy"].to_numpy().mean()),
         rollout_digits=_mean_if_any(rows, "rollout_digits"),
         rollout_exact=_mean_if_any(rows, "rollout_exact"),

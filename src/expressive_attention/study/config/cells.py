@@ -73,6 +73,8 @@ class Cell(Strict):
         content["protocol"] = _PROTOCOLS[self.protocol]
         if (file := file_of(self.task)) is not None:
             content["task_file"] = file.digest
+        elif self.task.revision > 1:
+            content["task_revision"] = self.task.revision
         if self.mechanism_file is not None:
             content["mechanism_file"] = self.mechanism_file.digest
         text = json.dumps(content, sort_keys=True)

@@ -61,8 +61,8 @@ class Twins:
 
 
 def write_twins(
-    directory: Path,
-    out: Path,
+    directory: Path | str,
+    out: Path | str,
     condition: str | None = None,
     seed: int | None = None,
     *,
@@ -143,6 +143,7 @@ def write_twins(
     examples = task.held_out_examples(_EXAMPLES, "validation")
     shown = {name: torch.from_numpy(np.array(getattr(examples, name))) for name in ("inputs", "targets")}
     files[_EXAMPLES_FILE] = save(shown, {"about": json.dumps(common)})
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for name, written in files.items():
         write_atomically(out / name, written)

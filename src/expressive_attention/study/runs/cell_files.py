@@ -26,6 +26,7 @@ __all__ = [
     "CorruptCellError",
     "Lengths",
     "StoreError",
+    "description_of",
     "is_duration",
     "read_about",
     "read_cell",
@@ -125,6 +126,15 @@ def read_about(folder: Path, cell: Cell) -> dict[str, Any]:
     return about
 
 
+def description_of(folder: Path) -> dict[str, Any] | None:
+    """The cell that a cell.toml describes, whatever the study; None where it cannot be read."""
+    try:
+        cell = tomllib.loads((folder / "cell.toml").read_text(encoding="utf-8"))["cell"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return cell if isinstance(cell, dict) else None
+
+
 def sealed(content: bytes) -> bytes:
     """The content of a cell.toml with the checksum of its lines."""
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n"
@@ -141,8 +151,9 @@ def _describes_a_cell(about: dict[str, Any]) -> bool:
 
 
 def names_threads(environment: dict[str, str]) -> bool:
-    """Whether the number of threads that an environment has, if any, can be one."""
-    return re.fullmatch("[1-9][0-9]{0,3}", environment.get("threads", "1")) is not None
+    """Whether the numbers of threads that an environment has, if any, can be such."""
+    number = "[1-9][0-9]{0,3}"
+    return re.fullmatch(f"{number}(, {number})*", environment.get("threads", "1")) is not None
 
 
 def is_duration(seconds: Any) -> bool:
@@ -195,8 +206,8 @@ class Lengths:
 def _seeds_of(folder: Path) -> range:
     """The seeds of the cell in a folder; none where it does not say, or has gaps."""
     try:
-        seeds = tomllib.loads((folder / "cell.toml").read_text(encoding="utf-8"))["cell"]["seeds"]
+        seeds = (description_of(folder) or {})["seeds"]
         found = range(seeds[0], seeds[0] + len(seeds))
         return found if list(found) == seeds else range(0)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError):
         return range(0)

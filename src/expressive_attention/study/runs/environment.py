@@ -30,9 +30,12 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
 
 @contextmanager
 def threads_of(then: Mapping[str, str]) -> Iterator[None]:
-    """As many threads as an `environment` has, one where it does not say: their number decides the last bits."""
+    """As many threads as an `environment` has, one where it does not say: their number decides the last bits.
+
+    Where it has several numbers, the first is taken.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(int(then.get("threads", 1)))
+    torch.set_num_threads(int(then.get("threads", "1").partition(",")[0]))
     try:
         yield
     finally:

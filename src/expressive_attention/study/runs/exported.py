@@ -12,14 +12,13 @@ import polars as pl
 
 from ..config.cells import Arm, Cell
 from ..config.condition import Condition, Setting
-from ..config.declared import PRIMARY_COMPARISONS
 from ..config.schema import PROTOCOL, Role
 from ..config.study import StudyConfig
 from ..files import read_parquet
 from ..training.result import ROW_KEYS, TABLES, CellResult
 from .cell_files import is_duration, names_threads
 from .facts import plain_number
-from .results import StudyResults, collect, setting_of
+from .results import StudyResults, collect, declared, setting_of
 from .store import Store, StoreError
 
 __all__ = ["ABOUT", "ExportedCells", "about", "load_results", "read_table"]
@@ -50,20 +49,15 @@ def load_results(directory: Path | str, *, trust: bool = False) -> StudyResults:
             "runs/quick, or export it again"
         )
     config, text = store.config(trust=trust)
-    tables = {name: _table(directory, name) for name in TABLES}
+    tables: dict[str, Any] = {name: _table(directory, name) for name in TABLES}
     if (wrong := _wrong_with(tables["seeds"]) or _strange_to(config, tables["seeds"])) is not None:
         raise StoreError(f"{directory}: the table of seeds is not what `ea study export` writes: {wrong}")
     for name in ("curves", "splits"):  # examples of several cells lie in one table
         if tables[name].select(*_KEYS, *ROW_KEYS[name]).is_duplicated().any():
             raise StoreError(f"{directory}: the table of {name} has a row twice: export the study again")
     kept = _about(directory / ABOUT)
-    return StudyResults(
-        name=config.name, config=text, conditions=_conditions(config, kept.pop("facts")),
-        mechanisms=list(config.mechanisms),
-        **tables, claims=list(config.claims), protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
-        record=config.record() if config.has_files else None, **kept,
-    )  # fmt: skip
+    conditions = _conditions(config, kept.pop("facts"))
+    return StudyResults(**declared(config, text), **tables, conditions=conditions, **kept)
 
 
 class ExportedCells:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
 from ..config.condition import Condition, Setting
 from ..config.declared import PRIMARY_COMPARISONS
 from ..config.record import Record
+from ..config.study import StudyConfig
 from ..training.result import TABLES
 from .environment import environment
 from .facts import KnownFacts
-from .selection import finished_cells
-from .store import Store
+from .selection import finished_cells, of_another_task
+from .store import Store, StoreError
 
-__all__ = ["StudyResults", "collect", "setting_of"]
+__all__ = ["StudyResults", "collect", "declared", "setting_of"]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that what follows from it can be kept
@@ -36,10 +38,13 @@ class StudyResults:
         examples: `EXAMPLE_SCHEMA` plus the same five columns; only of conditions with fixed data.
         unfinished: One line per cell that has no result yet.
         claims: The claims that the study tests, as `StudyConfig.claims`.
+        steps: Steps of every final seed, by the configuration.
+        confirmation: Fresh seeds of each mechanism on a candidate for an exclusive range, likewise.
         protocol: Number of the protocol by which it was run.
         family: Number of comparisons over which p is adjusted where the study has fewer; 0: over its own.
         record: The tasks and mechanisms of the study's own files; None: it has none.
-        environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``.
+        environment: Versions and machine, e.g. ``{"torch": "2.13.0", "processor": "..."}``; where cells differ, all of
+            their values: ``"2.12.0, 2.13.0"``.
         seconds: Sum of the cells' training times in seconds.
         regrouped: Whether some seeds trained together with others than the configuration says, as the study had fewer
             or more of them when they ran.
@@ -57,6 +62,8 @@ class StudyResults:
     claims: list[str]
     environment: dict[str, str]
     seconds: float
+    steps: int = 0
+    confirmation: int = 0
     protocol: int = 3
     family: int = 0
     record: Record | None = None
@@ -64,6 +71,21 @@ class StudyResults:
 
 
 _FACTS = "facts.json"
+
+
+def declared(config: StudyConfig, text: str) -> dict[str, Any]:
+    """The attributes of `StudyResults` that a configuration gives, and its text."""
+    return {
+        "name": config.name,
+        "config": text,
+        "mechanisms": list(config.mechanisms),
+        "claims": list(config.claims),
+        "steps": config.training.steps,
+        "confirmation": config.seeds.confirmation,
+        "protocol": config.protocol,
+        "family": PRIMARY_COMPARISONS if config.family == "primary" else 0,
+        "record": config.record() if config.has_files else None,
+    }
 
 
 def setting_of(rows: pl.DataFrame) -> Setting:
@@ -79,7 +101,8 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
         trust: Run its Python files. Otherwise their tasks and mechanisms are read from its record.
 
     Raises:
-        StoreError: As `Store.config`, or the folder is an export, or a cell is corrupt; the message names the file.
+        StoreError: As `Store.config`, or the folder is an export, or a cell is corrupt; the message names the file. Or
+            all cells are of other tasks, as those on text are under another Python; the message names the difference.
         ConfigError: Its configuration does not fit.
     """
     store.check_cells()
@@ -90,8 +113,10 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
     fixed = {condition.label for condition in conditions if condition.facts.get("fixed_data")}
     tables: dict[str, list[pl.DataFrame]] = {name: [] for name in TABLES}
     finished, unfinished = finished_cells(store, config)
+    if not finished and (other := of_another_task(store, config)) is not None:
+        raise StoreError(f"{store.directory} has finished cells, and none of the study as it is read here: {other}")
     arms = {(arm.condition, arm.mechanism): arm for arm in config.arms()}
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, None]] = {}  # the values of each name, in the order of the cells
     seconds = 0.0
     for cell in finished:
         result = store.counted(cell)
@@ -102,17 +127,19 @@ def collect(store: Store, *, trust: bool = False) -> StudyResults:
             if name != "examples" or cell.condition in fixed:
                 parts.append(getattr(result, name).with_columns(columns))
         seconds += result.seconds
-        found = store.about(cell)["environment"]
+        for name, value in store.about(cell)["environment"].items():
+            found.setdefault(name, {})[value] = None
     empty = dict.fromkeys(("condition", "mechanism", "role"), pl.String) | dict.fromkeys(Setting._fields, pl.Float64)
-    joined = {
+    joined: dict[str, Any] = {
         name: pl.concat(parts) if parts else pl.DataFrame(schema={**TABLES[name], **empty})
         for name, parts in tables.items()
     }
     return StudyResults(
-        name=config.name, config=text, conditions=conditions, mechanisms=list(config.mechanisms),
-        **joined, unfinished=unfinished, claims=list(config.claims), environment=found or environment(),
-        seconds=seconds, protocol=config.protocol,
-        family=PRIMARY_COMPARISONS if config.family == "primary" else 0,
-        record=config.record() if config.has_files else None,
+        **declared(config, text),
+        **joined,
+        conditions=conditions,
+        unfinished=unfinished,
+        environment={name: ", ".join(values) for name, values in found.items()} or environment(),
+        seconds=seconds,
         regrouped=not all(arms[cell.condition, cell.mechanism].makes(cell) for cell in finished),
-    )  # fmt: skip
+    )

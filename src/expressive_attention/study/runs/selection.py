@@ -16,7 +16,7 @@ from ..config.study import StudyConfig
 from ..training.result import CellResult
 from .store import Store
 
-__all__ = ["candidates", "choose_setting", "finished_cells", "progress_of"]
+__all__ = ["candidates", "choose_setting", "finished_cells", "of_another_task", "progress_of"]
 
 
 def choose_setting(results: Iterable[tuple[Cell, CellResult]]) -> Setting:
@@ -126,3 +126,18 @@ def finished_cells(store: Store, config: StudyConfig) -> tuple[list[Cell], list[
         finished += [cell for cell in cells if store.has(cell)]
         unfinished += [str(cell) for cell in cells if not store.has(cell)]
     return finished, unfinished
+
+
+def of_another_task(store: Store, config: StudyConfig) -> str | None:
+    """The difference between the tasks of the study and those of cells with the same names that its folder has.
+
+    A task may depend on the machine, as one on the texts of its Python does; None where no cell differs so.
+    """
+    tasks = {(arm.condition, arm.mechanism): arm.task.model_dump(mode="json") for arm in config.arms()}
+    for cell in store.described():
+        now, before = tasks.get((cell.get("condition", ""), cell.get("mechanism", "")), {}), cell.get("task", {})
+        differ = [name for name in now if before.get(name, now[name]) != now[name]]
+        if differ:
+            told = (f"{name} {before[name]!r}, now {now[name]!r}" for name in differ)
+            return f"{cell['condition']}: {', '.join(told)}"
+    return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..config.task_files import TaskFile
 from ..config.toml import tomllib
 from ..files import to_disk, write_atomically
 from ..training.result import CellResult
-from .cell_files import CorruptCellError, Lengths, StoreError, read_about, read_cell, write_cell
+from .cell_files import CorruptCellError, Lengths, StoreError, description_of, read_about, read_cell, write_cell
 from .environment import environment
 
 __all__ = ["CorruptCellError", "Store", "StoreError"]
@@ -227,6 +227,7 @@ class Store:
         except Exception:  # as of a full disk, which the next cell may find with some room
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        partial.chmod(0o755)  # a temporary folder is private
         self.discard(cell)
         partial.rename(self.path(cell))
         to_disk(self.cells)
@@ -267,6 +268,10 @@ class Store:
             CorruptCellError: It is missing or not what was written.
         """
         return read_about(self.path(cell), cell)
+
+    def described(self) -> Iterator[dict[str, Any]]:
+        """The descriptions of the cells in the folder, whether or not its study has them."""
+        yield from filter(None, (description_of(path) for path in sorted(self.cells.glob("[!.]*"))))
 
     def discard(self, cell: Cell) -> None:
         """Remove a corrupt cell, or a link in its place, if there is one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -92,6 +92,9 @@ class Task(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+
+    # Raised where the same settings come to mean other examples. It is part of the identity of cells.
+    revision: ClassVar[int] = 1
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from .base import IGNORED, Examples, always, worded
-from .sampled import SampledTask, after_start, integers, prefix_identifiers
+from .sampled import SampledTask, after_start, integers
 
 __all__ = ["ParityTask"]
 
@@ -67,8 +67,3 @@ class ParityTask(SampledTask):
         found = inputs.cumsum(1) % 2  # the start is even, too
         found[:, : -1 if self.asked == "last" else int(self.start)] = IGNORED
         return found
-
-    def contexts(self, examples: Examples) -> np.ndarray:
-        """The string up to each position that is asked: a held-out string begins like others."""
-        found = prefix_identifiers(examples.inputs)
-        return found[:, int(self.start) if self.asked == "every" else -1 :]

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from .base import IGNORED, Examples, one_in, worded
-from .sampled import SampledTask, after_start, integers, prefix_identifiers
+from .sampled import SampledTask, after_start, integers
 
 __all__ = ["PermutationTask"]
 
@@ -81,10 +81,6 @@ class PermutationTask(SampledTask):
         for t in range(1 + self.start, inputs.shape[1]):
             found[:, t] = products[inputs[:, t], found[:, t - 1]]
         return found
-
-    def contexts(self, examples: Examples) -> np.ndarray:
-        """The tokens up to each position: a held-out sequence begins like others."""
-        return prefix_identifiers(examples.inputs)[:, int(self.start) :]
 
 
 @lru_cache(maxsize=8)

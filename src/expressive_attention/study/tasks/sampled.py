@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Examples, Task
+from .base import IGNORED, Examples, Task
 from .recurrences.recurrence import mixed
 from .rng import stream
 
@@ -60,6 +60,11 @@ class SampledTask(Task):
             parts.append(drawn[:missing])
             missing -= len(parts[-1])
         return Examples(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("inputs", "targets")))
+
+    def contexts(self, examples: Examples) -> np.ndarray:
+        """The tokens up to each position, from the first that is asked on: a held-out input begins like others."""
+        asked = (examples.targets != IGNORED).any(0)
+        return prefix_identifiers(examples.inputs)[:, asked.argmax() :]
 
     def group_name(self, split: str, group: int) -> str:
         if split == "distance":

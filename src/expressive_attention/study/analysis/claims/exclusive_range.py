@@ -38,7 +38,7 @@ class ExclusiveRange:
         condition: Its label.
         complexity: In bits.
         owner: ``"expressive"`` or ``"dot_product"``, by the shares of final seeds solved: a candidate; None if neither.
-        confirmed: Whether the fresh seeds say the same; None: there are none yet, or none were asked for.
+        confirmed: Whether the fresh seeds say the same; None: not all are there yet, or none were asked for.
         ea: Final seeds that EA solved, and their number.
         dpa: The same for DPA.
         ea_fresh: The same for EA's confirming seeds.
@@ -71,7 +71,7 @@ def exclusive_ranges(results: StudyResults) -> list[ExclusiveRange]:
         )
         owner = CANDIDATE if alone(ea, dpa) else BASELINE if alone(dpa, ea) else None
         confirmed = None
-        if owner is not None and min(ea_fresh[1], dpa_fresh[1]) > 0:
+        if owner is not None and min(ea_fresh[1], dpa_fresh[1]) >= max(results.confirmation, 1):
             confirmed = alone(ea_fresh, dpa_fresh) if owner == CANDIDATE else alone(dpa_fresh, ea_fresh)
         complexity = float(condition.facts["complexity"])
         found.append(
@@ -110,7 +110,7 @@ def _exclusive_range(results: StudyResults) -> Answer:
         where += f" {plural(untested, 'condition')} not tested ({UNTESTED})."
     waiting = [found for found in (*own, *other) if found.confirmed is None]
     if waiting:
-        where += f" No fresh seeds yet on: {listed([found.condition for found in waiting])}."
+        where += f" Not all fresh seeds are there yet on: {listed([found.condition for found in waiting])}."
     effect = (
         f"EA: {plural(len(own), 'candidate')}, {len(confirmed)} confirmed; DPA: {plural(len(other), 'candidate')}, "
         f"{sum(bool(found.confirmed) for found in other)} confirmed. {_fresh_counts(own, other)}"

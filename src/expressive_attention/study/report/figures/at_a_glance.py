@@ -53,7 +53,7 @@ def _draw(material: Material) -> Drawing:
         alternative=f"Share of right answers of {material.names} on each condition. Numbers: the table below it.",
         note=(
             f"Right end: always right; grey stroke: a guess. Mean over seeds ({material.seeds}) with {BOOTSTRAP}, on "
-            "sequences that training never saw."
+            "held-out sequences."
         ),
         groups=[Group("", [condition_rows(list(rows), along, parts, material.results.mechanisms)])],
         selected=material.shown_note(len(rows), "at_a_glance"),

@@ -25,7 +25,8 @@ def _draw(material: Material) -> Drawing:
         for mechanism, style in material.styles.items():
             rows = evidence(results.seeds, condition.label, mechanism)
             if rows.height:
-                curve = solve_curve(rows["steps_to_solve"].to_list(), int(rows["steps"].to_numpy().max()))
+                steps = max(results.steps, int(rows["steps"].to_numpy().max()))
+                curve = solve_curve(rows["steps_to_solve"].to_list(), steps)
                 found.append(Curves([curve], style, width=2, name=mechanism_name(mechanism), stepped=True))
         return [*found, Note(_tests(material, condition), "inside")]
 

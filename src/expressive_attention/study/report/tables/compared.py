@@ -47,7 +47,7 @@ def opening_table(results: StudyResults) -> Table:
         ])  # fmt: skip
     finished = len({label for label, _ in reached})
     return Table(
-        "Right answers on sequences that training never saw",
+        "Right answers on held-out sequences",
         "Means over seeds. A mechanism is called ahead only where a test says so."
         + (f" Ahead or behind: of {mechanism_name(BASELINE)}; elsewhere no difference is shown." if are_several else "")
         + (
