@@ -180,7 +180,7 @@ class Case:
         return factor.masked_fill(~self.mask, -torch.inf)
 
     def kept(self) -> Tensor:
-        """What dropout multiplies weights by, ``(B, H, L, S)`` in float64."""
+        """The factors by which dropout multiplies weights, ``(B, H, L, S)`` in float64."""
         p = self.settings.get("dropout_p", 0.0)
         shape = (*self.query.shape[:3], self.key.shape[2])
         if not p:
@@ -240,10 +240,10 @@ class Case:
         return {name: x.to("cpu", torch.float64) for name, x in zip(names, found, strict=True)}
 
     def roundings(self) -> dict[str, float]:
-        """What one rounding may change in each result.
+        """The change of each result that one rounding may make.
 
-        Of the terms that add up to the result, and, in the dtype of the sums, of those that add up to the scores:
-        where these cancel, z is less exact than its own last digit, and so is what follows from z.
+        It is one of the terms that add up to the result, and, in the dtype of the sums, of those that add up to the
+        scores: where these cancel, z is less exact than its own last digit, and so is what follows from z.
         """
         q, k, v = (x.double() for x in (self.query, self.key, self.value))
         do, dn = self.upstream()

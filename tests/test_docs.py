@@ -1,4 +1,4 @@
-"""What README, docs and docstrings show is run."""
+"""The examples of README, docs and docstrings are run."""
 
 import doctest
 import importlib

@@ -88,7 +88,7 @@ def counted(*studies):
 
 
 def ceilings(study):
-    """What the best possible predictor reaches on each condition."""
+    """Accuracies of the best possible predictor, one for each condition that has one."""
     about = json.loads((ROOT / "results" / study / "about.json").read_text(encoding="utf-8"))
     return " ".join(tables.share(facts["ceiling"]) for facts in about["facts"].values() if facts.get("ceiling"))
 

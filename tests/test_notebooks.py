@@ -14,7 +14,7 @@ notebooks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(notebooks)
 make_importable()
 
-# What a notebook is for has to come true on every machine, also where its numbers vary.
+# The purpose of a notebook has to come true on every machine, also where its numbers vary.
 OUTCOMES = {
     "convert": [r"EA ran in 2/2 layers", r"undone, the same: True", r"same logits: True"],
     "five_minutes": [

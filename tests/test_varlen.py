@@ -243,7 +243,7 @@ def test_dropout_drops_weights():
 
 
 def test_the_arguments_are_those_of_flash_attn_varlen_func():
-    """Of flash-attn 2.8, as far as they make sense here."""
+    """The arguments of flash-attn 2.8, as far as they make sense here."""
     ours = list(inspect.signature(expressive_attention_varlen).parameters)
     assert ours[:11] == [
         "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale",

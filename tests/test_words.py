@@ -23,6 +23,7 @@ def files():
         ("docs", ("md", "py", "ipynb")),
         ("benchmarks", ("py", "c")),
         ("examples", ("py",)),
+        ("tests", ("py",)),
     ):
         found += [path for ending in endings for path in sorted((ROOT / folder).rglob(f"*.{ending}"))]
     return sorted(path.relative_to(ROOT).as_posix() for path in found)

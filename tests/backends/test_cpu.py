@@ -1,4 +1,4 @@
-"""What is special about the C kernels: builds, threads, processes, memory. Their numbers: test_fused.py."""
+"""The peculiarities of the C kernels: builds, threads, processes, memory. Their numbers: test_fused.py."""
 
 import ctypes
 import itertools
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.
 
 
 def python(code, **environment):
-    """What a new process prints."""
+    """The output of a new process."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -28,7 +28,7 @@ BACKENDS = ("reference", *FUSED)
     ],
 )
 def test_philox_has_the_known_answers(counter, key, words):
-    """Those of Random123, the authors' library."""
+    """The numbers of Random123, the authors' library."""
     first, second = (torch.tensor(x) for x in key)
     assert tuple(int(x) for x in dropout.philox(tuple(torch.tensor(x) for x in counter), (first, second))) == words
 

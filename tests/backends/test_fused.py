@@ -1,4 +1,4 @@
-"""What every fused backend has to do: the numbers of the reference, whatever the problem."""
+"""The duty of every fused backend: the numbers of the reference, whatever the problem."""
 
 from functools import partial
 

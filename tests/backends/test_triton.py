@@ -432,7 +432,7 @@ def test_lost_rows_of_patterns(kind):
 
 @pytest.mark.parametrize("keys", [5, 35])
 def test_steep_slopes_far_behind_the_last_key(keys):
-    """Of the last tile of keys, some do not exist: how far the rows are from those must not count."""
+    """Some keys of the last tile do not exist: how far the rows are from those must not count."""
     q, k, v = tensors(torch.float32, (1, 2, 60, 16), (1, 2, keys, 16), (1, 2, keys, 16))
     with tiles((16, 16), (16, 16)):
         judge(q, k, v, None, {"alibi_slopes": torch.tensor([2.0, 30.0])}, through_normalizer=False)
@@ -467,7 +467,7 @@ def test_float16_to_its_ends(exponent, form):
 
 
 def test_float16_gradients_of_small_scores_and_large_upstreams():
-    """What a loss scaler sends: f'(z) / N is 2 / z here, and leaves float16's range."""
+    """The gradient that a loss scaler sends: f'(z) / N is 2 / z here, and leaves float16's range."""
     q, k, v = tensors(torch.float32, *[(1, 2, 40, 16)] * 3, seed=4)
     q, k, v = ((x * size).half().requires_grad_() for x, size in ((q, 1e-2), (k, 1e-1), (v, 1)))
     do = 1000 * torch.randn(v.shape).half().to(DEVICE)

@@ -44,7 +44,7 @@ def make_case(length, *, heads=4, kv_heads=2, dtype=torch.float32, batch=2, widt
 
 
 def results(case, mesh, shards, method):
-    """What `Case.results` has, of tensors that are sharded and gathered here."""
+    """The same as `Case.results`, of tensors that are sharded and gathered here."""
     leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.value)]
     parts = [shard(x, mesh, shards, 2) for x in leaves]
     settings, names = dict(case.settings), list(NAMES)

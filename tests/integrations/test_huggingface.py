@@ -331,7 +331,8 @@ def calls_of(function, text):
 
 
 def test_every_argument_that_models_give_to_attention_is_known():
-    # What it may not leave out, what it reads, and what says nothing about weights, or says it in the mask, too.
+    # Arguments that it may not leave out, those that it reads, and those that say nothing about weights, or say it in
+    # the mask, too.
     read = {"attention_mask", "dropout", "scaling", "is_causal", "position_bias", "output_attentions", "sliding_window"}
     read |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"}
     read |= {"indices", "block_indices"} if NEW else set()

@@ -1,4 +1,4 @@
-"""What the tests of the study share."""
+"""Fixtures that the tests of the study share."""
 
 import base64
 

@@ -31,7 +31,7 @@ pytestmark = [
 
 
 class Record(Silent):
-    """What a display is told; `act` is done once, when a cell reaches this step."""
+    """The calls of a display; `act` is done once, when a cell reaches this step."""
 
     def __init__(self, step=None, act=None):
         self.step, self.act = step, act
@@ -68,7 +68,7 @@ def mark(monkeypatch):
 
 
 def processes(mark, words=""):
-    """Those with the mark whose command line has these words."""
+    """Processes with the mark whose command line has these words."""
     return [int(path.name) for path in Path("/proc").glob("[0-9]*") if int(path.name) != os.getpid()
             and mark in contents(path / "environ") and words in contents(path / "cmdline")]  # fmt: skip
 

@@ -29,7 +29,7 @@ from tests.study.tiny import tiny, tiny_config, written
 
 
 class Record(Silent):
-    """What a display is told."""
+    """The calls of a display."""
 
     def __init__(self):
         self.total = self.before = self.ended = 0

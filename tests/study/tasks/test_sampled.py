@@ -1,4 +1,4 @@
-"""What all tasks with examples drawn at random have in common, and modular addition with them."""
+"""The properties that all tasks with examples drawn at random share, and modular addition with them."""
 
 import itertools
 from collections import Counter

@@ -132,7 +132,7 @@ def description_of(folder: Path) -> dict[str, Any] | None:
         cell = tomllib.loads((folder / "cell.toml").read_text(encoding="utf-8"))["cell"]
     except (OSError, ValueError, KeyError):
         return None
-    return cell if isinstance(cell, dict) else None
+    return cell if isinstance(cell, dict) and isinstance(cell.get("task", {}), dict) else None
 
 
 def sealed(content: bytes) -> bytes:

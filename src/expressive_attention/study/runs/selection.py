@@ -135,7 +135,8 @@ def of_another_task(store: Store, config: StudyConfig) -> str | None:
     """
     tasks = {(arm.condition, arm.mechanism): arm.task.model_dump(mode="json") for arm in config.arms()}
     for cell in store.described():
-        now, before = tasks.get((cell.get("condition", ""), cell.get("mechanism", "")), {}), cell.get("task", {})
+        now = tasks.get((str(cell.get("condition")), str(cell.get("mechanism"))), {})
+        before = cell.get("task", {})
         differ = [name for name in now if before.get(name, now[name]) != now[name]]
         if differ:
             told = (f"{name} {before[name]!r}, now {now[name]!r}" for name in differ)
